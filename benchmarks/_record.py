@@ -1,0 +1,139 @@
+"""Records: one measurement is one line of JSON, appended to a file of `results/` and never edited."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mirror_modules
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured, on what, and what came out."""
+
+    op: str
+    """The operation, such as "training_step"."""
+    impl: str
+    """Whose implementation."""
+    direction: str
+    """What a call does, such as "forward+backward+update"."""
+    shape: dict[str, Any]
+    """All sizes, by name."""
+    dtype: str
+    """Of weights and activations."""
+    quantity: str
+    """What median and spread are: "time / time of NAME", or a rate such as "images/s"."""
+    median: float
+    """Over the rounds."""
+    spread: tuple[float, float]
+    """Lowest and highest round."""
+    rounds: int
+    """Measured calls of each implementation, without the first, which warms up."""
+    peak_memory_mib: float | None
+    """Most memory in use at a time during a call, beyond weights and data; None where the system does not tell."""
+    process_memory_mib: float | None
+    """The same of the whole process, libraries included."""
+    shares: dict[str, float]
+    """Share of each part in the time, which sum to 1; empty if the parts were not measured."""
+    device: str
+    """ "cpu", or the accelerator's name."""
+    cpu: str
+    """The processor's model."""
+    threads: int
+    """Threads of torch."""
+    versions: dict[str, str]
+    """Of this package, torch and Python."""
+    commit: str
+    """What was measured; "+changes" where the working tree differed from it."""
+    date: str
+    """UTC, ISO 8601."""
+
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        object.__setattr__(self, "spread", tuple(self.spread))
+        low, high = self.spread
+        if not 0 < low <= self.median <= high < math.inf:
+            raise ValueError(f"Record: median {self.median} must lie within its spread {low} to {high}, all positive.")
+        if self.rounds < 1:
+            raise ValueError(f"Record: rounds must be at least 1, but it is {self.rounds}.")
+        if self.shares and not math.isclose(sum(self.shares.values()), 1, abs_tol=0.01):
+            raise ValueError(f"Record: shares must sum to 1, but they sum to {sum(self.shares.values()):.3f}.")
+
+
+def environment() -> dict[str, Any]:
+    """The fields of a `Record` that say on what, and when, was measured."""
+    return {
+        "device": "cpu",
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "mirror_modules": mirror_modules.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def append(record: Record, path: Path) -> None:
+    """Add one line to a file of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """Read a file of results.
+
+    Raises:
+        ValueError: A line is not a record.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}, line {number}, is not a record: {error}") from error
+    return records
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    described = _git("rev-parse", "--short=12", "HEAD")
+    if described is None:
+        return "none"
+    # The results themselves grow with each run.
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return described + ("+changes" if changes else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,141 @@
+"""The adversarial phase of the demo recipe: images per second, memory, and the share of each part in a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks import _measure, _record
+from mirror_modules import MirrorGAN
+from mirror_modules.data import InMemoryCaptions, SyntheticFlowers
+from mirror_modules.data.transforms import to_float
+from mirror_modules.training.recipes import Recipe, get_recipe
+from mirror_modules.training.state import AdversarialState, start
+from mirror_modules.training.step import adversarial_step
+
+WARM_UP_STEPS = 3
+# A step costs the same whatever the data set's size; drawing all of it would take longer than measuring.
+IMAGES = 512
+
+
+class Phase(NamedTuple):
+    """The adversarial phase, ready to go. Encoder and captioner are untrained, which costs the same."""
+
+    recipe: Recipe
+    state: AdversarialState
+    next_batch: Callable[[], Any]
+
+    def step(self) -> dict[str, Tensor]:
+        """One step on the next batch."""
+        return adversarial_step(self.state, self.next_batch(), self.recipe.glam)
+
+
+class Stopwatch(ExitStack):
+    """Adds up the seconds that parts of a step take, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def watch(self, part: str, owner: object, method: str) -> None:
+        """Count the calls of `owner.method` as a part's. Watched methods must not call each other."""
+        original = getattr(owner, method)
+
+        @wraps(original)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return original(*arguments, **options)
+            finally:
+                self.seconds[part] += time.perf_counter() - started
+
+        self.enter_context(patch.object(owner, method, timed))
+
+
+def build_phase(name: str) -> Phase:
+    """Data, networks and optimizers of a recipe for synthetic flowers."""
+    torch.manual_seed(0)
+    recipe = get_recipe(name)
+    model_config = recipe.model
+    dataset = SyntheticFlowers(max(IMAGES, recipe.glam.batch_size), resolution=model_config.resolutions[-1])
+    data = InMemoryCaptions(dataset, max_words=model_config.max_words)
+    batches = data.batches(recipe.glam.batch_size, torch.Generator().manual_seed(0))
+    model = MirrorGAN(model_config, data.vocabulary)
+    state = start(model, model_config, recipe.glam, torch.Generator().manual_seed(0))
+
+    def next_batch() -> Any:
+        batch = next(batches)
+        return batch._replace(images=to_float(batch.images))
+
+    return Phase(recipe, state, next_batch)
+
+
+def build_step(name: str) -> _measure.Call:
+    """The step of a recipe, as a call."""
+    return build_phase(name).step
+
+
+def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each step, and the share of each part in all of them."""
+    state = phase.state
+    with Stopwatch() as watch:
+        watch.watch("text encoder", state.model.text_encoder, "forward")
+        watch.watch("conditioning", state.painter.conditioning, "forward")
+        watch.watch("generator, forward", state.painter.generator, "forward")
+        for discriminator in state.discriminators:
+            watch.watch("discriminators, forward", discriminator, "features")
+            watch.watch("discriminators, forward", discriminator, "judge")
+        if state.redescription is not None:
+            watch.watch("captioner, forward", state.redescription, "forward")
+        watch.watch("backward", torch.Tensor, "backward")
+        for optimizer in [state.painter_optimizer, *state.discriminator_optimizers]:
+            watch.watch("optimizers", optimizer, "step")
+        watch.watch("average", state.average, "update_parameters")
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            batch = phase.next_batch()
+            watch.seconds["data"] += time.perf_counter() - started
+            adversarial_step(state, batch, phase.recipe.glam)
+            seconds.append(time.perf_counter() - started)
+    shares = {part: spent / sum(seconds) for part, spent in watch.seconds.items()}
+    return seconds, {**shares, "everything else": 1 - sum(shares.values())}
+
+
+def measure(steps: int, threads: int, name: str = "demo") -> list[_record.Record]:
+    """Speed, memory and shares of a recipe's adversarial phase."""
+    torch.set_num_threads(threads)
+    phase = build_phase(name)
+    for _ in range(WARM_UP_STEPS):
+        phase.step()
+    seconds, shares = shares_of_a_step(phase, steps)
+    environment = _record.environment()
+    peak = _measure.peak_memory(build_step, name, threads=threads)
+    rates = [phase.recipe.glam.batch_size / spent for spent in seconds]
+    return [
+        _record.Record(
+            op=f"{name}_step",
+            impl="ours",
+            direction="data+forward+backward+update",
+            shape={"batch": phase.recipe.glam.batch_size, **dataclasses.asdict(phase.recipe.model)},
+            dtype="float32",
+            quantity="images/s",
+            median=round(statistics.median(rates), 2),
+            spread=(round(min(rates), 2), round(max(rates), 2)),
+            rounds=steps,
+            peak_memory_mib=peak.call,
+            process_memory_mib=peak.process,
+            shares={part: round(share, 4) for part, share in shares.items()},
+            **environment,
+        )
+    ]

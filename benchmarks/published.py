@@ -1,0 +1,160 @@
+"""One adversarial training step in the published formulation, written down from its equations.
+
+It is the same mathematics as `mirror_modules.training.step` with the `release` options, on the same weights: the tests
+show equal images, losses and gradients. It differs in how it gets there:
+
+- word attention: positions become rows (B * N, L), by transposed copies; the captions' masks are repeated for the rows
+  in an order that gives rows other captions' masks (equal lengths hide it);
+- sentence attention: the sentence is repeated over all positions;
+- discriminators: a probability from each head, judged term by term, with cross entropy on probabilities;
+- mismatched pairs: each real image but the last with the next caption;
+- generator: by default the backward pass goes on into the discriminators' weights, and what it leaves there is thrown
+  away. Holding them fixed is the stronger baseline, and `hold_discriminators` does it.
+
+Left out on both sides: the captioner, which is one and the same network, and the matching loss of the encoders.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirror_modules import GlobalLocalAttention, GlobalLocalContext, MirrorGAN, PairedDiscriminator
+from mirror_modules.data.batching import CaptionBatch
+from mirror_modules.data.transforms import image_pyramid
+from mirror_modules.glam.stages import RefinementStage
+from mirror_modules.training.recipes import AdversarialRecipe
+from mirror_modules.training.state import AdversarialState
+
+
+class PublishedAttention(GlobalLocalAttention):
+    """`GlobalLocalAttention` in the published formulation, with the same parameters; it always returns the weights."""
+
+    def forward(
+        self,
+        features: Tensor,
+        words: Tensor,
+        condition: Tensor,
+        word_mask: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> GlobalLocalContext:
+        batch, channels, height, width = features.shape
+        positions, length = height * width, words.shape[1]
+
+        word_values = F.conv2d(words.mT.unsqueeze(3), self.word_projection.weight[:, :, None, None]).squeeze(3)
+        queries = features.view(batch, channels, positions).transpose(1, 2).contiguous()
+        scores = torch.bmm(queries, word_values).view(batch * positions, length)
+        if word_mask is not None:
+            scores = scores.masked_fill(~word_mask.repeat(positions, 1), float("-inf"))
+        weights = torch.softmax(scores, dim=1).view(batch, positions, length).transpose(1, 2).contiguous()
+        word_context = torch.bmm(word_values, weights).view(batch, channels, height, width)
+
+        sentence = self.sentence_projection(condition).view(batch, channels, 1, 1).repeat(1, 1, height, width)
+        sentence_scores = features * sentence
+        if self.score_projection is not None:
+            sentence_scores = F.conv2d(sentence_scores, self.score_projection.weight[:, :, None, None])
+        sentence_weights = torch.softmax(sentence_scores, dim=1)
+        return GlobalLocalContext(
+            word_context, sentence * sentence_weights, weights.view(batch, length, height, width), sentence_weights
+        )
+
+
+def use_published_attention(model: MirrorGAN) -> MirrorGAN:
+    """Put `PublishedAttention`, with the same weights, into each stage of the model's generator."""
+    for stage in model.generator.refinements:
+        if not isinstance(stage, RefinementStage) or not isinstance(stage.attention, GlobalLocalAttention):
+            raise ValueError("use_published_attention: the model must be built with attention='global-local'.")
+        ours = stage.attention
+        published = PublishedAttention(
+            ours.feature_dim,
+            ours.word_dim,
+            ours.condition_dim,
+            sentence_bias=ours.sentence_projection.bias is not None,
+            score_projection=ours.score_projection is not None,
+        )
+        published.load_state_dict(ours.state_dict())
+        stage.attention = published
+    return model
+
+
+def realism(discriminator: PairedDiscriminator, features: Tensor) -> Tensor:
+    """Probability of a photograph, (B,)."""
+    return torch.sigmoid(discriminator.realism_head(features)).view(-1)
+
+
+def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: Tensor) -> Tensor:
+    """Probability that image and sentence belong together, (B,)."""
+    sentence_map = sentence.view(len(sentence), -1, 1, 1).repeat(1, 1, *features.shape[2:])
+    joint = discriminator.joint(torch.cat((features, sentence_map), dim=1))
+    return torch.sigmoid(discriminator.consistency_head(joint)).view(-1)
+
+
+def published_discriminator_loss(
+    discriminator: PairedDiscriminator, real: Tensor, fake: Tensor, sentence: Tensor
+) -> Tensor:
+    """Half of the terms that should be accepted plus a third of those that should be rejected."""
+    real_features, fake_features = discriminator.features(real), discriminator.features(fake)
+    consistent_real = _accept(consistency(discriminator, real_features, sentence))
+    consistent_fake = _reject(consistency(discriminator, fake_features, sentence))
+    consistent_wrong = _reject(consistency(discriminator, real_features[:-1], sentence[1:]))
+    realistic_real = _accept(realism(discriminator, real_features))
+    realistic_fake = _reject(realism(discriminator, fake_features))
+    return (realistic_real + consistent_real) / 2 + (realistic_fake + consistent_fake + consistent_wrong) / 3
+
+
+def published_step(
+    state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe, *, hold_discriminators: bool = False
+) -> dict[str, Tensor]:
+    """Train discriminators and generator on one batch, with the noise of `adversarial_step`; returns the losses."""
+    model, config = state.model, state.model.config
+    losses: dict[str, Tensor] = {}
+    real_images = image_pyramid(batch.images, config.resolutions)
+    with torch.no_grad():
+        words, sentence = model.text_encoder(batch.tokens, batch.word_mask)
+    noise = torch.randn(len(words), config.noise_dim, generator=state.random)
+    condition_noise = torch.randn(len(words), config.condition_dim, generator=state.random)
+    condition = state.painter.conditioning(sentence, noise=condition_noise)
+    images = state.painter.generator(noise, condition.sample, words, batch.word_mask).images
+
+    for discriminator, optimizer, real, image in zip(
+        state.discriminators, state.discriminator_optimizers, real_images, images
+    ):
+        optimizer.zero_grad()
+        loss = published_discriminator_loss(discriminator, real, image.detach(), sentence)
+        loss.backward()
+        optimizer.step()
+        losses[f"discriminator_{real.shape[2]}"] = loss.detach()
+
+    for discriminator in state.discriminators:
+        discriminator.requires_grad_(not hold_discriminators)
+    state.painter_optimizer.zero_grad()
+    total = torch.zeros(())
+    for discriminator, image in zip(state.discriminators, images):
+        features = discriminator.features(image)
+        loss = _accept(realism(discriminator, features)) + _accept(consistency(discriminator, features, sentence))
+        losses[f"generator_{image.shape[2]}"] = loss.detach()
+        total = total + loss
+    mean, log_variance = condition.mean, condition.log_variance
+    kl = -0.5 * torch.mean(1 + log_variance - mean.pow(2) - log_variance.exp())
+    losses["kl"] = kl.detach()
+    total = total + recipe.kl_weight * kl
+    total.backward()
+    state.painter_optimizer.step()
+    for discriminator in state.discriminators:
+        discriminator.requires_grad_(True)
+
+    with torch.no_grad():
+        for average, parameter in zip(state.average.module.parameters(), state.painter.parameters()):
+            average.mul_(recipe.average_decay).add_(parameter, alpha=1 - recipe.average_decay)
+    losses["generator_total"] = total.detach()
+    return losses
+
+
+def _accept(probabilities: Tensor) -> Tensor:
+    return F.binary_cross_entropy(probabilities, torch.ones_like(probabilities))
+
+
+def _reject(probabilities: Tensor) -> Tensor:
+    return F.binary_cross_entropy(probabilities, torch.zeros_like(probabilities))

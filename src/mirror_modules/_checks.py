@@ -1,0 +1,100 @@
+"""Checks of arguments that several parts share. Each message names who complains, what came, and the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as people write it: (8, 18, 256)."""
+    return str(tuple(tensor.shape))
+
+
+def check_features(owner: str, name: str, tensor: Tensor, layout: str, size: int, argument: str) -> None:
+    """Require as many axes as `layout` has letters, with `size` features on the axis named C or D."""
+    axes = layout.strip("()").replace(" ", "").split(",")
+    if tensor.ndim != len(axes):
+        raise ValueError(f"{owner}: {name} must be {layout}, but it is {shape_of(tensor)}.")
+    axis = next(i for i, letter in enumerate(axes) if letter in ("C", "D"))
+    if tensor.shape[axis] != size:
+        raise ValueError(
+            f"{owner}: {name} has {tensor.shape[axis]} features but the layer was built with {argument}={size} "
+            f"({name}: {shape_of(tensor)}, expected {layout})."
+        )
+
+
+def check_batch(owner: str, **tensors: Tensor) -> None:
+    """Require that all tensors have the same first axis."""
+    sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {shape_of(tensor)}" for name, tensor in tensors.items())
+        raise ValueError(f"{owner}: batch sizes disagree ({listed}).")
+
+
+def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | None) -> None:
+    """Require a bool mask (B, L), True for a real word, with at least one real word in each caption.
+
+    The last requirement reads values, which a compiled graph cannot; there it is left out.
+    """
+    expected = tuple(tokens_or_words.shape[:2])
+    if expected[1] == 0:
+        raise ValueError(f"{owner}: captions of length 0 ({shape_of(tokens_or_words)}); each needs at least one word.")
+    if word_mask is None:
+        return
+    if word_mask.dtype != torch.bool:
+        raise ValueError(
+            f"{owner}: word_mask must be bool, True for a real word, but it is {word_mask.dtype}; "
+            "convert it, for instance with tokens != 0."
+        )
+    if tuple(word_mask.shape) != expected:
+        raise ValueError(f"{owner}: word_mask is {shape_of(word_mask)} but the captions are {expected} (B, L).")
+    if torch.compiler.is_compiling() or word_mask.device.type == "meta":
+        return
+    has_words = word_mask.any(dim=1)
+    if not bool(has_words.all()):
+        row = int((~has_words).nonzero()[0, 0])
+        raise ValueError(f"{owner}: caption {row} has no real word in word_mask; each caption needs at least one.")
+
+
+def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
+    """Require images (B, 3, H, W), floating point, of at least `smallest` pixels on each side."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}.")
+    if not images.is_floating_point():
+        raise ValueError(f"{owner}: images must be floats in [-1, 1], but they are {images.dtype}; use x / 127.5 - 1.")
+    if min(images.shape[2:]) < smallest:
+        raise ValueError(f"{owner}: images are {shape_of(images)}; each side needs at least {smallest} pixels.")
+
+
+def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int) -> None:
+    """Require integer tokens (B, L) below `vocabulary_size`."""
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{owner}: tokens must be int64 (B, L), but they are {tokens.dtype} {shape_of(tokens)}.")
+    if torch.compiler.is_compiling() or tokens.device.type == "meta" or tokens.numel() == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary_size:
+        raise ValueError(
+            f"{owner}: tokens range from {low} to {high} but vocabulary_size={vocabulary_size}; "
+            "were they encoded with another vocabulary?"
+        )
+
+
+def check_positive(owner: str, **sizes: int) -> None:
+    """Require whole numbers of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{owner}: {name} must be a whole number of at least 1, but it is {size!r}.")
+
+
+def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Require one of the listed words."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}: {name} must be one of {listed}, but it is {value!r}.")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32, everything else stays: softmaxes and loss sums need the bits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

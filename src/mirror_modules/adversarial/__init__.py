@@ -1,0 +1,14 @@
+"""Judges: is it a photograph, and does it belong to this sentence? (MirrorGAN, Sec. 3.4)"""
+
+from mirror_modules.adversarial.discriminator import PairedDiscriminator, PairedLogits
+from mirror_modules.adversarial.losses import discriminator_loss, generator_loss
+from mirror_modules.adversarial.pairing import Mismatch, mismatch
+
+__all__ = [
+    "Mismatch",
+    "PairedDiscriminator",
+    "PairedLogits",
+    "discriminator_loss",
+    "generator_loss",
+    "mismatch",
+]

@@ -1,0 +1,114 @@
+"""A paired discriminator judges an image alone and an image with a sentence (MirrorGAN, Sec. 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirror_modules._checks import check_batch, check_features, check_images, check_positive, shape_of
+
+SMALLEST_RESOLUTION = 4
+# After so many halvings the map of a 64 pixel image is 4 x 4; larger images are narrowed to the same width again.
+FULL_WIDTH_HALVINGS = 4
+
+
+class PairedLogits(NamedTuple):
+    """What a paired discriminator says of a batch of images."""
+
+    realism: Tensor
+    """Is it a photograph? The sentence is not looked at. (B,)"""
+    consistency: Tensor
+    """Does it belong to this sentence? (B,)"""
+
+
+class PairedDiscriminator(nn.Module):
+    """Judge images of one resolution, alone and with a sentence (MirrorGAN, Sec. 3.4).
+
+        h = CNN(image),    realism = a(h),    consistency = b(conv(h, sentence))
+
+    Convolutions of stride 2 halve the image down to 4 x 4 and double the channels each time; past 64 pixels, 3x3
+    convolutions narrow them again to 8 * channels. Both heads see the whole 4 x 4 map. The results are logits: use
+    them with `discriminator_loss` and `generator_loss`.
+
+    Args:
+        resolution: Height and width of the images, a power of two from 4 up.
+        text_dim: Features D of the sentence.
+        channels: Channels after the first convolution.
+    """
+
+    def __init__(self, resolution: int, text_dim: int = 256, *, channels: int = 64) -> None:
+        super().__init__()
+        owner = "PairedDiscriminator"
+        check_positive(owner, resolution=resolution, text_dim=text_dim, channels=channels)
+        if resolution < SMALLEST_RESOLUTION or resolution & (resolution - 1):
+            raise ValueError(
+                f"{owner}: resolution must be a power of two from {SMALLEST_RESOLUTION} up, but it is {resolution}."
+            )
+        self.resolution, self.text_dim = resolution, text_dim
+        halvings = (resolution // SMALLEST_RESOLUTION).bit_length() - 1
+        # A 4 x 4 image is not halved: one convolution that keeps its size.
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, 4, stride=2, padding=1, bias=False)
+            if halvings
+            else nn.Conv2d(3, channels, 3, padding=1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        width = channels
+        for _ in range(halvings - 1):
+            layers += _block(width, 2 * width, 4, stride=2)
+            width *= 2
+        for _ in range(halvings - FULL_WIDTH_HALVINGS):
+            layers += _block(width, width // 2, 3)
+            width //= 2
+        self.feature_dim = width
+        self.trunk = nn.Sequential(*layers)
+        self.realism_head = nn.Conv2d(width, 1, 4)
+        self.joint = nn.Sequential(*_block(width + text_dim, width, 3))
+        self.consistency_head = nn.Conv2d(width, 1, 4)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Look at images (B, 3, resolution, resolution) in [-1, 1]; features (B, F, 4, 4) for `judge`."""
+        check_images("PairedDiscriminator", images)
+        if tuple(images.shape[2:]) != (self.resolution, self.resolution):
+            raise ValueError(
+                f"PairedDiscriminator: images are {shape_of(images)} but it was built with resolution="
+                f"{self.resolution}; expected (B, 3, {self.resolution}, {self.resolution})."
+            )
+        return self.trunk(images)
+
+    def judge(self, features: Tensor, sentence: Tensor) -> PairedLogits:
+        """Judge features (B, F, 4, 4) with sentences (B, D)."""
+        check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
+        check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
+        check_batch("PairedDiscriminator", images=features, sentence=sentence)
+        sentence_map = sentence[:, :, None, None].expand(-1, -1, *features.shape[2:])
+        joint = self.joint(torch.cat((features, sentence_map), dim=1))
+        return PairedLogits(self.realism_head(features).flatten(), self.consistency_head(joint).flatten())
+
+    def forward(self, images: Tensor, sentence: Tensor) -> PairedLogits:
+        """Judge images with sentences.
+
+        Args:
+            images: In [-1, 1], (B, 3, resolution, resolution).
+            sentence: Sentence features, (B, D).
+
+        Returns:
+            Logits of realism and consistency, each (B,).
+
+        Raises:
+            ValueError: Sizes disagree.
+        """
+        return self.judge(self.features(images), sentence)
+
+    def extra_repr(self) -> str:
+        return f"resolution={self.resolution}, text_dim={self.text_dim}"
+
+
+def _block(before: int, after: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.LeakyReLU(0.2, inplace=True),
+    ]

@@ -1,0 +1,47 @@
+"""Mismatched pairs: each image with the sentence of an image of another class."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mirror_modules._checks import shape_of
+
+
+class Mismatch(NamedTuple):
+    """A partner for each row of a batch."""
+
+    partner: Tensor
+    """Row whose sentence each row takes; a permutation. (B,)"""
+    valid: Tensor
+    """True where the partner is of another class. All are, where no class fills more than half of the batch. (B,)"""
+
+
+def mismatch(class_ids: Tensor, *, generator: torch.Generator | None = None) -> Mismatch:
+    """Pair each row with one of another class: a random derangement of the batch.
+
+    Rows are sorted by class, in random order, and moved on by the size of the largest class. Nobody then meets its own
+    class, provided that no class fills more than half of the batch; otherwise as many rows as possible are valid.
+
+    Args:
+        class_ids: One class per row, (B,). Images of one class, or one image with several captions, share an id.
+        generator: Source of the random order.
+
+    Returns:
+        Partners and their validity.
+
+    Raises:
+        ValueError: `class_ids` is not (B,).
+    """
+    if class_ids.ndim != 1 or class_ids.shape[0] == 0:
+        raise ValueError(f"mismatch: class_ids must be (B,), one per row, but they are {shape_of(class_ids)}.")
+    device = generator.device if generator is not None else class_ids.device
+    shuffled = torch.randperm(class_ids.shape[0], generator=generator, device=device).to(class_ids.device)
+    _, classes, counts = class_ids[shuffled].unique(return_inverse=True, return_counts=True)
+    order_of_classes = torch.randperm(counts.shape[0], generator=generator, device=device).to(class_ids.device)
+    rows = shuffled[order_of_classes[classes].argsort(stable=True)]
+    partner = torch.empty_like(rows)
+    partner[rows] = rows.roll(-int(counts.max()))
+    return Mismatch(partner, class_ids[partner] != class_ids)

@@ -1,0 +1,221 @@
+"""Flowers drawn from their attributes with numpy alone, at any resolution.
+
+Everything is a smooth function of the place in the image, so one flower looks alike at all resolutions. Outlines are
+signed distances (negative inside), and a pixel is covered as far as its distance says:
+
+    coverage = clip(1/2 - distance / pixel, 0, 1)
+
+Lengths are in half images: x and y run from -1 to 1, y downwards. Within the flower, lengths are in flower radii.
+K is the number of petals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .synthetic_attributes import check_attributes
+from .synthetic_backgrounds import BACKGROUNDS
+
+Array = NDArray[np.floating[Any]]
+
+# Each ramp runs from shadow over body to light.
+PETAL_RAMPS = {
+    "red": ("#8c0014", "#f00818", "#ff5a3c"),
+    "orange": ("#d84a00", "#ff8000", "#ffc050"),
+    "yellow": ("#f0ac00", "#fff000", "#fffca0"),
+    "pink": ("#d2387c", "#ff7fb8", "#ffd8ea"),
+    "purple": ("#3c0886", "#8424e0", "#c68cff"),
+    "blue": ("#0a1a90", "#1440f8", "#74a8ff"),
+    "white": ("#a6aac8", "#ffffff", "#ffffff"),
+    "maroon": ("#33000e", "#780826", "#b04058"),
+}
+CENTER_RAMPS = {
+    "golden": ("#7a3c00", "#ffa800", "#ffe070"),
+    "black": ("#0a0606", "#2a1c1a", "#6a5248"),
+    "green": ("#2c6a00", "#7fd414", "#d8ff8c"),
+    "turquoise": ("#00706e", "#10d8cc", "#b4fff6"),
+}
+BACKGROUND_RAMPS = {
+    "sky": ("#5aa8e8", "#a8d8f8", "#ffffff"),
+    "meadow": ("#1c5a1e", "#4c9a34", "#a8d860"),
+    "night": ("#05071c", "#2a2a78", "#fffbe0"),
+    "sand": ("#b08a54", "#e2c48e", "#f8e8c4"),
+    "stripes": ("#3c7a80", "#5f9ea0", "#86bcb8"),
+    "dots": ("#8e86b4", "#b0a8d4", "#f6f2ff"),
+}
+COUNTS = {"three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+FLOWER_RADIUS = {"small": 0.58, "large": 0.87}
+CENTER_RADIUS = 0.26
+SMALLEST = 8  # pixels of an image
+SEEDS = 34  # dots on the center
+
+
+def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw one flower; `rng` turns, shifts and tints it a little and lays out the background.
+
+    What is drawn from `rng` does not depend on the resolution: the same state gives the same flower at each.
+
+    Args:
+        attributes: One value for each attribute of `ATTRIBUTES`.
+        resolution: Height and width in pixels, at least 8.
+        rng: Source of everything that the attributes leave open.
+
+    Returns:
+        The image, (resolution, resolution, 3).
+
+    Raises:
+        ValueError: The attributes are not those of `ATTRIBUTES`, or the resolution is below 8.
+    """
+    check_attributes(attributes)
+    if resolution < SMALLEST:
+        raise ValueError(f"draw_flower: resolution must be at least {SMALLEST} pixels, but it is {resolution}.")
+    x, y = pixel_axes(resolution)
+    background = attributes["background"]
+    image = ramp(BACKGROUND_RAMPS[background], BACKGROUNDS[background](x, y, rng), rng)
+
+    radius = FLOWER_RADIUS[attributes["size"]] * rng.uniform(0.96, 1.04)
+    across, down = (x - rng.uniform(-0.05, 0.05)) / radius, (y - rng.uniform(-0.05, 0.05)) / radius
+    pixel = 2 / resolution / radius
+    count = COUNTS[attributes["petal_count"]]
+    distance, shade = draw_petals(attributes["petal_shape"], count, across, down, pixel, rng)
+    image *= 1 - 0.35 * falloff(distance, 0.22)
+    paint(image, coverage(distance, pixel), ramp(PETAL_RAMPS[attributes["petal_color"]], shade, rng))
+
+    # The center is small, so only its own rows and columns are computed.
+    rows, columns = np.flatnonzero(abs(down) < 0.3), np.flatnonzero(abs(across) < 0.3)
+    high, wide = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    distance, shade = draw_center(across[:, wide], down[high], pixel, rng)
+    paint(image[:, high, wide], coverage(distance, pixel), ramp(CENTER_RAMPS[attributes["center_color"]], shade, rng))
+    return np.ascontiguousarray(np.clip(image + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def draw_petals(
+    shape: str, count: int, across: Array, down: Array, pixel: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Lay the petals over one another, each shading the one below. Distance to their union and shade, (H, W) both."""
+    angles = rng.uniform(0, 2 * math.pi) + (np.arange(count) + rng.uniform(-0.07, 0.07, count)) * 2 * math.pi / count
+    lengths = rng.uniform(0.96, 1.02, count)
+    cosines, sines = ((turn(angles) / lengths).astype(np.float32)[:, None, None] for turn in (np.cos, np.sin))
+    along_KHW = cosines * across + sines * down
+    beside_KHW = np.abs(cosines * down - sines * across)
+    distance_KHW, width = PETALS[shape](along_KHW, beside_KHW, math.tan(math.pi / count))
+
+    # Dark at the base and along the vein, light inside, darker again towards the outline.
+    inside_KHW = np.clip(distance_KHW / (-0.6 * width), 0, 1)
+    shade_KHW = 0.04 + 0.58 * along_KHW + 0.34 * inside_KHW * (2 - inside_KHW)
+    shade_KHW -= 0.16 * falloff(beside_KHW, 0.05) * (1.15 - along_KHW)
+    shade_KHW += 0.035 * np.cos(42 * beside_KHW / (np.abs(along_KHW) + 0.3))
+    coverage_KHW = coverage(distance_KHW, pixel)
+    shadow_KHW = 0.45 * falloff(distance_KHW, 0.16)
+
+    shade = shade_KHW[0]
+    for k in range(1, count):
+        shade = shade * (1 - shadow_KHW[k])
+        shade += coverage_KHW[k] * (shade_KHW[k] - shade)
+    shade *= 1 - 0.7 * falloff(np.hypot(across, down) - CENTER_RADIUS, 0.2)
+    return distance_KHW.min(axis=0), np.clip(shade, 0, 1)
+
+
+def draw_center(across: Array, down: Array, pixel: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """A dome lit from the upper left, with seeds along the golden angle. Distance and shade, (H, W) both."""
+    radius = np.hypot(across, down)
+    rank = np.arange(SEEDS, dtype=np.float32)
+    angle = rng.uniform(0, 2 * math.pi) + rank * math.pi * (3 - math.sqrt(5))
+    reach = CENTER_RADIUS * 0.92 * np.sqrt((rank + 0.5) / SEEDS)
+    seeds_x, seeds_y = ((reach * turn(angle)).astype(np.float32)[:, None, None] for turn in (np.cos, np.sin))
+    to_seed = np.hypot(across - seeds_x, down - seeds_y).min(axis=0)
+    shade = 0.66 - 5.0 * radius * radius - 0.5 * (across + down) + 0.4 * falloff(to_seed, 0.05)
+    return radius - CENTER_RADIUS, np.clip(shade, 0, 1)
+
+
+# One petal each: (along, beside, spread) -> (distance, half width). The petal reaches from the middle to along = 1;
+# beside is the distance from its axis; spread is the tangent of half the angle between petals and bounds the width.
+
+
+def round_petal(along: Array, beside: Array, spread: float) -> tuple[Array, float]:
+    """An ellipse."""
+    width = min(0.36, 0.64 * spread)
+    return ellipse(along - 0.56, beside, 0.44, width), width
+
+
+def pointed_petal(along: Array, beside: Array, spread: float) -> tuple[Array, float]:
+    """What two discs have in common whose centers lie on both sides of the axis."""
+    width, half_length = min(0.25, 0.52 * spread), 0.47
+    disc = (half_length**2 + width**2) / (2 * width)
+    return np.hypot(along - (1.03 - half_length), beside + (disc - width)) - disc, width
+
+
+def heart_petal(along: Array, beside: Array, spread: float) -> tuple[Array, float]:
+    """Two round lobes on a cone that starts at the base. One lobe is written here; beside = |v| mirrors it."""
+    width = min(0.42, 0.66 * spread)
+    lobe, offset = 0.53 * width, 0.47 * width
+    top, base = 1 - lobe, 0.1
+    side = math.atan2(offset, top - base) + math.asin(lobe / math.hypot(offset, top - base))
+    cosine, sine = math.cos(side), math.sin(side)
+    cone = np.maximum(cosine * beside - sine * (along - base), cosine * (along - top) + sine * (beside - offset))
+    cone = np.maximum(cone, along - top)
+    return np.minimum(np.hypot(along - top, beside - offset) - lobe, cone), 0.45 * width
+
+
+def narrow_petal(along: Array, beside: Array, spread: float) -> tuple[Array, float]:
+    """A capsule, slim at the base, widest past the middle."""
+    width = 0.03 + 0.32 * along * (1.12 - along)
+    return np.hypot(np.maximum(np.abs(along - 0.46) - 0.43, 0), beside) - width, 0.11
+
+
+PETALS = {"round": round_petal, "pointed": pointed_petal, "heart": heart_petal, "narrow": narrow_petal}
+
+
+def ellipse(along: Array, beside: Array, half_length: float, half_width: float) -> Array:
+    """Signed distance to an ellipse, to first order: f (f - 1) / |grad f^2 / 2| with f = 1 on the outline."""
+    along, beside = along / half_length, beside / half_width
+    level = np.hypot(along, beside)
+    return level * (level - 1) / (np.hypot(along / half_length, beside / half_width) + 1e-6)
+
+
+def coverage(distance: Array, pixel: float) -> Array:
+    """Share of each pixel that lies inside."""
+    return np.clip(0.5 - distance / pixel, 0, 1)
+
+
+def falloff(distance: Array, reach: float) -> Array:
+    """1 inside, smoothly 0 at `reach` outside: a soft shadow."""
+    near = np.clip(1 - distance / reach, 0, 1)
+    return near * near
+
+
+def paint(image: Array, coverage: Array, color: Array) -> None:
+    """Lay a color (3, H, W) over the image (3, H, W) in place."""
+    image += coverage * (color - image)
+
+
+def ramp(stops: tuple[str, str, str], shade: Array, rng: np.random.Generator) -> Array:
+    """Colors (3, H, W) of shades s in [0, 1] along a curve whose three stops shift a little together.
+
+        color(s) = (1 - s)^2 shadow + 2 s (1 - s) body + s^2 light
+
+    Values run from 0 to 255 and may exceed them slightly.
+    """
+    shadow, body, light = stops_of(stops) * rng.uniform(0.96, 1.07) * rng.uniform(0.97, 1.03, 3)
+    coefficients = np.stack([shadow, 2 * (body - shadow), shadow - 2 * body + light], axis=1).astype(np.float32)
+    powers = np.stack([np.ones_like(shade), shade, shade * shade])
+    return (coefficients @ powers.reshape(3, -1)).reshape(powers.shape)
+
+
+@cache
+def stops_of(stops: tuple[str, ...]) -> Array:
+    """Hexadecimal colors as numbers from 0 to 255, (stops, 3)."""
+    return np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops], dtype=np.float32)
+
+
+@lru_cache(maxsize=8)
+def pixel_axes(resolution: int) -> tuple[Array, Array]:
+    """Pixel centers from -1 to 1 as a row (1, W) and a column (H, 1)."""
+    axis = ((np.arange(resolution) + 0.5) * (2 / resolution) - 1).astype(np.float32)
+    return axis[None, :], axis[:, None]

@@ -1,0 +1,20 @@
+"""GLAM, image out: the global-local collaborative attentive module (MirrorGAN, Sec. 3.2)."""
+
+from mirror_modules.glam.attention import (
+    GlobalLocalAttention,
+    GlobalLocalContext,
+    global_local_attention,
+    sentence_attention,
+    word_attention,
+)
+from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
+
+__all__ = [
+    "CascadedGenerator",
+    "GeneratedImages",
+    "GlobalLocalAttention",
+    "GlobalLocalContext",
+    "global_local_attention",
+    "sentence_attention",
+    "word_attention",
+]

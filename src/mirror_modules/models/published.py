@@ -1,0 +1,342 @@
+"""Public checkpoints of AttnGAN and MirrorGAN -> our Modules.
+
+    conditioning, generator = load_published_generator(load_published("netG.pth"))
+
+Each part has a table of (published prefix, our prefix). `<k>` stands for a number, and each side counts from its k:
+with `h_net<2>.` and `refinements.<0>.`, the published `h_net3.` is our `refinements.1.`.
+
+The weights read the token ids of the vocabulary that was published beside them, which are not our `Vocabulary`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mirror_modules._checks import shape_of
+from mirror_modules.adversarial import PairedDiscriminator
+from mirror_modules.glam import CascadedGenerator
+from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, TorchvisionBackbone
+from mirror_modules.stream import Captioner
+
+State = Mapping[str, Tensor]
+Table = tuple[tuple[str, str], ...]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+CONDITIONING: Table = (("ca_net.fc.", "linear."),)
+ATTENTION: Table = (
+    ("conv_context.", "word_projection."),
+    ("conv_sentence_vis.", "score_projection."),
+    ("linear.", "sentence_projection."),
+)
+GENERATOR: Table = (
+    ("h_net1.fc.0.", "initial.linear."),
+    ("h_net1.fc.1.", "initial.norm."),
+    ("h_net1.upsample<1>.1.", "initial.upsample.<0>.conv."),
+    ("h_net1.upsample<1>.2.", "initial.upsample.<0>.norm."),
+    *((f"h_net<2>.att.{published}", f"refinements.<0>.attention.{ours}") for published, ours in ATTENTION),
+    ("h_net<2>.conv.", "refinements.<0>.fusion."),
+    ("h_net<2>.residual.<0>.block.0.", "refinements.<0>.residual.<0>.conv1."),
+    ("h_net<2>.residual.<0>.block.1.", "refinements.<0>.residual.<0>.norm1."),
+    ("h_net<2>.residual.<0>.block.3.", "refinements.<0>.residual.<0>.conv2."),
+    ("h_net<2>.residual.<0>.block.4.", "refinements.<0>.residual.<0>.norm2."),
+    ("h_net<2>.upsample.1.", "refinements.<0>.upsample.0.conv."),
+    ("h_net<2>.upsample.2.", "refinements.<0>.upsample.0.norm."),
+    ("img_net<1>.img.0.", "heads.<0>.conv."),
+    ("img_net.img.0.", "heads.0.conv."),
+)
+DISCRIMINATOR: Table = (
+    ("img_code_s16.<0>.", "trunk.<0>."),
+    ("img_code_s32.<0>.", "trunk.<11>."),
+    ("img_code_s32_1.<0>.", "trunk.<14>."),
+    ("img_code_s64.<0>.", "trunk.<14>."),
+    ("img_code_s64_1.<0>.", "trunk.<17>."),
+    ("img_code_s64_2.<0>.", "trunk.<20>."),
+    ("UNCOND_DNET.outlogits.0.", "realism_head."),
+    ("COND_DNET.jointConv.<0>.", "joint.<0>."),
+    ("COND_DNET.outlogits.0.", "consistency_head."),
+)
+TEXT_ENCODER: Table = (("encoder.", "embedding."), ("rnn.", "lstm."))
+IMAGE_ENCODER: Table = (
+    ("emb_features.", "region_projection."),
+    ("emb_cnn_code.", "image_projection."),
+    ("Conv2d_", "backbone.network.Conv2d_"),
+    ("Mixed_", "backbone.network.Mixed_"),
+)
+# The captioner was published as two files; "cnn." and "rnn." tell their tensors apart.
+CAPTIONER: Table = (
+    ("cnn.resnet.0.", "image_encoder.network.conv1."),
+    ("cnn.resnet.1.", "image_encoder.network.bn1."),
+    ("cnn.resnet.<4>.", "image_encoder.network.layer<1>."),
+    ("cnn.linear.", "image_projection."),
+    ("cnn.bn.", "image_norm."),
+    ("rnn.embed.", "embedding."),
+    ("rnn.lstm.", "lstm."),
+    ("rnn.linear.", "output."),
+)
+# 1x1 convolutions in the published code, linear layers here.
+POINTWISE = ("word_projection.weight", "score_projection.weight", "region_projection.weight")
+NUMBER = re.compile(r"<(\d+)>")
+
+
+def load_published(path: str | Path) -> dict[str, Tensor]:
+    """Read a published .pth file, of old and new formats, without running code out of it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or holds something else than named tensors.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a published .pth file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors, as a state_dict is.")
+    return state
+
+
+def convert_conditioning(state: State) -> dict[str, Tensor]:
+    """The conditioning augmentation's part of a published generator -> state of `ConditioningAugmentation`."""
+    return _convert("convert_conditioning", _select(state, conditioning=True), CONDITIONING)
+
+
+def convert_attention(state: State) -> dict[str, Tensor]:
+    """A published attention alone -> state of `GlobalLocalAttention` with sentence_bias and score_projection."""
+    return _convert("convert_attention", state, ATTENTION)
+
+
+def convert_generator(state: State) -> dict[str, Tensor]:
+    """A published generator, but for its conditioning augmentation -> state of `CascadedGenerator`.
+
+    Like every `convert_...`: names may begin with "module.", as DataParallel writes them; `num_batches_tracked`, which
+    old files lack, becomes 0.
+
+    Raises:
+        ValueError: A name is not that of a published tensor.
+    """
+    return _convert("convert_generator", _select(state, conditioning=False), GENERATOR)
+
+
+def convert_discriminator(state: State) -> dict[str, Tensor]:
+    """A published discriminator of any stage -> state of `PairedDiscriminator`."""
+    return _convert("convert_discriminator", state, DISCRIMINATOR)
+
+
+def convert_text_encoder(state: State) -> dict[str, Tensor]:
+    """A published text encoder -> state of `TextEncoder`."""
+    return _convert("convert_text_encoder", state, TEXT_ENCODER)
+
+
+def convert_image_encoder(state: State) -> dict[str, Tensor]:
+    """A published image encoder -> state of `ImageEncoder` on torchvision's Inception v3."""
+    return _convert("convert_image_encoder", state, IMAGE_ENCODER)
+
+
+def convert_captioner(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
+    """A published caption CNN and caption RNN -> state of `Captioner` on a torchvision ResNet; {} leaves one out."""
+    return _convert("convert_captioner", _both(cnn_state, rnn_state), CAPTIONER)
+
+
+def load_published_generator(state: State) -> tuple[ConditioningAugmentation, CascadedGenerator]:
+    """Build the conditioning augmentation and the generator that a published state was saved from.
+
+    Sizes, number of stages, residual blocks, kind of attention and heads are read off the state: AttnGAN, AttnDCGAN and
+    MirrorGAN are told apart by it. Like every `load_published_...`, the result is in evaluation mode.
+
+    Raises:
+        ValueError: A tensor is unknown, missing or of the wrong shape; the message names it.
+    """
+    owner = "load_published_generator"
+    state = _plain(state)
+    affine, text_dim = _shape(owner, state, "ca_net.fc.weight", 2)
+    condition_dim = affine // 4
+    one_head = "img_net.img.0.weight" in state
+    channels = _shape(owner, state, "img_net.img.0.weight" if one_head else "img_net1.img.0.weight", 4)[1]
+    coarsest = 4 * 2 ** _count(state, "h_net1.upsample<1>.")
+    generator = CascadedGenerator(
+        _shape(owner, state, "h_net1.fc.0.weight", 2)[1] - condition_dim,
+        condition_dim,
+        text_dim,
+        channels=channels,
+        resolutions=[coarsest * 2**stage for stage in range(_count(state, "h_net<1>."))],
+        residual_blocks=_count(state, "h_net2.residual.<0>."),
+        attention=(
+            "global-local"
+            if "h_net2.att.linear.weight" in state
+            else "word"
+            if "h_net2.att.conv_context.weight" in state
+            else "none"
+        ),
+        intermediate_images=not one_head,
+        sentence_bias="h_net2.att.linear.bias" in state,
+        score_projection="h_net2.att.conv_sentence_vis.weight" in state,
+    )
+    conditioning = ConditioningAugmentation(text_dim, condition_dim)
+    return (
+        _load(owner, conditioning, _select(state, conditioning=True), CONDITIONING),
+        _load(owner, generator, _select(state, conditioning=False), GENERATOR),
+    )
+
+
+def load_published_discriminator(state: State) -> PairedDiscriminator:
+    """Build the discriminator that a published state was saved from; see `load_published_generator`."""
+    owner = "load_published_discriminator"
+    state = _plain(state)
+    width, joint_width, *_ = _shape(owner, state, "COND_DNET.jointConv.0.weight", 4)
+    coarsest_map = 64 if _count(state, "img_code_s64.<0>.") else 32 if _count(state, "img_code_s32.<0>.") else 16
+    channels = _shape(owner, state, "img_code_s16.0.weight", 4)[0]
+    discriminator = PairedDiscriminator(4 * coarsest_map, joint_width - width, channels=channels)
+    return _load(owner, discriminator, state, DISCRIMINATOR)
+
+
+def load_published_text_encoder(state: State) -> TextEncoder:
+    """Build the text encoder that a published state was saved from; see `load_published_generator`."""
+    owner = "load_published_text_encoder"
+    state = _plain(state)
+    vocabulary_size, embedding_dim = _shape(owner, state, "encoder.weight", 2)
+    feature_dim = 2 * _shape(owner, state, "rnn.weight_hh_l0", 2)[1]
+    encoder = TextEncoder(vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim)
+    return _load(owner, encoder, state, TEXT_ENCODER)
+
+
+def load_published_image_encoder(state: State) -> ImageEncoder:
+    """Build the image encoder that a published state was saved from; see `load_published_generator`.
+
+    It takes its images raw, in [-1, 1], as it was trained.
+    """
+    owner = "load_published_image_encoder"
+    state = _plain(state)
+    feature_dim = _shape(owner, state, "emb_features.weight", 4)[0]
+    encoder = ImageEncoder("inception_v3", feature_dim)
+    return _load(owner, encoder, state, IMAGE_ENCODER)
+
+
+def load_published_captioner(cnn_state: State, rnn_state: State, *, backbone: str = "resnet152") -> Captioner:
+    """Build the captioner that a published pair of states was saved from; see `load_published_generator`.
+
+    It takes its images raw, in [-1, 1], as it was trained.
+
+    Args:
+        cnn_state: The caption CNN's.
+        rnn_state: The caption RNN's.
+        backbone: The torchvision ResNet in the caption CNN.
+
+    Raises:
+        ValueError: A tensor is unknown, missing or of the wrong shape; the message names it, with "cnn." or "rnn." in
+            front.
+    """
+    owner = "load_published_captioner"
+    state = _both(cnn_state, rnn_state)
+    vocabulary_size, embedding_dim = _shape(owner, state, "rnn.embed.weight", 2)
+    captioner = Captioner(
+        TorchvisionBackbone(backbone, normalize=False),
+        vocabulary_size,
+        embedding_dim=embedding_dim,
+        hidden_dim=_shape(owner, state, "rnn.lstm.weight_hh_l0", 2)[1],
+    )
+    return _load(owner, captioner, state, CAPTIONER)
+
+
+def _plain(state: State) -> dict[str, Tensor]:
+    """Without the prefix that DataParallel puts before each name."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _select(state: State, *, conditioning: bool) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in _plain(state).items() if name.startswith("ca_net.") == conditioning}
+
+
+def _both(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
+    parts = {"cnn": _plain(cnn_state), "rnn": _plain(rnn_state)}
+    return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+
+def _count(state: State, prefix: str) -> int:
+    """How many different numbers stand at the `<k>` of a prefix."""
+    pattern = _pattern(prefix)
+    return len({match[1] for name in state if (match := pattern.match(name))})
+
+
+def _shape(owner: str, state: State, name: str, axes: int) -> tuple[int, ...]:
+    """Shape of a tensor that sizes are read off."""
+    if name not in state:
+        raise ValueError(f"{owner}: {name!r} is missing from the published state; does it belong to another part?")
+    if state[name].ndim != axes:
+        raise ValueError(f"{owner}: {name!r} is {shape_of(state[name])}, expected {axes} axes.")
+    return tuple(state[name].shape)
+
+
+def _pattern(prefix: str) -> re.Pattern[str]:
+    return re.compile(NUMBER.sub(r"(\\d+)", re.escape(prefix)))
+
+
+def _rename(published: str, table: Table) -> str | None:
+    """Our name of a published tensor, None if no row of the table begins it."""
+    for before, after in table:
+        match = _pattern(before).match(published)
+        if match is None:
+            continue
+        steps = [int(number) - int(first) for number, first in zip(match.groups(), NUMBER.findall(before))]
+        if all(step >= 0 for step in steps):
+            return _numbered(after, steps) + published[match.end() :]
+    return None
+
+
+def _numbered(prefix: str, steps: list[int]) -> str:
+    numbers = iter(steps)
+    return NUMBER.sub(lambda first: str(int(first[1]) + next(numbers)), prefix)
+
+
+def _published_names(owner: str, state: State, table: Table) -> dict[str, str]:
+    """Published name of each of our tensors."""
+    names: dict[str, str] = {}
+    for published in state:
+        ours = _rename(published, table)
+        if ours is None or ours in names:
+            raise ValueError(f"{owner}: {published!r} has no place here; does the state belong to another part?")
+        names[ours] = published
+    return names
+
+
+def _as_linear(weight: Tensor) -> Tensor:
+    """Weight of a 1x1 convolution -> weight of a linear layer; any other stays, for the check of shapes to name."""
+    return weight[:, :, 0, 0] if weight.shape[2:] == (1, 1) else weight
+
+
+def _convert(owner: str, state: State, table: Table) -> dict[str, Tensor]:
+    state = _plain(state)
+    converted = {
+        ours: _as_linear(state[published]) if ours.endswith(POINTWISE) else state[published]
+        for ours, published in _published_names(owner, state, table).items()
+    }
+    for ours, tensor in list(converted.items()):
+        if ours.endswith("running_var"):
+            counter = ours.replace("running_var", "num_batches_tracked")
+            converted.setdefault(counter, torch.zeros((), dtype=torch.long, device=tensor.device))
+    return converted
+
+
+def _load(owner: str, module: AnyModule, state: State, table: Table) -> AnyModule:
+    published, converted = _published_names(owner, state, table), _convert(owner, state, table)
+    expected = module.state_dict()
+    for ours, tensor in converted.items():
+        if ours not in expected:
+            raise ValueError(f"{owner}: {published[ours]!r} has no place in this {type(module).__name__}.")
+        if tensor.shape != expected[ours].shape:
+            raise ValueError(
+                f"{owner}: {published[ours]!r} is {shape_of(state[published[ours]])}, which does not become "
+                f"our {ours!r} {shape_of(expected[ours])}, the size that the other tensors ask for."
+            )
+    missing = [ours for ours in expected if ours not in converted]
+    if missing:
+        raise ValueError(f"{owner}: the published state lacks what becomes our {missing[0]!r}; is the file complete?")
+    module.load_state_dict(converted)
+    return module.eval()

@@ -1,0 +1,27 @@
+"""STEM, text in: vocabulary, text encoder, conditioning augmentation, text-image matching (MirrorGAN, Sec. 3.1)."""
+
+from mirror_modules.stem.conditioning import Condition, ConditioningAugmentation, kl_divergence
+from mirror_modules.stem.image_encoder import ConvBackbone, ImageEncoder, ImageFeatures, TorchvisionBackbone
+from mirror_modules.stem.matching import MatchingLoss, MatchingTerms, matching_loss, word_region_similarity
+from mirror_modules.stem.text_encoder import TextEncoder, TextFeatures
+from mirror_modules.stem.vocabulary import END, PAD, UNKNOWN, Vocabulary
+
+__all__ = [
+    "END",
+    "PAD",
+    "UNKNOWN",
+    "Condition",
+    "ConditioningAugmentation",
+    "ConvBackbone",
+    "ImageEncoder",
+    "ImageFeatures",
+    "MatchingLoss",
+    "MatchingTerms",
+    "TextEncoder",
+    "TextFeatures",
+    "TorchvisionBackbone",
+    "Vocabulary",
+    "kl_divergence",
+    "matching_loss",
+    "word_region_similarity",
+]

@@ -1,0 +1,86 @@
+"""Conditioning augmentation: a sentence becomes a distribution of conditions (MirrorGAN, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirror_modules._checks import at_least_float32, check_choice, check_features, check_positive, shape_of
+
+
+class Condition(NamedTuple):
+    """A draw from the distribution of a sentence, and the distribution."""
+
+    sample: Tensor
+    """mean + exp(log_variance / 2) * noise. (B, E)"""
+    mean: Tensor
+    """(B, E)"""
+    log_variance: Tensor
+    """(B, E)"""
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Divergence of N(mean, variance) from N(0, I), which keeps conditions close to a standard normal.
+
+        KL = 1/2 (mean^2 + variance - 1 - log variance)    per element
+
+    Args:
+        mean: (B, E).
+        log_variance: (B, E).
+        reduction: "mean" over all elements, as the published code, or "sum" over the features and mean over the batch.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        ValueError: Shapes disagree, or `reduction` is unknown.
+    """
+    check_choice("kl_divergence", "reduction", reduction, ("mean", "sum"))
+    if mean.shape != log_variance.shape:
+        raise ValueError(f"kl_divergence: mean is {shape_of(mean)} but log_variance is {shape_of(log_variance)}.")
+    mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
+    elements = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return elements.mean() if reduction == "mean" else elements.sum(dim=1).mean()
+
+
+class ConditioningAugmentation(nn.Module):
+    """Draw a condition from a learned normal distribution around the sentence (MirrorGAN, Sec. 3.1).
+
+        sample = mu(s) + sigma(s) * eps,    eps ~ N(0, I)
+
+    `mu` and `log sigma^2` come from one linear layer with a gated linear unit.
+
+    Args:
+        text_dim: Features D of the sentence.
+        condition_dim: Features E of the condition.
+    """
+
+    def __init__(self, text_dim: int, condition_dim: int = 100) -> None:
+        super().__init__()
+        check_positive("ConditioningAugmentation", text_dim=text_dim, condition_dim=condition_dim)
+        self.text_dim, self.condition_dim = text_dim, condition_dim
+        self.linear = nn.Linear(text_dim, 4 * condition_dim)
+
+    def forward(self, sentence: Tensor, *, noise: Tensor | None = None) -> Condition:
+        """Draw a condition.
+
+        Args:
+            sentence: Sentence features, (B, D).
+            noise: The draw eps, (B, E); None draws a new one, also in evaluation. Zeros give the mean.
+
+        Returns:
+            The sample, the mean and the log variance, each (B, E).
+
+        Raises:
+            ValueError: Sizes disagree.
+        """
+        check_features("ConditioningAugmentation", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
+        mean, log_variance = F.glu(self.linear(sentence), dim=1).chunk(2, dim=1)
+        if noise is None:
+            noise = torch.randn_like(mean)
+        elif noise.shape != mean.shape:
+            raise ValueError(f"ConditioningAugmentation: noise is {shape_of(noise)}, expected {shape_of(mean)} (B, E).")
+        return Condition(mean + torch.exp(0.5 * log_variance) * noise, mean, log_variance)

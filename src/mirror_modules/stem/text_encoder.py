@@ -1,0 +1,79 @@
+"""Captions become word features and a sentence feature: `w, s = RNN(T)` (MirrorGAN, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from mirror_modules._checks import check_positive, check_tokens, check_word_mask
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder reads in a batch of captions."""
+
+    words: Tensor
+    """One feature per word, zero at padding. (B, L, D)"""
+    sentence: Tensor
+    """One feature per caption. (B, D)"""
+
+
+class TextEncoder(nn.Module):
+    """A bidirectional LSTM over word embeddings (MirrorGAN, Sec. 3.1).
+
+        words = hidden states of both directions,    sentence = last hidden state of both directions
+
+    Captions are packed by length, so that the backward direction starts at the last real word: a caption alone and the
+    same caption padded in a batch have the same features.
+
+    Args:
+        vocabulary_size: Number of token ids.
+        embedding_dim: Features of a word embedding.
+        feature_dim: Features D of a word and of the sentence; even, half for each direction.
+        dropout: Probability with which an embedding's element is dropped in training.
+    """
+
+    def __init__(
+        self, vocabulary_size: int, *, embedding_dim: int = 300, feature_dim: int = 256, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        owner = "TextEncoder"
+        check_positive(
+            owner, vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim
+        )
+        if feature_dim % 2:
+            raise ValueError(f"{owner}: feature_dim must be even, half for each direction, but it is {feature_dim}.")
+        self.vocabulary_size, self.feature_dim = vocabulary_size, feature_dim
+        self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(embedding_dim, feature_dim // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, tokens: Tensor, word_mask: Tensor | None = None) -> TextFeatures:
+        """Read captions.
+
+        Args:
+            tokens: Token ids, (B, L).
+            word_mask: True for a real word, (B, L), real words first; None if all are.
+
+        Returns:
+            Word features (B, L, D), zero at padding, and sentence features (B, D).
+
+        Raises:
+            ValueError: A token lies outside the vocabulary, a caption has no real word, or padding precedes a word.
+        """
+        check_tokens("TextEncoder", tokens, self.vocabulary_size)
+        check_word_mask("TextEncoder", tokens, word_mask)
+        if word_mask is None:
+            word_mask = torch.ones_like(tokens, dtype=torch.bool)
+        lengths = word_mask.sum(dim=1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if not torch.equal(word_mask, positions < lengths.unsqueeze(1)):
+            raise ValueError("TextEncoder: word_mask has padding before a real word; put the real words first.")
+        embedded = self.dropout(self.embedding(tokens))
+        packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states, (last, _) = self.lstm(packed)
+        words, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+        return TextFeatures(words, torch.cat((last[0], last[1]), dim=1))

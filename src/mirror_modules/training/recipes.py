@@ -1,0 +1,157 @@
+"""Recipes: everything that decides how a run comes out, as frozen records. A recipe is a function that returns one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from mirror_modules.models import MirrorGANConfig
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """The captioned images."""
+
+    source: Literal["synthetic-flowers", "oxford-flowers"] = "synthetic-flowers"
+    """Embedded synthetic flowers, or the Oxford-102 photographs in the folder `path`."""
+    path: str | None = None
+    """Folder of the photographs; not used for synthetic flowers."""
+    training_images: int | None = 4096
+    """Images of the training split; None takes all that there are."""
+    validation_images: int | None = 1000
+    """Images of the validation split; None takes all that there are."""
+    min_count: int = 1
+    """Words that are rarer in the training captions are read as unknown."""
+    augment: bool = False
+    """Random crops and mirror images in training."""
+
+
+@dataclass(frozen=True)
+class MatchingRecipe:
+    """Text and image encoder by the matching loss: phase `stem`, and the judge."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 48
+    """Images per step."""
+    learning_rate: float = 2e-3
+    """Adam's peak step size."""
+
+
+@dataclass(frozen=True)
+class CaptionerRecipe:
+    """The captioner on real pairs: phase `stream`."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 48
+    """Images per step."""
+    learning_rate: float = 2e-3
+    """Adam's peak step size."""
+
+
+@dataclass(frozen=True)
+class AdversarialRecipe:
+    """The generator against its discriminators: phase `glam`."""
+
+    steps: int = 700
+    """Optimizer steps of the generator, one of each discriminator with each."""
+    batch_size: int = 32
+    """Images per step."""
+    generator_learning_rate: float = 2e-4
+    """Adam's step size for generator and conditioning."""
+    discriminator_learning_rate: float = 2e-4
+    """Adam's step size for each discriminator."""
+    redescription_weight: float = 20.0
+    """lambda, the weight of the redescription loss; 0 leaves the captioner out."""
+    redescription_reduction: Literal["word", "sentence"] = "word"
+    """Mean over words, or sum over each caption's words."""
+    kl_weight: float = 1.0
+    """Weight of the divergence of the conditions from a standard normal."""
+    mismatched_pairs: bool = True
+    """Show discriminators real images with other images' sentences."""
+    adversarial_weighting: Literal["paper", "release"] = "paper"
+    """Weights of the adversarial terms: the paper's, or the published code's."""
+    average_decay: float = 0.999
+    """Decay of the generator's moving average, reached gradually."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What is measured in the end."""
+
+    candidates: int = 100
+    """Captions that each image ranks for R-precision, its own included."""
+    report_images: int = 24
+    """Captions shown in the report."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    name: str
+    """The recipe's name."""
+    seed: int = 0
+    """Decides every random draw of the run."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """The captioned images."""
+    model: MirrorGANConfig = field(default_factory=MirrorGANConfig)
+    """Sizes and choices of the model."""
+    stem: MatchingRecipe = field(default_factory=MatchingRecipe)
+    """Phase `stem`: text and image encoder."""
+    stream: CaptionerRecipe = field(default_factory=CaptionerRecipe)
+    """Phase `stream`: the captioner."""
+    glam: AdversarialRecipe = field(default_factory=AdversarialRecipe)
+    """Phase `glam`: the generator."""
+    judge: MatchingRecipe = field(default_factory=MatchingRecipe)
+    """Phase `judge`: the encoder pair that evaluates and that no training uses."""
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    """What is measured in the end."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
+
+
+def demo() -> Recipe:
+    """Synthetic flowers at 64 pixels in minutes on two CPU cores."""
+    return Recipe(
+        name="demo",
+        model=MirrorGANConfig(
+            embedding_dim=64,
+            word_dim=128,
+            text_dropout=0.1,
+            noise_dim=32,
+            condition_dim=64,
+            channels=16,
+            resolutions=(16, 32, 64),
+            residual_blocks=1,
+            discriminator_channels=32,
+            image_backbone="conv",
+            captioner_backbone="conv",
+            captioner_embedding_dim=128,
+            captioner_hidden_dim=128,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in RECIPES:
+        close = get_close_matches(name, RECIPES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}.{hint}")
+    return RECIPES[name]()

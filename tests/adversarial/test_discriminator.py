@@ -1,0 +1,126 @@
+"""The paired discriminator: two verdicts, each of one image, and only one of them looks at the sentence."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mirror_modules import PairedDiscriminator
+
+B, D, CHANNELS = 3, 5, 2
+
+
+def make(resolution=16):
+    return PairedDiscriminator(resolution, D, channels=CHANNELS)
+
+
+def draw(resolution=16, batch=B):
+    return torch.rand(batch, 3, resolution, resolution) * 2 - 1, torch.randn(batch, D)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "width"), [(4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)]
+)
+def test_any_resolution_ends_at_4_pixels(resolution, width):
+    judge, (images, sentence) = make(resolution), draw(resolution, batch=2)
+    features = judge.features(images)
+    assert features.shape == (2, width * CHANNELS, 4, 4)
+    assert judge.feature_dim == width * CHANNELS
+    assert [logits.shape for logits in judge(images, sentence)] == [(2,), (2,)]
+
+
+def test_features_can_be_judged_more_than_once():
+    judge, (images, sentence) = make().eval(), draw()
+    features = judge.features(images)
+    assert_close(tuple(judge.judge(features, sentence)), tuple(judge(images, sentence)), atol=0, rtol=0)
+    other = judge.judge(features, -sentence)
+    assert_close(other.realism, judge(images, sentence).realism, atol=0, rtol=0)
+    assert (other.consistency != judge(images, sentence).consistency).all()
+
+
+def test_realism_does_not_look_at_the_sentence():
+    judge, (images, sentence) = make(), draw()
+    sentence.requires_grad_()
+    verdict = judge(images, sentence)
+    assert torch.autograd.grad(verdict.realism.sum(), sentence, allow_unused=True, retain_graph=True) == (None,)
+    (gradient,) = torch.autograd.grad(verdict.consistency.sum(), sentence)
+    assert (gradient.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("verdict", ["realism", "consistency"])
+def test_both_verdicts_reach_every_pixel(verdict):
+    judge, (images, sentence) = make().eval(), draw()
+    images.requires_grad_()
+    getattr(judge(images, sentence), verdict).sum().backward()
+    assert (images.grad != 0).all()
+
+
+def test_an_image_alone_is_judged_as_in_a_batch():
+    judge, (images, sentence) = make().eval(), draw()
+    together = judge(images, sentence)
+    for i in range(B):
+        alone = judge(images[i : i + 1], sentence[i : i + 1])
+        assert_close(tuple(alone), tuple(logits[i : i + 1] for logits in together), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("resolution", [4, 8, 16, 128])
+def test_a_batch_of_one_trains(resolution):
+    judge = make(resolution).train()
+    verdict = judge(*draw(resolution, batch=1))
+    (verdict.realism.square() + verdict.consistency.square()).sum().backward()
+    for name, parameter in judge.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_larger_batch_does_not_mix_up_rows():
+    judge, (images, sentence) = make().eval(), draw()
+    order = torch.tensor([2, 0, 1])
+    shuffled, straight = judge(images[order], sentence[order]), judge(images, sentence)
+    assert_close(tuple(shuffled), tuple(logits[order] for logits in straight))
+
+
+def test_compiles_into_one_graph(compiled):
+    judge, inputs = make().eval(), draw()
+    verdict = compiled(judge)(*inputs)
+    assert_close(tuple(verdict), tuple(judge(*inputs)))
+    verdict.consistency.sum().backward()
+    assert judge.joint[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("resolution", [2, 3, 12, 100])
+def test_resolution_must_be_a_power_of_two(resolution):
+    with pytest.raises(ValueError, match=rf"resolution must be a power of two from 4 up, but it is {resolution}\."):
+        PairedDiscriminator(resolution)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (r"resolution must be a whole number of at least 1, but it is 64\.0", {"resolution": 64.0}),
+        (r"text_dim must be a whole number of at least 1, but it is 0", {"resolution": 4, "text_dim": 0}),
+        (r"channels must be a whole number of at least 1, but it is -2", {"resolution": 4, "channels": -2}),
+    ],
+)
+def test_refuses_what_it_cannot_be(message, options):
+    with pytest.raises(ValueError, match="PairedDiscriminator: " + message):
+        PairedDiscriminator(**options)
+
+
+@pytest.mark.parametrize(
+    ("message", "images", "sentence"),
+    [
+        (r"images are \(3, 3, 16, 8\) but .* resolution=16; expected \(B, 3, 16, 16\)", torch.zeros(B, 3, 16, 8), torch.zeros(B, D)),
+        (r"images must be \(B, 3, H, W\), but they are \(3, 1, 16, 16\)", torch.zeros(B, 1, 16, 16), torch.zeros(B, D)),
+        (r"images must be floats .* torch\.uint8; use x / 127\.5 - 1", torch.zeros(B, 3, 16, 16).byte(), torch.zeros(B, D)),
+        (r"sentence has 7 features but .* text_dim=5", torch.zeros(B, 3, 16, 16), torch.zeros(B, 7)),
+        (r"batch sizes disagree .*sentence: \(1, 5\)", torch.zeros(B, 3, 16, 16), torch.zeros(1, D)),
+    ],
+)
+def test_says_what_is_wrong(message, images, sentence):
+    with pytest.raises(ValueError, match="PairedDiscriminator: " + message):
+        make()(images, sentence)
+
+
+def test_features_of_another_judge_are_refused():
+    with pytest.raises(ValueError, match=r"features has 9 features but .* feature_dim=4"):
+        make().judge(torch.zeros(B, 9, 4, 4), torch.zeros(B, D))

@@ -1,0 +1,66 @@
+"""Mismatched pairs: nobody meets its own class where that can be avoided."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from mirror_modules.adversarial import mismatch
+
+layouts = st.lists(st.integers(-3, 4), min_size=1, max_size=13)
+seeds = st.integers(0, 2**32)
+
+
+def pair(classes, seed):
+    return mismatch(torch.tensor(classes), generator=torch.Generator().manual_seed(seed))
+
+
+@given(layouts, seeds)
+def test_partners_are_a_permutation(classes, seed):
+    assert sorted(pair(classes, seed).partner.tolist()) == list(range(len(classes)))
+
+
+@given(layouts, seeds)
+def test_valid_says_who_meets_another_class(classes, seed):
+    partner, valid = pair(classes, seed)
+    for row, other in enumerate(partner.tolist()):
+        assert valid[row].item() == (classes[row] != classes[other])
+
+
+@given(layouts, seeds)
+def test_as_many_meet_another_class_as_possible(classes, seed):
+    largest = max(Counter(classes).values())
+    # A row of the largest class needs a partner outside of it, and so does each partner's own row.
+    possible = min(len(classes), 2 * (len(classes) - largest))
+    assert int(pair(classes, seed).valid.sum()) == possible
+
+
+@given(layouts, seeds)
+def test_a_seed_repeats_the_draw(classes, seed):
+    assert_close(tuple(pair(classes, seed)), tuple(pair(classes, seed)), atol=0, rtol=0)
+
+
+def test_each_allowed_partner_is_drawn_about_equally_often():
+    classes, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+    counts = torch.zeros(6, 6)
+    for _ in range(600):
+        for row, other in enumerate(mismatch(classes, generator=generator).partner.tolist()):
+            counts[row, other] += 1
+    allowed = torch.tensor([[a != b for b in classes] for a in classes])
+    assert (counts[~allowed] == 0).all()
+    # 150 expected, standard deviation 11.
+    assert (counts[allowed] - 150).abs().max() < 60
+
+
+def test_one_class_alone_has_no_valid_partner():
+    assert not pair([7, 7, 7], 0).valid.any()
+    assert not pair([7], 0).valid.any()
+
+
+@pytest.mark.parametrize("classes", [torch.zeros(3, 1), torch.zeros(0), torch.tensor(4)])
+def test_class_ids_must_be_a_row(classes):
+    with pytest.raises(ValueError, match=r"mismatch: class_ids must be \(B,\), one per row, but they are \("):
+        mismatch(classes)

@@ -1,0 +1,97 @@
+"""The benchmark compares two ways of computing the same thing: images, losses and gradients are equal."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarks", reason="run pytest as `python -m pytest` from the root")
+from benchmarks import step
+from benchmarks.published import PublishedAttention, published_step
+from mirror_modules import GlobalLocalAttention
+from mirror_modules.adversarial.pairing import Mismatch
+from mirror_modules.training.step import adversarial_step
+
+SIZES = step.Sizes(batch=3, words=7, word_dim=10, channels=3, discriminator_channels=2, resolutions=(8, 16, 64))
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def with_the_next_caption(monkeypatch):
+    """Mismatched pairs as the published code has them."""
+
+    def mismatch(class_ids, *, generator):
+        rows = torch.arange(len(class_ids))
+        return Mismatch(rows.roll(-1), rows < len(rows) - 1)
+
+    monkeypatch.setattr("mirror_modules.training.step.mismatch", mismatch)
+
+
+def one_step(impl):
+    run = step.build_step(impl, SIZES)
+    state = run.args[0]
+    before = copy.deepcopy(state.painter.state_dict())
+    return run(), state, before
+
+
+@pytest.mark.parametrize("impl", [step.PUBLISHED, step.PUBLISHED_HELD])
+@pytest.mark.usefixtures("with_the_next_caption")
+def test_one_step_is_the_same_step(impl):
+    ours, our_state, our_weights = one_step(step.OURS)
+    theirs, their_state, their_weights = one_step(impl)
+    assert all(isinstance(s.attention, PublishedAttention) for s in their_state.painter.generator.refinements)
+    torch.testing.assert_close(our_weights, their_weights, rtol=0, atol=0)
+    judged = {f"{who}_{resolution}" for who in ("discriminator", "generator") for resolution in SIZES.resolutions}
+    assert set(theirs) == judged | {"kl", "generator_total"}
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}")
+    mine, its = (dict(s.painter.named_parameters()) for s in (our_state, their_state))
+    assert len(mine) == len(its)
+    for name, parameter in mine.items():
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, its[name].grad, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(parameter, its[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (7, 7, 7)])
+def test_the_attention_is_the_same_for_captions_of_equal_length(lengths):
+    ours, published, inputs = an_attention(lengths)
+    for mine, its in zip(ours(*inputs, need_weights=True), published(*inputs)):
+        torch.testing.assert_close(mine, its)
+
+
+def test_captions_of_other_lengths_get_each_others_masks():
+    ours, published, inputs = an_attention((7, 2, 5))
+    padding = ours(*inputs, need_weights=True).word_weights[1, 2:]
+    assert padding.abs().max() == 0
+    assert published(*inputs).word_weights[1, 2:].abs().max() > 0.01
+
+
+def an_attention(lengths):
+    torch.manual_seed(0)
+    sizes = {"feature_dim": 3, "word_dim": 11, "condition_dim": 5}
+    ours = GlobalLocalAttention(**sizes, sentence_bias=True, score_projection=True)
+    published = PublishedAttention(**sizes, sentence_bias=True, score_projection=True)
+    published.load_state_dict(ours.state_dict())
+    word_mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    inputs = (torch.randn(3, 3, 2, 13), torch.randn(3, 7, 11), torch.randn(3, 5), word_mask)
+    return ours, published, inputs
+
+
+def test_our_step_leaves_the_discriminators_as_their_own_step_made_them():
+    gradients = {}
+    for impl in (step.PUBLISHED, step.PUBLISHED_HELD):
+        _, state, _ = one_step(impl)
+        gradients[impl] = state.discriminators[0].realism_head.weight.grad
+    assert not torch.allclose(gradients[step.PUBLISHED], gradients[step.PUBLISHED_HELD])
+
+
+def test_the_steps_are_the_ones_that_training_runs():
+    assert step.build_step(step.OURS, SIZES).func is adversarial_step
+    assert step.build_step(step.PUBLISHED, SIZES).func is published_step

@@ -1,0 +1,89 @@
+"""Who imports whom, and what an import costs."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+IMPORT_AND_USE = """
+import sys
+import torch
+
+HEAVY = {"torchvision", "triton", "tyro", "tqdm", "matplotlib", "safetensors", "jinja2", "PIL"}
+loaded_by_torch = HEAVY & set(sys.modules)
+attempts = []
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HEAVY:
+            attempts.append(name)
+            raise ImportError(f"{name} is refused here")
+
+sys.meta_path.insert(0, Refuse())
+
+import mirror_modules
+
+attention = mirror_modules.GlobalLocalAttention(3, 5, 7)
+attention(torch.randn(1, 3, 2, 2), torch.randn(1, 4, 5), torch.randn(1, 7)).word_context.sum().backward()
+mirror_modules.TextEncoder(11, feature_dim=6)(torch.tensor([[3, 4]])).sentence.sum().backward()
+
+print(sorted(attempts), sorted(HEAVY & set(sys.modules) - loaded_by_torch))
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder / "src"), "COLUMNS": "200"},
+        check=False,
+    )
+
+
+def test_importing_the_package_needs_no_heavy_package():
+    done = run_python(IMPORT_AND_USE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[] []"
+
+
+def test_the_refusal_would_be_seen():
+    done = run_python(IMPORT_AND_USE.replace("import mirror_modules\n", "import mirror_modules, PIL\n", 1))
+    assert "PIL is refused here" in done.stderr
+
+
+def test_layers_hold():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_contract_can_break(tmp_path):
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "src/mirror_modules/glam/stages.py").open("a", encoding="utf-8") as file:
+        file.write("import triton\nimport torchvision\nimport PIL\nimport mirror_modules.stem.vocabulary\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1
+    assert "0 kept, 4 broken" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.relative_to(ROOT / "src").as_posix())
+def test_no_bare_assert(source):
+    lines = [
+        node.lineno for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Assert)
+    ]
+    assert lines == [], f"{source.name}: raise a ValueError with words instead, lines {lines}"

@@ -1,0 +1,143 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from mirror_modules.data import CaptionedImage, InMemoryCaptions
+from mirror_modules.stem.vocabulary import Vocabulary
+
+N, H, W = 11, 5, 7
+
+
+class Numbered:
+    """Image i is filled with i and has 1 to 3 captions, of which each word tells the image."""
+
+    def __init__(self, size=N):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        captions = tuple(" ".join([f"w{index}"] * (2 + choice)) for choice in range(1 + index % 3))
+        return CaptionedImage(np.full((H, W, 3), index, dtype=np.uint8), captions, 100 + index, {"number": str(index)})
+
+
+class Broken(Numbered):
+    def __init__(self, **replaced):
+        super().__init__()
+        self.replaced = replaced
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample._replace(**self.replaced) if index == 3 else sample
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbers(batches):
+    return [batch.images[:, 0, 0, 0].tolist() for batch in batches]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one[:4], other[:4])) and one.captions == other.captions
+
+
+@pytest.fixture(scope="module")
+def data():
+    return InMemoryCaptions(Numbered(), max_words=18)
+
+
+def test_everything_in_a_batch_belongs_together(data):
+    for batch in islice(data.batches(3, seeded(0)), 20):
+        assert batch.images.shape == (3, H, W, 3)
+        assert batch.images.dtype == torch.uint8
+        for row, number in enumerate(batch.images[:, 2, 4, 1].tolist()):
+            assert batch.class_ids[row] == 100 + number
+            assert batch.captions[row] in Numbered()[number].captions
+            length = len(batch.captions[row].split())
+            assert batch.word_mask[row].tolist() == [i < length for i in range(batch.tokens.shape[1])]
+        assert data.vocabulary.decode(batch.tokens) == list(batch.captions)
+        assert batch.tokens.shape[1] == batch.word_mask.sum(dim=1).max()
+
+
+def test_each_epoch_shows_every_image_at_most_once_and_over_time_all(data):
+    shown = numbers(islice(data.batches(3, seeded(0)), 300))
+    epochs = [[*shown[i], *shown[i + 1], *shown[i + 2]] for i in range(0, 300, 3)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert {number for epoch in epochs for number in epoch} == set(range(N))
+    assert len({tuple(epoch) for epoch in epochs}) == 100
+
+
+def test_a_whole_epoch_shows_every_image_and_in_time_every_caption(data):
+    batches = list(islice(data.batches(N, seeded(0)), 60))
+    assert all(sorted(shown) == list(range(N)) for shown in numbers(batches))
+    seen = {caption for batch in batches for caption in batch.captions}
+    assert seen == {caption for i in range(N) for caption in Numbered()[i].captions}
+
+
+def test_batches_repeat_with_the_generator_and_leave_the_global_one_alone(data):
+    before = torch.get_rng_state()
+    one, again, other = (list(islice(data.batches(3, seeded(seed)), 7)) for seed in (1, 1, 2))
+    assert all(same(a, b) for a, b in zip(one, again))
+    assert numbers(one) != numbers(other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3, 7])
+def test_skip_goes_on_where_another_run_stopped(data, skip):
+    unbroken = list(islice(data.batches(3, seeded(4)), 12))
+    resumed = list(islice(data.batches(3, seeded(4), skip=skip), 12 - skip))
+    assert all(same(a, b) for a, b in zip(unbroken[skip:], resumed))
+
+
+def test_chosen_images_and_captions(data):
+    batch = data.batch(torch.tensor([5, 2, 5]), torch.tensor([2, 0, 1]))
+    assert batch.captions == ("w5 w5 w5 w5", "w2 w2", "w5 w5 w5")
+    assert batch.class_ids.tolist() == [105, 102, 105]
+    with pytest.raises(IndexError, match="choices names a caption that its image does not have"):
+        data.batch(torch.tensor([0]), torch.tensor([1]))
+
+
+def test_long_captions_are_cut_but_kept_as_written():
+    batch = InMemoryCaptions(Numbered(), max_words=3).batch(torch.tensor([5]), torch.tensor([2]))
+    assert batch.tokens.shape == (1, 3)
+    assert batch.captions == ("w5 w5 w5 w5",)
+
+
+def test_given_vocabulary_reads_other_words_as_unknown(recwarn):
+    data = InMemoryCaptions(Numbered(), Vocabulary(["w1"]), max_words=18)
+    assert data.batch(torch.tensor([1, 2]), torch.tensor([0, 0])).tokens.tolist() == [[3, 3], [2, 2]]
+    assert not recwarn
+
+
+def test_built_vocabulary_drops_rare_words():
+    vocabulary = InMemoryCaptions(Numbered(), max_words=18, min_count=9).vocabulary
+    assert set(vocabulary.words[3:]) == {"w2", "w5", "w8"}
+
+
+def test_keeps_what_is_known_and_tells_the_progress():
+    calls = []
+    data = InMemoryCaptions(Numbered(5), max_words=18, progress=lambda done, total: calls.append((done, total)))
+    assert len(data) == 5
+    assert calls == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert data.attributes[3] == {"number": "3"}
+    assert data.captions[1] == ("w1 w1", "w1 w1 w1")
+
+
+def test_errors(data):
+    with pytest.raises(ValueError, match="the data set is empty"):
+        InMemoryCaptions(Numbered(0), max_words=18)
+    with pytest.raises(ValueError, match=r"image 3 is \(4, 4, 3\), but the first is \(5, 7, 3\)"):
+        InMemoryCaptions(Broken(image=np.zeros((4, 4, 3), dtype=np.uint8)), max_words=18)
+    with pytest.raises(ValueError, match="sample 3 has no caption"):
+        InMemoryCaptions(Broken(captions=()), max_words=18)
+    with pytest.raises(ValueError, match="max_words must be a whole number of at least 1, but it is 0"):
+        InMemoryCaptions(Numbered(), max_words=0)
+    with pytest.raises(ValueError, match="batch_size=12 exceeds the 11 samples"):
+        data.batches(12, seeded(0))
+    with pytest.raises(ValueError, match="skip must be at least 0, but it is -1"):
+        data.batches(3, seeded(0), skip=-1)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from mirror_modules.data import image_pyramid, random_crop_flip, to_bytes, to_float
+
+B, H, W, R = 3, 11, 13, 7
+
+
+def random_bytes(batch=B, height=H, width=W, seed=0):
+    return torch.randint(
+        256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_to_float_by_loops():
+    images = random_bytes()
+    floats = to_float(images)
+    assert floats.shape == (B, 3, H, W)
+    assert floats.is_contiguous()
+    for b in range(B):
+        for h in range(H):
+            for w in range(W):
+                for c in range(3):
+                    assert floats[b, c, h, w].item() == pytest.approx(images[b, h, w, c].item() / 127.5 - 1, abs=1e-6)
+
+
+def test_every_byte_survives_the_way_to_floats_and_back():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    floats = to_float(images)
+    assert (floats.min().item(), floats.max().item()) == (-1, 1)
+    assert torch.equal(to_bytes(floats), images)
+
+
+def test_to_bytes_rounds_and_clips():
+    values = torch.tensor([-7.0, -1.0, -0.9961, 0.0, 0.5, 1.0, 7.0])
+    assert to_bytes(values.expand(1, 3, 1, 7))[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+def test_crops_are_windows_of_their_own_image_some_of_them_mirrored():
+    images = random_bytes(41)
+    crops = random_crop_flip(images, R, seeded(0))
+    assert crops.shape == (41, R, R, 3)
+    places = []
+    for image, crop in zip(images, crops):
+        windows = {
+            (top, left, mirrored): (window.flip(1) if mirrored else window)
+            for top in range(H - R + 1)
+            for left in range(W - R + 1)
+            for window in [image[top : top + R, left : left + R]]
+            for mirrored in (False, True)
+        }
+        found = [place for place, window in windows.items() if torch.equal(window, crop)]
+        assert len(found) == 1
+        places += found
+    tops, lefts, mirrored = (set(values) for values in zip(*places))
+    assert tops == set(range(H - R + 1))
+    assert lefts == set(range(W - R + 1))
+    assert mirrored == {False, True}
+
+
+def test_no_flip_where_it_is_not_allowed():
+    images = random_bytes(31, R, R)
+    assert torch.equal(random_crop_flip(images, R, seeded(0), flip=False), images)
+    assert not torch.equal(random_crop_flip(images, R, seeded(0)), images)
+
+
+def test_crops_repeat_with_the_generator_and_leave_the_global_one_alone():
+    images = random_bytes()
+    before = torch.get_rng_state()
+    one, again, other = (random_crop_flip(images, R, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("resolution", [1, 3, 4, 6, 12])
+def test_pyramid_is_the_mean_of_each_area(resolution):
+    images = torch.randn(B, 3, 12, 12, generator=seeded(0))
+    (small,) = image_pyramid(images, [resolution])
+    step = 12 // resolution
+    for row in range(resolution):
+        for column in range(resolution):
+            area = images[:, :, row * step : (row + 1) * step, column * step : (column + 1) * step]
+            torch.testing.assert_close(small[:, :, row, column], area.mean(dim=(2, 3)))
+
+
+def test_pyramid_keeps_the_order_and_the_finest():
+    images = torch.randn(B, 3, 16, 16)
+    pyramid = image_pyramid(images, (4, 8, 16))
+    assert [level.shape[2:] for level in pyramid] == [(4, 4), (8, 8), (16, 16)]
+    assert torch.equal(pyramid[-1], images)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"to_float: images must be uint8 \(B, H, W, 3\), but they are torch.float32"):
+        to_float(torch.zeros(2, 5, 5, 3))
+    with pytest.raises(ValueError, match=r"to_bytes: images must be \(B, 3, H, W\), but they are \(2, 5, 5, 3\)"):
+        to_bytes(torch.zeros(2, 5, 5, 3))
+    with pytest.raises(ValueError, match=r"random_crop_flip: images must be uint8 .* \(3, 3, 11, 13\)"):
+        random_crop_flip(random_bytes().permute(0, 3, 1, 2), R)
+    with pytest.raises(ValueError, match=r"images are \(3, 11, 13, 3\), smaller than resolution=12"):
+        random_crop_flip(random_bytes(), 12)
+    with pytest.raises(ValueError, match=r"resolutions \(4, 32\) exceed the images \(2, 3, 16, 16\)"):
+        image_pyramid(torch.zeros(2, 3, 16, 16), (4, 32))
+    with pytest.raises(ValueError, match=r"resolutions\[1\] must be a whole number of at least 1, but it is 0"):
+        image_pyramid(torch.zeros(2, 3, 16, 16), (4, 0))

@@ -1,0 +1,269 @@
+"""The two attentions against the paper's sums, written out."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from mirror_modules import GlobalLocalAttention
+from mirror_modules.functional import global_local_attention, sentence_attention, word_attention
+
+B, L, C, H, W = 2, 11, 3, 5, 7  # different primes: a swapped axis cannot pass
+D, E = 13, 17
+MODES = [("channels", False), ("channels", True), ("positions", False), ("positions", True)]
+
+
+def word_attention_by_loops(features, words, word_mask):
+    context, weights = torch.zeros(B, C, H, W), torch.zeros(B, L, H, W)
+    f, w = features.tolist(), words.tolist()
+    for b, y, x in product(range(B), range(H), range(W)):
+        real = [l for l in range(L) if word_mask[b, l]]
+        scores = {l: sum(f[b][c][y][x] * w[b][l][c] for c in range(C)) for l in real}
+        total = sum(math.exp(score) for score in scores.values())
+        for l in real:
+            weights[b, l, y, x] = math.exp(scores[l]) / total
+        for c in range(C):
+            context[b, c, y, x] = sum(math.exp(scores[l]) / total * w[b][l][c] for l in real)
+    return context, weights
+
+
+def sentence_attention_by_loops(features, sentence, score_matrix, axis):
+    context, weights, scores = torch.zeros(B, C, H, W), torch.zeros(B, C, H, W), torch.zeros(B, C, H, W)
+    for b, c, y, x in product(range(B), range(C), range(H), range(W)):
+        products = [float(features[b, k, y, x] * sentence[b, k]) for k in range(C)]
+        scores[b, c, y, x] = products[c] if score_matrix is None else sum(
+            float(score_matrix[c, k]) * products[k] for k in range(C)
+        )
+    for b, c, y, x in product(range(B), range(C), range(H), range(W)):
+        rivals = scores[b, :, y, x] if axis == "channels" else scores[b, c].flatten()
+        share = math.exp(scores[b, c, y, x]) / sum(math.exp(score) for score in rivals.tolist())
+        weights[b, c, y, x] = share
+        context[b, c, y, x] = sentence[b, c] * share * (1 if axis == "channels" else H * W)
+    return context, weights
+
+
+def mask_of(*real_words):
+    return torch.arange(L) < torch.tensor(real_words).unsqueeze(1)
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("real_words", [(11, 11), (11, 4), (1, 11)])
+def test_word_attention_matches_the_loops(real_words):
+    features, words, mask = torch.randn(B, C, H, W), torch.randn(B, L, C), mask_of(*real_words)
+    assert_close(word_attention(features, words, mask), word_attention_by_loops(features, words, mask))
+
+
+@pytest.mark.parametrize(("axis", "mixed"), MODES)
+def test_sentence_attention_matches_the_loops(axis, mixed):
+    features, sentence = torch.randn(B, C, H, W), torch.randn(B, C)
+    matrix = torch.randn(C, C) if mixed else None
+    expected = sentence_attention_by_loops(features, sentence, matrix, axis)
+    assert_close(sentence_attention(features, sentence, score_matrix=matrix, axis=axis), expected)
+
+
+def test_no_mask_means_that_all_words_are_real():
+    features, words = torch.randn(B, C, H, W), torch.randn(B, L, C)
+    assert_close(word_attention(features, words), word_attention(features, words, mask_of(L, L)))
+
+
+def test_gradients_of_word_attention():
+    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64)
+    assert gradcheck(word_attention, inputs)
+    assert gradcheck(word_attention, (*inputs, mask_of(5, 2)[:, :5]))
+
+
+@pytest.mark.parametrize(("axis", "mixed"), MODES)
+def test_gradients_of_sentence_attention(axis, mixed):
+    features, sentence = draw(B, C, 2, 3, dtype=torch.float64), draw(B, C, dtype=torch.float64)
+    matrix = draw(C, C, dtype=torch.float64) if mixed else None
+    assert gradcheck(lambda f, s, m: sentence_attention(f, s, score_matrix=m, axis=axis), (features, sentence, matrix))
+
+
+def test_gradients_of_both_attentions():
+    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64), draw(B, C, dtype=torch.float64)
+    assert gradcheck(lambda *args: global_local_attention(*args, mask_of(5, 2)[:, :5])[:2], inputs)
+
+
+def test_padding_gets_exactly_nothing():
+    _, weights = word_attention(torch.randn(B, C, H, W), torch.randn(B, L, C), mask_of(4, 11))
+    assert (weights[0, 4:] == 0).all()
+    assert (weights[0, :4] > 0).all()
+    assert_close(weights.sum(dim=1), torch.ones(B, H, W))
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4])
+def test_padding_has_no_influence(garbage):
+    features, words, grad = draw(B, C, H, W), draw(B, L, C), torch.randn(B, C, H, W)
+    padded_features = features.detach().clone().requires_grad_()
+    padded_words = torch.cat((words.detach(), garbage * torch.randn(B, 2, C)), dim=1).requires_grad_()
+    padded_mask = torch.cat((mask_of(11, 4), torch.zeros(B, 2, dtype=torch.bool)), dim=1)
+
+    context, weights = word_attention(features, words, mask_of(11, 4))
+    padded_context, padded_weights = word_attention(padded_features, padded_words, padded_mask)
+    context.backward(grad)
+    padded_context.backward(grad)
+
+    assert_close((padded_context, padded_weights[:, :L]), (context, weights))
+    assert_close((padded_features.grad, padded_words.grad[:, :L]), (features.grad, words.grad))
+    assert (padded_words.grad[~padded_mask] == 0).all()
+
+
+def test_a_sample_alone_equals_the_same_sample_in_a_batch():
+    attention = GlobalLocalAttention(C, D, E).eval()
+    features, words, condition = torch.randn(B, C, H, W), torch.randn(B, L, D), torch.randn(B, E)
+    together = attention(features, words, condition, mask_of(4, 11), need_weights=True)
+    alone = attention(features[:1], words[:1, :4], condition[:1], need_weights=True)
+    expected = (together.word_context, together.sentence_context, together.word_weights[:, :4])
+    assert_close(tuple(alone[:3]), tuple(part[:1] for part in expected), atol=1e-5, rtol=0)
+    assert_close(alone.sentence_weights, together.sentence_weights[:1], atol=1e-5, rtol=0)
+
+
+def test_extreme_scores_stay_finite():
+    features, words = 1e4 * draw(B, C, H, W), 1e4 * draw(B, L, C)
+    for context in global_local_attention(features, words, words[:, 0], mask_of(11, 4))[:2]:
+        assert context.isfinite().all()
+    (gradient,) = torch.autograd.grad(word_attention(features, words)[0].sum(), features)
+    assert gradient.isfinite().all()
+
+
+def test_half_precision_softmaxes_over_many_entries():
+    # 4099 equal shares summed in bfloat16 stop growing at 256.
+    zeros = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    _, weights = word_attention(zeros, torch.zeros(1, 4099, 1, dtype=torch.bfloat16))
+    assert weights.dtype == torch.bfloat16
+    assert_close(weights.float(), torch.full((1, 4099, 1, 1), 1 / 4099), rtol=1e-2, atol=0)
+
+
+def test_both_attentions_are_the_two_alone():
+    features, words, sentence = torch.randn(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
+    context = global_local_attention(features, words, sentence, mask_of(4, 11), need_weights=True)
+    assert_close((context.word_context, context.word_weights), word_attention(features, words, mask_of(4, 11)))
+    assert_close((context.sentence_context, context.sentence_weights), sentence_attention(features, sentence))
+    unasked = global_local_attention(features, words, sentence, mask_of(4, 11))
+    assert unasked.word_weights is None
+    assert unasked.sentence_weights is None
+    assert_close(unasked[:2], context[:2])
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize(("axis", "mixed"), MODES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_module_equals_function(axis, mixed, bias, impl):
+    module = GlobalLocalAttention(
+        C, D, E, sentence_bias=bias, score_projection=mixed, sentence_axis=axis, impl=impl
+    )
+    features, words, condition = torch.randn(B, C, H, W), torch.randn(B, L, D), torch.randn(B, E)
+    projected_words, projected_sentence = torch.zeros(B, L, C), torch.zeros(B, C)
+    u, v = module.word_projection.weight, module.sentence_projection.weight
+    for b, c in product(range(B), range(C)):
+        projected_sentence[b, c] = sum(v[c, e] * condition[b, e] for e in range(E))
+        projected_sentence[b, c] += module.sentence_projection.bias[c] if bias else 0
+        for l in range(L):
+            projected_words[b, l, c] = sum(u[c, d] * words[b, l, d] for d in range(D))
+    expected = global_local_attention(
+        features,
+        projected_words,
+        projected_sentence,
+        mask_of(4, 11),
+        need_weights=True,
+        score_matrix=module.score_projection.weight if mixed else None,
+        sentence_axis=axis,
+    )
+    assert_close(tuple(module(features, words, condition, mask_of(4, 11), need_weights=True)), tuple(expected))
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
+def test_compiles_into_one_graph(compiled, mask):
+    module = GlobalLocalAttention(C, D, E, score_projection=True)
+    inputs = draw(B, C, H, W), draw(B, L, D), draw(B, E)
+    context = compiled(module)(*inputs, mask)
+    assert_close(tuple(context), tuple(module(*inputs, mask)))
+    context.word_context.sum().backward()
+    assert inputs[0].grad.isfinite().all()
+
+
+def test_a_compiled_graph_gives_zeros_for_a_caption_without_words(compiled):
+    features = draw(B, C, H, W)
+    context, weights = compiled(word_attention)(features, torch.randn(B, L, C), mask_of(0, 11))
+    context.sum().backward()
+    assert (context[0] == 0).all()
+    assert (weights[0] == 0).all()
+    assert (features.grad[0] == 0).all()
+    assert features.grad[1].abs().sum() > 0
+
+
+ERRORS = {
+    "a caption has no real word": (r"caption 1 has no real word", {"word_mask": mask_of(3, 0)}),
+    "mask is not bool": (r"word_mask must be bool.*torch\.int64.*tokens != 0", {"word_mask": mask_of(3, 4).long()}),
+    "mask has another length": (r"word_mask is \(2, 10\) but the captions are \(2, 11\)", {"word_mask": mask_of(3, 4)[:, 1:]}),
+    "no words at all": (r"captions of length 0 \(\(2, 0, 3\)\)", {"words": torch.zeros(B, 0, C)}),
+    "words are not projected": (
+        r"words must be \(B, L, C\) with the 3 channels.*words: \(2, 11, 13\).*project them first",
+        {"words": torch.zeros(B, L, D)},
+    ),
+    "words have no axis of words": (r"words must be \(B, L, C\)", {"words": torch.zeros(B, C)}),
+    "features are not maps": (r"features must be \(B, C, H, W\), but they are \(2, 3, 5\)", {"features": torch.zeros(B, C, H)}),
+    "batches disagree": (r"batch sizes disagree \(features: \(2, .*words: \(3,", {"words": torch.zeros(3, L, C)}),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_word_attention_says_what_is_wrong(case):
+    message, changed = ERRORS[case]
+    arguments = {"features": torch.zeros(B, C, H, W), "words": torch.zeros(B, L, C), "word_mask": None} | changed
+    with pytest.raises(ValueError, match="word_attention: " + message):
+        word_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        (r"sentence must be \(B, C\) with the 3 channels.*\(2, 17\)", {"sentence": torch.zeros(B, E)}),
+        (r"axis must be one of 'channels', 'positions', but it is 'words'", {"axis": "words"}),
+        (r"score_matrix is \(3, 5\), expected \(3, 3\)", {"score_matrix": torch.zeros(3, 5)}),
+    ],
+)
+def test_sentence_attention_says_what_is_wrong(message, changed):
+    with pytest.raises(ValueError, match="sentence_attention: " + message):
+        sentence_attention(**{"features": torch.zeros(B, C, H, W), "sentence": torch.zeros(B, C)} | changed)
+
+
+@pytest.mark.parametrize(
+    ("message", "features", "words", "condition"),
+    [
+        (r"features has 5 features but .* feature_dim=3 \(features: \(2, 5,", (B, 5, H, W), (B, L, D), (B, E)),
+        (r"words has 300 features but .* word_dim=13 \(words: \(2, 11, 300\)", (B, C, H, W), (B, L, 300), (B, E)),
+        (r"condition has 2 features but .* condition_dim=17", (B, C, H, W), (B, L, D), (B, 2)),
+        (r"condition must be \(B, D\), but it is \(2, 17, 1\)", (B, C, H, W), (B, L, D), (B, E, 1)),
+        (r"batch sizes disagree .*condition: \(1, 17\)", (B, C, H, W), (B, L, D), (1, E)),
+    ],
+)
+def test_module_says_what_is_wrong(message, features, words, condition):
+    with pytest.raises(ValueError, match="GlobalLocalAttention: " + message):
+        GlobalLocalAttention(C, D, E)(torch.zeros(features), torch.zeros(words), torch.zeros(condition))
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (r"feature_dim must be a whole number of at least 1, but it is 0", {"feature_dim": 0}),
+        (r"word_dim must be a whole number of at least 1, but it is 2\.5", {"word_dim": 2.5}),
+        (r"sentence_axis must be one of", {"sentence_axis": "words"}),
+        (r"impl must be one of 'auto', 'torch', 'triton', but it is 'cuda'", {"impl": "cuda"}),
+    ],
+)
+def test_module_refuses_what_it_cannot_be(message, options):
+    with pytest.raises(ValueError, match="GlobalLocalAttention: " + message):
+        GlobalLocalAttention(**{"feature_dim": C, "word_dim": D, "condition_dim": E} | options)
+
+
+def test_an_implementation_that_is_not_there_raises():
+    arguments = torch.zeros(B, C, H, W), torch.zeros(B, L, C), torch.zeros(B, C)
+    with pytest.raises(NotImplementedError, match=r"global_local_attention: impl='triton' cannot run"):
+        global_local_attention(*arguments, impl="triton")

@@ -1,0 +1,124 @@
+"""The blocks of the cascade against convolutions written out."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mirror_modules.glam.stages import ImageHead, InitialStage, RefinementStage, ResidualBlock, UpBlock, WordAttention
+
+B, L, C, H, W = 2, 7, 3, 5, 2
+Z, D, E = 11, 13, 17
+
+
+def conv_by_loops(features, weight):
+    """A 3x3 convolution with one pixel of zeros around the map."""
+    _, channels, height, width = features.shape
+    out = torch.zeros(len(features), len(weight), height, width)
+    for b, o, y, x in product(range(len(features)), range(len(weight)), range(height), range(width)):
+        for c, dy, dx in product(range(channels), (-1, 0, 1), (-1, 0, 1)):
+            if 0 <= y + dy < height and 0 <= x + dx < width:
+                out[b, o, y, x] += weight[o, c, dy + 1, dx + 1] * features[b, c, y + dy, x + dx]
+    return out
+
+
+def norm_by_loops(features, norm):
+    out = torch.empty_like(features)
+    for c in range(features.shape[1]):
+        deviation = (norm.running_var[c] + norm.eps) ** 0.5
+        out[:, c] = (features[:, c] - norm.running_mean[c]) / deviation * norm.weight[c] + norm.bias[c]
+    return out
+
+
+def gate_by_loops(features):
+    half = features.shape[1] // 2
+    return torch.stack([features[:, c] * torch.sigmoid(features[:, half + c]) for c in range(half)], dim=1)
+
+
+def with_odd_statistics(module):
+    """Evaluation mode, with norms that are not the identity."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            for values in (part.running_mean, part.weight, part.bias):
+                nn.init.normal_(values)
+    return module.eval().requires_grad_(False)
+
+
+def test_up_block_matches_the_loops():
+    block, features = with_odd_statistics(UpBlock(C, 2)), torch.randn(1, C, 2, 3)
+    doubled = torch.zeros(1, C, 4, 6)
+    for y, x in product(range(4), range(6)):
+        doubled[:, :, y, x] = features[:, :, y // 2, x // 2]
+    expected = gate_by_loops(norm_by_loops(conv_by_loops(doubled, block.conv.weight), block.norm))
+    assert_close(block(features), expected)
+
+
+def test_residual_block_matches_the_loops():
+    block, features = with_odd_statistics(ResidualBlock(C)), torch.randn(1, C, 2, 3)
+    inner = gate_by_loops(norm_by_loops(conv_by_loops(features, block.conv1.weight), block.norm1))
+    expected = features + norm_by_loops(conv_by_loops(inner, block.conv2.weight), block.norm2)
+    assert_close(block(features), expected)
+
+
+def test_image_head_matches_the_loops():
+    head, features = ImageHead(C).requires_grad_(False), torch.randn(B, C, 2, 3)
+    assert_close(head(features), torch.tanh(conv_by_loops(features, head.conv.weight)))
+
+
+def test_initial_stage_without_doubling_is_a_gated_linear_map():
+    stage = with_odd_statistics(InitialStage(Z, E, C, 4))
+    noise, condition = torch.randn(B, Z), torch.randn(B, E)
+    linear = torch.zeros(B, 2 * C * 16)
+    for b, n in product(range(B), range(2 * C * 16)):
+        row = stage.linear.weight[n]
+        linear[b, n] = sum(row[e] * condition[b, e] for e in range(E)) + sum(row[E + z] * noise[b, z] for z in range(Z))
+    gated = gate_by_loops(norm_by_loops(linear, stage.norm))
+    expected = torch.zeros(B, C, 4, 4)
+    for c, y, x in product(range(C), range(4), range(4)):
+        expected[:, c, y, x] = gated[:, 16 * c + 4 * y + x]
+    assert_close(stage(noise, condition), expected)
+
+
+@pytest.mark.parametrize(("resolution", "widths"), [(4, []), (8, [2 * C]), (32, [8 * C, 4 * C, 2 * C])])
+def test_initial_stage_halves_the_channels_as_it_grows(resolution, widths):
+    stage = InitialStage(Z, E, C, resolution)
+    assert [block.conv.in_channels for block in stage.upsample] == widths
+    assert stage(torch.randn(B, Z), torch.randn(B, E)).shape == (B, C, resolution, resolution)
+
+
+@pytest.mark.parametrize(("attention", "maps"), [("global-local", (True, True)), ("word", (True, False)), ("none", (False, False))])
+@pytest.mark.parametrize(("doublings", "blocks"), [(1, 2), (2, 0), (3, 1)])
+def test_refinement_stage_grows_odd_maps(attention, maps, doublings, blocks):
+    stage = RefinementStage(D, E, C, doublings, blocks, attention)
+    mask = torch.arange(L) < torch.tensor([[4], [7]])
+    features, *weights = stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D), mask)
+    assert features.shape == (B, C, H * 2**doublings, W * 2**doublings)
+    assert tuple(weight is not None for weight in weights) == maps
+    for weight, axis in zip(weights, (L, C)):
+        assert weight is None or weight.shape == (B, axis, H, W)
+
+
+def test_refinement_stage_fuses_features_words_and_sentence_in_this_order():
+    stage = with_odd_statistics(RefinementStage(D, E, C, 1, 0, "global-local"))
+    features, condition, words = torch.randn(B, C, 2, 3), torch.randn(B, E), torch.randn(B, L, D)
+    context = stage.attention(features, words, condition)
+    fused = torch.zeros(B, 2 * C, 2, 3)
+    for o, c in product(range(2 * C), range(C)):
+        for i, part in enumerate((features, context.word_context, context.sentence_context)):
+            fused[:, o] += stage.fusion.weight[o, i * C + c, 0, 0] * part[:, c]
+    assert_close(stage(features, condition, words, None)[0], stage.upsample(fused))
+
+
+def test_word_attention_module_equals_the_function():
+    module, features, words = WordAttention(C, D), torch.randn(B, C, H, W), torch.randn(B, L, D)
+    mask = torch.arange(L) < torch.tensor([[4], [7]])
+    projected = torch.stack([torch.stack([module.word_projection(word) for word in caption]) for caption in words])
+    context, weights = module(features, words, mask)
+    for b, y, x in product(range(B), range(H), range(W)):
+        scores = torch.stack([projected[b, l] @ features[b, :, y, x] for l in range(L) if mask[b, l]])
+        share = torch.softmax(scores, dim=0)
+        assert_close(weights[b, : len(share), y, x], share)
+        assert_close(context[b, :, y, x], sum(s * word for s, word in zip(share, projected[b])))

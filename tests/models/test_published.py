@@ -1,0 +1,464 @@
+"""Published checkpoints become our Modules, which compute what the published ones did (recorded in tests/parity)."""
+
+import json
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from mirror_modules.adversarial import PairedLogits, discriminator_loss, generator_loss
+from mirror_modules.glam import CascadedGenerator, GlobalLocalAttention
+from mirror_modules.glam.stages import WordAttention
+from mirror_modules.models.published import (
+    convert_attention,
+    convert_captioner,
+    convert_conditioning,
+    convert_discriminator,
+    convert_generator,
+    load_published,
+    load_published_captioner,
+    load_published_discriminator,
+    load_published_generator,
+    load_published_image_encoder,
+    load_published_text_encoder,
+)
+from mirror_modules.stem import ImageFeatures, TextFeatures, kl_divergence, matching_loss
+from mirror_modules.stem.matching import word_region_attention
+from mirror_modules.stream import Captioner, redescription_loss
+
+PARITY = Path(__file__).parents[1] / "parity"
+LAYOUTS = json.loads((PARITY / "published_layouts.json").read_text())
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def recorded(name):
+    """The published state, and the recorded inputs and outputs."""
+    with np.load(PARITY / f"{name}.npz") as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file}
+    state = {key.removeprefix("state/"): tensor for key, tensor in tensors.items() if key.startswith("state/")}
+    return state, {key: tensor for key, tensor in tensors.items() if not key.startswith("state/")}
+
+
+def mask_of(lengths, longest=11):
+    return torch.arange(longest) < lengths.unsqueeze(1)
+
+
+def release_attention(state):
+    attention = GlobalLocalAttention(4, 16, 100, sentence_bias=True, score_projection=True)
+    attention.load_state_dict(convert_attention(state))
+    return attention
+
+
+# What the published modules computed
+
+
+def test_attention():
+    state, seen = recorded("global_local_attention")
+    found = release_attention(state)(seen["features"], seen["words"].mT, seen["condition"], need_weights=True)
+    for name, value in found._asdict().items():
+        assert_equal(value, seen[name])
+
+
+def test_masked_attention():
+    state, seen = recorded("global_local_attention_masked")
+    attention, words, mask = release_attention(state), seen["words"].mT, mask_of(seen["lengths"])
+    found = attention(seen["features"], words, seen["condition"], mask, need_weights=True)
+    for name in ("word_context", "sentence_context", "word_weights"):
+        assert_equal(getattr(found, name), seen[name])
+    for row, length in enumerate(seen["lengths"]):
+        one = slice(row, row + 1)
+        alone = attention(seen["features"][one], words[one, :length], seen["condition"][one])
+        assert_equal(alone.word_context, seen["word_context"][one])
+        assert_equal(alone.sentence_context, seen["sentence_context"][one])
+
+
+def test_generator():
+    state, seen = recorded("generator")
+    conditioning, generator = load_published_generator(state)
+    condition, mean, log_variance = conditioning(seen["sentence"], noise=seen["epsilon"])
+    assert_equal(mean, seen["mean"])
+    assert_equal(log_variance, seen["log_variance"])
+
+    images, word_weights, _ = generator(seen["noise"], condition, seen["words"].mT, need_weights=True)
+    assert [image.shape[-1] for image in images] == [64, 128, 256]
+    assert_equal(images[0][:2], seen["image0"])
+    assert_equal(images[1].mean(dim=(2, 3)), seen["image1_mean"])
+    assert_equal(images[1][:, :, :8, :8], seen["image1_corner"])
+    assert_equal(images[2].mean(dim=(2, 3)), seen["image2_mean"])
+    assert_equal(images[2][:, :, -8:, -8:], seen["image2_corner"])
+    assert_equal(word_weights[0].mean(dim=(2, 3)), seen["word_weights0_mean"])
+    assert_equal(word_weights[1][:, :, :4, :4], seen["word_weights1_corner"])
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 256])
+def test_discriminator(resolution):
+    state, seen = recorded(f"discriminator_{resolution}")
+    discriminator = load_published_discriminator(state)
+    assert discriminator.resolution == resolution
+    features = discriminator.features(seen["real"].float())
+    real = discriminator.judge(features, seen["sentence"])
+    fake = discriminator(seen["fake"].float(), seen["sentence"])
+    wrong = discriminator.judge(features[:-1], seen["sentence"][1:]).consistency
+    assert_equal(real.realism.sigmoid(), seen["realism_probability"])
+    assert_equal(real.consistency.sigmoid(), seen["consistency_probability"])
+
+    release = {"weighting": "release", "through": "probabilities"}
+    assert_equal(discriminator_loss(real, fake, wrong, **release), seen["discriminator_loss"])
+    assert_equal(generator_loss(fake, **release), seen["generator_loss"])
+    if resolution == 64:  # where no logit is large, rounding makes no difference
+        assert_equal(discriminator_loss(real, fake, wrong, weighting="release"), seen["discriminator_loss"])
+
+
+def test_text_encoder():
+    state, seen = recorded("text_encoder")
+    words, sentence = load_published_text_encoder(state)(seen["tokens"], mask_of(seen["lengths"]))
+    assert_equal(words, seen["words"].mT)
+    assert_equal(sentence, seen["sentence"])
+
+
+def test_caption_decoder():
+    state, seen = recorded("caption_decoder")
+    image_encoder = nn.Identity()
+    image_encoder.image_dim = 7
+    captioner = Captioner(image_encoder, 37, embedding_dim=12, hidden_dim=24)
+    absent = captioner.load_state_dict(convert_captioner({}, state), strict=False)
+    assert not absent.unexpected_keys
+    assert all(name.startswith("image_") for name in absent.missing_keys)
+
+    logits = captioner.decode(seen["features"], seen["tokens"])
+    packed = partial(pack_padded_sequence, lengths=seen["lengths"], batch_first=True)
+    assert_equal(packed(logits).data, seen["packed_logits"])
+    assert torch.equal(packed(seen["tokens"]).data, seen["packed_targets"])
+    assert_equal(redescription_loss(logits, seen["tokens"], mask_of(seen["lengths"])), seen["loss"])
+    greedy = captioner.search(seen["features"], beam_width=1, max_words=20, end_token=None)
+    assert torch.equal(greedy, seen["greedy"])
+
+
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_matching(with_classes):
+    _, seen = recorded("matching")
+    image_features = ImageFeatures(seen["regions"].flatten(2).mT, seen["image"])
+    text_features = TextFeatures(seen["words"].mT, seen["sentence"])
+    class_ids = seen["class_ids"] if with_classes else None
+    found = matching_loss(image_features, text_features, mask_of(seen["lengths"]), class_ids)
+    for value, name in zip(found, ("words_loss0", "words_loss1", "sentence_loss0", "sentence_loss1")):
+        assert_equal(value, seen[name if with_classes else f"{name}_noclass"])
+
+
+def test_matching_attention():
+    _, seen = recorded("matching")
+    regions, words = seen["regions"].flatten(2).mT, seen["words"].mT
+    attention = word_region_attention(regions, words, mask_of(seen["lengths"]))
+    assert_equal(attention[0, 0].unflatten(1, (5, 7)), seen["attention_first"])
+
+
+def test_kl_divergence():
+    _, seen = recorded("conditioning")
+    assert_equal(kl_divergence(seen["mean"], seen["log_variance"]), seen["kl"])
+
+
+def test_losses_through_probabilities_are_cut_at_100_and_train():
+    logits = torch.tensor([-200.0], requires_grad=True)
+    verdict = PairedLogits(logits, logits)
+    with torch.enable_grad():
+        loss = generator_loss(verdict, weighting="release", through="probabilities")
+    assert loss == 200
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+    assert generator_loss(verdict, weighting="release") == 400
+
+
+def test_losses_through_probabilities_keep_their_bits_under_autocast():
+    logits = torch.tensor([-1.5, 0.5, 7.0])
+    expected = generator_loss(PairedLogits(logits, logits), through="probabilities")
+    half = logits.bfloat16()  # exact for these numbers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(generator_loss(PairedLogits(half, half), through="probabilities"), expected)
+
+
+@pytest.mark.parametrize("loss", [generator_loss, lambda fake, **options: discriminator_loss(fake, fake, **options)])
+def test_losses_go_through_one_of_two(loss):
+    with pytest.raises(ValueError, match="_loss: through must be one of 'logits', 'probabilities', but it is 'odds'"):
+        loss(PairedLogits(torch.ones(2), torch.ones(2)), through="odds")
+
+
+# The backbones, for which nothing is recorded: torchvision's own forward is the oracle
+
+
+def test_image_encoder_computes_what_inception_does():
+    from torchvision.models import inception_v3
+
+    inception = inception_v3(weights=None, init_weights=False).eval()
+    for layer in inception.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # torch's own start fades to a constant over so many layers
+    to_regions, to_image = nn.Conv2d(768, 7, 1, bias=False), nn.Linear(2048, 7)
+    trunk = {k: v for k, v in inception.state_dict().items() if not k.startswith(("AuxLogits", "fc"))}
+    state = {**trunk, "emb_features.weight": to_regions.weight, **prefixed("emb_cnn_code.", to_image)}
+    inception.fc = nn.Identity()
+    maps = []
+    inception.Mixed_6e.register_forward_hook(lambda module, inputs, output: maps.append(output))
+
+    image = torch.rand(1, 3, 299, 299) * 2 - 1
+    found = load_published_image_encoder(state)(image)
+    assert_equal(found.image, to_image(inception(image)))
+    assert_equal(found.regions, to_regions(maps[0]).flatten(2).mT)
+
+
+def test_captioner_computes_what_resnet_does():
+    from torchvision.models import resnet18
+
+    resnet, linear, norm = resnet18(weights=None), nn.Linear(512, 12), nn.BatchNorm1d(12)
+    trunk = nn.Sequential(*list(resnet.children())[:-1]).eval()
+    norm.running_mean.uniform_(-1, 1)
+    rnn_state, _ = recorded("caption_decoder")
+    cnn_state = {**prefixed("resnet.", trunk), **prefixed("linear.", linear), **prefixed("bn.", norm)}
+    captioner = load_published_captioner(cnn_state, rnn_state, backbone="resnet18")
+
+    images = torch.rand(2, 3, 37, 41) * 2 - 1
+    assert_equal(captioner.first_input(images), norm.eval()(linear(trunk(images).flatten(1))))
+    assert torch.equal(captioner.output.weight, rnn_state["linear.weight"])
+
+
+def prefixed(prefix, module):
+    return {prefix + name: tensor for name, tensor in module.state_dict().items()}
+
+
+# The layouts of the public files
+
+
+def layout(name, variant="as published"):
+    """A state of the public sizes; its tensors have no memory."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in LAYOUTS[name].items()}
+    if variant == "without counters":
+        return {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    if variant == "DataParallel":
+        return {f"module.{key}": tensor for key, tensor in state.items()}
+    return state
+
+
+LOADERS = {
+    "attngan_bird_generator": load_published_generator,
+    "attngan_coco_generator": load_published_generator,
+    "attndcgan_bird_generator": load_published_generator,
+    "mirrorgan_bird_generator": load_published_generator,
+    "discriminator_64_df64": load_published_discriminator,
+    "discriminator_128_df64": load_published_discriminator,
+    "discriminator_256_df64": load_published_discriminator,
+    "text_encoder_bird": load_published_text_encoder,
+    "image_encoder": load_published_image_encoder,
+}
+
+
+def load_layout(name, variant="as published"):
+    with torch.device("meta"):
+        return LOADERS[name](layout(name, variant))
+
+
+@pytest.mark.parametrize("variant", ["as published", "without counters", "DataParallel"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_public_layouts_fill_our_modules(name, variant):
+    loaded = load_layout(name, variant)
+    modules = loaded if isinstance(loaded, tuple) else (loaded,)
+    shapes = [list(tensor.shape) for module in modules for tensor in module.state_dict().values()]
+    published = LAYOUTS[name].values()
+    assert len(shapes) == len(published)
+    assert sum(map(np.prod, shapes)) == sum(map(np.prod, published))
+    assert not any(module.training for module in modules)
+
+
+@pytest.mark.parametrize("variant", ["as published", "without counters", "DataParallel"])
+def test_public_captioner_fills_ours(variant):
+    with torch.device("meta"):
+        captioner = load_published_captioner(layout("caption_cnn", variant), layout("caption_rnn", variant))
+    assert len(captioner.state_dict()) == len(LAYOUTS["caption_cnn"]) + len(LAYOUTS["caption_rnn"])
+    assert captioner.vocabulary_size == 5450
+
+
+def test_public_layouts_have_no_further_part():
+    assert set(LAYOUTS) == {*LOADERS, "caption_cnn", "caption_rnn"}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "residual_blocks", "heads", "attention"),
+    [
+        ("attngan_bird_generator", 32, 2, 3, WordAttention),
+        ("attngan_coco_generator", 48, 3, 3, WordAttention),
+        ("attndcgan_bird_generator", 32, 0, 1, WordAttention),
+        ("mirrorgan_bird_generator", 32, 2, 3, GlobalLocalAttention),
+    ],
+)
+def test_generators_are_told_apart(name, channels, residual_blocks, heads, attention):
+    conditioning, generator = load_layout(name)
+    assert (conditioning.text_dim, conditioning.condition_dim) == (256, 100)
+    assert (generator.noise_dim, generator.condition_dim, generator.word_dim) == (100, 100, 256)
+    assert generator.resolutions == (64, 128, 256)
+    assert [head.conv.in_channels for head in generator.heads] == [channels] * heads
+    assert [len(stage.residual) for stage in generator.refinements] == [residual_blocks] * 2
+    assert all(isinstance(stage.attention, attention) for stage in generator.refinements)
+
+
+def test_converted_states_fit_modules_built_by_hand():
+    with torch.device("meta"):
+        generator = CascadedGenerator(sentence_bias=True, score_projection=True)
+    generator.load_state_dict(convert_generator(layout("mirrorgan_bird_generator")))
+
+
+def test_counters_are_kept_or_start_at_zero():
+    state = {"img_code_s32_1.1.running_var": torch.ones(3)}
+    assert convert_discriminator(state)["trunk.15.num_batches_tracked"].equal(torch.tensor(0))
+    state["img_code_s32_1.1.num_batches_tracked"] = torch.tensor(41)
+    assert convert_discriminator(state)["trunk.15.num_batches_tracked"].equal(torch.tensor(41))
+
+
+def test_a_generator_state_holds_two_parts():
+    state, _ = recorded("generator")
+    assert sorted(convert_conditioning(state)) == ["linear.bias", "linear.weight"]
+    assert not any("ca_net" in name or name.startswith("linear") for name in convert_generator(state))
+
+
+# States that do not fit
+
+
+def bird_generator(**changes):
+    return {**layout("mirrorgan_bird_generator"), **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("h_net2.extra.weight", (3,), "'h_net2.extra.weight' has no place here; does the state belong to another part"),
+        ("h_net2.residual.1.conv.weight", (3,), "'h_net2.residual.1.conv.weight' has no place here"),
+        ("h_net2.residual.1.block.0.bias", (3,), "'h_net2.residual.1.block.0.bias' has no place in this Cascaded"),
+        ("h_net2.att.linear.scale", (3,), "'h_net2.att.linear.scale' has no place in this Cascaded"),
+        ("h_net3.conv.weight", (64, 95, 1, 1), r"'h_net3.conv.weight' is \(64, 95, 1, 1\), .* \(64, 96, 1, 1\)"),
+        ("h_net3.att.conv_context.weight", (32, 256, 3, 3), r"weight' is \(32, 256, 3, 3\), .* \(32, 256\)"),
+        ("h_net3.att.conv_context.weight", (32,), r"'h_net3.att.conv_context.weight' is \(32,\), .* \(32, 256\)"),
+        ("ca_net.fc.weight", (400,), r"'ca_net.fc.weight' is \(400,\), expected 2 axes"),
+        ("ca_net.fc.bias", (401,), r"'ca_net.fc.bias' is \(401,\), which does not become our 'linear.bias' \(400,\)"),
+    ],
+)
+def test_foreign_and_misshaped_tensors_are_named(name, shape, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"load_published_generator: .*{message}"):
+        load_published_generator(bird_generator(**{name: torch.empty(shape)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ca_net.fc.weight", "'ca_net.fc.weight' is missing from the published state"),
+        ("img_net1.img.0.weight", "'img_net1.img.0.weight' is missing from the published state"),
+        ("h_net1.fc.0.weight", "'h_net1.fc.0.weight' is missing from the published state"),
+        ("h_net2.conv.weight", "lacks what becomes our 'refinements.0.fusion.weight'; is the file complete"),
+        ("h_net3.att.linear.bias", "lacks what becomes our 'refinements.1.attention.sentence_projection.bias'"),
+        ("ca_net.fc.bias", "lacks what becomes our 'linear.bias'"),
+    ],
+)
+def test_missing_tensors_are_named(name, message):
+    state = bird_generator()
+    del state[name]
+    with torch.device("meta"), pytest.raises(ValueError, match=f"load_published_generator: .*{message}"):
+        load_published_generator(state)
+
+
+@pytest.mark.parametrize(
+    ("load", "missing"),
+    [
+        (load_published_generator, "'ca_net.fc.weight'"),
+        (load_published_discriminator, "'COND_DNET.jointConv.0.weight'"),
+        (load_published_text_encoder, "'encoder.weight'"),
+        (load_published_image_encoder, "'emb_features.weight'"),
+        (partial(load_published_captioner, {}), "'rnn.embed.weight'"),
+    ],
+)
+def test_another_parts_state_is_refused(load, missing):
+    with pytest.raises(ValueError, match=f"{missing} is missing from the published state; does it belong to another"):
+        load({"features.0.weight": torch.ones(2, 3)})
+
+
+def test_two_tensors_for_one_place_are_refused():
+    with pytest.raises(ValueError, match=re.escape("'img_net.img.0.weight' has no place here")):
+        convert_generator({"img_net1.img.0.weight": torch.ones(2), "img_net.img.0.weight": torch.ones(2)})
+
+
+def test_a_number_before_the_first_is_refused():
+    with pytest.raises(ValueError, match=re.escape("convert_captioner: 'cnn.resnet.3.weight' has no place here")):
+        convert_captioner({"resnet.3.weight": torch.ones(2)}, {})
+
+
+def test_another_resnet_is_refused():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"'cnn\.resnet\.4\.0\.conv1\.weight' is .* does not"):
+        load_published_captioner(layout("caption_cnn"), layout("caption_rnn"), backbone="resnet18")
+
+
+# Files
+
+
+class OldTensor:
+    """Pickles as tensors did before 0.4: without `requires_grad`."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __reduce__(self):
+        sizes = (self.tensor.size(), self.tensor.stride())
+        return torch._utils._rebuild_tensor, (self.tensor._typed_storage(), 0, *sizes)
+
+
+@pytest.mark.parametrize("era", ["today", "before 1.6", "before 0.4"])
+def test_files_of_every_era_are_read(tmp_path, era):
+    state, _ = recorded("text_encoder")
+    saved = {name: OldTensor(tensor) for name, tensor in state.items()} if era == "before 0.4" else state
+    torch.save(saved, tmp_path / "text_encoder.pth", _use_new_zipfile_serialization=era == "today")
+    read = load_published(tmp_path / "text_encoder.pth")
+    assert read.keys() == state.keys()
+    assert all(read[name].equal(state[name]) for name in state)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"netG\.pth does not exist; expected a published \.pth file"):
+        load_published(tmp_path / "netG.pth")
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "netG.pth"
+    torch.save({"weight": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
+        load_published(path)
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("code out of a file ran",)
+
+
+def test_code_in_a_file_does_not_run(tmp_path, capsys):
+    path = tmp_path / "netG.pth"
+    path.write_bytes(pickle.dumps(Trap(), protocol=2))
+    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
+        load_published(path)
+    torch.save({"weight": Trap()}, path)
+    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
+        load_published(path)
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [([torch.ones(2)], "list"), ({"epoch": 600}, "dict"), (torch.ones(2), "Tensor")]
+)
+def test_files_of_something_else_are_refused(tmp_path, content, kind):
+    torch.save(content, tmp_path / "netG.pth")
+    with pytest.raises(ValueError, match=f"holds a {kind}, expected a dict of tensors"):
+        load_published(tmp_path / "netG.pth")

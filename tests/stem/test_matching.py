@@ -1,0 +1,256 @@
+"""Text-image matching against the sums of AttnGAN's equations 7 to 13, written out."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from mirror_modules import ImageFeatures, MatchingLoss, TextFeatures
+from mirror_modules.functional import matching_loss, word_region_similarity
+from mirror_modules.stem import matching
+
+I, J, R, L, D = 2, 3, 7, 5, 11  # different primes: a swapped axis cannot pass
+B = 3
+GAMMAS = {"gamma_attention": 4.0, "gamma_word": 5.0}
+
+
+def mask_of(*real_words, length=L):
+    return torch.arange(length) < torch.tensor(real_words).unsqueeze(1)
+
+
+def cosine(a, b):
+    product_of_lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / product_of_lengths
+
+
+def attention_by_loops(regions, words, gamma_attention):
+    """One image (R lists), one caption of real words (L lists) -> (L lists of R shares)."""
+    scores = [[math.exp(sum(x * y for x, y in zip(word, region))) for region in regions] for word in words]
+    columns = [sum(row[r] for row in scores) for r in range(len(regions))]
+    sharp = [[math.exp(gamma_attention * row[r] / columns[r]) for r in range(len(regions))] for row in scores]
+    return [[value / sum(row) for value in row] for row in sharp]
+
+
+def similarity_by_loops(regions, words, gamma_attention, gamma_word):
+    total = 0.0
+    for word, shares in zip(words, attention_by_loops(regions, words, gamma_attention)):
+        context = [sum(share * region[d] for share, region in zip(shares, regions)) for d in range(len(word))]
+        total += math.exp(gamma_word * cosine(context, word))
+    return math.log(total)
+
+
+def similarities_by_loops(regions, words, mask, gamma_attention=4.0, gamma_word=5.0):
+    table = torch.zeros(len(regions), len(words))
+    for i, j in product(range(len(regions)), range(len(words))):
+        real = [word for word, is_real in zip(words[j].tolist(), mask[j].tolist()) if is_real]
+        table[i, j] = similarity_by_loops(regions[i].tolist(), real, gamma_attention, gamma_word)
+    return table
+
+
+def cross_entropy_by_loops(logits, classes):
+    """Mean of - log softmax at the own column; columns of one's own class do not compete."""
+    total = 0.0
+    for i, row in enumerate(logits):
+        rivals = [math.exp(x) for j, x in enumerate(row) if j == i or classes is None or classes[i] != classes[j]]
+        total += math.log(sum(rivals)) - row[i]
+    return total / len(logits)
+
+
+def draw_pairs(dtype=torch.float32):
+    image = ImageFeatures(torch.randn(B, R, D, dtype=dtype), torch.randn(B, D, dtype=dtype))
+    return image, TextFeatures(torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("gammas", [(4.0, 5.0), (5.0, 1.0)])
+@pytest.mark.parametrize("real_words", [(5, 5, 5), (5, 2, 1)])
+def test_similarity_matches_the_loops(real_words, gammas):
+    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(*real_words)
+    values = word_region_similarity(regions, words, mask, gamma_attention=gammas[0], gamma_word=gammas[1])
+    assert_close(values, similarities_by_loops(regions, words, mask, *gammas), atol=1e-4, rtol=1e-5)
+
+
+def test_attention_matches_the_loops():
+    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
+    shares = matching.word_region_attention(regions, words, mask)
+    for i, j in product(range(I), range(J)):
+        length = int(mask[j].sum())
+        expected = attention_by_loops(regions[i].tolist(), words[j, :length].tolist(), 4.0)
+        assert_close(shares[i, j, :length], torch.tensor(expected))
+
+
+def test_no_mask_means_that_all_words_are_real():
+    regions, words = torch.randn(I, R, D), torch.randn(J, L, D)
+    assert_close(word_region_similarity(regions, words), word_region_similarity(regions, words, mask_of(5, 5, 5)))
+
+
+def test_gradients_of_similarity():
+    regions = torch.randn(I, 3, 2, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(J, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(word_region_similarity, (regions, words))
+    assert gradcheck(lambda *args: word_region_similarity(*args, mask_of(4, 2, 1, length=4)), (regions, words))
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e3])
+def test_padding_has_no_influence(garbage):
+    regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
+    padded_regions = regions.detach().clone().requires_grad_()
+    padded_words = torch.cat((words.detach(), garbage * torch.randn(J, 2, D)), dim=1).requires_grad_()
+    mask, padded_mask = mask_of(5, 2, 1), mask_of(5, 2, 1, length=L + 2)
+    grad = torch.randn(I, J)
+
+    similarity = word_region_similarity(regions, words, mask)
+    padded = word_region_similarity(padded_regions, padded_words, padded_mask)
+    similarity.backward(grad)
+    padded.backward(grad)
+
+    assert_close(padded, similarity)
+    assert_close((padded_regions.grad, padded_words.grad[:, :L]), (regions.grad, words.grad))
+    assert (padded_words.grad[~padded_mask] == 0).all()
+
+
+def test_a_pair_alone_equals_the_same_pair_in_a_batch():
+    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
+    together = word_region_similarity(regions, words, mask)
+    for i, j in product(range(I), range(J)):
+        alone = word_region_similarity(regions[i : i + 1], words[j : j + 1, mask[j]])
+        assert_close(alone, together[i : i + 1, j : j + 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * I * R * L])
+def test_chunks_change_nothing(monkeypatch, elements):
+    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
+    whole = word_region_similarity(regions, words, mask)
+    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", elements)
+    assert_close(word_region_similarity(regions, words, mask), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_similarity_stays_in_its_range_even_if_regions_cancel(dtype):
+    # Equal words attend evenly to all regions, and these sum to zero: no direction is left but rounding errors.
+    half = torch.randn(I, 16, D)
+    words = torch.randn(1, 1, D).expand(J, L, D)
+    for spread in (0.0, 1e-3):
+        spread_words = words + spread * torch.randn(J, L, D)
+        similarity = word_region_similarity(torch.cat((half, -half), dim=1).to(dtype), spread_words.to(dtype))
+        assert (similarity >= -5 - 1e-4).all()
+        assert (similarity <= 5 + math.log(L) + 1e-4).all()
+
+
+def test_matching_words_are_the_most_similar():
+    words = torch.nn.functional.normalize(torch.randn(J, L, D), dim=2)
+    regions = 20 * words[:, :, :]
+    similarity = word_region_similarity(regions, words)
+    assert similarity.argmax(dim=1).tolist() == [0, 1, 2]
+    assert similarity.argmax(dim=0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("classes", [None, [4, 4, 9], [1, 2, 3], [6, 6, 6]])
+def test_loss_matches_the_loops(classes):
+    (image, text), mask = draw_pairs(), mask_of(5, 2, 1)
+    by_words = (10 * similarities_by_loops(image.regions, text.words, mask)).tolist()
+    by_sentence = [[10 * cosine(a, b) for b in text.sentence.tolist()] for a in image.image.tolist()]
+    expected = [
+        cross_entropy_by_loops(table, classes)
+        for logits in (by_words, by_sentence)
+        for table in (logits, [list(column) for column in zip(*logits)])
+    ]
+    terms = matching_loss(image, text, mask, None if classes is None else torch.tensor(classes))
+    assert torch.stack(tuple(terms)).tolist() == pytest.approx(expected, abs=1e-4)
+    assert terms.total.item() == pytest.approx(sum(expected), abs=1e-3)
+
+
+def test_gradients_of_the_loss():
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((B, 3, 2), (B, 2), (B, 4, 2), (B, 2))]
+
+    def total(regions, image, words, sentence):
+        mask, classes = mask_of(4, 2, 1, length=4), torch.tensor([7, 7, 5])
+        return matching_loss(ImageFeatures(regions, image), TextFeatures(words, sentence), mask, classes).total
+
+    assert gradcheck(total, inputs)
+
+
+def test_padding_does_not_reach_the_loss():
+    image, text = draw_pairs()
+    padded = TextFeatures(torch.cat((text.words, torch.randn(B, 2, D)), dim=1), text.sentence)
+    mask, padded_mask = mask_of(5, 2, 1), mask_of(5, 2, 1, length=L + 2)
+    assert_close(tuple(matching_loss(image, padded, padded_mask)), tuple(matching_loss(image, text, mask)))
+
+
+def test_one_pair_alone_has_nothing_to_find():
+    image, text = draw_pairs()
+    alone = matching_loss(ImageFeatures(*(x[:1] for x in image)), TextFeatures(*(x[:1] for x in text)))
+    assert tuple(alone) == (0, 0, 0, 0)
+
+
+def test_module_equals_function():
+    (image, text), mask, classes = draw_pairs(), mask_of(5, 2, 1), torch.tensor([7, 7, 5])
+    gammas = {"gamma_attention": 2.0, "gamma_word": 3.0, "gamma_loss": 4.0}
+    expected = matching_loss(image, text, mask, classes, **gammas)
+    assert_close(tuple(MatchingLoss(**gammas)(image, text, mask, classes)), tuple(expected))
+    assert_close(tuple(MatchingLoss()(image, text)), tuple(matching_loss(image, text)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    image, text = draw_pairs()
+    half = ImageFeatures(*(x.to(dtype) for x in image)), TextFeatures(*(x.to(dtype) for x in text))
+    terms = matching_loss(*half)
+    assert {term.dtype for term in terms} == {torch.float32}
+    assert_close(terms.total, matching_loss(image, text).total, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert matching_loss(image, text).total.isfinite()
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+def test_compiles_into_one_graph(compiled, mask):
+    (image, text), classes, module = draw_pairs(), torch.tensor([7, 7, 5]), MatchingLoss()
+    image.regions.requires_grad_()
+    terms = compiled(module)(image, text, mask, classes)
+    assert_close(tuple(terms), tuple(module(image, text, mask, classes)))
+    terms.total.backward()
+    assert image.regions.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("message", "regions", "words", "mask"),
+    [
+        (r"regions must be \(I, R, D\) and words .* but they are \(2, 7, 11\) and \(3, 5, 7\)", (I, R, D), (J, L, 7), None),
+        (r"regions must be \(I, R, D\)", (I, D), (J, L, D), None),
+        (r"caption 2 has no real word", (I, R, D), (J, L, D), mask_of(5, 2, 0)),
+        (r"word_mask is \(2, 5\) but the captions are \(3, 5\)", (I, R, D), (J, L, D), mask_of(5, 2)),
+        (r"captions of length 0", (I, R, D), (J, 0, D), None),
+    ],
+)
+def test_similarity_says_what_is_wrong(message, regions, words, mask):
+    with pytest.raises(ValueError, match="word_region_similarity: " + message):
+        word_region_similarity(torch.zeros(regions), torch.zeros(words), mask)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        (r"batch sizes disagree \(regions: \(2, 7, 11\), image: \(3, 11\)", {"regions": torch.zeros(2, R, D)}),
+        (r"batch sizes disagree .*sentence: \(2, 11\)", {"sentence": torch.zeros(2, D)}),
+        (r"image and sentence must both be \(B, D\), but they are \(3, 11\) and \(3, 7\)", {"sentence": torch.zeros(B, 7)}),
+        (r"class_ids must be \(3,\), one per caption, but they are \(2,\)", {"class_ids": torch.zeros(2)}),
+    ],
+)
+def test_loss_says_what_is_wrong(message, changed):
+    image, text = draw_pairs()
+    given = {**image._asdict(), **text._asdict(), "class_ids": None} | changed
+    with pytest.raises(ValueError, match="matching_loss: " + message):
+        MatchingLoss()(
+            ImageFeatures(given["regions"], given["image"]),
+            TextFeatures(given["words"], given["sentence"]),
+            class_ids=given["class_ids"],
+        )
+
+
+def test_an_implementation_that_is_not_there_raises():
+    with pytest.raises(NotImplementedError, match=r"MatchingLoss: impl='triton' cannot run"):
+        MatchingLoss(impl="triton")
+    with pytest.raises(ValueError, match=r"word_region_similarity: impl must be one of"):
+        word_region_similarity(torch.zeros(I, R, D), torch.zeros(J, L, D), impl="cuda")
