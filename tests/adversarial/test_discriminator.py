@@ -17,9 +17,7 @@ def draw(resolution=16, batch=B):
     return torch.rand(batch, 3, resolution, resolution) * 2 - 1, torch.randn(batch, D)
 
 
-@pytest.mark.parametrize(
-    ("resolution", "width"), [(4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)]
-)
+@pytest.mark.parametrize(("resolution", "width"), [(4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)])
 def test_any_resolution_ends_at_4_pixels(resolution, width):
     judge, (images, sentence) = make(resolution), draw(resolution, batch=2)
     features = judge.features(images)
@@ -109,9 +107,17 @@ def test_refuses_what_it_cannot_be(message, options):
 @pytest.mark.parametrize(
     ("message", "images", "sentence"),
     [
-        (r"images are \(3, 3, 16, 8\) but .* resolution=16; expected \(B, 3, 16, 16\)", torch.zeros(B, 3, 16, 8), torch.zeros(B, D)),
+        (
+            r"images are \(3, 3, 16, 8\) but .* resolution=16; expected \(B, 3, 16, 16\)",
+            torch.zeros(B, 3, 16, 8),
+            torch.zeros(B, D),
+        ),
         (r"images must be \(B, 3, H, W\), but they are \(3, 1, 16, 16\)", torch.zeros(B, 1, 16, 16), torch.zeros(B, D)),
-        (r"images must be floats .* torch\.uint8; use x / 127\.5 - 1", torch.zeros(B, 3, 16, 16).byte(), torch.zeros(B, D)),
+        (
+            r"images must be floats .* torch\.uint8; use x / 127\.5 - 1",
+            torch.zeros(B, 3, 16, 16).byte(),
+            torch.zeros(B, D),
+        ),
         (r"sentence has 7 features but .* text_dim=5", torch.zeros(B, 3, 16, 16), torch.zeros(B, 7)),
         (r"batch sizes disagree .*sentence: \(1, 5\)", torch.zeros(B, 3, 16, 16), torch.zeros(1, D)),
     ],

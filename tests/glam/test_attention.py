@@ -34,8 +34,8 @@ def sentence_attention_by_loops(features, sentence, score_matrix, axis):
     context, weights, scores = torch.zeros(B, C, H, W), torch.zeros(B, C, H, W), torch.zeros(B, C, H, W)
     for b, c, y, x in product(range(B), range(C), range(H), range(W)):
         products = [float(features[b, k, y, x] * sentence[b, k]) for k in range(C)]
-        scores[b, c, y, x] = products[c] if score_matrix is None else sum(
-            float(score_matrix[c, k]) * products[k] for k in range(C)
+        scores[b, c, y, x] = (
+            products[c] if score_matrix is None else sum(float(score_matrix[c, k]) * products[k] for k in range(C))
         )
     for b, c, y, x in product(range(B), range(C), range(H), range(W)):
         rivals = scores[b, :, y, x] if axis == "channels" else scores[b, c].flatten()
@@ -155,9 +155,7 @@ def test_both_attentions_are_the_two_alone():
 @pytest.mark.parametrize(("axis", "mixed"), MODES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_module_equals_function(axis, mixed, bias, impl):
-    module = GlobalLocalAttention(
-        C, D, E, sentence_bias=bias, score_projection=mixed, sentence_axis=axis, impl=impl
-    )
+    module = GlobalLocalAttention(C, D, E, sentence_bias=bias, score_projection=mixed, sentence_axis=axis, impl=impl)
     features, words, condition = torch.randn(B, C, H, W), torch.randn(B, L, D), torch.randn(B, E)
     projected_words, projected_sentence = torch.zeros(B, L, C), torch.zeros(B, C)
     u, v = module.word_projection.weight, module.sentence_projection.weight
@@ -201,14 +199,20 @@ def test_a_compiled_graph_gives_zeros_for_a_caption_without_words(compiled):
 ERRORS = {
     "a caption has no real word": (r"caption 1 has no real word", {"word_mask": mask_of(3, 0)}),
     "mask is not bool": (r"word_mask must be bool.*torch\.int64.*tokens != 0", {"word_mask": mask_of(3, 4).long()}),
-    "mask has another length": (r"word_mask is \(2, 10\) but the captions are \(2, 11\)", {"word_mask": mask_of(3, 4)[:, 1:]}),
+    "mask has another length": (
+        r"word_mask is \(2, 10\) but the captions are \(2, 11\)",
+        {"word_mask": mask_of(3, 4)[:, 1:]},
+    ),
     "no words at all": (r"captions of length 0 \(\(2, 0, 3\)\)", {"words": torch.zeros(B, 0, C)}),
     "words are not projected": (
         r"words must be \(B, L, C\) with the 3 channels.*words: \(2, 11, 13\).*project them first",
         {"words": torch.zeros(B, L, D)},
     ),
     "words have no axis of words": (r"words must be \(B, L, C\)", {"words": torch.zeros(B, C)}),
-    "features are not maps": (r"features must be \(B, C, H, W\), but they are \(2, 3, 5\)", {"features": torch.zeros(B, C, H)}),
+    "features are not maps": (
+        r"features must be \(B, C, H, W\), but they are \(2, 3, 5\)",
+        {"features": torch.zeros(B, C, H)},
+    ),
     "batches disagree": (r"batch sizes disagree \(features: \(2, .*words: \(3,", {"words": torch.zeros(3, L, C)}),
 }
 

@@ -103,8 +103,11 @@ def test_noise_and_condition_act_at_each_stage(moved):
 
 def test_without_intermediate_images_the_finest_is_the_same():
     generator, finest_only, inputs = make().eval(), make(intermediate_images=False).eval(), draw_inputs()
-    state = {name.replace("heads.2.", "heads.0."): value for name, value in generator.state_dict().items()
-             if not name.startswith(("heads.0.", "heads.1."))}
+    state = {
+        name.replace("heads.2.", "heads.0."): value
+        for name, value in generator.state_dict().items()
+        if not name.startswith(("heads.0.", "heads.1."))
+    }
     finest_only.load_state_dict(state)
     (image,) = finest_only(*inputs).images
     assert_close(image, generator(*inputs).images[-1], atol=0, rtol=0)

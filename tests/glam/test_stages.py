@@ -89,7 +89,9 @@ def test_initial_stage_halves_the_channels_as_it_grows(resolution, widths):
     assert stage(torch.randn(B, Z), torch.randn(B, E)).shape == (B, C, resolution, resolution)
 
 
-@pytest.mark.parametrize(("attention", "maps"), [("global-local", (True, True)), ("word", (True, False)), ("none", (False, False))])
+@pytest.mark.parametrize(
+    ("attention", "maps"), [("global-local", (True, True)), ("word", (True, False)), ("none", (False, False))]
+)
 @pytest.mark.parametrize(("doublings", "blocks"), [(1, 2), (2, 0), (3, 1)])
 def test_refinement_stage_grows_odd_maps(attention, maps, doublings, blocks):
     stage = RefinementStage(D, E, C, doublings, blocks, attention)

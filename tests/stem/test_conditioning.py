@@ -123,7 +123,10 @@ def test_compiles_into_one_graph(compiled):
             r"noise is \(3, 5\), expected \(3, 7\) \(B, E\)",
             lambda: ConditioningAugmentation(D, E)(torch.zeros(B, D), noise=torch.zeros(B, D)),
         ),
-        (r"kl_divergence: mean is \(3, 5\) but log_variance is \(3, 7\)", lambda: kl_divergence(torch.zeros(B, D), torch.zeros(B, E))),
+        (
+            r"kl_divergence: mean is \(3, 5\) but log_variance is \(3, 7\)",
+            lambda: kl_divergence(torch.zeros(B, D), torch.zeros(B, E)),
+        ),
         (
             r"kl_divergence: reduction must be one of 'mean', 'sum', but it is 'none'",
             lambda: kl_divergence(torch.zeros(B, E), torch.zeros(B, E), reduction="none"),

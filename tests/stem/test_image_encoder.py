@@ -58,7 +58,9 @@ def test_regions_are_in_reading_order_and_the_image_is_mean_and_maximum():
 
 def test_the_number_of_blocks_sets_the_smallest_image():
     assert ConvBackbone(CHANNELS, blocks=2)(draw(4, 5)).image.shape == (B, 2 * 2 * CHANNELS)
-    with pytest.raises(ValueError, match=r"ConvBackbone: images are \(2, 3, 15, 16\); each side needs at least 16 pixels"):
+    with pytest.raises(
+        ValueError, match=r"ConvBackbone: images are \(2, 3, 15, 16\); each side needs at least 16 pixels"
+    ):
         ConvBackbone(CHANNELS)(draw(15, 16))
 
 
@@ -140,8 +142,9 @@ def test_inception_gives_the_features_of_torchvisions_network():
     regions, image = ours(images)
     assert (regions.shape, image.shape) == ((1, 17 * 17, 768), (1, 2048))
     assert (ours.region_dim, ours.image_dim) == (768, 2048)
-    assert_close(image, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
-    assert_close(regions, region_maps[0].flatten(2).mT, atol=1e-4, rtol=1e-4)
+    # Untrained, the network makes its features smaller and smaller.
+    for ours_part, expected in ((image, pooled[0].flatten(1)), (regions, region_maps[0].flatten(2).mT)):
+        assert_close(ours_part / expected.std(), expected / expected.std(), atol=1e-3, rtol=1e-3)
     assert ours(draw(31, 45, batch=1)).regions.shape == regions.shape
 
 
@@ -169,7 +172,10 @@ def test_unknown_networks_are_named(name):
         (r"ImageEncoder: weights go with a backbone's name", lambda: ImageEncoder(Means(), weights="DEFAULT")),
         (r"ImageEncoder: feature_dim must be a whole number", lambda: ImageEncoder(Means(), 0)),
         (r"the backbone Identity must state its size as an int `region_dim`", lambda: ImageEncoder(nn.Identity())),
-        (r"ImageEncoder: images must be \(B, 3, H, W\), but they are \(2, 17, 23\)", lambda: ImageEncoder(Means())(draw()[:, 0])),
+        (
+            r"ImageEncoder: images must be \(B, 3, H, W\), but they are \(2, 17, 23\)",
+            lambda: ImageEncoder(Means())(draw()[:, 0]),
+        ),
         (r"ImageEncoder: images must be floats .* torch\.uint8", lambda: ImageEncoder(Means())(draw().byte())),
         (r"TorchvisionBackbone: images must be \(B, 3, H, W\)", lambda: TorchvisionBackbone("resnet18")(draw()[:, :2])),
     ],

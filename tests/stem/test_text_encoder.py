@@ -83,7 +83,9 @@ def test_padding_has_no_influence():
 
 def test_padding_embeddings_get_no_gradient():
     encoder = make(dropout=0.0)
-    encoder(torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()).words.sum().backward()
+    encoder(
+        torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    ).words.sum().backward()
     assert (encoder.embedding.weight.grad[0] == 0).all()
     assert (encoder.embedding.weight.grad[3:9] != 0).any(dim=1).all()
 

@@ -50,8 +50,8 @@ BACKGROUND_RAMPS = {
     "dots": ("#8e86b4", "#b0a8d4", "#f6f2ff"),
 }
 COUNTS = {"three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
-FLOWER_RADIUS = {"small": 0.58, "large": 0.87}
-CENTER_RADIUS = 0.26
+FLOWER_RADIUS = {"small": 0.64, "large": 0.9}
+CENTER_RADIUS = 0.31
 SMALLEST = 8  # pixels of an image
 SEEDS = 34  # dots on the center
 
@@ -130,7 +130,7 @@ def draw_center(across: Array, down: Array, pixel: float, rng: np.random.Generat
     reach = CENTER_RADIUS * 0.92 * np.sqrt((rank + 0.5) / SEEDS)
     seeds_x, seeds_y = ((reach * turn(angle)).astype(np.float32)[:, None, None] for turn in (np.cos, np.sin))
     to_seed = np.hypot(across - seeds_x, down - seeds_y).min(axis=0)
-    shade = 0.66 - 5.0 * radius * radius - 0.5 * (across + down) + 0.4 * falloff(to_seed, 0.05)
+    shade = 0.66 - 3.5 * radius * radius - 0.5 * (across + down) + 0.4 * falloff(to_seed, 0.05)
     return radius - CENTER_RADIUS, np.clip(shade, 0, 1)
 
 

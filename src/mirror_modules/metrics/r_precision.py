@@ -79,6 +79,6 @@ def r_precision(
     tied = torch.isclose(others, own_score, rtol=0.0, atol=1e-9)
     better = ((others > own_score) & ~tied).sum(dim=1)
     ties = tied.sum(dim=1)
-    hits = [((k - better) / (1 + ties)).clamp(0.0, 1.0).double() for k in (1, 2, 3)]
-    error = float(hits[0].std(correction=1)) / count**0.5
-    return RPrecision(*(float(hit.mean()) for hit in hits), error)
+    hits = [((k - better).double() / (1 + ties)).clamp(0.0, 1.0) for k in (1, 2, 3)]
+    top1, top2, top3 = (float(hit.mean()) for hit in hits)
+    return RPrecision(top1, top2, top3, float(hits[0].std(correction=1)) / count**0.5)

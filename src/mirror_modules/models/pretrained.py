@@ -124,7 +124,10 @@ def load_model(folder: str | Path) -> MirrorGAN:
             f"{folder / VOCABULARY_FILE} has {len(vocabulary)} entries but the model was saved with {size}; "
             "restore the vocabulary that belongs to these weights."
         )
-    model = MirrorGAN(MirrorGANConfig.from_dict(fields), vocabulary)
+    try:
+        model = MirrorGAN(MirrorGANConfig.from_dict(fields), vocabulary)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} describes no model: {error}") from error
     load_weights(model, folder / WEIGHTS_FILE)
     return model.eval()
 

@@ -183,19 +183,39 @@ def matching_loss(
     by_words = word_region_similarity(
         regions, words, word_mask, gamma_attention=gamma_attention, gamma_word=gamma_word, impl=impl
     )
-    by_sentence = F.cosine_similarity(
-        at_least_float32(image).unsqueeze(1), at_least_float32(sentence).unsqueeze(0), dim=2
+    by_sentence = image_sentence_similarity(image, sentence)
+    return MatchingTerms(
+        *contrastive_terms(by_words, class_ids, gamma_loss=gamma_loss),
+        *contrastive_terms(by_sentence, class_ids, gamma_loss=gamma_loss),
     )
-    labels = torch.arange(batch, device=by_words.device)
-    terms = []
-    for similarity in (by_words, by_sentence):
-        logits = gamma_loss * similarity
-        if class_ids is not None:
-            same_class = class_ids.unsqueeze(1) == class_ids.unsqueeze(0)
-            others = ~torch.eye(batch, dtype=torch.bool, device=logits.device)
-            logits = logits.masked_fill(same_class & others, float("-inf"))
-        terms += [F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)]
-    return MatchingTerms(*terms)
+
+
+def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
+    """Cosine of every global image feature (I, D) with every sentence feature (J, D): (I, J)."""
+    images, sentences = at_least_float32(images), at_least_float32(sentences)
+    return F.cosine_similarity(images.unsqueeze(1), sentences.unsqueeze(0), dim=2)
+
+
+def contrastive_terms(
+    similarity: Tensor, class_ids: Tensor | None = None, *, gamma_loss: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of finding column i in row i, and row i in column i, of a similarity (B, B).
+
+    Args:
+        similarity: Row i is image i, column j is caption j.
+        class_ids: (B,); other pairs of one class are left out. None leaves out nothing.
+        gamma_loss: Sharpness.
+
+    Returns:
+        Two scalars: find the caption of each image, find the image of each caption.
+    """
+    labels = torch.arange(len(similarity), device=similarity.device)
+    logits = gamma_loss * similarity
+    if class_ids is not None:
+        same_class = class_ids.unsqueeze(1) == class_ids.unsqueeze(0)
+        others = ~torch.eye(len(similarity), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(same_class & others, float("-inf"))
+    return F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)
 
 
 class MatchingLoss(nn.Module):

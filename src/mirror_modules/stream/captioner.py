@@ -11,6 +11,7 @@ from mirror_modules._norms import FeatureBatchNorm
 
 # The ids that `Vocabulary` gives; this part takes them as numbers, so that it works with any vocabulary.
 PAD, END = 0, 1
+FORGET_BIAS = 2.0
 
 
 def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: int = END) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,10 @@ class Captioner(nn.Module):
         self.image_norm = FeatureBatchNorm(embedding_dim)
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         self.lstm = nn.LSTM(embedding_dim, hidden_dim, batch_first=True)
+        with torch.no_grad():
+            # The image comes first and must be remembered for the whole caption: gates that start half closed forget
+            # it, and training then takes several times as long.
+            self.lstm.bias_ih_l0[hidden_dim : 2 * hidden_dim] = FORGET_BIAS
         self.output = nn.Linear(hidden_dim, vocabulary_size)
 
     def first_input(self, images: Tensor) -> Tensor:

@@ -96,10 +96,11 @@ class RedescriptionLoss(nn.Module):
                 module.dropout = 0.0
                 module.train()
 
-    def _is_awake(self) -> bool:
-        """Has somebody else who holds the captioner, such as a whole model, set its mode or its gradients?"""
+    def _is_frozen(self) -> bool:
+        """False if somebody else who holds the captioner, such as a whole model, has set its modes or its gradients."""
         learns = any(parameter.requires_grad for parameter in self.captioner.parameters())
-        return learns or any(m.training for m in self.captioner.modules() if not isinstance(m, nn.RNNBase))
+        modules = self.captioner.modules()
+        return not learns and all(module.training == isinstance(module, nn.RNNBase) for module in modules)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Compare what the captioner reads with the caption.
@@ -117,7 +118,7 @@ class RedescriptionLoss(nn.Module):
         """
         check_images("RedescriptionLoss", images)
         check_batch("RedescriptionLoss", images=images, tokens=tokens)
-        if self._is_awake():
+        if not self._is_frozen():
             self._freeze()
         return redescription_loss(
             self.captioner(images, tokens, word_mask), tokens, word_mask, reduction=self.reduction

@@ -42,7 +42,7 @@ class PhaseLog:
         self.bar.update(images)
         if self.done % self.every and self.done not in (1, self.steps):
             return
-        values = {name: round(float(loss), 6) for name, loss in losses.items()}
+        values = {name: round(float(loss.detach()), 6) for name, loss in losses.items()}
         seconds = time.perf_counter() - self.started
         line = {"phase": self.phase, "step": self.done, "seconds": round(seconds, 3), "images": self.images, **values}
         self.file.write(json.dumps(line) + "\n")

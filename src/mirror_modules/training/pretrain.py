@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirror_modules.data.batching import CaptionBatch
 from mirror_modules.models import MirrorGANConfig
-from mirror_modules.stem import ImageEncoder, MatchingLoss, TextEncoder
+from mirror_modules.stem import ImageEncoder, TextEncoder
+from mirror_modules.stem.matching import contrastive_terms, image_sentence_similarity, word_region_similarity
 from mirror_modules.stream import Captioner, append_end, redescription_loss
 from mirror_modules.training.log import PhaseLog
 from mirror_modules.training.recipes import CaptionerRecipe, MatchingRecipe
@@ -35,23 +36,23 @@ def train_encoders(
     pair: EncoderPair, batches: Iterator[CaptionBatch], recipe: MatchingRecipe, log: PhaseLog
 ) -> None:
     """Phases `stem` and `judge`: make the features of an image and of its caption meet (Sec. 3.1)."""
-    matching = MatchingLoss()
     optimizer, schedule = _optimizer(pair, recipe.learning_rate, recipe.steps)
     pair.train()
     for _ in range(recipe.steps):
         batch = next(batches)
-        terms = matching(
-            pair.image_encoder(batch.images),
-            pair.text_encoder(batch.tokens, batch.word_mask),
-            batch.word_mask,
-            batch.class_ids,
+        image, text = pair.image_encoder(batch.images), pair.text_encoder(batch.tokens, batch.word_mask)
+        by_sentence = contrastive_terms(
+            image_sentence_similarity(image.image, text.sentence), batch.class_ids, gamma_loss=recipe.gamma_loss
         )
-        optimizer.zero_grad()
-        terms.total.backward()
-        nn.utils.clip_grad_norm_(pair.parameters(), LARGEST_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        log.step(len(batch.images), {name: term.detach() for name, term in terms._asdict().items()})
+        losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
+        total = torch.stack(by_sentence).sum()
+        if recipe.word_weight > 0:
+            similarity = word_region_similarity(image.regions, text.words, batch.word_mask)
+            by_words = contrastive_terms(similarity, batch.class_ids, gamma_loss=recipe.gamma_loss)
+            losses |= zip(("caption_by_words", "image_by_words"), by_words)
+            total = total + recipe.word_weight * torch.stack(by_words).sum()
+        _descend(pair, total, optimizer, schedule)
+        log.step(len(batch.images), losses)
     pair.eval()
 
 
@@ -59,25 +60,37 @@ def train_captioner(
     captioner: Captioner, batches: Iterator[CaptionBatch], recipe: CaptionerRecipe, log: PhaseLog
 ) -> None:
     """Phase `stream`: read the caption, and its end, off real images (Sec. 3.3)."""
-    optimizer, schedule = _optimizer(captioner, recipe.learning_rate, recipe.steps)
     captioner.train()
+    if not recipe.train_backbone:
+        captioner.image_encoder.requires_grad_(False).eval()
+    optimizer, schedule = _optimizer(captioner, recipe.learning_rate, recipe.steps)
     for _ in range(recipe.steps):
         batch = next(batches)
         tokens, word_mask = append_end(batch.tokens, batch.word_mask)
         loss = redescription_loss(captioner(batch.images, tokens, word_mask), tokens, word_mask)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(captioner.parameters(), LARGEST_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        log.step(len(batch.images), {"cross_entropy": loss.detach()})
+        _descend(captioner, loss, optimizer, schedule)
+        log.step(len(batch.images), {"cross_entropy": loss})
     captioner.eval()
 
 
 def _optimizer(
     module: nn.Module, learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
     # One cycle: short runs gain most from a large step size that ends small.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.2)
     return optimizer, schedule
+
+
+def _descend(
+    module: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), LARGEST_GRADIENT_NORM)
+    optimizer.step()
+    schedule.step()

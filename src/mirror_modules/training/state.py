@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mirror_modules.adversarial import PairedDiscriminator
-from mirror_modules.models import MirrorGAN, MirrorGANConfig
+from mirror_modules.models import MirrorGAN
 from mirror_modules.stream import RedescriptionLoss
 from mirror_modules.training.recipes import AdversarialRecipe
 
@@ -36,11 +36,9 @@ class AdversarialState:
     random: torch.Generator
 
 
-def start(
-    model: MirrorGAN, config: MirrorGANConfig, recipe: AdversarialRecipe, random: torch.Generator
-) -> AdversarialState:
+def start(model: MirrorGAN, recipe: AdversarialRecipe, random: torch.Generator) -> AdversarialState:
     """Set up the adversarial phase around a model whose text encoder and captioner are trained."""
-    device = model.device
+    config, device = model.config, model.device
     painter = Painter(model)
     discriminators = [
         PairedDiscriminator(resolution, config.word_dim, channels=config.discriminator_channels).to(device)

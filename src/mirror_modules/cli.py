@@ -1,0 +1,232 @@
+"""The command line: parse, call, print. What is wrong is said in one line, with exit status 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from mirror_modules.training.recipes import PHASES, Recipe, get_recipe
+
+USAGE = """\
+usage: mirror-modules COMMAND ...
+
+  train [RECIPE]                 train a model, evaluate it, and write a report
+  generate MODEL_DIR CAPTION...  draw images from captions
+  describe MODEL_DIR IMAGE...    read captions off images
+  evaluate RUN_DIR               measure a trained run again, and write its report
+
+`mirror-modules COMMAND --help` lists every option with its default."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "generate": _generate,
+        "describe": _describe,
+        "evaluate": _evaluate,
+    }
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] not in commands:
+        print(f"mirror-modules: unknown command {words[0]!r}; there are {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            commands[words[0]](words[1:])
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            print(f"mirror-modules {words[0]}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"mirror-modules {words[0]}: interrupted; finished phases are kept.", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from mirror_modules.training.evaluation import evaluate
+    from mirror_modules.training.loop import train
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
+    options = _parse(TrainOptions, arguments, f"mirror-modules train {name}", default=TrainOptions(get_recipe(name)))
+    recipe = options.resolve()
+    device = _device(options.device)
+    out = options.out or Path("runs") / name
+    phases = options.phases or PHASES
+    folder = train(recipe, out, phases=phases, device=device)
+    if all(folder.weights(phase).exists() for phase in PHASES):
+        _print_metrics(evaluate(out, device=device))
+        print(f"Open {folder.report}")
+    else:
+        print(f"Phases {', '.join(phases)} are in {folder.path}; the others are still to be trained.")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model phase by phase, evaluate it, and write a report. Finished phases are kept and reused."""
+
+    recipe: Recipe
+    out: Path | None = None
+    """Folder of the run; runs/RECIPE if not given."""
+    data: Path | None = None
+    """Folder of the photographs, for recipes that train on some."""
+    steps: int | None = None
+    """Optimizer steps of every phase, instead of the recipe's."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    phases: tuple[Literal["stem", "stream", "glam", "judge"], ...] = ()
+    """Phases to train; all if not given."""
+
+    def resolve(self) -> Recipe:
+        """The recipe with `data` and `steps` put in."""
+        recipe = self.recipe
+        if self.data is not None:
+            recipe = replace(recipe, data=replace(recipe.data, path=str(self.data)))
+        if self.steps is not None:
+            shortened = {phase: replace(getattr(recipe, phase), steps=self.steps) for phase in PHASES}
+            recipe = replace(recipe, **shortened)
+        return recipe
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Draw images from captions. The same seed and captions give the same file."""
+
+    model_dir: Path
+    """Folder of the model, such as runs/demo/model."""
+    captions: tuple[str, ...]
+    """What to draw; one image each."""
+    out: Path = Path("generated.png")
+    """PNG file to write: all images side by side, each with its caption."""
+    separate: bool = False
+    """Write one file per caption instead, numbered, without its caption."""
+    seed: int = 0
+    """Decides the random part of the images."""
+    scale: int = 4
+    """Screen pixels per image pixel of the picture with all images."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+def _generate(arguments: list[str]) -> None:
+    from mirror_modules.models import MirrorGAN
+
+    options = _parse(GenerateOptions, arguments, "mirror-modules generate", positional=("model_dir", "captions"))
+    if not options.captions:
+        raise ValueError("there is no caption; write at least one after the model's folder.")
+    model = MirrorGAN.from_pretrained(options.model_dir, device=_device(options.device))
+    images = model.generate(options.captions, seed=options.seed).images[-1].cpu()
+
+    from mirror_modules.training.pictures import captioned_grid, grid, write_png
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.separate:
+        files = [options.out.with_name(f"{options.out.stem}-{i:03}.png") for i in range(len(images))]
+        for file, image in zip(files, images):
+            write_png(grid(image.unsqueeze(0), columns=1, gap=0), file)
+    else:
+        files = [options.out]
+        columns = min(len(images), 4)
+        write_png(captioned_grid(images, list(options.captions), columns=columns, scale=options.scale), options.out)
+    for file in files:
+        print(file)
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    """Read captions off images."""
+
+    model_dir: Path
+    """Folder of the model, such as runs/demo/model."""
+    images: tuple[Path, ...]
+    """Image files; the middle square is read."""
+    beam_width: int = 3
+    """Captions followed at a time; 1 is greedy."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+def _describe(arguments: list[str]) -> None:
+    import torch
+    from mirror_modules.data.oxford_flowers import read_square
+    from mirror_modules.data.transforms import to_float
+    from mirror_modules.models import MirrorGAN
+
+    options = _parse(DescribeOptions, arguments, "mirror-modules describe", positional=("model_dir", "images"))
+    if not options.images:
+        raise ValueError("there is no image; name at least one file after the model's folder.")
+    model = MirrorGAN.from_pretrained(options.model_dir, device=_device(options.device))
+    pixels = [torch.from_numpy(read_square(path, model.config.resolutions[-1])) for path in options.images]
+    for path, caption in zip(options.images, model.describe(to_float(torch.stack(pixels)), beam_width=options.beam_width)):
+        print(f"{path}: {caption}")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a trained run again; writes metrics.json, pictures and report.html."""
+
+    run_dir: Path
+    """Folder of the run, such as runs/demo."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from mirror_modules.training.evaluation import evaluate
+
+    options = _parse(EvaluateOptions, arguments, "mirror-modules evaluate", positional=("run_dir",))
+    _print_metrics(evaluate(options.run_dir, device=_device(options.device)))
+    print(f"Open {options.run_dir / 'report.html'}")
+
+
+def _parse(
+    options: type, arguments: list[str], program: str, *, positional: Sequence[str] = (), default: Any = None
+) -> Any:
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError("The command line needs more packages: pip install 'mirror-modules[train]'") from error
+    # Marked here and not in the classes, so that a missing tyro is said in one line.
+    hints = get_type_hints(options)
+    for name in positional:
+        options.__annotations__[name] = tyro.conf.Positional[hints[name]]  # type: ignore[index]
+    if default is None:
+        return tyro.cli(options, args=arguments, prog=program)
+    options.__annotations__["recipe"] = Annotated[Recipe, tyro.conf.arg(name="")]
+    return tyro.cli(options, args=arguments, prog=program, default=default)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU; use --device cpu or auto.")
+    return name
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    print(f"R-precision among {metrics['candidates']} captions (chance {metrics['chance']:.1%}), top 1 / 2 / 3:")
+    for name, value in metrics["r_precision"].items():
+        print(f"  {name:<10} {value['top1']:6.1%} {value['top2']:6.1%} {value['top3']:6.1%}")
+    print("Words that the captioner predicts rightly:")
+    for name, value in metrics["word_accuracy"].items():
+        print(f"  {name:<10} {value:6.1%}")
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"mirror-modules: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

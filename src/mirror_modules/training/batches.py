@@ -1,0 +1,118 @@
+"""From a recipe to batches: the two splits in memory, and endless training batches of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from mirror_modules.data import CaptionedImages, InMemoryCaptions, OxfordFlowers, SyntheticFlowers
+from mirror_modules.data.batching import CaptionBatch
+from mirror_modules.data.transforms import random_crop_flip, to_float
+from mirror_modules.models import MirrorGANConfig
+from mirror_modules.stem import Vocabulary
+from mirror_modules.training.recipes import DataRecipe
+
+# Random crops are taken from images larger by this factor, as in the published code.
+CROP_MARGIN = 76 / 64
+
+
+class Splits(NamedTuple):
+    """Training and validation images, in memory, with the vocabulary of the training captions."""
+
+    training: InMemoryCaptions
+    """Every phase is trained on these."""
+    validation: InMemoryCaptions
+    """What is measured is measured on these."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Built from the training captions alone."""
+        return self.training.vocabulary
+
+
+def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits:
+    """Draw or decode both splits, with a progress bar.
+
+    Raises:
+        ValueError: The recipe's source needs a path, or its files are not as expected.
+    """
+    resolution = model.resolutions[-1]
+    larger = round(resolution * CROP_MARGIN) if recipe.augment else resolution
+    training: CaptionedImages
+    validation: CaptionedImages
+    if recipe.source == "synthetic-flowers":
+        training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, seed=seed)
+        validation = SyntheticFlowers(
+            recipe.validation_images or 1000, resolution=resolution, seed=seed, split="validation"
+        )
+    else:
+        if recipe.path is None:
+            raise ValueError("this recipe trains on photographs: give their folder with --data PATH.")
+        training = OxfordFlowers(recipe.path, split="train", resolution=larger)
+        validation = OxfordFlowers(recipe.path, split="validation", resolution=resolution)
+    in_training = _load(training, None, recipe, recipe.training_images, model.max_words, "training images")
+    in_validation = _load(
+        validation, in_training.vocabulary, recipe, recipe.validation_images, model.max_words, "validation images"
+    )
+    return Splits(in_training, in_validation)
+
+
+def _load(
+    dataset: CaptionedImages,
+    vocabulary: Vocabulary | None,
+    recipe: DataRecipe,
+    limit: int | None,
+    max_words: int,
+    what: str,
+) -> InMemoryCaptions:
+    from tqdm import tqdm
+
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
+    subset = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])  # type: ignore[arg-type]
+    with tqdm(total=count, desc=what, unit=" images", dynamic_ncols=True) as bar:
+        return InMemoryCaptions(
+            subset,
+            vocabulary,
+            max_words=max_words,
+            min_count=recipe.min_count,
+            progress=lambda done, total: bar.update(),
+        )
+
+
+def training_batches(
+    training: InMemoryCaptions, batch_size: int, resolution: int, seed: int, device: torch.device
+) -> Iterator[CaptionBatch]:
+    """Endless batches with images as floats (B, 3, H, W) in [-1, 1], cropped and mirrored where they are larger."""
+    order, crops = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    for batch in training.batches(min(batch_size, len(training)), order):
+        images = batch.images
+        if images.shape[1] > resolution:
+            images = random_crop_flip(images, resolution, crops)
+        yield CaptionBatch(
+            images=to_float(images.to(device)),
+            tokens=batch.tokens.to(device),
+            word_mask=batch.word_mask.to(device),
+            class_ids=batch.class_ids.to(device),
+            captions=batch.captions,
+        )
+
+
+class UnseenCaption(NamedTuple):
+    """A validation image and a caption of it that no training image has."""
+
+    index: int
+    caption: str
+
+
+def unseen_captions(splits: Splits) -> list[UnseenCaption]:
+    """For each validation image its first caption that does not occur, word for word, among the training captions."""
+    seen = {caption for captions in splits.training.captions for caption in captions}
+    unseen = []
+    for index, captions in enumerate(splits.validation.captions):
+        new = next((caption for caption in captions if caption not in seen), None)
+        if new is not None:
+            unseen.append(UnseenCaption(index, new))
+    return unseen

@@ -1,0 +1,182 @@
+"""A run: the phases one after the other, each kept on disk as soon as it is done.
+
+    stem    text and image encoder by the matching loss
+    stream  the captioner on real pairs
+    glam    the generator against one discriminator per stage
+    judge   another encoder pair, for the evaluation alone
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mirror_modules
+from mirror_modules.models import MirrorGAN
+from mirror_modules.models.pretrained import load_weights, read_json, save_weights, write_json
+from mirror_modules.training.batches import Splits, load_splits, training_batches
+from mirror_modules.training.log import PhaseLog
+from mirror_modules.training.pretrain import EncoderPair, train_captioner, train_encoders
+from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.state import start
+from mirror_modules.training.step import adversarial_step
+
+NEEDS = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "judge": ()}
+# Each phase has random streams of its own, so that it comes out the same whether or not others ran before it.
+SEED_OFFSETS = {"stem": 100, "stream": 200, "glam": 300, "judge": 400}
+
+
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: The folder, made if need be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.json"
+        self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
+        self.model, self.pictures = self.path / "model", self.path / "pictures"
+
+    def weights(self, phase: str) -> Path:
+        """Where a finished phase lies."""
+        return self.path / "phases" / f"{phase}.safetensors"
+
+    def open(self, recipe: Recipe) -> None:
+        """Begin a run, or go on with one of the same recipe.
+
+        Raises:
+            ValueError: The folder holds a run of another recipe, or something that is not a run.
+        """
+        fields = recipe.to_dict()
+        if self.config.exists():
+            differences = list(_differences(read_json(self.config).get("recipe", {}), fields))
+            if differences:
+                raise ValueError(
+                    f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); nothing in it was "
+                    "touched. Choose another --out, or remove the folder."
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
+        (self.path / "phases").mkdir(parents=True, exist_ok=True)
+        write_json(self.config, {"recipe": fields, "versions": versions()})
+
+
+def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, device: str = "cpu") -> RunFolder:
+    """Train the phases that the folder does not hold yet.
+
+    Args:
+        recipe: What to train.
+        out: The run's folder. Finished phases in it are taken as they are.
+        phases: Which to train, in any order.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: A phase is unknown or lacks the ones before it, or the folder holds something else.
+    """
+    folder = RunFolder(out)
+    for phase in phases:
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}; there are {', '.join(PHASES)}.")
+        for needed in NEEDS[phase]:
+            if needed not in phases and not folder.weights(needed).exists():
+                raise ValueError(f"phase {phase!r} needs phase {needed!r}, which {folder.path} lacks; train it too.")
+    folder.open(recipe)
+    todo = [phase for phase in PHASES if phase in phases and not folder.weights(phase).exists()]
+    for phase in phases:
+        if phase not in todo:
+            print(f"{phase}: already trained, taken from {folder.weights(phase)}")
+    if not todo:
+        return folder
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    splits.vocabulary.save(folder.path / "vocabulary.json")
+    trainers = {"stem": train_stem, "stream": train_stream, "glam": train_glam, "judge": train_judge}
+    for phase in todo:
+        torch.manual_seed(recipe.seed + SEED_OFFSETS[phase])
+        module = trainers[phase](recipe, folder, splits, torch.device(device))
+        save_weights(module, folder.weights(phase))
+    return folder
+
+
+def train_stem(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device, phase: str = "stem") -> nn.Module:
+    """Text and image encoder by the matching loss."""
+    steps = recipe.stem if phase == "stem" else recipe.judge
+    pair = EncoderPair(recipe.model, len(splits.vocabulary)).to(device)
+    with PhaseLog(phase, steps.steps, folder.log, recipe.log_every) as log:
+        train_encoders(pair, _batches(phase, recipe, splits, steps.batch_size, device), steps, log)
+    return pair
+
+
+def train_judge(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
+    """An encoder pair of its own seed, which no other phase uses."""
+    return train_stem(recipe, folder, splits, device, "judge")
+
+
+def train_stream(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
+    """The captioner on real pairs; it starts from the image backbone of phase `stem` where they are alike."""
+    captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
+    if recipe.model.captioner_backbone == recipe.model.image_backbone:
+        captioner.image_encoder = copy.deepcopy(load_pair(folder, "stem", recipe, splits).image_encoder.backbone)
+    captioner.to(device)
+    with PhaseLog("stream", recipe.stream.steps, folder.log, recipe.log_every) as log:
+        batches = _batches("stream", recipe, splits, recipe.stream.batch_size, device)
+        train_captioner(captioner, batches, recipe.stream, log)
+    return captioner
+
+
+def train_glam(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
+    """The generator against its discriminators; the model is kept with the averaged generator."""
+    model = MirrorGAN(recipe.model, splits.vocabulary)
+    model.text_encoder.load_state_dict(load_pair(folder, "stem", recipe, splits).text_encoder.state_dict())
+    load_weights(model.captioner, folder.weights("stream"))
+    model.to(device)
+    random = torch.Generator().manual_seed(recipe.seed + SEED_OFFSETS["glam"])
+    state = start(model, recipe.glam, random)
+    batches = _batches("glam", recipe, splits, recipe.glam.batch_size, device)
+    with PhaseLog("glam", recipe.glam.steps, folder.log, recipe.log_every) as log:
+        for _ in range(recipe.glam.steps):
+            batch = next(batches)
+            log.step(len(batch.images), adversarial_step(state, batch, recipe.glam))
+    state.painter.load_state_dict(state.average.module.state_dict())
+    model.requires_grad_(True).eval().save_pretrained(folder.model)
+    return state.painter
+
+
+def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> EncoderPair:
+    """The encoder pair of phase `stem` or `judge`, in evaluation mode."""
+    pair = EncoderPair(recipe.model, len(splits.vocabulary))
+    load_weights(pair, folder.weights(phase))
+    return pair.eval()
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on besides its recipe."""
+    return {
+        "mirror_modules": mirror_modules.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _batches(phase: str, recipe: Recipe, splits: Splits, batch_size: int, device: torch.device) -> Any:
+    seed = recipe.seed + SEED_OFFSETS[phase] + 10
+    return training_batches(splits.training, batch_size, recipe.model.resolutions[-1], seed, device)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"{name} is {old!r} there and {new!r} now"

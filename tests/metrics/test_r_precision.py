@@ -1,0 +1,165 @@
+"""R-precision against ranks counted one by one, and against the values that are known beforehand."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror_modules.functional import r_precision
+
+N, D = 13, 5
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def hits_by_loops(images, sentences, candidates_of):
+    """Probability that the own caption is among the first k, for each image and k = 1, 2, 3; ties in random order."""
+    rows = []
+    for i, image in enumerate(images):
+        own = image @ sentences[i] / (image.norm() * sentences[i].norm())
+        better = ties = 0
+        for j in candidates_of[i]:
+            score = image @ sentences[j] / (image.norm() * sentences[j].norm())
+            if abs(score - own) < 1e-9:
+                ties += 1
+            elif score > own:
+                better += 1
+        # The own caption comes after the better ones, at any place among the tied ones.
+        ranks = [better + 1 + place for place in range(ties + 1)]
+        rows.append([sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 2, 3)])
+    return rows
+
+
+def expected_of(images, sentences, candidates_of):
+    rows = hits_by_loops(images.double(), sentences.double(), candidates_of)
+    means = [sum(column) / len(rows) for column in zip(*rows)]
+    variance = sum((row[0] - means[0]) ** 2 for row in rows) / (len(rows) - 1)
+    return [*means, math.sqrt(variance / len(rows))]
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_matches_the_loops_where_every_caption_is_a_candidate(seed, coarse):
+    images, sentences = torch.randn(N, D, generator=seeded(seed)), torch.randn(N, D, generator=seeded(seed + 1))
+    if coarse:  # few different captions: many ties
+        sentences = sentences[torch.randint(3, (N,), generator=seeded(seed))]
+    others = [[j for j in range(N) if j != i] for i in range(N)]
+    result = r_precision(images, sentences, candidates=N)
+    assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
+
+
+def test_matches_the_loops_with_classes_of_equal_size():
+    images, sentences, classes = torch.randn(12, D), torch.randn(12, D), torch.arange(12) // 3
+    others = [[j for j in range(12) if classes[j] != classes[i]] for i in range(12)]
+    result = r_precision(images, sentences, classes, candidates=10)
+    assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
+
+
+def test_identical_features_are_always_found():
+    features = torch.randn(211, 17)
+    assert tuple(r_precision(features, features)) == (1.0, 1.0, 1.0, 0.0)
+
+
+def test_random_features_are_found_by_chance():
+    result = r_precision(torch.randn(2003, 17), torch.randn(2003, 17), candidates=20, generator=seeded())
+    for found, chance in zip(result, (1 / 20, 2 / 20, 3 / 20)):
+        assert found == pytest.approx(chance, abs=4 * math.sqrt(chance / 2003))
+    assert result.standard_error == pytest.approx(math.sqrt(result.top1 * (1 - result.top1) / 2003), rel=0.01)
+
+
+@pytest.mark.parametrize("features", [torch.ones(211, 17), torch.zeros(211, 17), torch.full((211, 17), 1e-3)])
+@pytest.mark.parametrize("candidates", [2, 3, 100])
+def test_constant_features_are_exactly_chance(features, candidates):
+    result = r_precision(features, features, candidates=candidates)
+    expected = [float(min(Fraction(k, candidates), Fraction(1))) for k in (1, 2, 3)]
+    assert list(result[:3]) == pytest.approx(expected, abs=1e-12)
+    assert result.standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_captions_in_another_order_are_not_found():
+    features = torch.eye(N)
+    assert r_precision(features, features.roll(1, dims=0), candidates=N).top1 < 2 / N
+
+
+def test_lengths_of_features_do_not_matter():
+    images, sentences = torch.randn(N, D), torch.randn(N, D)
+    scaled = r_precision(images * torch.rand(N, 1).add(0.1), 1000 * sentences, candidates=N)
+    assert tuple(scaled) == tuple(r_precision(images, sentences, candidates=N))
+
+
+def test_candidates_of_the_own_class_are_left_out():
+    # Caption i equals the caption of its class; only a candidate of the own class can tie.
+    classes = torch.arange(N) % 3
+    features = torch.eye(3)[classes]
+    assert r_precision(features, features, classes, candidates=8).top1 == 1.0
+    assert r_precision(features, features, candidates=N).top1 < 0.5
+
+
+def test_more_candidates_are_harder():
+    generator = seeded()
+    images = torch.randn(503, 7, generator=generator)
+    sentences = images + 2 * torch.randn(503, 7, generator=generator)
+    few, many = (r_precision(images, sentences, candidates=c, generator=generator).top1 for c in (2, 100))
+    assert few > many + 0.1
+
+
+def test_the_draw_can_be_repeated():
+    images, sentences = torch.randn(101, 3), torch.randn(101, 3)
+    results = [r_precision(images, sentences, candidates=5, generator=seeded(seed)) for seed in (1, 1, 2)]
+    assert results[0] == results[1] != results[2]
+
+
+def test_top_k_grows():
+    result = r_precision(torch.randn(N, D), torch.randn(N, D), candidates=N)
+    assert 0 <= result.top1 <= result.top2 <= result.top3 <= 1
+
+
+def test_half_precision_features_are_ranked_in_full():
+    images, sentences = torch.randn(N, D).bfloat16(), torch.randn(N, D).bfloat16()
+    expected = r_precision(images.double(), sentences.double(), candidates=N)
+    assert tuple(r_precision(images, sentences, candidates=N)) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            r"images and sentences must both be \(N, D\), but they are \(13, 5\) and \(13, 7\)",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, 7)),
+        ),
+        (r"must both be \(N, D\), but they are \(13,\)", lambda: r_precision(torch.ones(N), torch.ones(N))),
+        (
+            r"candidates must be at least 2, but it is 1",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), candidates=1),
+        ),
+        (
+            r"candidates=100 needs 99 mismatched captions for each image, but one of the 13 images has 12;",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D)),
+        ),
+        (
+            r"candidates=11 needs 10 mismatched captions .* has 8; evaluate more captions, or lower candidates",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), torch.arange(N) % 3, candidates=11),
+        ),
+        (r"one of the 0 images has 0", lambda: r_precision(torch.ones(0, D), torch.ones(0, D), candidates=2)),
+        (
+            r"class_ids must be \(13,\), one per image, but are \(7,\)",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), torch.zeros(7), candidates=2),
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(message, call):
+    with pytest.raises(ValueError, match="r_precision: .*" + message):
+        call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_feature_that_is_no_number_is_never_a_hit(which, value):
+    features = [torch.randn(N, D), torch.randn(N, D)]
+    features[which][3, 2] = value
+    with pytest.raises(ValueError, match=r"r_precision: images or sentences hold NaN or infinite features"):
+        r_precision(*features, candidates=5)

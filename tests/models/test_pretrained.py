@@ -1,0 +1,256 @@
+"""A saved model comes back whole; a damaged, foreign or half written one is named, and what stood there stays."""
+
+import json
+import os
+import pickle
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+from mirror_modules.models.pretrained import load_weights, read_json, save_weights, write_json, write_whole
+
+CAPTIONS = ["a red flower", "blue petals"]
+SMALL = {
+    "embedding_dim": 5,
+    "word_dim": 6,
+    "noise_dim": 3,
+    "condition_dim": 4,
+    "channels": 2,
+    "resolutions": (4, 8),
+    "residual_blocks": 1,
+    "captioner_backbone": "conv",
+    "captioner_embedding_dim": 4,
+    "captioner_hidden_dim": 5,
+}
+
+
+def make(captions=CAPTIONS, **changes):
+    return MirrorGAN(MirrorGANConfig(**{**SMALL, **changes}), Vocabulary.build(captions))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.generator.initial.norm.running_mean.normal_()
+    model.save_pretrained(tmp_path / "new" / "model")
+    loaded = MirrorGAN.from_pretrained(tmp_path / "new" / "model")
+    assert loaded.config == model.config
+    assert loaded.vocabulary == model.vocabulary
+    assert not loaded.training
+    assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert_close(loaded.generate(CAPTIONS, seed=1).images, model.generate(CAPTIONS, seed=1).images, atol=0, rtol=0)
+
+
+def test_the_folder_holds_three_readable_files_and_no_pickle(folder):
+    assert sorted(files_of(folder)) == ["config.json", "model.safetensors", "vocabulary.json"]
+    assert json.loads((folder / "config.json").read_text())["vocabulary_size"] == 8
+    for content in files_of(folder).values():
+        with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError, IndexError)):
+            pickle.loads(content)
+    assert all((folder / name).stat().st_mode & 0o777 == 0o644 for name in files_of(folder))
+
+
+def test_channels_last_weights_are_saved(tmp_path):
+    model = make().to(memory_format=torch.channels_last)
+    model.save_pretrained(tmp_path)
+    assert_close(MirrorGAN.from_pretrained(tmp_path).state_dict(), make_contiguous(model.state_dict()), atol=0, rtol=0)
+
+
+def make_contiguous(state):
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def fail(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "safetensors.torch.save_file"])
+def test_an_interrupted_save_leaves_the_old_model(folder, monkeypatch, broken):
+    before = files_of(folder)
+    other = make(["green leaves"], resolutions=(4, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(OSError, match="No space left"):
+            other.save_pretrained(folder)
+    assert files_of(folder) == before
+    assert MirrorGAN.from_pretrained(folder).vocabulary == Vocabulary.build(CAPTIONS)
+
+
+@pytest.mark.parametrize("interruption", [OSError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, interruption):
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+
+    def write_half(temporary):
+        temporary.write_text("ne")
+        raise interruption
+
+    with pytest.raises(interruption):
+        write_whole(path, write_half)
+    assert files_of(tmp_path) == {"notes.txt": b"old"}
+    write_whole(path, lambda temporary: temporary.write_text("new"))
+    assert files_of(tmp_path) == {"notes.txt": b"new"}
+
+
+def test_a_save_over_an_old_model_replaces_it(folder):
+    other = make(["green leaves"], resolutions=(4, 16))
+    other.save_pretrained(folder)
+    assert_close(MirrorGAN.from_pretrained(folder).state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"model is not a model folder: {name} is missing; expected a folder that"
+    ):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a model folder: config\.json is missing"):
+        MirrorGAN.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_cut_weights_are_damaged(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or not a safetensors file \("):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_pickled_weights_are_refused(folder):
+    torch.save({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is damaged, or not a safetensors file"):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_foreign_weights_are_named(folder):
+    save_weights(nn.Linear(3, 5), folder / "model.safetensors")
+    message = (
+        r"MirrorGAN: .*model\.safetensors holds weights of something else: \d+ tensors are missing "
+        r"\(such as text_encoder\..*\), 2 are unknown \(such as (bias|weight)\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_weights_of_other_sizes_are_named(folder):
+    save_weights(make(channels=3), folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"MirrorGAN: generator\.\S+ in .* is \(.*\), expected \(.*\); the configuration"
+    ):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_a_vocabulary_of_another_size_is_named(folder):
+    Vocabulary.build(["one more word than before it had"]).save(folder / "vocabulary.json")
+    with pytest.raises(ValueError, match=r"vocabulary\.json has 10 entries but the model was saved with 8; restore"):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_weights_for_a_vocabulary_of_another_size_are_named(folder):
+    save_weights(make(["green leaves"]), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"text_encoder\.embedding\.weight in .* is \(5, 5\), expected \(8, 5\)"):
+        MirrorGAN.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json is damaged: it is not JSON"),
+        ("", r"config\.json is damaged: it is not JSON"),
+        ("[]", r"config\.json is not a 'mirror-modules model 1' file"),
+        ('{"format": "something else"}', r"config\.json is not a 'mirror-modules model 1' file"),
+    ],
+)
+def test_a_damaged_config_is_named(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        MirrorGAN.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"unknown field 'chanels'; did you mean 'channels'\?", {"chanels": 3}),
+        (r"resolutions must be growing powers of two", {"resolutions": [5]}),
+        (r"'int' object is not iterable", {"resolutions": 5}),
+        (r"channels must be a whole number of at least 1, but it is None", {"channels": None}),
+        (r"name must be 'inception_v3' or a torchvision ResNet, not 'vgg16'", {"captioner_backbone": "vgg16"}),
+    ],
+)
+def test_a_config_that_describes_no_model_is_named(folder, message, changes):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=r"config\.json describes no model: .*" + message):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_a_damaged_vocabulary_is_named(folder):
+    (folder / "vocabulary.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match=r"vocabulary\.json is not JSON text"):
+        MirrorGAN.from_pretrained(folder)
+
+
+def test_a_module_that_cannot_load_stays_as_it_was(tmp_path):
+    module, other = nn.Linear(3, 5), nn.Linear(3, 7)
+    save_weights(other, tmp_path / "weights.safetensors")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Linear: weight in .* is \(7, 3\), expected \(5, 3\)"):
+        load_weights(module, tmp_path / "weights.safetensors")
+    assert_close(module.state_dict(), before, atol=0, rtol=0)
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing\.safetensors does not exist; expected the weights of a Linear"
+    ):
+        load_weights(module, tmp_path / "nothing.safetensors")
+
+
+def test_weights_load_into_the_dtype_of_the_module(tmp_path):
+    module, wide = nn.Linear(3, 5), nn.Linear(3, 5).double()
+    save_weights(module, tmp_path / "weights.safetensors")
+    load_weights(wide, tmp_path / "weights.safetensors")
+    assert_close(wide.weight, module.weight.double(), atol=0, rtol=0)
+
+
+def test_json_goes_and_comes(tmp_path):
+    content = {"caption": "빨간 꽃", "losses": [0.25, None]}
+    write_json(tmp_path / "notes.json", content)
+    assert read_json(tmp_path / "notes.json") == content
+    (tmp_path / "notes.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"notes\.json is damaged: it is not JSON"):
+        read_json(tmp_path / "notes.json")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        read_json(tmp_path / "nothing.json")
+
+
+def test_without_safetensors_the_error_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'mirror-modules\[hub\]'"):
+        make().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_weights_file_is_plain_safetensors(folder):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    assert set(state) == set(make().state_dict())

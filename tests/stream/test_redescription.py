@@ -1,0 +1,340 @@
+"""The redescription loss: the sum over words, and a captioner that nothing and nobody moves."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from mirror_modules import Captioner, RedescriptionLoss
+from mirror_modules.functional import redescription_loss
+from mirror_modules.stem import ConvBackbone
+
+B, L, V = 3, 5, 7
+
+
+def mask_of(*real_words, length=L):
+    return torch.arange(length) < torch.tensor(real_words).unsqueeze(1)
+
+
+def loss_by_loops(logits, tokens, mask, reduction):
+    total, count = 0.0, 0
+    for b in range(B):
+        for t in range(L):
+            if mask[b, t]:
+                row = logits[b, t].tolist()
+                total -= row[tokens[b, t]] - math.log(sum(math.exp(value) for value in row))
+                count += 1
+    return total / (count if reduction == "word" else B)
+
+
+def make_captioner():
+    return Captioner(ConvBackbone(2, blocks=2), V, embedding_dim=4, hidden_dim=3)
+
+
+class Tinted(nn.Module):
+    """A foreign captioner without recurrence: each word has a color, and each step sees the image's."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.linear = nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Linear(3, V)
+
+    def forward(self, images, tokens, word_mask):
+        color = self.dropout(self.norm(images).square().mean(dim=(2, 3)))
+        return self.linear(color).unsqueeze(1).expand(-1, tokens.shape[1], -1)
+
+
+def draw(batch=B):
+    return torch.rand(batch, 3, 8, 9) * 2 - 1, torch.randint(V, (batch, L))
+
+
+@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("real_words", [(5, 5, 5), (5, 2, 1)])
+def test_matches_the_loops(real_words, reduction):
+    logits, tokens, mask = torch.randn(B, L, V), torch.randint(V, (B, L)), mask_of(*real_words)
+    loss = redescription_loss(logits, tokens, mask, reduction=reduction)
+    assert loss.item() == pytest.approx(loss_by_loops(logits, tokens, mask, reduction), rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["word", "sentence"])
+def test_no_mask_means_that_all_words_are_real(reduction):
+    logits, tokens = torch.randn(B, L, V), torch.randint(V, (B, L))
+    expected = redescription_loss(logits, tokens, mask_of(5, 5, 5), reduction=reduction)
+    assert_close(redescription_loss(logits, tokens, reduction=reduction), expected)
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+@pytest.mark.parametrize("reduction", ["word", "sentence"])
+def test_gradients(reduction, mask):
+    logits, tokens = torch.randn(B, L, V, dtype=torch.float64, requires_grad=True), torch.randint(V, (B, L))
+    assert gradcheck(lambda x: redescription_loss(x, tokens, mask, reduction=reduction), (logits,))
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("reduction", ["word", "sentence"])
+def test_padding_has_no_influence(reduction, garbage):
+    logits, tokens = torch.randn(B, L, V, requires_grad=True), torch.randint(V, (B, L))
+    padded_logits = torch.cat((logits.detach(), torch.full((B, 2, V), garbage)), dim=1).requires_grad_()
+    padded_tokens = torch.cat((tokens, torch.randint(V, (B, 2))), dim=1)
+    mask, padded_mask = mask_of(5, 2, 1), mask_of(5, 2, 1, length=L + 2)
+    loss = redescription_loss(logits, tokens, mask, reduction=reduction)
+    padded = redescription_loss(padded_logits, padded_tokens, padded_mask, reduction=reduction)
+    loss.backward()
+    padded.backward()
+    assert_close(padded, loss)
+    assert_close(padded_logits.grad[:, :L], logits.grad)
+    assert (padded_logits.grad[~padded_mask] == 0).all()
+
+
+def test_a_sentence_alone_has_its_share_of_the_batch():
+    logits, tokens, mask = torch.randn(B, L, V), torch.randint(V, (B, L)), mask_of(5, 2, 1)
+    alone = [
+        redescription_loss(logits[b : b + 1], tokens[b : b + 1], mask[b : b + 1], reduction="sentence")
+        for b in range(B)
+    ]
+    assert_close(redescription_loss(logits, tokens, mask, reduction="sentence"), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    logits, tokens = torch.randn(B, L, V).to(dtype), torch.randint(V, (B, L))
+    loss = redescription_loss(logits, tokens, mask_of(5, 2, 1))
+    assert loss.dtype == torch.float32
+    assert_close(loss, redescription_loss(logits.float(), tokens, mask_of(5, 2, 1)))
+
+
+def test_int32_tokens_count_the_same():
+    logits, tokens = torch.randn(B, L, V), torch.randint(V, (B, L))
+    assert_close(redescription_loss(logits, tokens.int()), redescription_loss(logits, tokens))
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+def test_the_function_compiles_into_one_graph(compiled, mask):
+    logits, tokens = torch.randn(B, L, V, requires_grad=True), torch.randint(V, (B, L))
+    loss = compiled(redescription_loss)(logits, tokens, mask)
+    assert_close(loss, redescription_loss(logits, tokens, mask))
+    loss.backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_the_module_compiles_into_one_graph_with_a_captioner_that_does(compiled):
+    loss, (images, tokens) = RedescriptionLoss(Tinted()), draw()
+    images.requires_grad_()
+    value = compiled(loss)(images, tokens, mask_of(5, 2, 1))
+    assert_close(value, loss(images, tokens, mask_of(5, 2, 1)))
+    value.backward()
+    assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+def test_module_equals_function(mask, reduction):
+    captioner, (images, tokens) = make_captioner(), draw()
+    loss = RedescriptionLoss(captioner, reduction=reduction)
+    logits = captioner(images, tokens, mask)
+    assert_close(loss(images, tokens, mask), redescription_loss(logits, tokens, mask, reduction=reduction))
+
+
+# What may be done to the loss, to a model that contains it, or to a model that also owns the captioner.
+
+
+class Model(nn.Module):
+    """A model that owns a painter, the captioner and the loss that froze it; the captioner comes last."""
+
+    def __init__(self, captioner):
+        super().__init__()
+        self.painter = nn.Conv2d(3, 3, 1)
+        self.loss = RedescriptionLoss(captioner)
+        self.captioner = captioner
+
+
+def leave(model):
+    pass
+
+
+def train_the_loss(model):
+    model.loss.train()
+
+
+def evaluate_the_loss(model):
+    model.loss.eval()
+
+
+def ask_gradients_of_the_loss(model):
+    model.loss.requires_grad_(True)
+
+
+def train_the_model(model):
+    model.train()
+
+
+def evaluate_the_model(model):
+    model.eval()
+
+
+def ask_gradients_of_the_model(model):
+    model.requires_grad_(True)
+
+
+def evaluate_and_train_the_model(model):
+    model.eval().train().requires_grad_(True)
+
+
+def train_the_captioner(model):
+    model.captioner.train().requires_grad_(True)
+
+
+ACTIONS = [
+    leave,
+    train_the_loss,
+    evaluate_the_loss,
+    ask_gradients_of_the_loss,
+    train_the_model,
+    evaluate_the_model,
+    ask_gradients_of_the_model,
+    evaluate_and_train_the_model,
+    train_the_captioner,
+]
+
+
+@pytest.mark.parametrize("captioner", [make_captioner, Tinted])
+@pytest.mark.parametrize("act", ACTIONS)
+def test_the_image_gets_a_gradient_and_the_captioner_none(act, captioner):
+    model, (images, tokens) = Model(captioner()), draw()
+    images.requires_grad_()
+    state = copy.deepcopy(model.captioner.state_dict())
+    act(model)
+    model.loss(images, tokens, mask_of(5, 2, 1)).backward()
+    assert (images.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+    assert all(parameter.grad is None for parameter in model.captioner.parameters())
+    assert_close(model.captioner.state_dict(), state, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("act", ACTIONS)
+def test_training_steps_over_everything_never_move_the_captioner(act):
+    model, (images, tokens) = Model(make_captioner()), draw()
+    state, painter = copy.deepcopy(model.captioner.state_dict()), copy.deepcopy(model.painter.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        act(model)
+        loss = model.loss(torch.tanh(model.painter(images)), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_close(model.captioner.state_dict(), state, atol=0, rtol=0)
+    assert not torch.equal(model.painter.weight, painter["weight"])
+
+
+def test_a_gradient_left_over_from_the_captioners_own_training_moves_nothing():
+    captioner, (images, tokens) = make_captioner(), draw()
+    captioner(images, tokens).sum().backward()
+    loss = RedescriptionLoss(captioner)
+    state = copy.deepcopy(captioner.state_dict())
+    torch.optim.SGD(loss.parameters(), lr=1.0).step()
+    assert_close(captioner.state_dict(), state, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("act", ACTIONS)
+def test_the_same_image_has_the_same_loss_each_time(act):
+    model, (images, tokens) = Model(Tinted()), draw()
+    first = model.loss(images, tokens)
+    act(model)
+    assert_close(model.loss(images, tokens), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("act", ACTIONS)
+def test_recurrent_layers_run_in_training_mode_without_dropout(act):
+    captioner = make_captioner()
+    captioner.lstm = nn.LSTM(4, 3, num_layers=2, batch_first=True, dropout=0.5)
+    model, (images, tokens) = Model(captioner), draw()
+    act(model)
+    assert_close(model.loss(images, tokens), model.loss(images, tokens), atol=0, rtol=0)
+    assert captioner.lstm.training
+    assert not captioner.image_norm.training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", [leave, evaluate_the_model, train_the_model])
+def test_cudnn_can_run_backward(act):
+    model, (images, tokens) = Model(make_captioner()).cuda(), draw()
+    images = images.cuda().requires_grad_()
+    act(model)
+    model.loss(images, tokens.cuda(), mask_of(5, 2, 1).cuda()).backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_the_loss_has_its_own_mode_and_the_captioner_none_but_its_own():
+    loss = RedescriptionLoss(make_captioner())
+    assert loss.training
+    assert loss.eval() is loss
+    assert not loss.training
+    assert loss.train() is loss
+    assert loss.training
+    awake = [module for module in loss.captioner.modules() if module.training]
+    assert awake == [loss.captioner.lstm]
+
+
+@pytest.mark.parametrize("mask", [None, mask_of(2)])
+def test_a_batch_of_one(mask):
+    loss, (images, tokens) = RedescriptionLoss(make_captioner()).train(), draw(batch=1)
+    images.requires_grad_()
+    loss(images, tokens, mask).backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
+
+
+def test_an_image_that_shows_the_caption_has_a_lower_loss():
+    captioner = Tinted()
+    nn.init.zeros_(captioner.linear.weight)
+    captioner.linear.weight.data[3, 0] = 5.0  # red says 3
+    loss, tokens = RedescriptionLoss(captioner), torch.full((1, L), 3)
+    red, blue = torch.zeros(2, 1, 3, 8, 9)
+    red[:, 0] = blue[:, 2] = 1.0
+    assert loss(red, tokens) < loss(blue, tokens)
+
+
+@pytest.mark.parametrize(
+    ("message", "logits", "tokens", "mask"),
+    [
+        (r"logits must be \(B, L, V\) for tokens .* are \(3, 4, 7\) and \(3, 5\)", (B, 4, V), torch.zeros(B, L), None),
+        (r"logits must be \(B, L, V\) .* are \(3, 5\) and \(3, 5\)", (B, L), torch.zeros(B, L), None),
+        (r"tokens range from 0 to 7 but vocabulary_size=7", (1, 2, V), torch.tensor([[0, 7]]), None),
+        (r"caption 1 has no real word", (B, L, V), torch.zeros(B, L), mask_of(5, 0, 1)),
+        (r"word_mask is \(2, 5\) but the captions are \(3, 5\)", (B, L, V), torch.zeros(B, L), mask_of(5, 1)),
+        (r"word_mask must be bool", (B, L, V), torch.zeros(B, L), mask_of(5, 1, 1).long()),
+        (r"captions of length 0", (B, 0, V), torch.zeros(B, 0), None),
+    ],
+)
+def test_the_function_says_what_is_wrong(message, logits, tokens, mask):
+    with pytest.raises(ValueError, match="redescription_loss: " + message):
+        redescription_loss(torch.zeros(logits), tokens.long(), mask)
+
+
+@pytest.mark.parametrize(
+    ("message", "images", "tokens"),
+    [
+        (
+            r"RedescriptionLoss: images must be \(B, 3, H, W\), but they are \(3, 3, 8\)",
+            torch.zeros(3, 3, 8),
+            torch.zeros(B, L),
+        ),
+        (r"RedescriptionLoss: images must be floats", torch.zeros(B, 3, 8, 9).byte(), torch.zeros(B, L)),
+        (r"RedescriptionLoss: batch sizes disagree \(images: \(2,", torch.zeros(2, 3, 8, 9), torch.zeros(B, L)),
+        (r"tokens must be int64 \(B, L\), but they are torch\.float32", torch.zeros(B, 3, 8, 9), torch.zeros(B, L)),
+    ],
+)
+def test_the_module_says_what_is_wrong(message, images, tokens):
+    with pytest.raises(ValueError, match=message):
+        RedescriptionLoss(Tinted())(images, tokens)
+
+
+def test_an_unknown_reduction_raises():
+    with pytest.raises(
+        ValueError, match=r"redescription_loss: reduction must be one of 'word', 'sentence', but it is 'sum'"
+    ):
+        redescription_loss(torch.zeros(B, L, V), torch.zeros(B, L).long(), reduction="sum")
+    with pytest.raises(ValueError, match=r"RedescriptionLoss: reduction must be one of"):
+        RedescriptionLoss(Tinted(), reduction="mean")
