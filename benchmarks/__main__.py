@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("what", nargs="?", choices=["all", "step", "demo"], default="all")
-    parser.add_argument("--rounds", type=int, default=7, help="measured calls of each implementation in 'step'")
+    parser.add_argument("--rounds", type=int, default=6, help="measured calls of each implementation in 'step'")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of 'demo'")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--no-record", action="store_true", help="print only")

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks import _measure, _record
 from mirror_modules import MirrorGAN
 from mirror_modules.data import InMemoryCaptions, SyntheticFlowers
-from mirror_modules.data.transforms import to_float
+from mirror_modules.data.batching import CaptionBatch
+from mirror_modules.training.batches import training_batches
 from mirror_modules.training.recipes import Recipe, get_recipe
 from mirror_modules.training.state import AdversarialState, start
 from mirror_modules.training.step import adversarial_step
@@ -33,11 +34,11 @@ class Phase(NamedTuple):
 
     recipe: Recipe
     state: AdversarialState
-    next_batch: Callable[[], Any]
+    batches: Iterator[CaptionBatch]
 
     def step(self) -> dict[str, Tensor]:
         """One step on the next batch."""
-        return adversarial_step(self.state, self.next_batch(), self.recipe.glam)
+        return adversarial_step(self.state, next(self.batches), self.recipe.glam)
 
 
 class Stopwatch(ExitStack):
@@ -66,18 +67,13 @@ def build_phase(name: str) -> Phase:
     """Data, networks and optimizers of a recipe for synthetic flowers."""
     torch.manual_seed(0)
     recipe = get_recipe(name)
-    model_config = recipe.model
-    dataset = SyntheticFlowers(max(IMAGES, recipe.glam.batch_size), resolution=model_config.resolutions[-1])
-    data = InMemoryCaptions(dataset, max_words=model_config.max_words)
-    batches = data.batches(recipe.glam.batch_size, torch.Generator().manual_seed(0))
-    model = MirrorGAN(model_config, data.vocabulary)
-    state = start(model, model_config, recipe.glam, torch.Generator().manual_seed(0))
-
-    def next_batch() -> Any:
-        batch = next(batches)
-        return batch._replace(images=to_float(batch.images))
-
-    return Phase(recipe, state, next_batch)
+    resolution = recipe.model.resolutions[-1]
+    dataset = SyntheticFlowers(max(IMAGES, recipe.glam.batch_size), resolution=resolution)
+    data = InMemoryCaptions(dataset, max_words=recipe.model.max_words)
+    batches = training_batches(data, recipe.glam.batch_size, resolution, seed=0, device=torch.device("cpu"))
+    model = MirrorGAN(recipe.model, data.vocabulary)
+    state = start(model, recipe.glam, torch.Generator().manual_seed(0))
+    return Phase(recipe, state, batches)
 
 
 def build_step(name: str) -> _measure.Call:
@@ -104,7 +100,7 @@ def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, f
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            batch = phase.next_batch()
+            batch = next(phase.batches)
             watch.seconds["data"] += time.perf_counter() - started
             adversarial_step(state, batch, phase.recipe.glam)
             seconds.append(time.perf_counter() - started)

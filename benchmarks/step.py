@@ -52,7 +52,7 @@ def build_step(impl: str, sizes: Sizes) -> _measure.Call:
     if impl != OURS:
         use_published_attention(model)
     torch.manual_seed(1)  # again, so that the discriminators too begin with equal weights
-    state = start(model, config, recipe, torch.Generator().manual_seed(0))
+    state = start(model, recipe, torch.Generator().manual_seed(0))
     batch = make_batch(sizes, len(model.vocabulary))
     if impl == OURS:
         return partial(adversarial_step, state, batch, recipe)

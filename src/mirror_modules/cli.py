@@ -157,6 +157,7 @@ class DescribeOptions:
 
 def _describe(arguments: list[str]) -> None:
     import torch
+
     from mirror_modules.data.oxford_flowers import read_square
     from mirror_modules.data.transforms import to_float
     from mirror_modules.models import MirrorGAN
@@ -166,7 +167,9 @@ def _describe(arguments: list[str]) -> None:
         raise ValueError("there is no image; name at least one file after the model's folder.")
     model = MirrorGAN.from_pretrained(options.model_dir, device=_device(options.device))
     pixels = [torch.from_numpy(read_square(path, model.config.resolutions[-1])) for path in options.images]
-    for path, caption in zip(options.images, model.describe(to_float(torch.stack(pixels)), beam_width=options.beam_width)):
+    for path, caption in zip(
+        options.images, model.describe(to_float(torch.stack(pixels)), beam_width=options.beam_width)
+    ):
         print(f"{path}: {caption}")
 
 
@@ -196,9 +199,9 @@ def _parse(
     except ImportError as error:
         raise ImportError("The command line needs more packages: pip install 'mirror-modules[train]'") from error
     # Marked here and not in the classes, so that a missing tyro is said in one line.
-    hints = get_type_hints(options)
-    for name in positional:
-        options.__annotations__[name] = tyro.conf.Positional[hints[name]]  # type: ignore[index]
+    for name, hint in get_type_hints(options).items():
+        if name in positional:
+            options.__annotations__[name] = Annotated[hint, tyro.conf.Positional]
     if default is None:
         return tyro.cli(options, args=arguments, prog=program)
     options.__annotations__["recipe"] = Annotated[Recipe, tyro.conf.arg(name="")]

@@ -103,6 +103,7 @@ class PairedDiscriminator(nn.Module):
         return self.judge(self.features(images), sentence)
 
     def extra_repr(self) -> str:
+        """The sizes, as `print` shows them."""
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 

@@ -1,13 +1,13 @@
 """Captioned images: data sets, transforms, batching."""
 
-from .batching import CaptionBatch, InMemoryCaptions
-from .flowers_synthetic import SyntheticFlowers
-from .oxford_flowers import OxfordFlowers
-from .sample import CaptionedImage, CaptionedImages
-from .synthetic_attributes import ATTRIBUTES, class_id_of
-from .synthetic_captions import attributes_named, write_captions
-from .synthetic_drawing import draw_flower
-from .transforms import image_pyramid, random_crop_flip, to_bytes, to_float
+from mirror_modules.data.batching import CaptionBatch, InMemoryCaptions
+from mirror_modules.data.flowers_synthetic import SyntheticFlowers
+from mirror_modules.data.oxford_flowers import OxfordFlowers
+from mirror_modules.data.sample import CaptionedImage, CaptionedImages
+from mirror_modules.data.synthetic_attributes import ATTRIBUTES, class_id_of
+from mirror_modules.data.synthetic_captions import attributes_named, write_captions
+from mirror_modules.data.synthetic_drawing import draw_flower
+from mirror_modules.data.transforms import image_pyramid, random_crop_flip, to_bytes, to_float
 
 __all__ = [
     "ATTRIBUTES",

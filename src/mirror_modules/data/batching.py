@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_positive
-from ..stem.vocabulary import Vocabulary
-from .sample import CaptionedImages
+from mirror_modules._checks import check_positive
+from mirror_modules.data.sample import CaptionedImages
+from mirror_modules.stem.vocabulary import Vocabulary
 
 
 class CaptionBatch(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._checks import check_choice, check_positive
-from .sample import CaptionedImage
-from .synthetic_attributes import ATTRIBUTES, class_id_of
-from .synthetic_captions import write_captions
-from .synthetic_drawing import SMALLEST, draw_flower
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.sample import CaptionedImage
+from mirror_modules.data.synthetic_attributes import ATTRIBUTES, class_id_of
+from mirror_modules.data.synthetic_captions import write_captions
+from mirror_modules.data.synthetic_drawing import SMALLEST, draw_flower
 
 _SPLITS = ("train", "validation")
 

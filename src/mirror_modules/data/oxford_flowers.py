@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_choice, check_positive
-from .sample import CaptionedImage
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.sample import CaptionedImage
 
 _CLASS_LISTS = {"train": "trainclasses.txt", "validation": "valclasses.txt"}
 _LAYOUT = "jpg/, text_c10/class_XXXXX/image_XXXXX.txt, trainclasses.txt and valclasses.txt"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .synthetic_attributes import ATTRIBUTES, check_attributes
+from mirror_modules.data.synthetic_attributes import ATTRIBUTES, check_attributes
 
 LONGEST = 18  # words of a caption
 

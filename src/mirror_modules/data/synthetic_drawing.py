@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .synthetic_attributes import check_attributes
-from .synthetic_backgrounds import BACKGROUNDS
+from mirror_modules.data.synthetic_attributes import check_attributes
+from mirror_modules.data.synthetic_backgrounds import BACKGROUNDS
 
 Array = NDArray[np.floating[Any]]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_images, check_positive, shape_of
+from mirror_modules._checks import check_images, check_positive, shape_of
 
 
 def to_float(images: Tensor) -> Tensor:

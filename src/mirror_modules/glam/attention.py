@@ -232,6 +232,7 @@ class GlobalLocalAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The sizes, as `print` shows them."""
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}, condition_dim={self.condition_dim}"
 
 

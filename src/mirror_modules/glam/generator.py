@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ class GeneratedImages(NamedTuple):
     images: list[Tensor]
     """One batch per stage, coarse to fine, in [-1, 1]. Each (B, 3, resolution, resolution)."""
     word_weights: list[Tensor]
-    """Word attention of each refinement stage, if asked for, else empty. Each (B, L, H, W), H that of the stage before."""
+    """Word attention of each refinement stage, if asked for, else empty. Each (B, L, H, W), of the stage before."""
     sentence_weights: list[Tensor]
     """Sentence attention of each refinement stage, if asked for, else empty. Each (B, C, H, W)."""
 
@@ -141,7 +142,7 @@ def _check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
     powers = all(
         isinstance(size, int) and size >= SMALLEST_RESOLUTION and size & (size - 1) == 0 for size in resolutions
     )
-    growing = all(coarse < fine for coarse, fine in zip(resolutions, resolutions[1:]))
+    growing = all(coarse < fine for coarse, fine in itertools.pairwise(resolutions))
     if len(resolutions) == 0 or not powers or not growing:
         raise ValueError(
             f"CascadedGenerator: resolutions must be growing powers of two from {SMALLEST_RESOLUTION} up, "

@@ -5,6 +5,8 @@ Shape suffixes as in `attention.py`.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class InitialStage(nn.Module):
         self.linear = nn.Linear(condition_dim + noise_dim, 2 * base_features, bias=False)
         self.norm = FeatureBatchNorm(2 * base_features)
         widths = [channels * 2**i for i in range(doublings, -1, -1)]
-        self.upsample = nn.Sequential(*(UpBlock(wide, narrow) for wide, narrow in zip(widths, widths[1:])))
+        self.upsample = nn.Sequential(*(UpBlock(wide, narrow) for wide, narrow in itertools.pairwise(widths)))
 
     def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
         """(B, Z), (B, E) -> (B, C, H, W)."""
@@ -118,7 +120,7 @@ class RefinementStage(nn.Module):
         self.fusion = nn.Identity() if inputs == 2 else nn.Conv2d(inputs * channels, 2 * channels, 1, bias=False)
         self.residual = nn.Sequential(*(ResidualBlock(2 * channels) for _ in range(residual_blocks)))
         widths = [2 * channels] + [channels] * doublings
-        self.upsample = nn.Sequential(*(UpBlock(before, after) for before, after in zip(widths, widths[1:])))
+        self.upsample = nn.Sequential(*(UpBlock(before, after) for before, after in itertools.pairwise(widths)))
 
     def forward(
         self, features: Tensor, condition: Tensor, words: Tensor, word_mask: Tensor | None

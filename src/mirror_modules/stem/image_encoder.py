@@ -33,8 +33,8 @@ class ConvBackbone(nn.Module):
     """A small convolutional network that trains from scratch.
 
     Each block halves the resolution and doubles the channels. Regions are the last but one block's positions (at 64
-    pixels and four blocks, 8 x 8), the global feature is the last block's mean and maximum. The maximum matters: on small
-    objects, the mean alone cost a quarter of the R-precision of real images. The input is taken raw, in [-1, 1].
+    pixels and four blocks, 8 x 8). The global feature is the last block's mean and maximum: the maximum keeps what is
+    small in an image. The input is taken raw, in [-1, 1].
 
     Args:
         channels: Channels of the first block.
@@ -97,6 +97,7 @@ class TorchvisionBackbone(nn.Module):
         network = models.get_model(name, weights=weights, **quiet)
         self.image_dim = network.fc.in_features
         self.normalize = normalize and name != "inception_v3"
+        self.resize_to: int | None
         self.resize_to, self.region_layer = (299, "Mixed_6e") if name == "inception_v3" else (None, "layer3")
         # Both families run their children one after the other, up to the pooling; Inception's auxiliary classifier
         # alone stands beside the path.
@@ -140,7 +141,7 @@ def build_backbone(name: str, weights: Any = None) -> nn.Module:
 
 
 class ImageEncoder(nn.Module):
-    """Region features and a global feature, projected into the space of the words (MirrorGAN, Sec. 3.1; AttnGAN's DAMSM).
+    """Region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1; AttnGAN's DAMSM).
 
         regions = backbone regions W_r,    image = backbone image W_g + b_g
 
@@ -179,5 +180,7 @@ class ImageEncoder(nn.Module):
 def _size(backbone: nn.Module, name: str) -> int:
     size = getattr(backbone, name, None)
     if not isinstance(size, int):
-        raise ValueError(f"ImageEncoder: the backbone {type(backbone).__name__} must state its size as an int `{name}`.")
+        raise ValueError(
+            f"ImageEncoder: the backbone {type(backbone).__name__} must state its size as an int `{name}`."
+        )
     return size

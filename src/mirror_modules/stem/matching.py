@@ -96,7 +96,7 @@ def _similarity_of_chunk(
 ) -> Tensor:
     """(I, J). No context (I, J, L, D) is formed: both its product with the word and its length follow from the maps,
 
-        context[l] . w_l = sum_r attention[l, r] * scores[l, r],    |context[l]|^2 = attention[l]^T V V^T attention[l]
+    context[l] . w_l = sum_r attention[l, r] * scores[l, r],    |context[l]|^2 = attention[l]^T V V^T attention[l]
     """
     scores_IRJL = _scores(regions_IRD, words_JLD)
     attention_IRJL = _attention(scores_IRJL, mask_JL, gamma_attention)
@@ -110,9 +110,7 @@ def _similarity_of_chunk(
     return (gamma_word * cosine_IJL).masked_fill(~mask_JL, float("-inf")).logsumexp(dim=2)
 
 
-def word_region_attention(
-    regions: Tensor, words: Tensor, word_mask: Tensor, *, gamma_attention: float = 4.0
-) -> Tensor:
+def word_region_attention(regions: Tensor, words: Tensor, word_mask: Tensor, *, gamma_attention: float = 4.0) -> Tensor:
     """Share of each region in each word, for every image with every caption: `attention` of `word_region_similarity`.
 
     Args:
@@ -238,7 +236,12 @@ class MatchingLoss(nn.Module):
     ) -> None:
         super().__init__()
         choose_implementation("MatchingLoss", impl)
-        self.gamma_attention, self.gamma_word, self.gamma_loss, self.impl = gamma_attention, gamma_word, gamma_loss, impl
+        self.gamma_attention, self.gamma_word, self.gamma_loss, self.impl = (
+            gamma_attention,
+            gamma_word,
+            gamma_loss,
+            impl,
+        )
 
     def forward(
         self,

@@ -40,9 +40,7 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         owner = "TextEncoder"
-        check_positive(
-            owner, vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim
-        )
+        check_positive(owner, vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim)
         if feature_dim % 2:
             raise ValueError(f"{owner}: feature_dim must be even, half for each direction, but it is {feature_dim}.")
         self.vocabulary_size, self.feature_dim = vocabulary_size, feature_dim

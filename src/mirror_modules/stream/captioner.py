@@ -52,9 +52,7 @@ class Captioner(nn.Module):
         self, image_encoder: nn.Module, vocabulary_size: int, *, embedding_dim: int = 256, hidden_dim: int = 512
     ) -> None:
         super().__init__()
-        check_positive(
-            "Captioner", vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, hidden_dim=hidden_dim
-        )
+        check_positive("Captioner", vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, hidden_dim=hidden_dim)
         image_dim = getattr(image_encoder, "image_dim", None)
         if not isinstance(image_dim, int):
             raise ValueError(
@@ -70,7 +68,7 @@ class Captioner(nn.Module):
         with torch.no_grad():
             # The image comes first and must be remembered for the whole caption: gates that start half closed forget
             # it, and training then takes several times as long.
-            self.lstm.bias_ih_l0[hidden_dim : 2 * hidden_dim] = FORGET_BIAS
+            self.lstm.get_parameter("bias_ih_l0")[hidden_dim : 2 * hidden_dim] = FORGET_BIAS
         self.output = nn.Linear(hidden_dim, vocabulary_size)
 
     def first_input(self, images: Tensor) -> Tensor:
@@ -91,8 +89,8 @@ class Captioner(nn.Module):
         Args:
             images: In [-1, 1], (B, 3, H, W).
             tokens: Token ids, (B, L), at best with their end token (`append_end`).
-            word_mask: True for a real word, (B, L), real words first. It is checked, and changes nothing: the LSTM looks
-                backward only, so that padding at the end has no influence.
+            word_mask: True for a real word, (B, L), real words first. It is checked, and changes nothing: the LSTM
+                looks backward only, so that padding at the end has no influence.
 
         Returns:
             Logits (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.

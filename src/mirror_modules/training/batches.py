@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -71,7 +71,9 @@ def _load(
 
     count = len(dataset) if limit is None else min(limit, len(dataset))
     # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
-    subset = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])  # type: ignore[arg-type]
+    subset: torch.utils.data.Subset[Any] = torch.utils.data.Subset(
+        cast(Any, dataset), [i * len(dataset) // count for i in range(count)]
+    )
     with tqdm(total=count, desc=what, unit=" images", dynamic_ncols=True) as bar:
         return InMemoryCaptions(
             subset,
@@ -103,16 +105,18 @@ def training_batches(
 class UnseenCaption(NamedTuple):
     """A validation image and a caption of it that no training image has."""
 
-    index: int
+    image: int
+    """Row of the validation images."""
     caption: str
+    """What is said of it."""
 
 
 def unseen_captions(splits: Splits) -> list[UnseenCaption]:
     """For each validation image its first caption that does not occur, word for word, among the training captions."""
     seen = {caption for captions in splits.training.captions for caption in captions}
     unseen = []
-    for index, captions in enumerate(splits.validation.captions):
+    for image, captions in enumerate(splits.validation.captions):
         new = next((caption for caption in captions if caption not in seen), None)
         if new is not None:
-            unseen.append(UnseenCaption(index, new))
+            unseen.append(UnseenCaption(image, new))
     return unseen

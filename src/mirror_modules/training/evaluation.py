@@ -15,7 +15,7 @@ from mirror_modules.metrics import r_precision
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import read_json, write_json
 from mirror_modules.stream import append_end
-from mirror_modules.training.batches import Splits, load_splits, unseen_captions
+from mirror_modules.training.batches import load_splits, unseen_captions
 from mirror_modules.training.loop import RunFolder, load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
 from mirror_modules.training.report import Showcase, write_report
@@ -54,7 +54,7 @@ def evaluate(out: str | Path, *, device: str = "cpu") -> dict[str, Any]:
 
     unseen = unseen_captions(splits)
     captions = [entry.caption for entry in unseen]
-    real = splits.validation.images[[entry.index for entry in unseen]]
+    real = splits.validation.images[[entry.image for entry in unseen]]
     tokens, word_mask = splits.vocabulary.encode(captions, max_words=recipe.model.max_words, warn_unknown=False)
     generated = _generate(model, tokens, word_mask, recipe.seed)
 
@@ -136,9 +136,7 @@ def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recip
     count = min(recipe.evaluation.report_images, len(captions))
     shown = to_float(real[:count])
     generated = model.generate(captions[:count], seed=recipe.seed, need_weights=True)
-    tokens, word_mask = model.vocabulary.encode(
-        captions[:count], max_words=recipe.model.max_words, warn_unknown=False
-    )
+    tokens, word_mask = model.vocabulary.encode(captions[:count], max_words=recipe.model.max_words, warn_unknown=False)
     words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
     return Showcase(
         captions=captions[:count],

@@ -1,16 +1,14 @@
 """A run: the phases one after the other, each kept on disk as soon as it is done.
 
-    stem    text and image encoder by the matching loss
-    stream  the captioner on real pairs
-    glam    the generator against one discriminator per stage
-    judge   another encoder pair, for the evaluation alone
+Phase `stem` trains text and image encoder by the matching loss, `stream` the captioner on real pairs, `glam` the
+generator against one discriminator per stage, and `judge` another encoder pair, for the evaluation alone.
 """
 
 from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,13 @@ import torch
 from torch import nn
 
 import mirror_modules
+from mirror_modules.data import CaptionBatch
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import load_weights, read_json, save_weights, write_json
 from mirror_modules.training.batches import Splits, load_splits, training_batches
 from mirror_modules.training.log import PhaseLog
 from mirror_modules.training.pretrain import EncoderPair, train_captioner, train_encoders
-from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.recipes import PHASES, MatchingRecipe, Recipe
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
@@ -108,18 +107,23 @@ def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, de
     return folder
 
 
-def train_stem(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device, phase: str = "stem") -> nn.Module:
+def train_stem(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
     """Text and image encoder by the matching loss."""
-    steps = recipe.stem if phase == "stem" else recipe.judge
-    pair = EncoderPair(recipe.model, len(splits.vocabulary)).to(device)
-    with PhaseLog(phase, steps.steps, folder.log, recipe.log_every) as log:
-        train_encoders(pair, _batches(phase, recipe, splits, steps.batch_size, device), steps, log)
-    return pair
+    return _train_pair("stem", recipe.stem, recipe, folder, splits, device)
 
 
 def train_judge(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
     """An encoder pair of its own seed, which no other phase uses."""
-    return train_stem(recipe, folder, splits, device, "judge")
+    return _train_pair("judge", recipe.judge, recipe, folder, splits, device)
+
+
+def _train_pair(
+    phase: str, matching: MatchingRecipe, recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device
+) -> nn.Module:
+    pair = EncoderPair(recipe.model, len(splits.vocabulary)).to(device)
+    with PhaseLog(phase, matching.steps, folder.log, recipe.log_every) as log:
+        train_encoders(pair, _batches(phase, recipe, splits, matching.batch_size, device), matching, log)
+    return pair
 
 
 def train_stream(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
@@ -169,12 +173,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _batches(phase: str, recipe: Recipe, splits: Splits, batch_size: int, device: torch.device) -> Any:
+def _batches(
+    phase: str, recipe: Recipe, splits: Splits, batch_size: int, device: torch.device
+) -> Iterator[CaptionBatch]:
     seed = recipe.seed + SEED_OFFSETS[phase] + 10
     return training_batches(splits.training, batch_size, recipe.model.resolutions[-1], seed, device)
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Any:
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)

@@ -32,9 +32,7 @@ class EncoderPair(nn.Module):
         self.image_encoder = ImageEncoder(config.image_backbone, config.word_dim)
 
 
-def train_encoders(
-    pair: EncoderPair, batches: Iterator[CaptionBatch], recipe: MatchingRecipe, log: PhaseLog
-) -> None:
+def train_encoders(pair: EncoderPair, batches: Iterator[CaptionBatch], recipe: MatchingRecipe, log: PhaseLog) -> None:
     """Phases `stem` and `judge`: make the features of an image and of its caption meet (Sec. 3.1)."""
     optimizer, schedule = _optimizer(pair, recipe.learning_rate, recipe.steps)
     pair.train()

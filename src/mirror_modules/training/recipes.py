@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from mirror_modules.models import MirrorGANConfig
 
-
 PHASES = ("stem", "stream", "glam", "judge")
 """The phases of a run, in order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ def start(model: MirrorGAN, recipe: AdversarialRecipe, random: torch.Generator) 
     )
 
 
-def moving_average(decay: float):  # type: ignore[no-untyped-def]
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
     """An averaging function for `AveragedModel` that starts quickly: the decay of update n is min(decay, (1+n)/(10+n)).
 
     Batch-norm statistics are averaged with the parameters; the published code pairs averaged parameters with the live

@@ -23,7 +23,8 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
     real_images = image_pyramid(batch.images, config.resolutions)
     with torch.no_grad():
         words, sentence = model.text_encoder(batch.tokens, batch.word_mask)
-    noise, condition_noise = _normal(state, len(words), config.noise_dim), _normal(state, len(words), config.condition_dim)
+    noise = _normal(state, len(words), config.noise_dim)
+    condition_noise = _normal(state, len(words), config.condition_dim)
     condition = state.painter.conditioning(sentence, noise=condition_noise)
     images = state.painter.generator(noise, condition.sample, words, batch.word_mask).images
 
