@@ -47,6 +47,8 @@ class MirrorGANConfig:
     """Backbone of the image encoder that trains the text encoder: "conv", "inception_v3" or a torchvision ResNet."""
     captioner_backbone: str = "resnet152"
     """Backbone of the captioner: "conv", "inception_v3" or a torchvision ResNet."""
+    captioner_projection: bool = False
+    """Show the captioner the image encoder's projected feature, and not the bare backbone's."""
     captioner_embedding_dim: int = 256
     """Features of a word embedding in the captioner."""
     captioner_hidden_dim: int = 512

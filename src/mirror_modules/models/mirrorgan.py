@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
 from mirror_modules.models.config import MirrorGANConfig
-from mirror_modules.stem import ConditioningAugmentation, TextEncoder, Vocabulary
+from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, Vocabulary
 from mirror_modules.stem.image_encoder import build_backbone
 from mirror_modules.stream import Captioner
 
@@ -46,8 +46,9 @@ class MirrorGAN(nn.Module):
             score_projection=config.score_projection,
             sentence_axis=config.sentence_axis,
         )
+        eye = build_backbone(config.captioner_backbone)
         self.captioner = Captioner(
-            build_backbone(config.captioner_backbone),
+            ImageEncoder(eye, config.word_dim) if config.captioner_projection else eye,
             len(vocabulary),
             embedding_dim=config.captioner_embedding_dim,
             hidden_dim=config.captioner_hidden_dim,

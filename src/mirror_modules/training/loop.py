@@ -6,7 +6,6 @@ generator against one discriminator per stage, and `judge` another encoder pair,
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,10 +126,11 @@ def _train_pair(
 
 
 def train_stream(recipe: Recipe, folder: RunFolder, splits: Splits, device: torch.device) -> nn.Module:
-    """The captioner on real pairs; it starts from the image backbone of phase `stem` where they are alike."""
+    """The captioner on real pairs; it starts from the image encoder of phase `stem` where they are alike."""
     captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
     if recipe.model.captioner_backbone == recipe.model.image_backbone:
-        captioner.image_encoder = copy.deepcopy(load_pair(folder, "stem", recipe, splits).image_encoder.backbone)
+        encoder = load_pair(folder, "stem", recipe, splits).image_encoder
+        captioner.image_encoder = encoder if recipe.model.captioner_projection else encoder.backbone
     captioner.to(device)
     with PhaseLog("stream", recipe.stream.steps, folder.log, recipe.log_every) as log:
         batches = _batches("stream", recipe, splits, recipe.stream.batch_size, device)

@@ -45,8 +45,9 @@ def train_encoders(pair: EncoderPair, batches: Iterator[CaptionBatch], recipe: M
         losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
         total = torch.stack(by_sentence).sum()
         if recipe.word_weight > 0:
-            similarity = word_region_similarity(image.regions, text.words, batch.word_mask)
-            by_words = contrastive_terms(similarity, batch.class_ids, gamma_loss=recipe.gamma_loss)
+            some = slice(recipe.word_pairs)
+            similarity = word_region_similarity(image.regions[some], text.words[some], batch.word_mask[some])
+            by_words = contrastive_terms(similarity, batch.class_ids[some], gamma_loss=recipe.gamma_loss)
             losses |= zip(("caption_by_words", "image_by_words"), by_words)
             total = total + recipe.word_weight * torch.stack(by_words).sum()
         _descend(pair, total, optimizer, schedule)

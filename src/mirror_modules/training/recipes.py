@@ -38,21 +38,23 @@ class MatchingRecipe:
 
     steps: int = 400
     """Optimizer steps."""
-    batch_size: int = 64
-    """Images per step."""
+    batch_size: int = 96
+    """Images per step; a large batch matters here, because the other captions are the negatives."""
     learning_rate: float = 4e-3
     """Adam's peak step size."""
     gamma_loss: float = 20.0
     """Sharpness of the cross entropy; 10 in the published code, too soft for short runs."""
     word_weight: float = 0.3
     """Weight of matching words with regions, beside that of the sentence with the image; 0 leaves it out."""
+    word_pairs: int = 48
+    """Pairs of each batch whose words are matched with regions, which costs the square of their number."""
 
 
 @dataclass(frozen=True)
 class CaptionerRecipe:
     """The captioner on real pairs: phase `stream`."""
 
-    steps: int = 800
+    steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
     """Images per step."""
@@ -75,7 +77,7 @@ class AdversarialRecipe:
     discriminator_learning_rate: float = 2e-4
     """Adam's step size for each discriminator."""
     redescription_weight: float = 20.0
-    """lambda, the weight of the redescription loss; 0 leaves the captioner out."""
+    """lambda, the weight of the redescription loss; 0 leaves the captioner out. 20 in the paper, for a sum over words."""
     redescription_reduction: Literal["word", "sentence"] = "word"
     """Mean over words, or sum over each caption's words."""
     kl_weight: float = 1.0
@@ -116,7 +118,7 @@ class Recipe:
     """Phase `stream`: the captioner."""
     glam: AdversarialRecipe = field(default_factory=AdversarialRecipe)
     """Phase `glam`: the generator."""
-    judge: MatchingRecipe = field(default_factory=lambda: MatchingRecipe(batch_size=96, word_weight=0.0))
+    judge: MatchingRecipe = field(default_factory=lambda: MatchingRecipe(word_weight=0.0))
     """Phase `judge`: the encoder pair that evaluates and that no training uses."""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     """What is measured in the end."""
@@ -162,11 +164,12 @@ def demo() -> Recipe:
             channels=16,
             resolutions=(16, 32, 64),
             residual_blocks=1,
-            discriminator_channels=32,
+            discriminator_channels=24,
             image_backbone="conv",
             captioner_backbone="conv",
-            captioner_embedding_dim=128,
-            captioner_hidden_dim=128,
+            captioner_projection=True,
+            captioner_embedding_dim=192,
+            captioner_hidden_dim=192,
         ),
         glam=AdversarialRecipe(
             generator_learning_rate=1e-3,
