@@ -47,15 +47,14 @@ class RunFolder:
         """Where a finished phase lies."""
         return self.path / "phases" / f"{phase}.safetensors"
 
-    def open(self, recipe: Recipe) -> None:
-        """Begin a run, or go on with one of the same recipe.
+    def check(self, recipe: Recipe) -> None:
+        """Require that the folder is new or empty, or holds a run of this recipe.
 
         Raises:
             ValueError: The folder holds a run of another recipe, or something that is not a run.
         """
-        fields = recipe.to_dict()
         if self.config.exists():
-            differences = list(_differences(read_json(self.config).get("recipe", {}), fields))
+            differences = list(_differences(read_json(self.config).get("recipe", {}), recipe.to_dict()))
             if differences:
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); nothing in it was "
@@ -63,8 +62,11 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the folder and write its config.json."""
         (self.path / "phases").mkdir(parents=True, exist_ok=True)
-        write_json(self.config, {"recipe": fields, "versions": versions()})
+        write_json(self.config, {"recipe": recipe.to_dict(), "versions": versions()})
 
 
 def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, device: str = "cpu") -> RunFolder:
@@ -89,7 +91,7 @@ def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, de
         for needed in NEEDS[phase]:
             if needed not in phases and not folder.weights(needed).exists():
                 raise ValueError(f"phase {phase!r} needs phase {needed!r}, which {folder.path} lacks; train it too.")
-    folder.open(recipe)
+    folder.check(recipe)
     todo = [phase for phase in PHASES if phase in phases and not folder.weights(phase).exists()]
     for phase in phases:
         if phase not in todo:
@@ -97,6 +99,7 @@ def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, de
     if not todo:
         return folder
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    folder.begin(recipe)
     splits.vocabulary.save(folder.path / "vocabulary.json")
     trainers = {"stem": train_stem, "stream": train_stream, "glam": train_glam, "judge": train_judge}
     for phase in todo:

@@ -77,7 +77,7 @@ class AdversarialRecipe:
     discriminator_learning_rate: float = 2e-4
     """Adam's step size for each discriminator."""
     redescription_weight: float = 20.0
-    """lambda, the weight of the redescription loss; 0 leaves the captioner out. 20 in the paper, for a sum over words."""
+    """lambda, the weight of the redescription loss (20 in the paper, for a sum); 0 leaves the captioner out."""
     redescription_reduction: Literal["word", "sentence"] = "word"
     """Mean over words, or sum over each caption's words."""
     kl_weight: float = 1.0

@@ -1,0 +1,203 @@
+"""The command line: what it prints, what it writes, and that a mistake costs one line and status 2."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+from mirror_modules.cli import main
+
+CAPTION = "a red flower"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    config = MirrorGANConfig(
+        embedding_dim=7,
+        word_dim=10,
+        noise_dim=5,
+        condition_dim=6,
+        channels=3,
+        resolutions=(8, 16),
+        captioner_backbone="conv",
+        captioner_embedding_dim=11,
+        captioner_hidden_dim=13,
+    )
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    MirrorGAN(config, Vocabulary(["a", "red", "flower", "with", "petals"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def run(capsys, *words):
+    """Status, stdout and stderr of one command."""
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_refused(result, *needles):
+    status, _, err = result
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    for needle in needles:
+        assert needle in err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--out", "--data", "--steps", "--seed", "--device", "--phases", "--glam.redescription-weight"]),
+        ("generate", ["--seed", "--out", "--separate", "--scale", "--device"]),
+        ("describe", ["--beam-width", "--device"]),
+        ("evaluate", ["--device"]),
+    ],
+)
+def test_help_shows_every_option_with_its_default(capsys, command, options):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    for option in options:
+        assert option in out
+    assert out.count("default:") >= len(options)
+
+
+def test_without_a_command_it_says_what_there_is(capsys):
+    assert run(capsys)[0] == 2
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(command in out for command in ("train", "generate", "describe", "evaluate"))
+
+
+def test_the_same_seed_and_captions_give_the_same_bytes(capsys, model, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        status, out, _ = run(capsys, "generate", model, CAPTION, "--seed", seed, "--out", tmp_path / f"{name}.png")
+        assert (status, out.strip()) == (0, str(tmp_path / f"{name}.png"))
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_separate_writes_one_image_per_caption(capsys, model, tmp_path):
+    status, out, _ = run(
+        capsys, "generate", model, CAPTION, "red petals", "--out", tmp_path / "new" / "f.png", "--separate"
+    )
+    files = [tmp_path / "new" / "f-000.png", tmp_path / "new" / "f-001.png"]
+    assert (status, out.split()) == (0, [str(file) for file in files])
+    assert [Image.open(file).size for file in files] == [(16, 16)] * 2
+
+
+def test_unknown_words_cost_one_warning_that_names_them(capsys, model, tmp_path):
+    status, _, err = run(capsys, "generate", model, "a zebra with red wings", "--out", tmp_path / "z.png")
+    assert status == 0
+    assert len(err.strip().splitlines()) == 1
+    assert "zebra, wings" in err
+
+
+def test_describes_what_it_made(capsys, model, tmp_path):
+    run(capsys, "generate", model, CAPTION, "--out", tmp_path / "f.png")
+    status, out, _ = run(capsys, "describe", model, tmp_path / "f.png")
+    assert status == 0
+    assert out.startswith(f"{tmp_path / 'f.png'}: ")
+
+
+def test_an_unknown_command_is_answered(capsys):
+    assert_refused(run(capsys, "paint"), "'paint'", "train, generate, describe, evaluate")
+
+
+def test_an_unknown_recipe_is_answered(capsys):
+    assert_refused(run(capsys, "train", "dmo"), "unknown recipe 'dmo'", "Did you mean 'demo'?")
+
+
+def test_a_bad_option_is_refused(capsys):
+    assert run(capsys, "train", "--steps", "many")[0] == 2
+    assert run(capsys, "generate", "--nonsense")[0] == 2
+
+
+@pytest.mark.parametrize("caption", ["", "?!", "  "])
+def test_a_caption_without_a_word_is_refused(capsys, model, tmp_path, caption):
+    assert_refused(run(capsys, "generate", model, caption, "--out", tmp_path / "x.png"), "holds no word")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_no_caption_is_refused(capsys, model):
+    assert_refused(run(capsys, "generate", model), "there is no caption")
+
+
+def test_a_folder_that_is_no_model_is_refused(capsys, tmp_path):
+    assert_refused(run(capsys, "generate", tmp_path / "nowhere", CAPTION), "is not a model folder")
+
+
+def damage(model, how):
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    if how == "truncated":
+        weights.write_bytes(whole[: len(whole) // 2])
+    elif how == "header":
+        weights.write_bytes(b"\xff" * 16 + whole[16:])
+    elif how == "text":
+        weights.write_text("not weights")
+    elif how == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"other.weight": torch.zeros(3)}, str(weights))
+    elif how == "vocabulary":
+        Vocabulary(["a", "red"]).save(model / "vocabulary.json")
+    elif how == "config":
+        (model / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "needle"),
+    [
+        ("truncated", "damaged"),
+        ("header", "damaged"),
+        ("text", "damaged"),
+        ("foreign", "weights of something else"),
+        ("vocabulary", "entries"),
+        ("config", "not JSON"),
+    ],
+)
+def test_a_damaged_model_is_refused_and_nothing_is_lost(capsys, model, tmp_path, how, needle):
+    picture = tmp_path / "kept.png"
+    picture.write_bytes(b"an older picture")
+    damage(model, how)
+    assert_refused(run(capsys, "generate", model, CAPTION, "--out", picture), needle)
+    assert picture.read_bytes() == b"an older picture"
+
+
+def test_images_that_cannot_be_read_are_named(capsys, model, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    assert_refused(run(capsys, "describe", model, tmp_path / "text.png"), "text.png", "cannot be read as an image")
+    assert_refused(run(capsys, "describe", model, tmp_path / "none.png"), "none.png")
+    assert_refused(run(capsys, "describe", model), "there is no image")
+
+
+def test_an_output_that_cannot_be_written_is_refused(capsys, model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(run(capsys, "generate", model, CAPTION, "--out", tmp_path / "file" / "f.png"))
+
+
+def test_photographs_need_their_folder(capsys, tmp_path):
+    assert_refused(run(capsys, "train", "flowers-64", "--out", tmp_path / "run"), "--data PATH")
+    assert_refused(
+        run(capsys, "train", "flowers-64", "--out", tmp_path / "run", "--data", tmp_path / "nothing"), "nothing"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_needs_a_run(capsys, tmp_path):
+    assert_refused(run(capsys, "evaluate", tmp_path), "is not a run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys, model):
+    assert_refused(run(capsys, "generate", model, CAPTION, "--device", "cuda"), "torch sees no GPU")
