@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mirror_modules.models import MirrorGANConfig
-from mirror_modules.training.loop import RunFolder, train
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Recipe, demo
 
 

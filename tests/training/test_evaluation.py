@@ -7,7 +7,7 @@ import pytest
 
 from mirror_modules.training.batches import load_splits, unseen_captions
 from mirror_modules.training.evaluation import evaluate, read_recipe
-from mirror_modules.training.loop import RunFolder
+from mirror_modules.training.folder import RunFolder
 
 
 def test_measures_and_writes(run_copy):

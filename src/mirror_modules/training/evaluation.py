@@ -16,7 +16,8 @@ from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import read_json, write_json
 from mirror_modules.stream import append_end
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.loop import RunFolder, load_pair
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
 from mirror_modules.training.report import Showcase, write_report
 

@@ -6,19 +6,17 @@ generator against one discriminator per stage, and `judge` another encoder pair,
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-import mirror_modules
 from mirror_modules.data import CaptionBatch
 from mirror_modules.models import MirrorGAN
-from mirror_modules.models.pretrained import load_weights, read_json, save_weights, write_json
+from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.training.batches import Splits, load_splits, training_batches
+from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog
 from mirror_modules.training.pretrain import EncoderPair, train_captioner, train_encoders
 from mirror_modules.training.recipes import PHASES, MatchingRecipe, Recipe
@@ -28,45 +26,6 @@ from mirror_modules.training.step import adversarial_step
 NEEDS = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "judge": ()}
 # Each phase has random streams of its own, so that it comes out the same whether or not others ran before it.
 SEED_OFFSETS = {"stem": 100, "stream": 200, "glam": 300, "judge": 400}
-
-
-class RunFolder:
-    """The files of a run.
-
-    Args:
-        path: The folder, made if need be.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.config, self.metrics = self.path / "config.json", self.path / "metrics.json"
-        self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
-        self.model, self.pictures = self.path / "model", self.path / "pictures"
-
-    def weights(self, phase: str) -> Path:
-        """Where a finished phase lies."""
-        return self.path / "phases" / f"{phase}.safetensors"
-
-    def check(self, recipe: Recipe) -> None:
-        """Require that the folder is new or empty, or holds a run of this recipe.
-
-        Raises:
-            ValueError: The folder holds a run of another recipe, or something that is not a run.
-        """
-        if self.config.exists():
-            differences = list(_differences(read_json(self.config).get("recipe", {}), recipe.to_dict()))
-            if differences:
-                raise ValueError(
-                    f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); nothing in it was "
-                    "touched. Choose another --out, or remove the folder."
-                )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
-
-    def begin(self, recipe: Recipe) -> None:
-        """Make the folder and write its config.json."""
-        (self.path / "phases").mkdir(parents=True, exist_ok=True)
-        write_json(self.config, {"recipe": recipe.to_dict(), "versions": versions()})
 
 
 def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, device: str = "cpu") -> RunFolder:
@@ -166,26 +125,8 @@ def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> 
     return pair.eval()
 
 
-def versions() -> dict[str, str]:
-    """What a figure depends on besides its recipe."""
-    return {
-        "mirror_modules": mirror_modules.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
 def _batches(
     phase: str, recipe: Recipe, splits: Splits, batch_size: int, device: torch.device
 ) -> Iterator[CaptionBatch]:
     seed = recipe.seed + SEED_OFFSETS[phase] + 10
     return training_batches(splits.training, batch_size, recipe.model.resolutions[-1], seed, device)
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} is {old!r} there and {new!r} now"

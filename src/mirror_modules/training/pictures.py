@@ -68,7 +68,8 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, scale:
         The picture, (height, width, 3); a row is as high as its longest caption asks for.
 
     Raises:
-        ValueError: `images` are not floats (N, 3, H, W), there is not one caption for each, or a number is out of range.
+        ValueError: `images` are not floats (N, 3, H, W), captions and images differ in number, or a number is out of
+            range.
     """
     tiles = _enlarged("captioned_grid", images, columns, scale)
     if len(captions) != len(tiles):

@@ -172,9 +172,12 @@ def demo() -> Recipe:
             captioner_hidden_dim=192,
         ),
         glam=AdversarialRecipe(
+            steps=1600,
+            batch_size=16,
             generator_learning_rate=1e-3,
             discriminator_learning_rate=5e-4,
             redescription_weight=1.0,
+            kl_weight=0.1,
             average_decay=0.99,
         ),
     )
@@ -194,6 +197,8 @@ def flowers_64() -> Recipe:
         glam=dataclasses.replace(
             base.glam,
             steps=2400,
+            batch_size=32,
+            kl_weight=1.0,
             generator_learning_rate=5e-4,
             discriminator_learning_rate=4e-4,
             average_decay=0.998,

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from mirror_modules.data.transforms import image_pyramid, to_bytes, to_float
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.models.pretrained import read_json, write_whole
 from mirror_modules.stem.vocabulary import split_words
+from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.pictures import Picture, captioned_grid, grid, heat_overlay, same_size, write_png
 from mirror_modules.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from mirror_modules.training.loop import RunFolder
 
 try:
     import jinja2
@@ -381,9 +379,9 @@ def _draw_panel(axes: Axes, panel: LossPanel) -> None:
     for i, (name, points) in enumerate(panel.curves.items()):
         steps, values = zip(*points)
         axes.plot(steps, values, label=name, color=LINE_COLORS[i % len(LINE_COLORS)], linewidth=1.4)
-    values = [value for points in panel.curves.values() for _, value in points]
+    everything = [value for points in panel.curves.values() for _, value in points]
     # Losses of one phase can differ a hundredfold.
-    if min(values) > 0 and max(values) > 50 * min(values):
+    if min(everything) > 0 and max(everything) > 50 * min(everything):
         axes.set_yscale("log")
     axes.set_facecolor("none")
     axes.set_xlabel("step", color=AXIS_COLOR)

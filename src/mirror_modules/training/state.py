@@ -43,9 +43,9 @@ def start(model: MirrorGAN, recipe: AdversarialRecipe, random: torch.Generator) 
     # Channels last: about a tenth faster on CPUs, more on GPUs with tensor cores.
     painter = Painter(model).to(memory_format=torch.channels_last)
     discriminators = [
-        PairedDiscriminator(resolution, config.word_dim, channels=config.discriminator_channels).to(
-            device, memory_format=torch.channels_last
-        )
+        PairedDiscriminator(resolution, config.word_dim, channels=config.discriminator_channels)
+        .to(device)
+        .to(memory_format=torch.channels_last)
         for resolution in config.resolutions
     ]
     model.text_encoder.requires_grad_(False).eval()
