@@ -192,19 +192,24 @@ def flowers_64() -> Recipe:
         data=DataRecipe(
             source="oxford-flowers", training_images=None, validation_images=None, min_count=5, augment=True
         ),
-        stem=dataclasses.replace(base.stem, steps=600, learning_rate=2e-3),
-        stream=dataclasses.replace(base.stream, steps=600, learning_rate=5e-3),
-        glam=dataclasses.replace(
-            base.glam,
+        model=dataclasses.replace(
+            base.model,
+            text_dropout=0.5,
+            discriminator_channels=32,
+            captioner_projection=False,
+            captioner_embedding_dim=128,
+            captioner_hidden_dim=128,
+        ),
+        stem=MatchingRecipe(steps=600, batch_size=64, learning_rate=2e-3, word_pairs=64),
+        stream=CaptionerRecipe(steps=600, learning_rate=5e-3),
+        glam=AdversarialRecipe(
             steps=2400,
-            batch_size=32,
-            kl_weight=1.0,
             generator_learning_rate=5e-4,
             discriminator_learning_rate=4e-4,
+            redescription_weight=1.0,
             average_decay=0.998,
         ),
-        judge=dataclasses.replace(base.judge, steps=600, learning_rate=2e-3),
-        model=dataclasses.replace(base.model, text_dropout=0.5),
+        judge=MatchingRecipe(steps=600, learning_rate=2e-3, word_weight=0.0),
     )
 
 
