@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             commands[words[0]](words[1:])
-        except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            print(f"mirror-modules {words[0]}: {error}", file=sys.stderr)
+        except (ValueError, OSError, ImportError, NotImplementedError, MemoryError) as error:
+            print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"mirror-modules {words[0]}: interrupted; finished phases are kept.", file=sys.stderr)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.evaluation import evaluate, read_recipe
+from mirror_modules.training.evaluation import _derangement, evaluate, read_recipe
 from mirror_modules.training.folder import RunFolder
 
 
@@ -70,3 +70,10 @@ def test_the_config_of_something_else_is_refused(tmp_path):
     folder.config.write_text('{"name": "other"}')
     with pytest.raises(ValueError, match="holds no recipe"):
         read_recipe(folder)
+
+
+@pytest.mark.parametrize("count", [2, 3, 31])
+def test_shuffled_images_all_meet_another_caption(count):
+    partner = _derangement(count, seed=0)
+    assert sorted(partner.tolist()) == list(range(count))
+    assert all(partner[i] != i for i in range(count))

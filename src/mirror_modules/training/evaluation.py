@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor
 from mirror_modules.data.transforms import to_float
 from mirror_modules.metrics import r_precision
 from mirror_modules.models import MirrorGAN
-from mirror_modules.models.pretrained import read_json, write_json
+from mirror_modules.models.pretrained import write_json
 from mirror_modules.stream import append_end
 from mirror_modules.training.batches import load_splits, unseen_captions
 from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.log import read_log
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
 from mirror_modules.training.report import Showcase, write_report
@@ -67,8 +67,9 @@ def evaluate(out: str | Path, *, device: str = "cpu") -> dict[str, Any]:
             [judge.text_encoder(t.to(device), m.to(device)).sentence.cpu() for t, m in _chunks(tokens, word_mask)]
         )
         by_images = {"generated": features(generated), "real": features(to_float(real))}
-        # Moved on by one: every image meets another image's caption.
-        by_images["shuffled"] = by_images["generated"].roll(1, dims=0)
+        # Every image meets another image's caption. At random: neighbors in a data set are often of one class.
+        others = _derangement(len(unseen), recipe.seed)
+        by_images["shuffled"] = by_images["generated"][others]
         draws = {name: torch.Generator().manual_seed(recipe.seed) for name in by_images}
         precision = {
             name: r_precision(
@@ -76,7 +77,7 @@ def evaluate(out: str | Path, *, device: str = "cpu") -> dict[str, Any]:
             )._asdict()
             for name, image in by_images.items()
         }
-        images = {"generated": generated, "real": to_float(real), "shuffled": generated.roll(1, dims=0)}
+        images = {"generated": generated, "real": to_float(real), "shuffled": generated[others]}
         accuracy = {name: _word_accuracy(model, image, tokens, word_mask) for name, image in images.items()}
     metrics = {
         "r_precision": precision,
@@ -99,12 +100,7 @@ def read_recipe(folder: RunFolder) -> Recipe:
         FileNotFoundError: There is no run in the folder.
         ValueError: The file is damaged.
     """
-    if not folder.config.is_file():
-        raise FileNotFoundError(f"{folder.path} is not a run: config.json is missing; expected a folder of `train`.")
-    content = read_json(folder.config)
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise ValueError(f"{folder.config} holds no recipe; expected the config.json of a run.")
-    return Recipe.from_dict(content["recipe"])
+    return Recipe.from_dict(folder.read_recipe_fields())
 
 
 def _generate(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: int) -> Tensor:
@@ -122,6 +118,14 @@ def _generate(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: int) ->
             )
             images.append(made.images[-1].cpu())
     return torch.cat(images)
+
+
+def _derangement(count: int, seed: int) -> Tensor:
+    """A random order in which nothing stays where it was."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    return partner
 
 
 def _word_accuracy(model: MirrorGAN, images: Tensor, tokens: Tensor, word_mask: Tensor) -> float:
@@ -150,10 +154,7 @@ def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recip
 
 
 def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:
-    last = {}
-    for line in folder.log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        last[entry["phase"]] = entry
+    last = {entry["phase"]: entry for entry in read_log(folder.log)}
     return {
         "seconds": {phase: entry["seconds"] for phase, entry in last.items()},
         "images_per_second": {phase: round(entry["images"] / entry["seconds"], 1) for phase, entry in last.items()},

@@ -11,6 +11,7 @@ import torch
 
 import mirror_modules
 from mirror_modules.models.pretrained import read_json, write_json
+from mirror_modules.stem import Vocabulary
 from mirror_modules.training.recipes import Recipe
 
 
@@ -26,6 +27,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.json"
         self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.model, self.pictures = self.path / "model", self.path / "pictures"
+        self.vocabulary = self.path / "vocabulary.json"
 
     def weights(self, phase: str) -> Path:
         """Where a finished phase lies."""
@@ -38,7 +40,7 @@ class RunFolder:
             ValueError: The folder holds a run of another recipe, or something that is not a run.
         """
         if self.config.exists():
-            differences = list(_differences(read_json(self.config).get("recipe", {}), recipe.to_dict()))
+            differences = list(_differences(self.read_recipe_fields(), recipe.to_dict()))
             if differences:
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); nothing in it was "
@@ -46,6 +48,33 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Require that the finished phases, if there are any, were trained with this vocabulary.
+
+        Raises:
+            ValueError: They were trained with another.
+        """
+        if self.vocabulary.exists() and Vocabulary.load(self.vocabulary) != vocabulary:
+            raise ValueError(
+                f"{self.vocabulary} is not the vocabulary of the training captions: they have changed since the run "
+                "began. Restore them, or choose another --out."
+            )
+
+    def read_recipe_fields(self) -> dict[str, Any]:
+        """The recipe in config.json, as `Recipe.to_dict` gave it.
+
+        Raises:
+            FileNotFoundError: There is no run in the folder.
+            ValueError: The file is damaged, or is not of a run.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} is not a run: config.json is missing; expected a folder of `train`.")
+        content = read_json(self.config)
+        if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+            raise ValueError(f"{self.config} holds no recipe; expected the config.json of a run.")
+        fields: dict[str, Any] = content["recipe"]
+        return fields
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write its config.json."""

@@ -6,8 +6,11 @@ import json
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
+
+from mirror_modules.models.pretrained import write_whole
 
 
 class PhaseLog:
@@ -59,8 +62,27 @@ class PhaseLog:
 
 
 def drop_phase(path: Path, phase: str) -> None:
-    """Remove the lines of a phase from metrics.jsonl."""
+    """Remove the lines of a phase from metrics.jsonl, and a last line that was cut off."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["phase"] != phase]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        text = "".join(json.dumps(entry) + "\n" for entry in read_log(path) if entry["phase"] != phase)
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The logged steps of metrics.jsonl. A last line without its end, from a run that was killed, is left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not a logged step.
+    """
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not {"phase", "step", "seconds", "images"} <= entry.keys():
+            raise ValueError(f"{path} is damaged: line {number} is not a logged step; remove the line.")
+        entries.append(entry)
+    return entries

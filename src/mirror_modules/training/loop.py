@@ -14,8 +14,8 @@ from torch import nn
 
 from mirror_modules.data import CaptionBatch
 from mirror_modules.models import MirrorGAN
-from mirror_modules.models.pretrained import load_weights, save_weights
-from mirror_modules.training.batches import Splits, load_splits, training_batches
+from mirror_modules.models.pretrained import load_weights, save_weights, write_whole
+from mirror_modules.training.batches import Splits, load_splits, training_batches, unseen_captions
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog
 from mirror_modules.training.pretrain import EncoderPair, train_captioner, train_encoders
@@ -41,7 +41,8 @@ def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, de
         The run's folder.
 
     Raises:
-        ValueError: A phase is unknown or lacks the ones before it, or the folder holds something else.
+        ValueError: A phase is unknown or lacks the ones before it, the folder holds something else, or the recipe
+            cannot be trained and evaluated on its data.
     """
     folder = RunFolder(out)
     for phase in phases:
@@ -58,8 +59,10 @@ def train(recipe: Recipe, out: str | Path, *, phases: Sequence[str] = PHASES, de
     if not todo:
         return folder
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    folder.check_vocabulary(splits.vocabulary)
+    _check_feasible(recipe, splits)
     folder.begin(recipe)
-    splits.vocabulary.save(folder.path / "vocabulary.json")
+    write_whole(folder.vocabulary, splits.vocabulary.save)
     trainers = {"stem": train_stem, "stream": train_stream, "glam": train_glam, "judge": train_judge}
     for phase in todo:
         torch.manual_seed(recipe.seed + SEED_OFFSETS[phase])
@@ -123,6 +126,19 @@ def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> 
     pair = EncoderPair(recipe.model, len(splits.vocabulary))
     load_weights(pair, folder.weights(phase))
     return pair.eval()
+
+
+def _check_feasible(recipe: Recipe, splits: Splits) -> None:
+    """Fail before anything is written and trained, and not at the end of it."""
+    unseen, candidates = len(unseen_captions(splits)), recipe.evaluation.candidates
+    if unseen < candidates:
+        raise ValueError(
+            f"evaluation.candidates={candidates} needs as many validation images with a caption that no training image "
+            f"has, but there are {unseen}; take more validation images, or lower evaluation.candidates."
+        )
+    # Sizes that no network can have.
+    MirrorGAN(recipe.model, splits.vocabulary)
+    EncoderPair(recipe.model, len(splits.vocabulary))
 
 
 def _batches(

@@ -126,21 +126,24 @@ def same_size(batches: Sequence[Tensor]) -> Tensor:
 def write_png(picture: Picture, path: str | Path) -> None:
     """Write a picture (H, W, 3), whole or not at all."""
     image = Image.fromarray(picture)
-    write_whole(Path(path), lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    write_whole(Path(path), lambda temporary: image.save(temporary, format="PNG"))
 
 
 def wrap(text: str, width: int, font: Font) -> list[str]:
     """Break a text into lines of at most `width` pixels, within a word only where it is longer than a line."""
     lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        while font.getlength(word) > width and len(word) > 1:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:fits])
-            word = word[fits:]
-        lines.append(word)
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}".lstrip()
+            while font.getlength(line) > width and len(line) > 1:
+                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines += [line] if line else []
     return lines
 
 

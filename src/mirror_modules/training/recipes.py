@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from mirror_modules._checks import check_positive
 from mirror_modules.models import MirrorGANConfig
 
 PHASES = ("stem", "stream", "glam", "judge")
@@ -31,6 +32,11 @@ class DataRecipe:
     augment: bool = False
     """Random crops and mirror images in training."""
 
+    def __post_init__(self) -> None:
+        limits = {"training_images": self.training_images, "validation_images": self.validation_images}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        check_positive("DataRecipe", min_count=self.min_count, **given)
+
 
 @dataclass(frozen=True)
 class MatchingRecipe:
@@ -49,6 +55,9 @@ class MatchingRecipe:
     word_pairs: int = 48
     """Pairs of each batch whose words are matched with regions, which costs the square of their number."""
 
+    def __post_init__(self) -> None:
+        check_positive("MatchingRecipe", steps=self.steps, batch_size=self.batch_size, word_pairs=self.word_pairs)
+
 
 @dataclass(frozen=True)
 class CaptionerRecipe:
@@ -62,6 +71,9 @@ class CaptionerRecipe:
     """Adam's peak step size."""
     train_backbone: bool = False
     """Train the captioner's image backbone too; otherwise it stays as phase `stem` left it."""
+
+    def __post_init__(self) -> None:
+        check_positive("CaptionerRecipe", steps=self.steps, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,13 @@ class AdversarialRecipe:
     average_decay: float = 0.999
     """Decay of the generator's moving average, reached gradually."""
 
+    def __post_init__(self) -> None:
+        check_positive("AdversarialRecipe", steps=self.steps, batch_size=self.batch_size)
+        if self.adversarial_weighting == "release" and not self.mismatched_pairs:
+            raise ValueError(
+                "AdversarialRecipe: adversarial_weighting='release' averages over mismatched pairs too; keep them."
+            )
+
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
@@ -98,6 +117,9 @@ class EvaluationRecipe:
     """Captions that each image ranks for R-precision, its own included."""
     report_images: int = 24
     """Captions shown in the report."""
+
+    def __post_init__(self) -> None:
+        check_positive("EvaluationRecipe", candidates=self.candidates, report_images=self.report_images)
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,9 @@ class Recipe:
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
 
+    def __post_init__(self) -> None:
+        check_positive("Recipe", log_every=self.log_every)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return {**dataclasses.asdict(self), "model": self.model.to_dict()}
@@ -134,7 +159,7 @@ class Recipe:
         """Build from the fields of `to_dict`.
 
         Raises:
-            ValueError: A field is unknown or missing.
+            ValueError: A field is unknown or missing, or a number is out of its range.
         """
         parts = {
             "data": DataRecipe,

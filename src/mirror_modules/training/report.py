@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # Each attention map is a picture of its own, so a few captions and a moderate size must do.
 ATTENTION_CAPTIONS, ATTENTION_RESOLUTION = 4, 128
 STAGE_COLUMNS = 8
-SMALLEST_TILE = 192  # pixels of a tile in the picture files
+# Tiles of the overviews are enlarged up to these pixels.
+TILE, ATTENTION_TILE = 192, 128
 PHASES = {
     "stem": "Text and image encoder",
     "stream": "Captioner",
@@ -109,9 +111,6 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
     return folder.report
 
 
-# The showcase ---------------------------------------------------------------------------------------------------------
-
-
 class AttentionMap(NamedTuple):
     """Where the generator looked at one word, or at the sentence."""
 
@@ -147,7 +146,7 @@ def attention_maps(showcase: Showcase) -> list[CaptionAttention]:
             strength = generated.sentence_weights[-1][i].amax(dim=0)
             least, most = float(strength.min()), float(strength.max())
             overlay = heat_overlay(image, strength - least)
-            maps.append(AttentionMap("whole sentence", f"{least:.0%} to {most:.0%}", overlay))
+            maps.append(AttentionMap("sentence", f"{least:.0%} to {most:.0%}", overlay))
         shown.append(CaptionAttention(showcase.captions[i], to_bytes(image.unsqueeze(0))[0].numpy(), maps))
     return shown
 
@@ -158,13 +157,17 @@ def write_pictures(
     """Write all pictures as PNG: overviews, and each generated image by itself at its own size."""
     folder.mkdir(parents=True, exist_ok=True)
     stages, finest = same_size(showcase.generated.images), showcase.generated.images[-1]
-    scale = max(1, SMALLEST_TILE // finest.shape[2])
+    scale = max(1, TILE // finest.shape[2])
     write_png(captioned_grid(finest, showcase.captions, columns=6, scale=scale), folder / "generated.png")
     few = stages[:, :STAGE_COLUMNS]
     write_png(grid(few.flatten(0, 1), columns=few.shape[1], scale=scale, gap=4), folder / "stages.png")
     pairs = same_size([showcase.real, finest]).transpose(0, 1).flatten(0, 1)
-    described = zip(showcase.real_descriptions, showcase.generated_descriptions)
-    labels = [label for real, made in described for label in (f"Real: {real}", f"Generated: {made}")]
+    described = zip(showcase.captions, showcase.real_descriptions, showcase.generated_descriptions)
+    labels = [
+        label
+        for caption, real, made in described
+        for label in (f"Real image of: {caption}\nRead as: {real}", f"Generated from it\nRead as: {made}")
+    ]
     write_png(captioned_grid(pairs, labels, columns=6, scale=scale), folder / "mirror.png")
     if attention:
         write_png(_attention_picture(attention), folder / "attention.png")
@@ -184,7 +187,7 @@ def _attention_picture(attention: Sequence[CaptionAttention]) -> Picture:
         tiles = [entry.image, *(each.picture for each in entry.maps)] + [entry.image * 0 + 255] * blanks
         pictures += [torch.from_numpy(tile) for tile in tiles]
         labels += ["generated", *(each.name for each in entry.maps)] + [""] * blanks
-    scale = max(1, SMALLEST_TILE // 2 // pictures[0].shape[0])
+    scale = max(1, ATTENTION_TILE // pictures[0].shape[0])
     return captioned_grid(to_float(torch.stack(pictures)), labels, columns, scale)
 
 
@@ -221,7 +224,7 @@ def mark_words(description: str, caption: str) -> list[tuple[str, bool]]:
 
 def _embedded(picture: Picture) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(picture).save(buffer, format="PNG")
     return _data_url("image/png", buffer.getvalue())
 
 
@@ -246,9 +249,6 @@ def _check_showcase(showcase: Showcase) -> None:
             raise ValueError(
                 f"write_report: {name} has {count} entries for {len(showcase.captions)} captions; give one for each."
             )
-
-
-# Numbers --------------------------------------------------------------------------------------------------------------
 
 
 class Score(NamedTuple):
@@ -284,8 +284,8 @@ def phase_rows(recipe: Recipe, metrics: dict[str, Any]) -> list[list[str]]:
             name,
             PHASES.get(name, ""),
             show(getattr(getattr(recipe, name, None), "steps", None)),
-            show(seconds.get(name)),
-            show(speed.get(name)),
+            f"{seconds[name]:,.1f}" if name in seconds else show(None),
+            f"{speed[name]:,.1f}" if name in speed else show(None),
         ]
         for name in {**seconds, **speed}
     ]
@@ -312,9 +312,6 @@ def show(value: Any) -> str:
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-# Curves ---------------------------------------------------------------------------------------------------------------
 
 
 class LossPanel(NamedTuple):
@@ -347,8 +344,8 @@ def read_losses(log: Path) -> list[LossPanel]:
             family, _, resolution = name.rpartition("_")
             if not resolution.isdigit():
                 family, resolution = "", ""
-            title = PHASES.get(phase, phase) if not family else f"{PHASES.get(phase, phase)}, each stage"
-            panel = LossPanel(title, family.replace("_", " ") or "loss", {})
+            title, what = PHASES.get(phase, phase), family.replace("_", " ")
+            panel = LossPanel(f"{title}: {what}" if what else title, what or "loss", {})
             curves = panels.setdefault((phase, family), panel).curves
             curves.setdefault(f"{resolution} px" if resolution else name.replace("_", " "), []).append((step, value))
     return list(panels.values())
@@ -377,11 +374,11 @@ def _svg(panel: LossPanel) -> str:
 
 def _draw_panel(axes: Axes, panel: LossPanel) -> None:
     for i, (name, points) in enumerate(panel.curves.items()):
-        steps, values = zip(*points)
-        axes.plot(steps, values, label=name, color=LINE_COLORS[i % len(LINE_COLORS)], linewidth=1.4)
-    everything = [value for points in panel.curves.values() for _, value in points]
-    # Losses of one phase can differ a hundredfold.
-    if min(everything) > 0 and max(everything) > 50 * min(everything):
+        axes.plot(*zip(*points), label=name, color=LINE_COLORS[i % len(LINE_COLORS)], linewidth=1.4)
+    # Losses of one phase can differ a hundredfold; a curve that merely falls stays on a linear axis.
+    everything = [[value for _, value in points] for points in panel.curves.values()]
+    middles = list(map(statistics.median, everything))
+    if min(map(min, everything)) > 0 and max(middles) > 20 * min(middles):
         axes.set_yscale("log")
     axes.set_facecolor("none")
     axes.set_xlabel("step", color=AXIS_COLOR)

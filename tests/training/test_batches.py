@@ -1,0 +1,108 @@
+"""Splits and training batches: what a recipe asks for is what arrives, the same each time."""
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+
+from mirror_modules.data import SyntheticFlowers
+from mirror_modules.data.transforms import to_float
+from mirror_modules.stem import Vocabulary
+from mirror_modules.training.batches import load_splits, training_batches
+
+CPU = torch.device("cpu")
+
+
+def splits_of(recipe, **changes):
+    return load_splits(dataclasses.replace(recipe.data, **changes), recipe.model, recipe.seed)
+
+
+def batches_of(training, seed=3, batch_size=7, count=9):
+    return list(islice(training_batches(training, batch_size, 16, seed, CPU), count))
+
+
+def test_splits_have_the_sizes_of_the_recipe(tiny_recipe):
+    splits = splits_of(tiny_recipe)
+    assert splits.training.images.shape == (41, 16, 16, 3)
+    assert splits.validation.images.shape == (31, 16, 16, 3)
+
+
+def test_the_vocabulary_is_of_the_training_captions_alone(tiny_recipe):
+    splits = splits_of(tiny_recipe, training_images=2)
+    seen = [caption for captions in splits.training.captions for caption in captions]
+    assert splits.vocabulary == Vocabulary.build(seen)
+    assert splits.validation.vocabulary is splits.vocabulary
+    assert len(splits_of(tiny_recipe, min_count=9).vocabulary) < len(splits_of(tiny_recipe).vocabulary)
+
+
+def test_training_and_validation_images_differ(tiny_recipe):
+    splits = splits_of(tiny_recipe)
+    training = {image.numpy().tobytes() for image in splits.training.images}
+    assert not training & {image.numpy().tobytes() for image in splits.validation.images}
+
+
+def test_the_seed_of_the_recipe_decides_the_images(tiny_recipe):
+    first = splits_of(tiny_recipe)
+    second = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed + 1)
+    assert torch.equal(first.training.images, splits_of(tiny_recipe).training.images)
+    assert not torch.equal(first.training.images, second.training.images)
+
+
+def test_a_part_of_the_photographs_is_spread_over_all_classes(tiny_recipe, monkeypatch):
+    """Data sets on disk are sorted by class; the first images would be of a few classes."""
+
+    def open_sorted(path, *, split, resolution):
+        return SyntheticFlowers(23, resolution=resolution, split=split)
+
+    monkeypatch.setattr("mirror_modules.training.batches.OxfordFlowers", open_sorted)
+    changes = {"source": "oxford-flowers", "path": "somewhere"}
+    part = splits_of(tiny_recipe, **changes, training_images=5, validation_images=None)
+    whole = SyntheticFlowers(23, resolution=16)
+    assert [tuple(captions) for captions in part.training.captions] == [whole[i].captions for i in (0, 4, 9, 13, 18)]
+    assert len(part.validation) == 23
+
+
+def test_photographs_need_a_folder(tiny_recipe, tmp_path):
+    with pytest.raises(ValueError, match="--data PATH"):
+        splits_of(tiny_recipe, source="oxford-flowers")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        splits_of(tiny_recipe, source="oxford-flowers", path=str(tmp_path / "nowhere"))
+
+
+def test_each_epoch_shows_each_image_once_with_a_caption_of_its_own(tiny_recipe):
+    training = splits_of(tiny_recipe).training
+    floats = to_float(training.images)
+    epoch = batches_of(training, count=41 // 7)
+    shown = []
+    for batch in epoch:
+        assert batch.images.shape == (7, 3, 16, 16)
+        assert batch.images.min() >= -1
+        assert batch.images.max() <= 1
+        for image, caption, class_id in zip(batch.images, batch.captions, batch.class_ids):
+            row = next(i for i in range(41) if torch.equal(floats[i], image) and caption in training.captions[i])
+            assert training.class_ids[row] == class_id
+            shown.append(row)
+    assert len(set(shown)) == 35
+
+
+def test_batches_repeat_by_their_seed(tiny_recipe):
+    training = splits_of(tiny_recipe, augment=True).training
+    first, again, other = batches_of(training), batches_of(training), batches_of(training, seed=4)
+    assert all(torch.equal(a.images, b.images) and a.captions == b.captions for a, b in zip(first, again))
+    assert not torch.equal(first[0].images, other[0].images)
+
+
+def test_augmented_images_are_cut_from_larger_ones(tiny_recipe):
+    splits = splits_of(tiny_recipe, augment=True)
+    assert splits.training.images.shape == (41, 19, 19, 3)
+    assert splits.validation.images.shape == (31, 16, 16, 3)
+    larger = to_float(splits.training.images)
+    windows = larger.unfold(2, 16, 1).unfold(3, 16, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    batch = batches_of(splits.training, count=1)[0]
+    for image in batch.images:
+        assert any((windows == view).flatten(1).all(dim=1).any() for view in (image, image.flip(2)))
+
+
+def test_a_batch_is_never_larger_than_the_data(tiny_recipe):
+    assert len(batches_of(splits_of(tiny_recipe).training, batch_size=1000, count=1)[0].images) == 41

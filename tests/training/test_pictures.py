@@ -1,0 +1,203 @@
+"""Grids show every pixel where it belongs, captions stay under their images, heat is where the weight is."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from mirror_modules.training.pictures import captioned_grid, grid, heat_overlay, same_size, wrap, write_png
+
+N, H, W = 5, 3, 7
+WHITE = 255
+
+
+def make_images(count=N, height=H, width=W):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def grid_by_loops(images, columns, scale, gap):
+    count, _, height, width = images.shape
+    columns = min(columns, count)
+    rows = (count + columns - 1) // columns
+    size = (rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3)
+    picture = np.full(size, WHITE, np.uint8)
+    for i in range(count):
+        for y in range(height * scale):
+            for x in range(width * scale):
+                for color in range(3):
+                    value = round((float(images[i, color, y // scale, x // scale]) + 1) * 127.5)
+                    top, left = i // columns * (height * scale + gap), i % columns * (width * scale + gap)
+                    picture[top + y, left + x, color] = value
+    return picture
+
+
+@pytest.mark.parametrize(("columns", "scale", "gap"), [(2, 1, 2), (3, 2, 1), (1, 1, 0), (5, 3, 4), (11, 1, 2)])
+def test_a_grid_matches_the_loops(columns, scale, gap):
+    images = make_images()
+    picture = grid(images, columns, scale, gap)
+    assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(picture, grid_by_loops(images, columns, scale, gap))
+
+
+def test_values_beyond_the_range_are_clipped():
+    images = torch.tensor([-7.0, 0.0, 7.0]).reshape(1, 3, 1, 1)
+    np.testing.assert_array_equal(grid(images, 1), [[[0, 128, 255]]])
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (make_images()[0], {}, r"grid: images must be \(B, 3, H, W\), but they are \(3, 3, 7\)"),
+        (make_images().byte(), {}, r"grid: images must be floats in \[-1, 1\], but they are torch.uint8"),
+        (make_images(0), {}, r"grid: images must be a whole number of at least 1, but it is 0"),
+        (make_images(), {"columns": 0}, r"grid: columns must be a whole number of at least 1, but it is 0"),
+        (make_images(), {"scale": 0}, r"grid: scale must be a whole number of at least 1, but it is 0"),
+        (make_images(), {"gap": -1}, r"grid: gap must be 0 or more, but it is -1"),
+    ],
+)
+def test_a_grid_of_something_else_is_refused(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        grid(images, **{"columns": 2, **options})
+
+
+def test_captions_stay_below_their_images():
+    images = make_images(5, 11, 13)
+    scale, columns = 5, 2
+    captions = ["", "a very small red flower with many petals", "leaf", "", "x"]
+    picture = captioned_grid(images, captions, columns, scale)
+    plain = grid(images, 1, scale, gap=0)
+    height, width = 11 * scale, 13 * scale
+    # Tops of the rows: where the images are found again, one after the other.
+    tops, below = [], []
+    for i in range(5):
+        left = i % columns * (picture.shape[1] - width)
+        tile = plain[i * height : (i + 1) * height]
+        fits = [
+            top
+            for top in range(picture.shape[0] - height)
+            if np.array_equal(picture[top : top + height, left : left + width], tile)
+        ]
+        assert len(fits) == 1
+        tops += fits
+    assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4]
+    ends = [tops[2], tops[2], tops[4], tops[4], picture.shape[0]]
+    for i in range(5):
+        left = i % columns * (picture.shape[1] - width)
+        below.append((picture[tops[i] + height : ends[i], left : left + width] < 200).any())
+    assert below == [bool(caption) for caption in captions]
+    between = picture[:, width : picture.shape[1] - width]
+    assert (between == WHITE).all()
+
+
+def test_a_longer_caption_takes_more_lines_of_its_row_only():
+    images = make_images(2, 40, 70)
+    one, more = (captioned_grid(images, ["a red flower " * n, "x"], 2).shape[0] for n in (1, 5))
+    assert more > one
+    assert captioned_grid(images, ["x", "x"], 1).shape[0] > captioned_grid(images, ["x", "x"], 2).shape[0]
+
+
+def test_a_caption_is_needed_for_each_image():
+    with pytest.raises(ValueError, match=r"captioned_grid: 1 captions for 5 images; give one for each image"):
+        captioned_grid(make_images(), ["a flower"], 2)
+
+
+@pytest.mark.parametrize("width", [1, 30, 61, 200])
+def test_wrapped_lines_fit_and_lose_no_letter(width):
+    font = ImageFont.load_default(10)
+    text = "a flower  with\tchrysanthemumlike petals ünd Blätter"
+    lines = wrap(text, width, font)
+    assert "".join(lines).replace(" ", "") == "".join(text.split())
+    assert all(font.getlength(line) <= width or len(line) == 1 for line in lines)
+    if width == 200:
+        assert lines[0].startswith("a flower with ")
+
+
+def test_lines_are_filled_and_breaks_are_kept():
+    font = ImageFont.load_default(10)
+    assert wrap("a b c\nd", 500, font) == ["a b c", "d"]
+    assert wrap("a b c", font.getlength("a b"), font) == ["a b", "c"]
+    assert wrap(" \n ", 500, font) == []
+
+
+def test_heat_is_where_the_weight_is():
+    weights = torch.zeros(3, 5)
+    weights[1, 3] = 0.2
+    overlay = heat_overlay(torch.zeros(3, 12, 20), weights).astype(int)
+    assert overlay.shape == (12, 20, 3)
+    brightness = overlay.sum(axis=2)
+    y, x = np.unravel_index(brightness.argmax(), brightness.shape)
+    assert 4 <= y < 8
+    assert 12 <= x < 16
+    # Far from the weight there is none.
+    assert (overlay[:, :8] == overlay[0, 0]).all()
+
+
+def test_heat_depends_on_proportions_alone():
+    weights = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    image = make_images()[0]
+    np.testing.assert_array_equal(heat_overlay(image, weights * 8), heat_overlay(image, weights))
+
+
+def test_no_weight_gives_no_heat():
+    image = make_images()[0]
+    faint = torch.zeros(3, 5)
+    faint[0, 0] = 1
+    none = heat_overlay(image, torch.zeros(3, 5))
+    np.testing.assert_array_equal(none[:, 3:], heat_overlay(image, faint)[:, 3:])
+    assert none.max() < 130
+
+
+def test_the_image_is_seen_through_the_heat():
+    image = torch.full((3, 4, 6), -1.0)
+    image[:, :, 3:] = 1
+    overlay = heat_overlay(image, torch.ones(2, 2)).astype(int)
+    assert (overlay[:, 3:] - overlay[:, :3] > 50).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "weights", "message"),
+    [
+        (make_images(), torch.ones(2, 2), r"heat_overlay: image must be \(3, H, W\), but it is \(5, 3, 3, 7\)"),
+        (make_images()[0, :2], torch.ones(2, 2), r"heat_overlay: images must be \(B, 3, H, W\)"),
+        (make_images()[0], torch.ones(1, 2, 2), r"heat_overlay: weights must be \(h, w\), but they are \(1, 2, 2\)"),
+        (make_images()[0], -torch.ones(2, 2), r"heat_overlay: weights must be finite and at least 0"),
+        (make_images()[0], torch.full((2, 2), torch.nan), r"heat_overlay: weights must be finite and at least 0"),
+    ],
+)
+def test_weights_of_something_else_are_refused(image, weights, message):
+    with pytest.raises(ValueError, match=message):
+        heat_overlay(image, weights)
+
+
+def test_small_images_are_enlarged_by_repeating_pixels():
+    small, large = make_images(2, 2, 2), make_images(2, 6, 6)
+    both = same_size([small, large])
+    assert both.shape == (2, 2, 3, 6, 6)
+    torch.testing.assert_close(both[1], large, atol=0, rtol=0)
+    for y in range(6):
+        for x in range(6):
+            torch.testing.assert_close(both[0, :, :, y, x], small[:, :, y // 3, x // 3], atol=0, rtol=0)
+
+
+def test_a_png_comes_back(tmp_path):
+    picture = grid(make_images(), 2)
+    write_png(picture, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_a_png_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    write_png(grid(make_images(), 2), path)
+    before = path.read_bytes()
+
+    def fail(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_png(grid(make_images(), 1), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
