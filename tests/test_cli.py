@@ -1,13 +1,15 @@
 """The command line: what it prints, what it writes, and that a mistake costs one line and status 2."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 from PIL import Image
 
-from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary, cli
 from mirror_modules.cli import main
+from mirror_modules.training.recipes import demo
 
 CAPTION = "a red flower"
 
@@ -54,21 +56,36 @@ def assert_refused(result, *needles):
         assert needle in err
 
 
+def flags(record, prefix=""):
+    """The options of a command: the fields of its record, and of the records in it."""
+    for field in dataclasses.fields(record):
+        name = prefix + field.name.replace("_", "-")
+        value = getattr(record, field.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from flags(value, "" if name == "recipe" else f"{name}.")
+        elif field.name not in ("model_dir", "captions", "images", "run_dir"):
+            yield name
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("train", ["--out", "--data", "--steps", "--seed", "--device", "--phases", "--glam.redescription-weight"]),
-        ("generate", ["--seed", "--out", "--separate", "--scale", "--device"]),
-        ("describe", ["--beam-width", "--device"]),
-        ("evaluate", ["--device"]),
+        ("train", cli.TrainOptions(demo())),
+        ("generate", cli.GenerateOptions),
+        ("describe", cli.DescribeOptions),
+        ("evaluate", cli.EvaluateOptions),
     ],
 )
 def test_help_shows_every_option_with_its_default(capsys, command, options):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
-    for option in options:
-        assert option in out
-    assert out.count("default:") >= len(options)
+    names = list(flags(options))
+    assert names
+    for name in names:
+        # A switch is shown as --x, --no-x.
+        parent, _, last = name.rpartition(".")
+        assert f"--{name} " in out or f"--{name}," in out or f"--{parent}.no-{last}" in out
+    assert out.count("default:") >= len(names)
 
 
 def test_without_a_command_it_says_what_there_is(capsys):
@@ -128,6 +145,11 @@ def test_a_caption_without_a_word_is_refused(capsys, model, tmp_path, caption):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_one_caption_without_a_word_spoils_none_of_the_others_quietly(capsys, model, tmp_path):
+    assert_refused(run(capsys, "generate", model, CAPTION, "...", "--out", tmp_path / "x.png"), "caption 1 ('...')")
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_no_caption_is_refused(capsys, model):
     assert_refused(run(capsys, "generate", model), "there is no caption")
 
@@ -184,6 +206,9 @@ def test_images_that_cannot_be_read_are_named(capsys, model, tmp_path):
 def test_an_output_that_cannot_be_written_is_refused(capsys, model, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert_refused(run(capsys, "generate", model, CAPTION, "--out", tmp_path / "file" / "f.png"))
+    assert_refused(run(capsys, "generate", model, CAPTION, "--out", model), "directory")
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 def test_photographs_need_their_folder(capsys, tmp_path):
@@ -194,8 +219,101 @@ def test_photographs_need_their_folder(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_needs_a_run(capsys, tmp_path):
+def test_evaluate_needs_a_run(capsys, model, tmp_path):
     assert_refused(run(capsys, "evaluate", tmp_path), "is not a run")
+    assert_refused(run(capsys, "evaluate", tmp_path / "nowhere"), "is not a run")
+    assert_refused(run(capsys, "evaluate", model), "holds no recipe")
+
+
+def test_a_picture_that_no_memory_holds_is_refused(capsys, model, tmp_path):
+    assert_refused(
+        run(capsys, "generate", model, CAPTION, "--scale", 10**13, "--out", tmp_path / "x.png"), "Unable to allocate"
+    )
+
+
+def test_a_message_of_several_lines_is_one_line(capsys, model, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr(MirrorGAN, "from_pretrained", fail)
+    assert_refused(run(capsys, "generate", model, CAPTION), "mirror-modules generate: first second")
+
+
+def test_an_interruption_is_said_in_one_line(capsys, model, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MirrorGAN, "from_pretrained", interrupt)
+    status, _, err = run(capsys, "generate", model, CAPTION)
+    assert (status, len(err.strip().splitlines())) == (130, 1)
+
+
+# A whole run of two steps, on few and small images.
+SHORT = [
+    *("--steps", 2, "--log-every", 1, "--data.training-images", 23, "--data.validation-images", 19),
+    *("--evaluation.candidates", 5, "--evaluation.report-images", 2, "--model.resolutions", 8, 16),
+    *("--model.channels", 3, "--model.discriminator-channels", 3, "--model.word-dim", 10),
+]
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refusal(err):
+    """What is said besides the progress bars."""
+    return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
+
+
+def test_trains_phase_by_phase_and_evaluates(capsys, tmp_path):
+    folder = tmp_path / "run"
+    status, out, _ = run(capsys, "train", "demo", "--out", folder, *SHORT, "--phases", "stem", "stream")
+    assert status == 0
+    assert "the others are still to be trained" in out
+    assert_refused(run(capsys, "evaluate", folder), "lacks phase 'glam'")
+    status, out, err = run(capsys, "train", "--out", folder, *SHORT)
+    assert (status, refusal(err)) == (0, [])
+    assert f"Open {folder / 'report.html'}" in out
+    assert "stem: already trained" in out
+    assert len(refusal(run(capsys, "generate", folder / "model", "a zebra", "--out", tmp_path / "z.png")[2])) == 1
+
+    before = contents(folder)
+    result = run(capsys, "train", "--out", folder, *SHORT, "--seed", 1)
+    assert_refused(result, "seed is 0 there and 1 now", "nothing in it was touched")
+    assert contents(folder) == before
+
+    folder.joinpath("phases", "judge.safetensors").write_bytes(b"\xff" * 99)
+    before = contents(folder)
+    status, _, err = run(capsys, "evaluate", folder)
+    assert (status, len(refusal(err))) == (2, 1)
+    assert "judge.safetensors is damaged" in refusal(err)[0]
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        (["--steps", 0], "steps must be a whole number of at least 1, but it is 0"),
+        (["--log-every", 0], "log_every must be a whole number of at least 1"),
+        (["--seed", -1], "seed must be from 0"),
+        (["--evaluation.candidates", 20], "evaluation.candidates=20 needs"),
+        (["--model.channels", 0], "channels must be a whole number of at least 1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_leaves_no_folder(capsys, tmp_path, options, needle):
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *SHORT, *options)
+    assert status == 2
+    assert len(refusal(err)) == 1
+    assert needle in refusal(err)[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_run_cannot_begin_in_a_file(capsys, tmp_path, out):
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = run(capsys, "train", "--out", tmp_path / out, *SHORT)
+    assert (status, len(refusal(err))) == (2, 1)
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -4,23 +4,42 @@ import json
 import shutil
 
 import pytest
+import torch
 
+from mirror_modules import MirrorGAN
+from mirror_modules.data.transforms import to_float
+from mirror_modules.metrics import r_precision
+from mirror_modules.training import evaluation
 from mirror_modules.training.batches import load_splits, unseen_captions
 from mirror_modules.training.evaluation import _derangement, evaluate, read_recipe
 from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.loop import load_pair
 
 
+@pytest.fixture
+def without_report(monkeypatch):
+    """Drawing takes longer than measuring."""
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: None)
+
+
+@pytest.mark.filterwarnings("error")
 def test_measures_and_writes(run_copy):
     metrics = evaluate(run_copy.path)
     assert json.loads(run_copy.metrics.read_text()) == metrics
     assert set(metrics["r_precision"]) == set(metrics["word_accuracy"]) == {"generated", "real", "shuffled"}
+    for figures in metrics["r_precision"].values():
+        assert 0 <= figures["top1"] <= figures["top2"] <= figures["top3"] <= 1
+        assert figures["standard_error"] >= 0
+    assert all(0 <= share <= 1 for share in metrics["word_accuracy"].values())
+    assert set(metrics["seconds"]) == set(metrics["images_per_second"]) == {"stem", "stream", "glam", "judge"}
+    assert metrics["images"] == 31
     assert metrics["candidates"] == 11
     assert metrics["chance"] == pytest.approx(1 / 11)
     assert run_copy.report.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
     assert list(run_copy.pictures.glob("*.png"))
 
 
-def test_repeats(run_copy):
+def test_repeats(run_copy, without_report):
     first = evaluate(run_copy.path)
     assert evaluate(run_copy.path) == first
 
@@ -77,3 +96,53 @@ def test_shuffled_images_all_meet_another_caption(count):
     partner = _derangement(count, seed=0)
     assert sorted(partner.tolist()) == list(range(count))
     assert all(partner[i] != i for i in range(count))
+
+
+def test_the_judge_is_shown_the_images_that_it_should_rank(run_copy, tiny_recipe, monkeypatch, without_report):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    unseen = unseen_captions(splits)
+    ranked = {}
+
+    def rank(images, sentences, *, candidates, generator):
+        ranked[len(ranked)] = (images, sentences)
+        return r_precision(images, sentences, candidates=candidates, generator=generator)
+
+    monkeypatch.setattr(evaluation, "r_precision", rank)
+    evaluate(run_copy.path)
+    judge = load_pair(run_copy, "judge", tiny_recipe, splits)
+    (generated, sentences), (real, _), (shuffled, _) = ranked.values()
+    with torch.no_grad():
+        for row in (0, 7, 30):
+            image = to_float(splits.validation.images[unseen[row].image].unsqueeze(0))
+            tokens, word_mask = splits.vocabulary.encode([unseen[row].caption], warn_unknown=False)
+            torch.testing.assert_close(real[row], judge.image_encoder(image).image[0])
+            torch.testing.assert_close(sentences[row], judge.text_encoder(tokens, word_mask).sentence[0])
+    assert all(not torch.equal(moved, stayed) for moved, stayed in zip(shuffled, generated))
+    assert sorted(shuffled.tolist()) == sorted(generated.tolist())
+
+
+def test_words_are_counted_one_by_one(run_copy, tiny_recipe):
+    model = MirrorGAN.from_pretrained(run_copy.model)
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    images = to_float(splits.validation.images[:5])
+    tokens, word_mask = splits.vocabulary.encode(
+        [captions[0] for captions in splits.validation.captions[:5]], warn_unknown=False
+    )
+    right = count = 0
+    with torch.no_grad():
+        for image, row, mask in zip(images, tokens, word_mask):
+            words = [*row[mask].tolist(), 1]
+            logits = model.captioner(image.unsqueeze(0), torch.tensor([words]))
+            for word, prediction in zip(words, logits[0]):
+                right += int(prediction.argmax()) == word
+                count += 1
+        assert evaluation._word_accuracy(model, images, tokens, word_mask) == pytest.approx(right / count)
+
+
+def test_a_failed_evaluation_leaves_the_figures_of_the_last(run_copy):
+    evaluate(run_copy.path)
+    before = run_copy.metrics.read_bytes(), run_copy.report.read_bytes()
+    run_copy.log.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1"):
+        evaluate(run_copy.path)
+    assert (run_copy.metrics.read_bytes(), run_copy.report.read_bytes()) == before

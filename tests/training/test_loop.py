@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mirror_modules import MirrorGAN
 from mirror_modules.training import loop
@@ -34,9 +35,10 @@ def test_the_same_seed_gives_the_same_losses_and_weights(tiny_run, tiny_recipe, 
         assert again.weights(phase).read_bytes() == tiny_run.weights(phase).read_bytes()
 
 
-def test_another_seed_gives_other_losses(tiny_run, tiny_recipe, tmp_path):
+def test_another_seed_gives_other_losses_and_weights(tiny_run, tiny_recipe, tmp_path):
     other = train(dataclasses.replace(tiny_recipe, seed=1), tmp_path / "other", phases=["stem"])
     assert losses(other)[0] != losses(tiny_run)[0]
+    assert other.weights("stem").read_bytes() != tiny_run.weights("stem").read_bytes()
 
 
 def test_the_judge_changes_no_other_phase(tiny_run, tiny_recipe, tmp_path):
@@ -55,10 +57,38 @@ def test_finished_phases_are_reused(run_copy, tiny_recipe, capsys):
     assert "stem: already trained" in capsys.readouterr().out
 
 
-def test_a_missing_predecessor_is_named(tiny_recipe, tmp_path):
-    with pytest.raises(ValueError, match="phase 'glam' needs phase 'stream'"):
-        train(tiny_recipe, tmp_path / "run", phases=["stem", "glam"])
+@pytest.mark.parametrize(
+    ("phases", "needed"),
+    [
+        (["stream"], "'stream' needs phase 'stem'"),
+        (["glam"], "'glam' needs phase 'stem'"),
+        (["stem", "glam"], "'glam' needs phase 'stream'"),
+    ],
+)
+def test_a_missing_predecessor_is_named(tiny_recipe, tmp_path, phases, needed):
+    with pytest.raises(ValueError, match=f"phase {needed}, which .*run lacks"):
+        train(tiny_recipe, tmp_path / "run", phases=phases)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("phase", ["stem", "judge"])
+def test_a_phase_that_needs_no_other_runs_alone(tiny_run, tiny_recipe, tmp_path, phase):
+    folder = train(tiny_recipe, tmp_path / "run", phases=[phase])
+    assert {line["phase"] for line in losses(folder)} == {phase}
+    assert folder.weights(phase).read_bytes() == tiny_run.weights(phase).read_bytes()
+    assert [file.name for file in (folder.path / "phases").iterdir()] == [f"{phase}.safetensors"]
+
+
+def test_a_phase_lost_is_trained_again_and_the_others_are_not(run_copy, tiny_run, tiny_recipe):
+    run_copy.weights("stream").unlink()
+
+    def kept():
+        return {phase: run_copy.weights(phase).stat().st_mtime_ns for phase in ("stem", "glam", "judge")}
+
+    before = kept()
+    train(tiny_recipe, run_copy.path)
+    assert run_copy.weights("stream").read_bytes() == tiny_run.weights("stream").read_bytes()
+    assert kept() == before
 
 
 def test_an_unknown_phase_is_named(tiny_recipe, tmp_path):
@@ -95,6 +125,11 @@ def test_an_interrupted_phase_starts_anew(run_copy, tiny_run, tiny_recipe, monke
     with pytest.raises(KeyboardInterrupt):
         train(tiny_recipe, run_copy.path)
     assert not run_copy.weights("glam").exists()
+    assert [line["step"] for line in losses(run_copy) if line["phase"] == "glam"] == [1]
+    for phase in ("stem", "stream", "judge"):
+        assert run_copy.weights(phase).read_bytes() == tiny_run.weights(phase).read_bytes()
+    with run_copy.log.open("a") as file:
+        file.write('{"phase": "glam", "st')
     monkeypatch.undo()
 
     train(tiny_recipe, run_copy.path)
@@ -104,8 +139,6 @@ def test_an_interrupted_phase_starts_anew(run_copy, tiny_run, tiny_recipe, monke
 
 
 def test_the_saved_model_holds_the_averaged_generator_and_the_trained_parts(tiny_run):
-    from safetensors.torch import load_file
-
     model = MirrorGAN.from_pretrained(tiny_run.model)
     painter, stem, captioner = (load_file(tiny_run.weights(phase)) for phase in ("glam", "stem", "stream"))
     state = model.state_dict()
@@ -113,3 +146,47 @@ def test_the_saved_model_holds_the_averaged_generator_and_the_trained_parts(tiny
         shared = {f"{prefix}{name}": tensor for name, tensor in saved.items() if f"{prefix}{name}" in state}
         assert shared
         assert all(torch.equal(state[name], tensor) for name, tensor in shared.items())
+
+
+def test_captions_that_changed_since_are_noticed(run_copy, tiny_recipe):
+    """The vocabulary keeps its size, so that the weights alone would fit."""
+    words = json.loads(run_copy.vocabulary.read_text())
+    words["words"][0] += "x"
+    run_copy.vocabulary.write_text(json.dumps(words))
+    run_copy.weights("glam").unlink()
+    before = contents(run_copy.path)
+    with pytest.raises(ValueError, match="is not the vocabulary of the training captions"):
+        train(tiny_recipe, run_copy.path)
+    assert contents(run_copy.path) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": 3}'])
+def test_the_config_of_something_else_is_left_alone(tiny_recipe, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no recipe"):
+        train(tiny_recipe, tmp_path)
+    assert contents(tmp_path) == {(tmp_path / "config.json").relative_to(tmp_path): content.encode()}
+
+
+def test_what_cannot_be_evaluated_is_not_trained(tiny_recipe, tmp_path):
+    evaluation = dataclasses.replace(tiny_recipe.evaluation, candidates=32)
+    with pytest.raises(ValueError, match=r"evaluation\.candidates=32 needs as many .* but there are 31"):
+        train(dataclasses.replace(tiny_recipe, evaluation=evaluation), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("channels", 0), ("resolutions", (8, 12)), ("image_backbone", "eye"), ("word_dim", 0)]
+)
+def test_sizes_that_no_network_has_leave_no_folder(tiny_recipe, tmp_path, field, value):
+    model = dataclasses.replace(tiny_recipe.model, **{field: value})
+    with pytest.raises(ValueError, match=str(value[-1] if field == "resolutions" else value)):
+        train(dataclasses.replace(tiny_recipe, model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_captioner_sees_through_the_image_encoder_of_stem(tiny_run):
+    stem, stream = (load_file(tiny_run.weights(phase)) for phase in ("stem", "stream"))
+    eye = {name: tensor for name, tensor in stem.items() if name.startswith("image_encoder.")}
+    assert eye
+    assert all(torch.equal(stream[name], tensor) for name, tensor in eye.items())

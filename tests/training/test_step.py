@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mirror_modules import MirrorGAN
+from mirror_modules.adversarial import discriminator_loss
 from mirror_modules.data import CaptionBatch
 from mirror_modules.stem import Vocabulary
+from mirror_modules.training import step
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
@@ -54,16 +56,21 @@ def test_trains_the_painters_and_the_judges_alone(vocabulary, tiny_recipe):
 
 
 def test_the_average_follows_its_formula(vocabulary, tiny_recipe):
-    state = make_state(vocabulary, tiny_recipe)
-    name = "generator.heads.0.conv.weight"
-    expected = None
-    for step in range(4):
-        adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
-        value = state.painter.state_dict()[name].clone()
-        # torch copies the first value and counts from 1 after it.
-        decay = min(tiny_recipe.glam.average_decay, (1 + step) / (10 + step))
-        expected = value if expected is None else decay * expected + (1 - decay) * value
-    torch.testing.assert_close(state.average.module.state_dict()[name], expected)
+    glam = dataclasses.replace(tiny_recipe.glam, average_decay=0.16)
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+    expected = {}
+    for updates in range(4):
+        adversarial_step(state, make_batch(vocabulary), glam)
+        # torch copies the first value and counts from 1 after it. 1/10, 2/11, 3/12 reach the decay at the second.
+        decay = min(0.16, (1 + updates) / (10 + updates))
+        for name, value in copy.deepcopy(state.painter.state_dict()).items():
+            if name in expected and value.is_floating_point():
+                value = decay * expected[name] + (1 - decay) * value
+            expected[name] = value
+    average = state.average.module.state_dict()
+    assert average.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value)
 
 
 def test_batch_norm_statistics_are_averaged_too(vocabulary, tiny_recipe):
@@ -105,3 +112,49 @@ def test_mismatched_pairs_are_a_term_of_the_judges(vocabulary, tiny_recipe):
 def test_a_batch_of_one_class_has_no_mismatched_pairs(vocabulary, tiny_recipe):
     losses = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_without_mismatched_pairs_the_term_is_left_out(vocabulary, tiny_recipe, monkeypatch):
+    given = []
+
+    def loss(real, fake, mismatched, *, weighting):
+        given.append(mismatched.numel())
+        return discriminator_loss(real, fake, mismatched, weighting=weighting)
+
+    monkeypatch.setattr(step, "discriminator_loss", loss)
+    without = dataclasses.replace(tiny_recipe.glam, mismatched_pairs=False)
+    adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), without)
+    adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam)
+    adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
+    adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3, 3, 3, 3, 4)), tiny_recipe.glam)
+    stages = len(tiny_recipe.model.resolutions)
+    assert given == [0] * stages + [B] * stages + [0] * stages + [2] * stages
+
+
+def test_mismatched_pairs_are_real_images_with_sentences_of_other_classes(vocabulary, tiny_recipe):
+    discriminator = make_state(vocabulary, tiny_recipe).discriminators[1].eval()
+    random = torch.Generator().manual_seed(3)
+    real, fake = torch.randn(2, B, 3, 16, 16, generator=random)
+    sentence = torch.randn(B, tiny_recipe.model.word_dim, generator=random)
+    partner, wrong = torch.tensor([2, 0, 1, 4, 3]), torch.tensor([0, 2, 3])
+    by_real, by_fake, mismatched = step.judge(discriminator, real, fake, sentence, partner, wrong)
+    torch.testing.assert_close(by_real.consistency, discriminator(real, sentence).consistency)
+    torch.testing.assert_close(by_fake.realism, discriminator(fake, sentence).realism)
+    for logit, row in zip(mismatched, wrong.tolist(), strict=True):
+        pair = discriminator(real[row : row + 1], sentence[partner[row]].unsqueeze(0))
+        torch.testing.assert_close(logit, pair.consistency[0])
+
+
+def test_the_generator_leaves_no_gradient_in_what_it_does_not_train(vocabulary, tiny_recipe):
+    state = make_state(vocabulary, tiny_recipe)
+    adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
+    frozen = [*state.model.text_encoder.parameters(), *state.model.captioner.parameters()]
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
+    assert all(parameter.requires_grad for net in state.discriminators for parameter in net.parameters())
+
+
+def test_the_same_seeds_give_the_same_step(vocabulary, tiny_recipe):
+    first, second = (
+        adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam) for _ in "ab"
+    )
+    assert first == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,10 @@ def _word_accuracy(model: MirrorGAN, images: Tensor, tokens: Tensor, word_mask: 
 def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recipe) -> Showcase:
     count = min(recipe.evaluation.report_images, len(captions))
     shown = to_float(real[:count])
-    generated = model.generate(captions[:count], seed=recipe.seed, need_weights=True)
+    with warnings.catch_warnings():
+        # Nobody wrote these captions just now: a rare word of the data set is no mistake.
+        warnings.filterwarnings("ignore", message="unknown words")
+        generated = model.generate(captions[:count], seed=recipe.seed, need_weights=True)
     tokens, word_mask = model.vocabulary.encode(captions[:count], max_words=recipe.model.max_words, warn_unknown=False)
     words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
     return Showcase(
