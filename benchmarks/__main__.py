@@ -7,25 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import _record, profile_demo, step
+from benchmarks import _measure, _record, profile_demo, step
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    if not arguments.no_record:
+    record, common = not arguments.no_record, {"threads": arguments.threads, "quiet": arguments.quiet}
+    if record:
         refuse_while_red()
-    if arguments.what in ("step", "all"):
-        sizes = step.Sizes(
-            batch=arguments.batch,
-            words=arguments.words,
-            word_dim=arguments.word_dim,
-            channels=arguments.channels,
-            discriminator_channels=arguments.discriminator_channels,
-            resolutions=tuple(arguments.resolutions),
-        )
-        finish("step", step.measure(sizes, arguments.rounds, arguments.threads), record=not arguments.no_record)
-    if arguments.what in ("demo", "all"):
-        finish("demo", profile_demo.measure(arguments.steps, arguments.threads), record=not arguments.no_record)
+    try:
+        if arguments.what in ("step", "all"):
+            sizes = step.Sizes(
+                batch=arguments.batch,
+                words=arguments.words,
+                word_dim=arguments.word_dim,
+                channels=arguments.channels,
+                discriminator_channels=arguments.discriminator_channels,
+                resolutions=tuple(arguments.resolutions),
+            )
+            finish("step", step.measure(sizes, arguments.rounds, **common), record=record)
+        if arguments.what in ("demo", "all"):
+            finish("demo", profile_demo.measure(arguments.steps, **common), record=record)
+    except _measure.BusyError as error:
+        raise SystemExit(
+            f"benchmarks: {error}, so nothing is recorded; end them, or allow more with --quiet."
+        ) from None
 
 
 def finish(name: str, records: list[_record.Record], *, record: bool) -> None:
@@ -33,6 +39,8 @@ def finish(name: str, records: list[_record.Record], *, record: bool) -> None:
         low, high = entry.spread
         memory = "?" if entry.peak_memory_mib is None else f"{entry.peak_memory_mib:.0f}"
         print(f"{entry.op}, {entry.impl}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB")
+        if entry.others is not None:
+            print(f"    other programs used up to {entry.others:.1%} of the processors meanwhile")
         for part, share in sorted(entry.shares.items(), key=lambda item: -item[1]):
             print(f"    {share:6.1%}  {part}")
         if record:
@@ -57,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=6, help="measured calls of each implementation in 'step'")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of 'demo'")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument(
+        "--quiet", type=float, default=0.05, help="share of the processors that other programs may use; else it waits"
+    )
     parser.add_argument("--no-record", action="store_true", help="print only")
     group = parser.add_argument_group("sizes of 'step'")
     group.add_argument("--batch", type=int, default=sizes.batch)

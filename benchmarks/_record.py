@@ -59,6 +59,8 @@ class Record:
     """What was measured; "+changes" where the working tree differed from it."""
     date: str
     """UTC, ISO 8601."""
+    others: float | None = None
+    """Largest share of the processors that other programs used in a round; None where it was not measured."""
 
     def __post_init__(self) -> None:
         # JSON has lists only.

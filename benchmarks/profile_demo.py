@@ -108,13 +108,13 @@ def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, f
     return seconds, {**shares, "everything else": 1 - sum(shares.values())}
 
 
-def measure(steps: int, threads: int, name: str = "demo") -> list[_record.Record]:
+def measure(steps: int, threads: int, quiet: float, name: str = "demo") -> list[_record.Record]:
     """Speed, memory and shares of a recipe's adversarial phase."""
     torch.set_num_threads(threads)
     phase = build_phase(name)
     for _ in range(WARM_UP_STEPS):
         phase.step()
-    seconds, shares = shares_of_a_step(phase, steps)
+    (seconds, shares), others = _measure.undisturbed(lambda: shares_of_a_step(phase, steps), quiet)
     environment = _record.environment()
     peak = _measure.peak_memory(build_step, name, threads=threads)
     rates = [phase.recipe.glam.batch_size / spent for spent in seconds]
@@ -132,6 +132,7 @@ def measure(steps: int, threads: int, name: str = "demo") -> list[_record.Record
             peak_memory_mib=peak.call,
             process_memory_mib=peak.process,
             shares={part: round(share, 4) for part, share in shares.items()},
+            others=others,
             **environment,
         )
     ]

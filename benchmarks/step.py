@@ -69,10 +69,11 @@ def make_batch(sizes: Sizes, vocabulary_size: int) -> CaptionBatch:
     return CaptionBatch(images, tokens, word_mask, torch.arange(sizes.batch), captions=("",) * sizes.batch)
 
 
-def measure(sizes: Sizes, rounds: int, threads: int) -> list[_record.Record]:
+def measure(sizes: Sizes, rounds: int, threads: int, quiet: float) -> list[_record.Record]:
     """Time all implementations in turns, in one process, and the memory of each in a process of its own."""
     torch.set_num_threads(threads)
-    seconds = _measure.time_in_turns({impl: build_step(impl, sizes) for impl in IMPLEMENTATIONS}, rounds)
+    steps = {impl: build_step(impl, sizes) for impl in IMPLEMENTATIONS}
+    seconds, others = _measure.time_in_turns(steps, rounds, quiet)
     environment = _record.environment()
     peaks = {impl: _measure.peak_memory(build_step, impl, sizes, threads=threads) for impl in IMPLEMENTATIONS}
     records = []
@@ -93,6 +94,7 @@ def measure(sizes: Sizes, rounds: int, threads: int) -> list[_record.Record]:
                 peak_memory_mib=peaks[impl].call,
                 process_memory_mib=peaks[impl].process,
                 shares={},
+                others=others,
                 **environment,
             )
         )

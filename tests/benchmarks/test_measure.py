@@ -7,12 +7,52 @@ pytest.importorskip("benchmarks", reason="run pytest as `python -m pytest` from 
 from benchmarks import _measure, profile_demo
 
 
-def test_calls_take_turns():
+def test_calls_take_turns(monkeypatch):
+    monkeypatch.setattr(_measure, "LOOK", 0)
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = _measure.time_in_turns(calls, rounds=4)
+    seconds, _ = _measure.time_in_turns(calls, rounds=4)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+class Machine:
+    """A clock, and a neighbor who works so many seconds of each."""
+
+    def __init__(self, monkeypatch, *neighbor):
+        self.now = self.own = self.all = 0.0
+        self.neighbor = iter(neighbor)
+        fake = SimpleNamespace(
+            sleep=self.sleep, perf_counter=lambda: self.now, monotonic=lambda: self.now, process_time=lambda: self.own
+        )
+        monkeypatch.setattr(_measure, "time", fake)
+        monkeypatch.setattr(_measure, "_processor_seconds", lambda: self.all)
+        monkeypatch.setattr(_measure.os, "cpu_count", lambda: 2)
+
+    def sleep(self, seconds):
+        self.pass_by(seconds, own=0)
+
+    def work(self, seconds):
+        self.pass_by(seconds, own=2 * seconds)
+
+    def pass_by(self, seconds, own):
+        self.now += seconds
+        self.own += own
+        self.all += own + seconds * next(self.neighbor)
+
+
+def test_a_disturbed_measurement_is_made_again(monkeypatch):
+    # Looking finds a busy neighbor, then none; the neighbor comes back meanwhile; at last all is quiet.
+    machine = Machine(monkeypatch, 0.9, 0.0, 0.5, 0.0, 0.08)
+    assert _measure.undisturbed(lambda: machine.work(10), quiet=0.05) == (None, pytest.approx(0.04))
+    assert machine.now == 3 * _measure.LOOK + 2 * 10
+
+
+def test_a_machine_that_stays_busy_is_given_up(monkeypatch):
+    machine = Machine(monkeypatch, *[0.6] * 1000)
+    with pytest.raises(_measure.BusyError, match="other programs use 30% of the processors, more than 5%"):
+        _measure.undisturbed(lambda: machine.work(10), quiet=0.05)
+    assert machine.now == pytest.approx(_measure.PATIENCE, abs=3 * _measure.LOOK)
 
 
 def test_memory_counts_what_the_call_takes_and_not_what_was_there():

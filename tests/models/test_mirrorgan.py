@@ -187,3 +187,9 @@ def test_options_of_the_config_reach_the_parts():
     assert release.generator.refinements[0].attention.score_projection is not None
     assert release.generator.refinements[0].attention.sentence_projection.bias is not None
     assert model.captioner.vocabulary_size == model.text_encoder.vocabulary_size == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*63 - 1"):
+        make().generate(["a red flower"], seed=seed)

@@ -190,3 +190,14 @@ def test_the_captioner_sees_through_the_image_encoder_of_stem(tiny_run):
     eye = {name: tensor for name, tensor in stem.items() if name.startswith("image_encoder.")}
     assert eye
     assert all(torch.equal(stream[name], tensor) for name, tensor in eye.items())
+
+
+def test_the_judge_begins_elsewhere_and_sees_other_batches_than_stem(tiny_recipe, tmp_path, monkeypatch):
+    batches_seen = []
+    monkeypatch.setattr(loop, "train_encoders", lambda pair, batches, *_: batches_seen.append(next(batches).captions))
+    folder = train(tiny_recipe, tmp_path / "run", phases=["stem", "judge"])
+    assert batches_seen[0] != batches_seen[1]
+    stem, judge = (load_file(folder.weights(phase)) for phase in ("stem", "judge"))
+    drawn = [name for name, tensor in stem.items() if tensor.ndim > 1]
+    assert drawn
+    assert not any(torch.equal(stem[name], judge[name]) for name in drawn)

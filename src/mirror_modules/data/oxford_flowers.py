@@ -107,7 +107,8 @@ def read_square(path: Path, resolution: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken files as a SyntaxError.
+    # Pillow reports some broken files as a SyntaxError, and images of absurd size as a bomb.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"read_square: {path} cannot be read as an image ({error}).") from error
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2

@@ -101,7 +101,7 @@ class MirrorGAN(nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if asked for.
 
         Raises:
-            ValueError: A caption holds no word.
+            ValueError: A caption holds no word, or `seed` is out of range.
         """
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
         noise, condition_noise = self._draw_noise(len(tokens), seed)
@@ -115,6 +115,8 @@ class MirrorGAN(nn.Module):
             )
 
     def _draw_noise(self, count: int, seed: int | None) -> tuple[Tensor, Tensor]:
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"MirrorGAN.generate: seed must be from 0 to 2**63 - 1, but it is {seed}.")
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         # Row by row: one large draw has other numbers for its first rows than a small one.

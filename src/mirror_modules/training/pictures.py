@@ -140,7 +140,7 @@ def wrap(text: str, width: int, font: Font) -> list[str]:
                 line = ""
             line = f"{line} {word}".lstrip()
             while font.getlength(line) > width and len(line) > 1:
-                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                fits = next(n for n in range(1, len(line)) if font.getlength(line[: n + 1]) > width)
                 lines.append(line[:fits])
                 line = line[fits:]
         lines += [line] if line else []
