@@ -131,3 +131,14 @@ def test_gradients_are_clipped(tiny_recipe, batch, tmp_path, monkeypatch):
     assert norms == [pretrain.LARGEST_GRADIENT_NORM] * tiny_recipe.stem.steps
     last = torch.cat([parameter.grad.flatten() for parameter in pair.parameters()])
     assert last.norm() <= pretrain.LARGEST_GRADIENT_NORM * 1.001
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_the_step_size_cycles_over_any_number_of_steps(steps):
+    optimizer, schedule = pretrain._optimizer(torch.nn.Linear(2, 3), 0.5, steps)
+    sizes = []
+    for _ in range(steps):
+        sizes.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < size <= 0.5 for size in sizes)

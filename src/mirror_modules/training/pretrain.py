@@ -77,8 +77,12 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    # One cycle: short runs gain most from a large step size that ends small.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.2)
+    # One cycle: short runs gain most from a large step size that ends small. It rises for a fifth of the steps, and for
+    # one at least: a rise of no steps would divide by zero.
+    total = steps + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=total, pct_start=max(0.2, 2 / total)
+    )
     return optimizer, schedule
 
 
