@@ -87,7 +87,7 @@ def _with_share_of_others(call: Callable[[], T]) -> tuple[T, float | None]:
     seconds, own, all_after = time.perf_counter() - started, time.process_time() - own_before, _processor_seconds()
     if all_before is None or all_after is None:
         return result, None
-    return result, max(0.0, (all_after - all_before - own) / (seconds * (os.cpu_count() or 1)))
+    return result, max(0.0, round((all_after - all_before - own) / (seconds * (os.cpu_count() or 1)), 4))
 
 
 def _processor_seconds() -> float | None:
