@@ -1,5 +1,6 @@
 """What all tests share: one thread, the same draws each time, and no GPU test without a GPU."""
 
+import os
 from functools import partial
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read when a kernel is first imported: without a GPU, the interpreter runs it.
+    os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
@@ -21,6 +25,13 @@ def compiled():
     """Compile into one graph, forward and backward, or fail. The graph is run as it is: code generation is torch's."""
     torch.compiler.reset()
     return partial(torch.compile, fullgraph=True, backend="aot_eager")
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: on a GPU, or else in Triton's interpreter on the CPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_runtest_setup(item):

@@ -98,3 +98,12 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...])
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32, everything else stays: softmaxes and loss sums need the bits."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision in which a matrix product takes this tensor: autocast's where it is on, else its own."""
+    device = tensor.device.type
+    # As torch's own casts: float64 was asked for, and stays.
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -31,6 +31,7 @@ PUBLIC_NAMES = [
 ]
 FUNCTIONS = [
     "discriminator_loss",
+    "explain",
     "generator_loss",
     "global_local_attention",
     "kl_divergence",

@@ -5,11 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from mirror_modules import GlobalLocalAttention
 from mirror_modules.functional import global_local_attention, sentence_attention, word_attention
+from mirror_modules.glam import attention
 
 B, L, C, H, W = 2, 11, 3, 5, 7  # different primes: a swapped axis cannot pass
 D, E = 13, 17
@@ -267,7 +268,73 @@ def test_module_refuses_what_it_cannot_be(message, options):
         GlobalLocalAttention(**{"feature_dim": C, "word_dim": D, "condition_dim": E} | options)
 
 
-def test_an_implementation_that_is_not_there_raises():
+def test_a_kernel_that_cannot_run_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = torch.zeros(B, C, H, W), torch.zeros(B, L, C), torch.zeros(B, C)
-    with pytest.raises(NotImplementedError, match=r"global_local_attention: impl='triton' cannot run"):
+    with pytest.raises(NotImplementedError, match=r"global_local_attention: impl='triton' cannot run: .* on 'cpu'"):
         global_local_attention(*arguments, impl="triton")
+    module = GlobalLocalAttention(C, D, E, impl="triton")
+    with pytest.raises(NotImplementedError, match=r"global_local_attention: impl='triton' cannot run"):
+        module(torch.zeros(B, C, H, W), torch.zeros(B, L, D), torch.zeros(B, E))
+
+
+@pytest.fixture
+def one_sample_at_a_time(monkeypatch):
+    monkeypatch.setattr(attention, "ELEMENTS_PER_CHUNK", {"cpu": 1})
+
+
+@pytest.mark.parametrize(("axis", "mixed"), MODES)
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
+def test_chunks_change_nothing(monkeypatch, axis, mixed, need_weights, mask):
+    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C), draw(C, C)
+    results = []
+    for elements in (2**19, 1):
+        monkeypatch.setattr(attention, "ELEMENTS_PER_CHUNK", {"cpu": elements})
+        options = {"need_weights": need_weights, "sentence_axis": axis, "score_matrix": inputs[3] if mixed else None}
+        context = global_local_attention(*inputs[:3], mask, **options)
+        total = sum((i + 2) * part.square().sum() for i, part in enumerate(context) if part is not None)
+        results.append((total, *torch.autograd.grad(total, inputs[: 4 if mixed else 3])))
+    assert_close(*results)
+
+
+@pytest.mark.usefixtures("one_sample_at_a_time")
+def test_gradients_in_chunks_first_and_second():
+    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64), draw(B, C, dtype=torch.float64)
+
+    def both(*args):
+        return global_local_attention(*args, mask_of(5, 2)[:, :5])[:2]
+
+    assert "Recomputed" in type(both(*inputs)[0].grad_fn).__name__
+    assert gradcheck(both, inputs)
+    assert gradgradcheck(both, inputs)
+
+
+@pytest.mark.usefixtures("one_sample_at_a_time")
+def test_one_context_alone_has_a_gradient():
+    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C)
+    of_features, of_words, of_sentence = torch.autograd.grad(
+        global_local_attention(*inputs, mask_of(11, 4)).word_context.sum(), inputs, allow_unused=True
+    )
+    expected = torch.autograd.grad(word_attention(*inputs[:2], mask_of(11, 4))[0].sum(), inputs[:2])
+    assert_close((of_features, of_words), expected)
+    assert (of_sentence == 0).all()
+
+
+@pytest.mark.usefixtures("one_sample_at_a_time")
+def test_only_what_needs_a_gradient_gets_one():
+    features, words, sentence = draw(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
+    global_local_attention(features, words, sentence, mask_of(11, 4)).sentence_context.sum().backward()
+    expected = torch.autograd.grad(sentence_attention(features, sentence)[0].sum(), features)[0]
+    assert_close(features.grad, expected)
+
+
+@pytest.mark.usefixtures("one_sample_at_a_time")
+def test_the_backward_pass_computes_in_the_precision_of_the_forward_pass():
+    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = global_local_attention(*inputs, mask_of(11, 4))
+        gradients = torch.autograd.grad(inside.word_context.float().sum(), inputs, retain_graph=True, allow_unused=True)
+    outside = torch.autograd.grad(inside.word_context.float().sum(), inputs, allow_unused=True)
+    assert inside.word_context.dtype == inside.sentence_context.dtype == torch.bfloat16
+    assert_close(gradients, outside, atol=0, rtol=0)

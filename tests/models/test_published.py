@@ -93,7 +93,11 @@ def test_generator():
 
     images, word_weights, _ = generator(seen["noise"], condition, seen["words"].mT, need_weights=True)
     assert [image.shape[-1] for image in images] == [64, 128, 256]
-    assert_equal(images[0][:2], seen["image0"])
+    # In this untrained network, some pixels turn a last bit of the noise into 6e-5: what they are depends on the
+    # processor, for the recording too, which is 4e-5 off what float64 gives.
+    off = (images[0][:2] - seen["image0"]).abs().flatten()
+    assert off.quantile(0.95) < 1e-5
+    assert off.max() < 2e-4
     assert_equal(images[1].mean(dim=(2, 3)), seen["image1_mean"])
     assert_equal(images[1][:, :, :8, :8], seen["image1_corner"])
     assert_equal(images[2].mean(dim=(2, 3)), seen["image2_mean"])

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from mirror_modules import ImageFeatures, MatchingLoss, TextFeatures
@@ -119,12 +119,40 @@ def test_a_pair_alone_equals_the_same_pair_in_a_batch():
         assert_close(alone, together[i : i + 1, j : j + 1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("elements", [1, 2 * I * R * L])
-def test_chunks_change_nothing(monkeypatch, elements):
-    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
-    whole = word_region_similarity(regions, words, mask)
-    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", elements)
-    assert_close(word_region_similarity(regions, words, mask), whole)
+@pytest.mark.parametrize("elements", [1, 2 * R * L, J * R * L])
+def test_chunks_of_captions_and_images_change_nothing(monkeypatch, elements):
+    inputs, mask = (
+        (torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)),
+        mask_of(5, 2, 1),
+    )
+    results = []
+    for per_chunk in (2**20, elements):
+        monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": per_chunk})
+        similarity = word_region_similarity(*inputs, mask)
+        gradient = torch.arange(I * J, dtype=torch.float32).view(I, J)
+        results.append((similarity, *torch.autograd.grad(similarity, inputs, gradient)))
+    assert_close(*results)
+
+
+def test_gradients_in_chunks_first_and_second(monkeypatch):
+    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": 1})
+    inputs = [torch.randn(*size, 2, dtype=torch.float64, requires_grad=True) for size in ((I, 3), (J, 4))]
+
+    def similarity(*args):
+        return word_region_similarity(*args, mask_of(4, 2, 1, length=4))
+
+    assert gradcheck(similarity, inputs)
+    assert gradgradcheck(similarity, inputs)
+
+
+def test_no_map_of_all_pairs_is_kept(monkeypatch):
+    """What autograd keeps for the backward pass: the inputs, and nothing that grows with the pairs."""
+    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": J * R * L})
+    regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        word_region_similarity(regions, words, mask_of(5, 2, 1))
+    assert sorted(tuple(tensor.shape) for tensor in kept) == sorted([(I, R, D), (J, L, D), (J, L)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -259,8 +287,11 @@ def test_loss_says_what_is_wrong(message, changed):
         )
 
 
-def test_an_implementation_that_is_not_there_raises():
-    with pytest.raises(NotImplementedError, match=r"MatchingLoss: impl='triton' cannot run"):
-        MatchingLoss(impl="triton")
+def test_a_kernel_that_cannot_run_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match=r"word_region_similarity: impl='triton' cannot run: .* on 'cpu'"):
+        MatchingLoss(impl="triton")(*draw_pairs())
     with pytest.raises(ValueError, match=r"word_region_similarity: impl must be one of"):
         word_region_similarity(torch.zeros(I, R, D), torch.zeros(J, L, D), impl="cuda")
+    with pytest.raises(ValueError, match=r"MatchingLoss: impl must be one of"):
+        MatchingLoss(impl="cuda")

@@ -6,14 +6,17 @@ N = H * W.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mirror_modules import kernels
 from mirror_modules._checks import (
     at_least_float32,
+    autocast_dtype,
     check_batch,
     check_choice,
     check_features,
@@ -21,9 +24,13 @@ from mirror_modules._checks import (
     check_word_mask,
     shape_of,
 )
-from mirror_modules.kernels import choose_implementation
+from mirror_modules._chunks import recomputed_in_chunks
 
 SentenceAxis = Literal["channels", "positions"]
+
+OPERATION = "global_local_attention"
+ELEMENTS_PER_CHUNK = {"cpu": 2**19}
+"""Elements of the features that are attended at a time: on a CPU, what its caches hold."""
 
 
 class GlobalLocalContext(NamedTuple):
@@ -59,9 +66,23 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
     """
     _check_projected("word_attention", features, "words", words, "(B, L, C)")
     check_word_mask("word_attention", words, word_mask)
+    return _word_attention(features, words, word_mask)
+
+
+def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     height = features.shape[2]
-    scores_BLN = words @ rearrange(features, "b c h w -> b c (h w)")
-    weights_BLN = _softmax_over_words(scores_BLN, word_mask).to(scores_BLN.dtype)
+    features_BCN = rearrange(features, "b c h w -> b c (h w)")
+    if word_mask is None:
+        scores_BLN = words @ features_BCN
+    else:
+        # The least finite number and not -inf: padding alone gives no NaN. Added within the product, it costs no pass.
+        lowest = torch.finfo(words.dtype).min
+        padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
+        scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), words, features_BCN)
+    weights_BLN = torch.softmax(at_least_float32(scores_BLN), dim=1).to(scores_BLN.dtype)
+    if word_mask is not None and torch.compiler.is_compiling():
+        # A compiled graph cannot refuse a caption without words, and gives zeros there.
+        weights_BLN = weights_BLN * rearrange(word_mask, "b l -> b l 1")
     context_BCN = words.mT @ weights_BLN
     return (
         rearrange(context_BCN, "b c (h w) -> b c h w", h=height),
@@ -99,6 +120,12 @@ def sentence_attention(
         raise ValueError(
             f"sentence_attention: score_matrix is {shape_of(score_matrix)}, expected {(channels, channels)} (C, C)."
         )
+    return _sentence_attention(features, sentence, score_matrix, axis)
+
+
+def _sentence_attention(
+    features: Tensor, sentence: Tensor, score_matrix: Tensor | None, axis: SentenceAxis
+) -> tuple[Tensor, Tensor]:
     sentence_BC11 = rearrange(sentence, "b c -> b c 1 1")
     scores_BCHW = features * sentence_BC11
     if score_matrix is not None:
@@ -130,9 +157,13 @@ def global_local_attention(
         sentence: Sentence feature already projected to the image channels, (B, C).
         word_mask: True for a real word, (B, L); None if all are.
         need_weights: Also return the attention maps.
-        impl: "auto", "torch" or "triton"; a named implementation runs or raises.
+        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` tells which
+            one "auto" takes, and why.
         score_matrix: See `sentence_attention`.
         sentence_axis: See `sentence_attention`.
+
+    "torch" computes some samples at a time and recomputes them in the backward pass; "triton" makes one pass over the
+    features. Both keep the inputs alone. Under autocast, all inputs are cast as for a matrix product.
 
     Returns:
         Both contexts (B, C, H, W), and the attention maps if asked for.
@@ -141,14 +172,54 @@ def global_local_attention(
         ValueError: A caption has no real word, or sizes disagree.
         NotImplementedError: `impl` names an implementation that cannot run.
     """
-    choose_implementation("global_local_attention", impl)
-    word_context, word_weights = word_attention(features, words, word_mask)
-    sentence_context, sentence_weights = sentence_attention(
-        features, sentence, score_matrix=score_matrix, axis=sentence_axis
+    _check_projected(OPERATION, features, "words", words, "(B, L, C)")
+    _check_projected(OPERATION, features, "sentence", sentence, "(B, C)")
+    check_word_mask(OPERATION, words, word_mask)
+    choice = choose_attention(
+        features, words, sentence, impl=impl, score_matrix=score_matrix, sentence_axis=sentence_axis
     )
-    if not need_weights:
-        return GlobalLocalContext(word_context, sentence_context, None, None)
-    return GlobalLocalContext(word_context, sentence_context, word_weights, sentence_weights)
+    features, words, sentence = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words, sentence))
+    if score_matrix is not None:
+        score_matrix = score_matrix.to(autocast_dtype(score_matrix))
+    if choice.implementation == "triton":
+        results = kernels.global_local_attention(features, words, sentence, word_mask, need_weights)
+    else:
+
+        def attend(
+            features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, score_matrix: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            word_context, word_weights = _word_attention(features, words, word_mask)
+            sentence_context, sentence_weights = _sentence_attention(features, sentence, score_matrix, sentence_axis)
+            maps = (word_weights, sentence_weights) if need_weights else ()
+            return word_context, sentence_context, *maps
+
+        elements = ELEMENTS_PER_CHUNK.get(features.device.type, 2**25)
+        samples = max(1, elements // max(1, math.prod(features.shape[1:])))
+        results = recomputed_in_chunks(attend, (features, words, sentence, word_mask), (score_matrix,), samples)
+    maps = results[2:] if need_weights else (None, None)
+    return GlobalLocalContext(results[0], results[1], *maps)
+
+
+def choose_attention(
+    features: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    word_mask: Tensor | None = None,
+    *,
+    need_weights: bool = False,
+    impl: str = "auto",
+    score_matrix: Tensor | None = None,
+    sentence_axis: SentenceAxis = "channels",
+) -> kernels.Choice:
+    """The implementation that `global_local_attention` takes for the same arguments."""
+    options = {"score_matrix": score_matrix is not None, "sentence_axis='positions'": sentence_axis == "positions"}
+    facts = kernels.Facts(
+        kernels.machine_of(features.device),
+        dtypes=tuple(map(autocast_dtype, (features, words, sentence))),
+        sizes={"channels": features.shape[1], "words": words.shape[1]},
+        options=tuple(name for name, is_used in options.items() if is_used),
+    )
+    return kernels.choose(OPERATION, impl, facts)
 
 
 class GlobalLocalAttention(nn.Module):
@@ -183,7 +254,7 @@ class GlobalLocalAttention(nn.Module):
         super().__init__()
         check_positive("GlobalLocalAttention", feature_dim=feature_dim, word_dim=word_dim, condition_dim=condition_dim)
         check_choice("GlobalLocalAttention", "sentence_axis", sentence_axis, ("channels", "positions"))
-        choose_implementation("GlobalLocalAttention", impl)
+        kernels.check_impl("GlobalLocalAttention", impl)
         self.feature_dim, self.word_dim, self.condition_dim = feature_dim, word_dim, condition_dim
         self.impl = impl
         self.sentence_axis: SentenceAxis = sentence_axis
@@ -234,17 +305,6 @@ class GlobalLocalAttention(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, as `print` shows them."""
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}, condition_dim={self.condition_dim}"
-
-
-def _softmax_over_words(scores_BLN: Tensor, word_mask: Tensor | None) -> Tensor:
-    scores_BLN = at_least_float32(scores_BLN)
-    if word_mask is None:
-        return torch.softmax(scores_BLN, dim=1)
-    mask_BL1 = word_mask.unsqueeze(2)
-    # The least finite number and not -inf: a compiled graph cannot refuse a caption without words, and it gets zeros
-    # there, never NaN.
-    scores_BLN = scores_BLN.masked_fill(~mask_BL1, torch.finfo(scores_BLN.dtype).min)
-    return torch.softmax(scores_BLN, dim=1) * mask_BL1
 
 
 def _check_projected(owner: str, features: Tensor, name: str, text: Tensor, layout: str) -> None:

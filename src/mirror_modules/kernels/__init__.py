@@ -1,5 +1,16 @@
-"""Which implementation of an operation runs, and why."""
+"""The Triton kernels as operators of torch, and the choice between them and the definitions."""
 
-from mirror_modules.kernels.choice import Choice, choose_implementation
+from mirror_modules.kernels.attention import global_local_attention
+from mirror_modules.kernels.choice import Choice, Facts, Machine, check_impl, choose, machine_of
+from mirror_modules.kernels.similarity import word_region_similarity
 
-__all__ = ["Choice", "choose_implementation"]
+__all__ = [
+    "Choice",
+    "Facts",
+    "Machine",
+    "check_impl",
+    "choose",
+    "global_local_attention",
+    "machine_of",
+    "word_region_similarity",
+]

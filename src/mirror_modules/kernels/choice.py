@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
+
+import torch
 
 from mirror_modules._checks import check_choice
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = {
+    "global_local_attention": {"channels": 256, "words": 256},
+    "word_region_similarity": {"regions": 1024, "words": 256, "features": 1024},
+}
+"""Sizes up to which each kernel is written and tested."""
+
+
+class Machine(NamedTuple):
+    """What the device of the tensors can do."""
+
+    device: str
+    """Its type: "cpu", "cuda", ..."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, such as (9, 0); None elsewhere."""
+    has_triton: bool = False
+    """Is Triton installed? Looked up only where it could run."""
+    interprets: bool = False
+    """Does Triton's interpreter run kernels on the CPU (TRITON_INTERPRET=1)? For tests: it is slow."""
+
+
+class Facts(NamedTuple):
+    """All that the choice depends on."""
+
+    machine: Machine
+    dtypes: tuple[torch.dtype, ...]
+    """Of the floating point inputs, as autocast makes them."""
+    sizes: dict[str, int]
+    """The sizes that `LARGEST` limits."""
+    options: tuple[str, ...] = ()
+    """Options in use that only the definition has."""
 
 
 class Choice(NamedTuple):
@@ -18,21 +53,66 @@ class Choice(NamedTuple):
     """One sentence for people."""
 
 
-def choose_implementation(operation: str, impl: str = "auto") -> Choice:
+def choose(operation: str, impl: str, facts: Facts) -> Choice:
     """Choose the implementation of `operation`.
 
     Args:
-        operation: The name of the operation, for messages.
+        operation: A key of `LARGEST`.
         impl: "auto", "torch" or "triton". A named implementation runs or raises; "auto" takes the fastest that applies.
+        facts: What the choice depends on.
 
     Raises:
         ValueError: `impl` is none of the three.
-        NotImplementedError: `impl` names an implementation that this operation does not have.
+        NotImplementedError: `impl` names an implementation that cannot run.
     """
-    check_choice(operation, "impl", impl, IMPLEMENTATIONS)
+    check_impl(operation, impl)
+    if impl == "torch":
+        return Choice("torch", "it was asked for")
+    obstacle = _obstacle(operation, facts)
     if impl == "triton":
-        raise NotImplementedError(
-            f"{operation}: impl='triton' cannot run: this release has no Triton kernel for it; use 'auto' or 'torch'."
-        )
-    reason = "asked for" if impl == "torch" else "the only implementation of this operation"
-    return Choice("torch", reason)
+        if obstacle:
+            raise NotImplementedError(
+                f"{operation}: impl='triton' cannot run: {obstacle}; use impl='auto' or impl='torch'."
+            )
+        return Choice("triton", "it was asked for")
+    if obstacle:
+        return Choice("torch", f"the Triton kernel cannot run: {obstacle}")
+    if facts.machine.interprets:
+        return Choice("torch", "Triton only interprets its kernels here, which is slow")
+    return Choice("triton", f"the fused kernel applies, and is the fastest on {facts.machine.device}")
+
+
+def check_impl(owner: str, impl: str) -> None:
+    """Require a known name; whether that implementation can run is known only once there are tensors."""
+    check_choice(owner, "impl", impl, IMPLEMENTATIONS)
+
+
+def _obstacle(operation: str, facts: Facts) -> str | None:
+    """Why the kernel cannot run; None if it can."""
+    machine = facts.machine
+    if machine.device != "cuda" and not machine.interprets:
+        return f"the tensors are on {machine.device!r}, and the kernel needs a CUDA device"
+    if not machine.has_triton:
+        return "Triton is not installed (pip install triton; on Linux it comes with torch)"
+    if machine.capability is not None and machine.capability < (8, 0):
+        return f"the device has compute capability {'.'.join(map(str, machine.capability))}, and the kernel needs 8.0"
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in facts.dtypes})
+    if len(names) > 1:
+        return f"the inputs mix {' and '.join(names)}; convert them to one"
+    if facts.dtypes[0] not in DTYPES and not (machine.interprets and facts.dtypes[0] == torch.float64):
+        return f"the inputs are {names[0]}, and the kernel takes float32, float16 and bfloat16"
+    for name, size in facts.sizes.items():
+        if not 1 <= size <= LARGEST[operation][name]:
+            return f"there are {size} {name}, and the kernel takes 1 to {LARGEST[operation][name]}"
+    if facts.options:
+        return f"only the definition has {' and '.join(facts.options)}"
+    return None
+
+
+def machine_of(device: torch.device) -> Machine:
+    """Look up what there is to know of a device."""
+    interprets = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interprets:
+        return Machine(device.type)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Machine(device.type, capability, importlib.util.find_spec("triton") is not None, interprets)

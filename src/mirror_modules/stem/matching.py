@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mirror_modules._checks import at_least_float32, check_batch, check_word_mask, shape_of
-from mirror_modules.kernels import choose_implementation
+from mirror_modules import kernels
+from mirror_modules._checks import at_least_float32, autocast_dtype, check_batch, check_word_mask, shape_of
+from mirror_modules._chunks import recomputed_in_chunks
 from mirror_modules.stem.image_encoder import ImageFeatures
 from mirror_modules.stem.text_encoder import TextFeatures
 
-# Attention maps of so many elements are held at a time: large enough to keep the matrix products efficient.
-ELEMENTS_PER_CHUNK = 2**24
-# Features shorter than this have no direction; their cosine fades to 0.
-SMALLEST_LENGTH = 1e-8
+OPERATION = "word_region_similarity"
+ELEMENTS_PER_CHUNK = {"cpu": 2**20}
+"""Elements of an attention map (images, captions, L, R) that exist at a time: on a CPU, what its caches hold."""
+SHORTEST = 1e-8
+"""Features shorter than this have no direction; their cosine fades to 0."""
 
 
 class MatchingTerms(NamedTuple):
@@ -65,49 +67,79 @@ def word_region_similarity(
         gamma_word: Weight of the best matching words.
         impl: "auto", "torch" or "triton"; a named implementation runs or raises.
 
+    Nothing of all pairs exists but the result: "torch" computes some images and captions at a time and recomputes them
+    in the backward pass (a compiled graph, whose compiler plans its own memory, takes all images at once); "triton"
+    does so too, with fused softmaxes. `functional.explain` tells which one "auto" takes, and why. Under autocast,
+    regions and words are cast as for a matrix product.
+
     Returns:
-        Similarity, (I, J), between -gamma_word and gamma_word + log L.
+        Similarity, (I, J), float32 or wider, between -gamma_word and gamma_word + log L.
 
     Raises:
         ValueError: A caption has no real word, or sizes disagree.
         NotImplementedError: `impl` names an implementation that cannot run.
     """
-    owner = "word_region_similarity"
     if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
         raise ValueError(
-            f"{owner}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
+            f"{OPERATION}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
             f"{shape_of(regions)} and {shape_of(words)}."
         )
-    check_word_mask(owner, words, word_mask)
-    choose_implementation(owner, impl)
+    check_word_mask(OPERATION, words, word_mask)
+    choice = choose_similarity(regions, words, impl=impl)
+    regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
     if word_mask is None:
         word_mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
-    per_caption = max(1, regions.shape[0] * regions.shape[1] * words.shape[1])
-    captions = max(1, ELEMENTS_PER_CHUNK // per_caption)
-    columns = [
-        _similarity_of_chunk(regions, chunk, mask, gamma_attention, gamma_word)
-        for chunk, mask in zip(words.split(captions), word_mask.split(captions))
-    ]
-    return torch.cat(columns, dim=1)
+
+    def of_captions(words: Tensor, word_mask: Tensor) -> Tensor:
+        if choice.implementation == "triton":
+            return kernels.word_region_similarity(regions, words, word_mask, gamma_attention, gamma_word)
+
+        def of_images(regions: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor]:
+            return (_similarity(regions, words, word_mask, gamma_attention, gamma_word),)
+
+        images = max(1, elements // max(1, words.shape[0] * words.shape[1] * regions.shape[1]))
+        return recomputed_in_chunks(of_images, (regions,), (words, word_mask), images)[0]
+
+    elements = ELEMENTS_PER_CHUNK.get(regions.device.type, 2**25)
+    captions = max(1, elements // max(1, regions.shape[1] * words.shape[1]))
+    columns = [of_captions(*chunk) for chunk in zip(words.split(captions), word_mask.split(captions))]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
-def _similarity_of_chunk(
+def choose_similarity(
+    regions: Tensor,
+    words: Tensor,
+    word_mask: Tensor | None = None,
+    *,
+    gamma_attention: float = 4.0,
+    gamma_word: float = 5.0,
+    impl: str = "auto",
+) -> kernels.Choice:
+    """The implementation that `word_region_similarity` takes for the same arguments."""
+    facts = kernels.Facts(
+        kernels.machine_of(regions.device),
+        dtypes=(autocast_dtype(regions), autocast_dtype(words)),
+        sizes={"regions": regions.shape[1], "words": words.shape[1], "features": regions.shape[2]},
+    )
+    return kernels.choose(OPERATION, impl, facts)
+
+
+def _similarity(
     regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
-    """(I, J). No context (I, J, L, D) is formed: both its product with the word and its length follow from the maps,
+    """(I, J), as the equations have it. Words come before captions, so that both softmaxes run over whole rows."""
+    words_LJD = words_JLD.transpose(0, 1)
+    attention_ILJR = _attention(regions_IRD, words_JLD, mask_JL, gamma_attention)
+    context_ILJD = (attention_ILJR.to(regions_IRD.dtype).flatten(1, 2) @ regions_IRD).unflatten(1, words_LJD.shape[:2])
+    cosine_ILJ = F.cosine_similarity(at_least_float32(context_ILJD), at_least_float32(words_LJD), dim=3, eps=SHORTEST)
+    return (gamma_word * cosine_ILJ).masked_fill(~mask_JL.mT, float("-inf")).logsumexp(dim=1)
 
-    context[l] . w_l = sum_r attention[l, r] * scores[l, r],    |context[l]|^2 = attention[l]^T V V^T attention[l]
-    """
-    scores_IRJL = _scores(regions_IRD, words_JLD)
-    attention_IRJL = _attention(scores_IRJL, mask_JL, gamma_attention)
-    product_IJL = (attention_IRJL * scores_IRJL).sum(dim=1)
-    gram_IRR = at_least_float32(regions_IRD @ regions_IRD.mT)
-    gram_attention_IRJL = (gram_IRR @ attention_IRJL.flatten(2)).view_as(attention_IRJL)
-    context_length_IJL = (attention_IRJL * gram_attention_IRJL).sum(dim=1).clamp_min(SMALLEST_LENGTH**2).sqrt()
-    word_length_JL = at_least_float32(words_JLD).norm(dim=2).clamp_min(SMALLEST_LENGTH)
-    # Regions that cancel each other leave a length of rounding errors alone, and a cosine of any size.
-    cosine_IJL = (product_IJL / (context_length_IJL * word_length_JL)).clamp(-1.0, 1.0)
-    return (gamma_word * cosine_IJL).masked_fill(~mask_JL, float("-inf")).logsumexp(dim=2)
+
+def _attention(regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float) -> Tensor:
+    words_LJD = words_JLD.transpose(0, 1)
+    scores_ILJR = (words_LJD.flatten(0, 1) @ regions_IRD.mT).unflatten(1, words_LJD.shape[:2])
+    scores_ILJR = at_least_float32(scores_ILJR).masked_fill(~mask_JL.mT.unsqueeze(2), float("-inf"))
+    return torch.softmax(gamma_attention * torch.softmax(scores_ILJR, dim=1), dim=3)
 
 
 def word_region_attention(regions: Tensor, words: Tensor, word_mask: Tensor, *, gamma_attention: float = 4.0) -> Tensor:
@@ -122,18 +154,7 @@ def word_region_attention(regions: Tensor, words: Tensor, word_mask: Tensor, *, 
     Returns:
         (I, J, L, R), float32 or wider; sums to 1 over R.
     """
-    attention_IRJL = _attention(_scores(regions, words), word_mask, gamma_attention)
-    return rearrange(attention_IRJL, "i r j l -> i j l r")
-
-
-def _scores(regions_IRD: Tensor, words_JLD: Tensor) -> Tensor:
-    scores_IRN = regions_IRD @ words_JLD.flatten(0, 1).mT
-    return at_least_float32(scores_IRN).unflatten(2, words_JLD.shape[:2])
-
-
-def _attention(scores_IRJL: Tensor, mask_JL: Tensor, gamma_attention: float) -> Tensor:
-    share_IRJL = torch.softmax(scores_IRJL.masked_fill(~mask_JL, float("-inf")), dim=3)
-    return torch.softmax(gamma_attention * share_IRJL, dim=1)
+    return rearrange(_attention(regions, words, word_mask, gamma_attention), "i l j r -> i j l r")
 
 
 def matching_loss(
@@ -235,7 +256,7 @@ class MatchingLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        choose_implementation("MatchingLoss", impl)
+        kernels.check_impl("MatchingLoss", impl)
         self.gamma_attention, self.gamma_word, self.gamma_loss, self.impl = (
             gamma_attention,
             gamma_word,

@@ -81,7 +81,14 @@ class Captioner(nn.Module):
         check_tokens("Captioner", tokens, self.vocabulary_size)
         check_batch("Captioner", images=first_input, tokens=tokens)
         inputs = torch.cat((first_input.unsqueeze(1), self.embedding(tokens[:, :-1])), dim=1)
-        return self.output(self.lstm(inputs)[0])
+        return self.output(self._recur(inputs, None)[0])
+
+    def _recur(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The LSTM, which autocast leaves alone on a CPU: many processors have none in bfloat16, and torch raises."""
+        if inputs.device.type != "cpu":
+            return self.lstm(inputs, state)
+        with torch.autocast("cpu", enabled=False):
+            return self.lstm(inputs.to(self.output.weight.dtype), state)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Predict each word of captions.
@@ -135,7 +142,7 @@ class Captioner(nn.Module):
         inputs = first_input.repeat_interleave(width, dim=0)
         state: tuple[Tensor, Tensor] | None = None
         for t in range(max_words):
-            hidden, state = self.lstm(inputs.unsqueeze(1), state)
+            hidden, state = self._recur(inputs.unsqueeze(1), state)
             log_p = self.output(hidden[:, 0]).float().log_softmax(dim=1).view(batch, width, -1)
             if end_token not in (None, PAD):
                 # Padding is no word: it follows the end, and nothing else may give it.

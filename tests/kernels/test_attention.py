@@ -1,0 +1,325 @@
+"""The Triton kernels of `global_local_attention` against its definition: on a GPU, or else in Triton's interpreter."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from mirror_modules import GlobalLocalAttention
+from mirror_modules.functional import global_local_attention
+from mirror_modules.kernels import attention
+
+B, L, C, H, W = 2, 11, 3, 5, 7  # different primes: a swapped axis cannot pass
+
+
+class Inputs(NamedTuple):
+    features: Tensor
+    words: Tensor
+    sentence: Tensor
+    word_mask: Tensor | None = None
+
+    def leaves(self):
+        return self[:3]
+
+
+def mask_of(*real_words, length=L):
+    return torch.arange(length) < torch.tensor(real_words).unsqueeze(1)
+
+
+def draw(device, b=B, c=C, h=H, w=W, l=L, mask=None, dtype=torch.float64):
+    # Scores of a few units: with sharper ones, one position's rounding decides a comparison of errors.
+    scales = [1, 2 / c**0.5, 1]
+    shapes = [(b, c, h, w), (b, l, c), (b, c)]
+    leaves = [(scale * torch.randn(shape)).to(device, dtype) for scale, shape in zip(scales, shapes)]
+    return Inputs(*(leaf.requires_grad_() for leaf in leaves), None if mask is None else mask.to(device))
+
+
+def wide(device):
+    """float64 in the interpreter; a GPU's kernels have float32 at most."""
+    return torch.float32 if device.type == "cuda" else torch.float64
+
+
+def run(inputs, impl, *, maps=True, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Results and gradients, with a fixed draw as gradient of each result; `weights` of 0 leave a result out."""
+    results = global_local_attention(*inputs, need_weights=maps, impl=impl)
+    results = [result for result in results if result is not None]
+    random = torch.Generator().manual_seed(1)
+    used = [
+        (result, weight * torch.randn(result.shape, generator=random, dtype=torch.float64).to(result))
+        for result, weight in zip(results, weights)
+        if weight
+    ]
+    gradients = torch.autograd.grad([r for r, _ in used], inputs.leaves(), [g for _, g in used], allow_unused=True)
+    return [result.detach() for result in results], [torch.zeros(()) if g is None else g for g in gradients]
+
+
+def everything(inputs, impl, *, maps=True):
+    results, gradients = run(inputs, impl, maps=maps)
+    return results + gradients
+
+
+def assert_within_budget(inputs, *, maps=True):
+    """The kernel may err twice as much as the definition run in the same precision, measured from float64."""
+    exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
+    computed = (everything(*case, maps=maps) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
+    for exactly, kernel, definition in zip(*computed):
+        assert kernel.dtype == definition.dtype
+        budget = 2 * (definition.double() - exactly).abs().max() + 1e-7 * exactly.abs().max()
+        error = (kernel.double() - exactly).abs().max()
+        assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
+
+
+SIZES = {
+    "primes": ({}, (11, 4)),
+    "no mask": ({}, None),
+    "all but one word is padding": ({}, (1, 1)),
+    "one of everything": ({"b": 1, "c": 1, "h": 1, "w": 1, "l": 1}, None),
+    "one position": ({"h": 1, "w": 1}, (2, 11)),
+    "one row": ({"h": 1}, (2, 11)),
+    "one column": ({"w": 1}, (2, 11)),
+    "more words than fit at a time": ({"c": 130, "l": 150, "h": 3}, (150, 40)),
+    "several spans and tiles": ({"h": 17, "w": 31}, (11, 4)),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_results_and_gradients_are_those_of_the_definition(device, case):
+    sizes, real_words = SIZES[case]
+    mask = None if real_words is None else mask_of(*real_words, length=sizes.get("l", L))
+    inputs = draw(device, **sizes, mask=mask, dtype=wide(device))
+    for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
+        assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("channels", [8, 24, 48, 256])
+def test_all_widths(device, channels):
+    inputs = draw(device, c=channels, h=3, mask=mask_of(11, 4), dtype=torch.float32)
+    assert_within_budget(inputs)
+
+
+@pytest.mark.parametrize("length", [1, 17, 64, 129, 256])
+def test_all_lengths(device, length):
+    inputs = draw(device, c=24, h=3, l=length, mask=mask_of(length, 1, length=length), dtype=torch.float32)
+    assert_within_budget(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_low_precision_stays_within_twice_the_error_of_the_definition(device, dtype):
+    assert_within_budget(draw(device, c=24, mask=mask_of(11, 4), dtype=dtype))
+    assert_within_budget(draw(device, c=130, l=150, mask=mask_of(150, 40, length=150), dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "length", "side"), [(32, 18, 64), (48, 12, 61), (128, 77, 32), (256, 256, 16)])
+def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, channels, length, side):
+    mask = mask_of(length, 1, length // 2, length=length)
+    assert_within_budget(draw(device, b=3, c=channels, h=side, w=side, l=length, mask=mask, dtype=dtype), maps=False)
+
+
+LAYOUTS = {
+    "channels last": lambda maps: maps.to(memory_format=torch.channels_last),
+    "every second channel": lambda maps: maps.repeat_interleave(2, dim=1)[:, ::2],
+    "cut out of a larger map": lambda maps: torch.nn.functional.pad(maps, (2, 3, 1, 1))[:, :, 1:-1, 2:-3],
+    "height and width swapped in memory": lambda maps: maps.mT.contiguous().mT,
+    "one map for all samples": lambda maps: maps[:1].expand(B, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_any_layout(device, case):
+    given = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    features = LAYOUTS[case](given.features.detach()).requires_grad_()
+    words = given.words.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    inputs = Inputs(features, words, given.sentence, given.word_mask)
+    plain = Inputs(features.detach().contiguous().requires_grad_(), *given[1:])
+    for kernel, definition in zip(everything(inputs, "triton"), everything(plain, "torch")):
+        assert_close(kernel, definition)
+
+
+def test_channels_last_and_channels_first_are_read_as_they_are(device):
+    maps = torch.randn(B, C, H, W, device=device)
+    for same in (maps, maps.to(memory_format=torch.channels_last)):
+        assert attention._by_position(same)[0] is same
+        assert attention._empty_like(same).stride() == same.stride()
+
+
+def test_gradients_of_another_layout(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    gradients = {}
+    for impl in ("triton", "torch"):
+        context = global_local_attention(*inputs, impl=impl)
+        # The gradient of a sum is one number for all positions, with strides of 0.
+        total = context.word_context.mean(dim=1).sum() + context.sentence_context.permute(0, 2, 3, 1)[..., 0].sum()
+        gradients[impl] = torch.autograd.grad(total, inputs.leaves())
+    assert_close(gradients["triton"], gradients["torch"])
+
+
+@pytest.mark.parametrize("used", [(1.0, 0.0), (0.0, 1.0)])
+def test_one_context_alone_has_a_gradient(device, used):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    (_, kernel), (_, definition) = (run(inputs, impl, maps=False, weights=used) for impl in ("triton", "torch"))
+    for mine, theirs in zip(kernel, definition):
+        assert_close(mine, theirs.to(mine).expand_as(mine))
+
+
+@pytest.mark.parametrize("used", [(1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)])
+def test_maps_have_a_gradient(device, used):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    (_, kernel), (_, definition) = (run(inputs, impl, weights=used) for impl in ("triton", "torch"))
+    for mine, theirs in zip(kernel, definition):
+        assert_close(mine, theirs.to(mine).expand_as(mine))
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_extreme_scores(device, scale):
+    given = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+    features = (scale * given.features.detach()).requires_grad_()
+    for kernel, definition in zip(
+        everything(Inputs(features, *given[1:]), "triton"), everything(Inputs(features, *given[1:]), "torch")
+    ):
+        assert kernel.isfinite().all()
+        assert_close(kernel, definition, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_has_exactly_no_influence(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+    loud = inputs.words.detach().clone()
+    loud[1, 4:] = 1e4
+    results, gradients = run(inputs, "triton")
+    loud_results, loud_gradients = run(inputs._replace(words=loud.requires_grad_()), "triton")
+    for quiet, noisy in zip(results + gradients, loud_results + loud_gradients):
+        assert (quiet == noisy).all()
+    assert (results[2][1, 4:] == 0).all()
+    assert (gradients[1][1, 4:] == 0).all()
+
+
+def test_a_sample_alone_equals_the_same_sample_in_a_batch(device):
+    inputs = draw(device, b=3, mask=mask_of(11, 4, 7), dtype=torch.float32)
+    together, gradients = run(inputs, "triton", maps=False)
+    for b in range(3):
+        one = Inputs(*(tensor[b : b + 1] for tensor in inputs))
+        alone = global_local_attention(*one, impl="triton")[:2]
+        assert_close(tuple(alone), tuple(result[b : b + 1] for result in together), atol=0, rtol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_every_element_is_written(device, monkeypatch):
+    """Memory that a kernel forgets would hold what was there before: here, NaN."""
+
+    def poisoned(make):
+        def make_poisoned(*args, **options):
+            memory = make(*args, **options)
+            return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+        return make_poisoned
+
+    inputs = draw(device, c=5, h=17, w=31, mask=mask_of(11, 4), dtype=torch.float32)
+    expected = everything(inputs, "triton")
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    written = everything(inputs, "triton")
+    assert attention._empty_like(inputs.features).isnan().all()
+    for mine, theirs in zip(written, expected):
+        assert_close(mine, theirs, atol=0, rtol=0)
+
+
+def test_the_same_inputs_give_the_same_bits(device):
+    inputs = draw(device, h=17, w=31, mask=mask_of(11, 4), dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = everything(inputs, "triton"), everything(inputs, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(first, second):
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_gradcheck(device, maps):
+    if device.type == "cuda":
+        pytest.skip("the kernels have no float64 on a GPU; the interpreter has")
+    inputs = draw(device, h=2, w=3, l=5, mask=mask_of(5, 2, length=5))
+
+    def function(*leaves):
+        return global_local_attention(*leaves, inputs.word_mask, need_weights=maps, impl="triton")[: 4 if maps else 2]
+
+    assert gradcheck(function, inputs.leaves())
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
+def test_torch_library_finds_no_fault(device, maps, mask):
+    inputs = draw(device, mask=mask, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*inputs, maps))
+    last = inputs._replace(features=inputs.features.detach().to(memory_format=torch.channels_last).requires_grad_())
+    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*last, maps))
+
+
+def test_compiles_into_one_graph(device, compiled):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    context = compiled(global_local_attention)(*inputs, impl="triton", need_weights=True)
+    expected = global_local_attention(*inputs, impl="torch", need_weights=True)
+    assert_close(tuple(context), tuple(expected))
+    gradients = [
+        torch.autograd.grad(c.word_context.sum() + c.sentence_weights.square().sum(), inputs.leaves())
+        for c in (context, expected)
+    ]
+    assert_close(*gradients)
+
+
+def test_checkpointing_changes_no_gradient(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+
+    def objective(features, words, sentence):
+        context = global_local_attention(features, words, sentence, inputs.word_mask, impl="triton")
+        return context.word_context.square().sum() + context.sentence_context.sum()
+
+    plain = torch.autograd.grad(objective(*inputs.leaves()), inputs.leaves())
+    again = torch.autograd.grad(checkpoint(objective, *inputs.leaves(), use_reentrant=False), inputs.leaves())
+    assert_close(plain, again, atol=0, rtol=0)
+
+
+def test_autocast_casts_all_inputs_alike(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+    with torch.autocast(device.type, dtype=torch.float16):
+        casts = {impl: global_local_attention(*inputs, impl=impl, need_weights=True) for impl in ("triton", "torch")}
+    for kernel, definition in zip(*casts.values()):
+        assert kernel.dtype == definition.dtype == torch.float16
+        assert_close(kernel, definition, atol=5e-3, rtol=5e-3)
+    gradients = torch.autograd.grad(casts["triton"].word_context.sum(), inputs.leaves(), allow_unused=True)
+    assert {gradient.dtype for gradient in gradients if gradient is not None} == {torch.float32}
+
+
+def test_a_second_derivative_is_refused_by_name(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+    context = global_local_attention(*inputs, impl="triton")
+    (gradient,) = torch.autograd.grad(context.word_context.square().sum(), inputs.features, create_graph=True)
+    with pytest.raises(RuntimeError, match="global_local_attention_backward"):
+        gradient.sum().backward()
+
+
+def test_nothing_in_gives_nothing_out(device):
+    inputs = draw(device, b=0, dtype=torch.float32)
+    context = global_local_attention(*inputs, impl="triton")
+    assert context.word_context.shape == (0, C, H, W)
+    context.word_context.sum().backward()
+    assert inputs.words.grad.shape == (0, L, C)
+
+
+def test_the_module_takes_the_kernel(device, monkeypatch):
+    taken = []
+    kernel = attention.global_local_attention
+    monkeypatch.setattr("mirror_modules.kernels.global_local_attention", lambda *a: taken.append(a) or kernel(*a))
+    module = GlobalLocalAttention(C, 13, 17, impl="triton").to(device)
+    inputs = torch.randn(B, C, H, W), torch.randn(B, L, 13), torch.randn(B, 17), mask_of(11, 4)
+    context = module(*(tensor.to(device) for tensor in inputs))
+    assert len(taken) == 1
+    assert "global_local_attention" in type(context.word_context.grad_fn).__name__
+    module.impl = "torch"
+    assert_close(tuple(context[:2]), tuple(module(*(tensor.to(device) for tensor in inputs))[:2]))
+    assert len(taken) == 1

@@ -1,0 +1,93 @@
+"""Every kernel compiles for the GPUs it is meant for, in all precisions: Triton's compiler needs no GPU for that.
+
+In processes of their own: where the interpreter runs the kernels, there is nothing to compile.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+COMPILE = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mirror_modules.kernels import attention, attention_triton, similarity, similarity_triton
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+SUMS = ("words_result", "sentence_result", "similarity", "gradient", "along_words", "of_words")
+capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+
+
+def is_pointer(name):
+    return len(name) > 1 and name[-2:] not in ("_b", "_c", "_n", "_e") and name not in ("span", "stride_row")
+
+
+def compile_kernel(kernel, constants, warps=4):
+    for name in kernel.arg_names:
+        if name.endswith("weights_gradient"):
+            constants.setdefault(name, None)
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("gamma"):
+            signature[name] = "fp32"
+        elif name == "word_mask":
+            signature[name] = "*u8"
+        elif name in SUMS or (kernel is similarity_triton.similarity_kernel and name == "result"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = POINTERS[dtype] if is_pointer(name) else "i32"
+    source = ASTSource(kernel, signature, constexprs=constants)
+    options = {"num_warps": warps, "num_stages": 2}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 0
+    # What a processor of each generation has for one program.
+    assert compiled.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024, compiled.metadata.shared
+    print(kernel.fn.__name__, compiled.metadata.shared)
+
+
+if capability == 86:
+    attention.LARGEST_WORDS //= 2
+for channels, length in [(32, 18), (256, 77)]:
+    constants = attention._constants(torch.empty(1, channels, 1, 1, dtype=dtype), length)
+    tiles = attention_triton.fitting_tiles(constants["BLOCK_C"], dtype.itemsize)
+    positions, warps = tiles[len(tiles) // 2]
+    common = constants | {"HAS_MASK": True, "BLOCK_N": positions}
+    compile_kernel(attention_triton.forward_kernel, common | {"NEED_WEIGHTS": False, "feature_n": 1}, warps)
+    maps = {"HAS_WORD_MAPS": False, "HAS_SENTENCE_MAPS": False, "feature_c": 1, "result_c": 1}
+    compile_kernel(attention_triton.backward_kernel, common | maps, warps)
+
+for length, size in [(18, 289), (256, 1024)]:
+    for kernel in (similarity_triton.attend_kernel, similarity_triton.attend_backward_kernel):
+        compile_kernel(kernel, similarity._blocks(dtype, length, size, "BLOCK_R"))
+    for kernel in (similarity_triton.similarity_kernel, similarity_triton.similarity_backward_kernel):
+        compile_kernel(kernel, similarity._blocks(dtype, length, size, "BLOCK_D"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, "bfloat16"), (86, "float16"), (90, "float32"), (90, "bfloat16")],
+)
+def test_compiles(capability, dtype, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    # An empty cache: what was compiled before proves nothing.
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), dtype],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("kernel") == 12

@@ -1,0 +1,260 @@
+"""The Triton kernels of `word_region_similarity` against its definition: on a GPU, or else in Triton's interpreter."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from mirror_modules import ImageFeatures, MatchingLoss, TextFeatures
+from mirror_modules.functional import word_region_similarity
+from mirror_modules.kernels import similarity
+
+I, J, R, L, D = 2, 3, 7, 5, 11  # different primes: a swapped axis cannot pass
+
+
+class Inputs(NamedTuple):
+    regions: Tensor
+    words: Tensor
+    word_mask: Tensor | None = None
+
+    def leaves(self):
+        return self[:2]
+
+
+def mask_of(*real_words, length=L):
+    return torch.arange(length) < torch.tensor(real_words).unsqueeze(1)
+
+
+def draw(device, i=I, j=J, r=R, l=L, d=D, mask=None, dtype=torch.float64):
+    # Scores of a few units.
+    leaves = [(d**-0.25 * torch.randn(shape)).to(device, dtype) for shape in ((i, r, d), (j, l, d))]
+    return Inputs(*(leaf.requires_grad_() for leaf in leaves), None if mask is None else mask.to(device))
+
+
+def wide(device):
+    """float64 in the interpreter; a GPU's kernels have float32 at most."""
+    return torch.float32 if device.type == "cuda" else torch.float64
+
+
+def everything(inputs, impl, **gammas):
+    """The similarity and both gradients, with a fixed draw as gradient of the similarity."""
+    result = word_region_similarity(*inputs, impl=impl, **gammas)
+    gradient = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(result)
+    return [result.detach(), *torch.autograd.grad(result, inputs.leaves(), gradient)]
+
+
+def assert_within_budget(inputs):
+    """The kernels may err twice as much as the definition run in the same precision, measured from float64."""
+    exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
+    computed = (everything(*case) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
+    for exactly, kernel, definition in zip(*computed):
+        assert kernel.dtype == definition.dtype
+        budget = 2 * (definition.double() - exactly).abs().max() + 1e-7 * exactly.abs().max()
+        error = (kernel.double() - exactly).abs().max()
+        assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
+
+
+SIZES = {
+    "primes": ({}, (5, 2, 1)),
+    "no mask": ({}, None),
+    "all but one word is padding": ({}, (1, 1, 1)),
+    "one of everything": ({"i": 1, "j": 1, "r": 1, "l": 1, "d": 1}, None),
+    "aligned regions": ({"r": 16}, (5, 2, 1)),
+    "several blocks of regions and features": ({"r": 1024, "l": 17, "d": 1021}, (17, 2, 1)),
+    "long captions": ({"l": 256, "r": 37}, (256, 100, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_results_and_gradients_are_those_of_the_definition(device, case):
+    sizes, real_words = SIZES[case]
+    mask = None if real_words is None else mask_of(*real_words, length=sizes.get("l", L))
+    inputs = draw(device, **sizes, mask=mask, dtype=wide(device))
+    for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
+        assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("gammas", [(5.0, 1.0), (0.5, 20.0)])
+def test_both_gammas(device, gammas):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
+    names = dict(zip(("gamma_attention", "gamma_word"), gammas))
+    for kernel, definition in zip(everything(inputs, "triton", **names), everything(inputs, "torch", **names)):
+        assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * J * L * 8])
+def test_chunks_of_images_change_nothing(device, monkeypatch, elements):
+    inputs = draw(device, i=5, mask=mask_of(5, 2, 1), dtype=wide(device))
+    whole = everything(inputs, "triton")
+    monkeypatch.setattr(similarity, "ELEMENTS_PER_MAP", elements)
+    sizes = [len(chunk) for _, chunk in similarity._image_chunks(inputs.regions, J * L)]
+    assert sizes == ([1] * 5 if elements == 1 else [2, 2, 1])
+    for one, other in zip(everything(inputs, "triton"), whole):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [{}, {"r": 53, "l": 18, "d": 64}])
+def test_low_precision_stays_within_twice_the_error_of_the_definition(device, dtype, sizes):
+    length = sizes.get("l", L)
+    # Enough pairs that the largest errors of two computations can be compared.
+    mask = mask_of(*(1 + j % length for j in range(11)), length=length)
+    assert_within_budget(draw(device, i=7, j=11, **sizes, mask=mask, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("length", "regions", "features"), [(18, 289, 256), (77, 196, 512), (256, 1024, 1024)])
+def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, length, regions, features):
+    mask = mask_of(*(1 + 29 * j % length for j in range(11)), length=length)
+    assert_within_budget(draw(device, i=7, j=11, r=regions, l=length, d=features, mask=mask, dtype=dtype))
+
+
+def test_any_layout(device):
+    given = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
+    # As an image encoder makes them: (I, D, R) seen as (I, R, D).
+    regions = given.regions.detach().mT.contiguous().mT.requires_grad_()
+    words = given.words.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    mask = given.word_mask.mT.contiguous().mT
+    for kernel, definition in zip(everything(Inputs(regions, words, mask), "triton"), everything(given, "torch")):
+        assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e-6])
+def test_extreme_scores(device, scale):
+    given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    inputs = Inputs(*((scale * leaf.detach()).requires_grad_() for leaf in given.leaves()), given.word_mask)
+    for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
+        assert kernel.isfinite().all()
+        assert_close(kernel, definition, atol=1e-4 * float(definition.abs().max()), rtol=1e-3)
+
+
+def test_regions_that_cancel_keep_the_similarity_in_its_range(device):
+    given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    regions = given.regions.detach() - given.regions.detach().mean(dim=1, keepdim=True)
+    words = given.words.detach()[:, :1].expand(-1, L, -1).contiguous()
+    result, *gradients = everything(Inputs(regions.requires_grad_(), words.requires_grad_(), given.word_mask), "triton")
+    assert (result.abs() <= 5 + torch.tensor(float(L)).log() + 1e-4).all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_padding_has_exactly_no_influence(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    loud = inputs.words.detach().clone()
+    loud[~inputs.word_mask] = 1e4
+    quiet, noisy = everything(inputs, "triton"), everything(inputs._replace(words=loud.requires_grad_()), "triton")
+    for one, other in zip(quiet, noisy):
+        assert (one == other).all()
+    assert (quiet[2][~inputs.word_mask] == 0).all()
+
+
+def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    together = word_region_similarity(*inputs, impl="triton")
+    for i in range(I):
+        for j in range(J):
+            alone = word_region_similarity(
+                inputs.regions[i : i + 1], inputs.words[j : j + 1], inputs.word_mask[j : j + 1], impl="triton"
+            )
+            assert_close(alone, together[i : i + 1, j : j + 1], atol=1e-5, rtol=0)
+
+
+def test_every_element_is_written(device, monkeypatch):
+    """Memory that a kernel forgets would hold what was there before: here, NaN."""
+
+    def poisoned(make):
+        def make_poisoned(*args, **options):
+            memory = make(*args, **options)
+            return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+        return make_poisoned
+
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    expected = everything(inputs, "triton")
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    for mine, theirs in zip(everything(inputs, "triton"), expected):
+        assert_close(mine, theirs, atol=0, rtol=0)
+
+
+def test_the_same_inputs_give_the_same_bits(device):
+    inputs = draw(device, r=289, l=18, mask=mask_of(18, 2, 1, length=18), dtype=torch.float32)
+    for one, other in zip(everything(inputs, "triton"), everything(inputs, "triton")):
+        assert (one == other).all()
+
+
+def test_gradcheck(device):
+    if device.type == "cuda":
+        pytest.skip("the kernels have no float64 on a GPU; the interpreter has")
+    inputs = draw(device, r=3, l=4, d=2, mask=mask_of(4, 2, 1, length=4))
+    assert gradcheck(lambda *leaves: word_region_similarity(*leaves, inputs.word_mask, impl="triton"), inputs.leaves())
+
+
+def test_torch_library_finds_no_fault(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    torch.library.opcheck(torch.ops.mirror_modules.word_region_similarity.default, (*inputs, 4.0, 5.0))
+
+
+def test_compiles_into_one_graph(device, compiled):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
+    result = compiled(word_region_similarity)(*inputs, impl="triton")
+    expected = word_region_similarity(*inputs, impl="torch")
+    assert_close(result, expected)
+    gradients = [torch.autograd.grad(r.square().sum(), inputs.leaves()) for r in (result, expected)]
+    assert_close(*gradients)
+
+
+def test_checkpointing_changes_no_gradient(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+
+    def objective(regions, words):
+        return word_region_similarity(regions, words, inputs.word_mask, impl="triton").square().sum()
+
+    plain = torch.autograd.grad(objective(*inputs.leaves()), inputs.leaves())
+    again = torch.autograd.grad(checkpoint(objective, *inputs.leaves(), use_reentrant=False), inputs.leaves())
+    assert_close(plain, again, atol=0, rtol=0)
+
+
+def test_autocast_casts_all_inputs_alike(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    with torch.autocast(device.type, dtype=torch.float16):
+        kernel, definition = (word_region_similarity(*inputs, impl=impl) for impl in ("triton", "torch"))
+    assert kernel.dtype == definition.dtype == torch.float32
+    assert_close(kernel, definition, atol=5e-3, rtol=5e-3)
+    assert not torch.equal(kernel, word_region_similarity(*inputs, impl="triton"))
+    gradients = torch.autograd.grad(kernel.sum(), inputs.leaves())
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+def test_a_second_derivative_is_refused_by_name(device):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    result = word_region_similarity(*inputs, impl="triton")
+    (gradient,) = torch.autograd.grad(result.square().sum(), inputs.regions, create_graph=True)
+    with pytest.raises(RuntimeError, match="word_region_similarity_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("empty", [{"i": 0}, {"j": 0}])
+def test_nothing_in_gives_nothing_out(device, empty):
+    inputs = draw(device, **empty, dtype=torch.float32)
+    result = word_region_similarity(*inputs, impl="triton")
+    assert result.shape == (empty.get("i", I), empty.get("j", J))
+    result.sum().backward()
+    assert (inputs.regions.grad == 0).all()
+
+
+def test_the_loss_takes_the_kernel(device, monkeypatch):
+    taken = []
+    kernel = similarity.word_region_similarity
+    monkeypatch.setattr("mirror_modules.kernels.word_region_similarity", lambda *a: taken.append(a) or kernel(*a))
+    inputs = draw(device, i=3, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    image = ImageFeatures(inputs.regions, torch.randn(3, D, device=device))
+    text = TextFeatures(inputs.words, torch.randn(3, D, device=device))
+    terms = MatchingLoss(impl="triton")(image, text, inputs.word_mask)
+    assert len(taken) == 1
+    assert_close(terms.total, MatchingLoss(impl="torch")(image, text, inputs.word_mask).total)
+    assert len(taken) == 1
