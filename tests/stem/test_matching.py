@@ -120,22 +120,22 @@ def test_a_pair_alone_equals_the_same_pair_in_a_batch():
 
 
 @pytest.mark.parametrize("elements", [1, 2 * R * L, J * R * L])
-def test_chunks_of_captions_and_images_change_nothing(monkeypatch, elements):
+def test_tiles_of_captions_and_images_change_nothing(monkeypatch, elements):
     inputs, mask = (
         (torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)),
         mask_of(5, 2, 1),
     )
     results = []
-    for per_chunk in (2**20, elements):
-        monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": per_chunk})
+    for per_tile in (2**20, elements):
+        monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": per_tile})
         similarity = word_region_similarity(*inputs, mask)
         gradient = torch.arange(I * J, dtype=torch.float32).view(I, J)
         results.append((similarity, *torch.autograd.grad(similarity, inputs, gradient)))
     assert_close(*results)
 
 
-def test_gradients_in_chunks_first_and_second(monkeypatch):
-    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": 1})
+def test_gradients_in_tiles_first_and_second(monkeypatch):
+    monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": 1})
     inputs = [torch.randn(*size, 2, dtype=torch.float64, requires_grad=True) for size in ((I, 3), (J, 4))]
 
     def similarity(*args):
@@ -147,7 +147,7 @@ def test_gradients_in_chunks_first_and_second(monkeypatch):
 
 def test_no_map_of_all_pairs_is_kept(monkeypatch):
     """What autograd keeps for the backward pass: the inputs, and nothing that grows with the pairs."""
-    monkeypatch.setattr(matching, "ELEMENTS_PER_CHUNK", {"cpu": J * R * L})
+    monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": J * R * L})
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

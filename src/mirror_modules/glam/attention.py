@@ -6,7 +6,6 @@ N = H * W.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,12 +23,12 @@ from mirror_modules._checks import (
     check_word_mask,
     shape_of,
 )
-from mirror_modules._chunks import recomputed_in_chunks
+from mirror_modules._tiles import EVERYTHING, Tile, recomputed_in_tiles
 
 SentenceAxis = Literal["channels", "positions"]
 
 OPERATION = "global_local_attention"
-ELEMENTS_PER_CHUNK = {"cpu": 2**19}
+ELEMENTS_PER_TILE = {"cpu": 2**18}
 """Elements of the features that are attended at a time: on a CPU, what its caches hold."""
 
 
@@ -193,9 +192,8 @@ def global_local_attention(
             maps = (word_weights, sentence_weights) if need_weights else ()
             return word_context, sentence_context, *maps
 
-        elements = ELEMENTS_PER_CHUNK.get(features.device.type, 2**25)
-        samples = max(1, elements // max(1, math.prod(features.shape[1:])))
-        results = recomputed_in_chunks(attend, (features, words, sentence, word_mask), (score_matrix,), samples)
+        tiles = _tiles(features, may_divide=sentence_axis == "channels")
+        results = recomputed_in_tiles(attend, (features, words, sentence, word_mask, score_matrix), tiles)
     maps = results[2:] if need_weights else (None, None)
     return GlobalLocalContext(results[0], results[1], *maps)
 
@@ -305,6 +303,19 @@ class GlobalLocalAttention(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, as `print` shows them."""
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}, condition_dim={self.condition_dim}"
+
+
+def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
+    """Some samples at a time or, if they are large and may be divided, some rows of one sample."""
+    batch, channels, height, width = features.shape
+    elements = ELEMENTS_PER_TILE.get(features.device.type, 2**25)
+    rows = max(1, elements // max(1, channels * width))
+    if rows < height and may_divide:
+        places = [(slice(b, b + 1), slice(y, y + rows)) for b in range(batch) for y in range(0, height, rows)]
+        return [((b, EVERYTHING, y), b, b, b, EVERYTHING) for b, y in places]
+    samples = max(1, rows // max(1, height))
+    starts = (slice(b, b + samples) for b in range(0, batch, samples))
+    return [(b, b, b, b, EVERYTHING) for b in starts]
 
 
 def _check_projected(owner: str, features: Tensor, name: str, text: Tensor, layout: str) -> None:

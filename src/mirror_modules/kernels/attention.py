@@ -175,7 +175,7 @@ def _constants(features: Tensor, length: int) -> dict[str, Any]:
     largest_words = LARGEST_WORDS
     if features.is_cuda:
         properties = torch.cuda.get_device_properties(features.device)
-        if properties.shared_memory_per_block_optin < AMPLE_SHARED_MEMORY:
+        if getattr(properties, "shared_memory_per_block_optin", AMPLE_SHARED_MEMORY) < AMPLE_SHARED_MEMORY:
             largest_words //= 2
     block_l = max(16, min(next_power_of_2(length), 128, largest_words // (block_c * features.element_size())))
     precision = float32_precision()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mirror_modules import kernels
 from mirror_modules._checks import at_least_float32, autocast_dtype, check_batch, check_word_mask, shape_of
-from mirror_modules._chunks import recomputed_in_chunks
+from mirror_modules._tiles import EVERYTHING, recomputed_in_tiles
 from mirror_modules.stem.image_encoder import ImageFeatures
 from mirror_modules.stem.text_encoder import TextFeatures
 
 OPERATION = "word_region_similarity"
-ELEMENTS_PER_CHUNK = {"cpu": 2**20}
+ELEMENTS_PER_TILE = {"cpu": 2**21}
 """Elements of an attention map (images, captions, L, R) that exist at a time: on a CPU, what its caches hold."""
 SHORTEST = 1e-8
 """Features shorter than this have no direction; their cosine fades to 0."""
@@ -98,9 +98,10 @@ def word_region_similarity(
             return (_similarity(regions, words, word_mask, gamma_attention, gamma_word),)
 
         images = max(1, elements // max(1, words.shape[0] * words.shape[1] * regions.shape[1]))
-        return recomputed_in_chunks(of_images, (regions,), (words, word_mask), images)[0]
+        tiles = [(slice(i, i + images), EVERYTHING, EVERYTHING) for i in range(0, len(regions), images)]
+        return recomputed_in_tiles(of_images, (regions, words, word_mask), tiles)[0]
 
-    elements = ELEMENTS_PER_CHUNK.get(regions.device.type, 2**25)
+    elements = ELEMENTS_PER_TILE.get(regions.device.type, 2**25)
     captions = max(1, elements // max(1, regions.shape[1] * words.shape[1]))
     columns = [of_captions(*chunk) for chunk in zip(words.split(captions), word_mask.split(captions))]
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
