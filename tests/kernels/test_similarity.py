@@ -86,7 +86,7 @@ def test_both_gammas(device, gammas):
         assert_close(kernel, definition)
 
 
-@pytest.mark.parametrize("elements", [1, 2 * J * L * 8])
+@pytest.mark.parametrize("elements", [1, 2 * J * L * 16])
 def test_chunks_of_images_change_nothing(device, monkeypatch, elements):
     inputs = draw(device, i=5, mask=mask_of(5, 2, 1), dtype=wide(device))
     whole = everything(inputs, "triton")

@@ -36,8 +36,9 @@ ELEMENTS_PER_MAP = 2**25
 """Scores that exist at a time, unless those of a single image are more."""
 ELEMENTS_PER_BLOCK = 2**12
 """Elements of a map or of contexts that a program holds at a time."""
-ALIGNMENT = 8
-"""Regions are padded to a multiple: 16 bytes in half precision, which fast matrix products require."""
+ALIGNMENT = 16
+"""Regions are padded to a multiple, by which Triton knows that whole vectors can be read and written, and torch that
+its fast matrix products apply."""
 OPERATOR = "mirror_modules::word_region_similarity"
 
 
