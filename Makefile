@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help train test lint format types docs bench clean
+.PHONY: help train test lint format types docs bench bench-report clean
 
 help:
 	@echo "make train   install, train the demo on drawn flowers, evaluate, write runs/demo/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff and the layer contracts        make format  let ruff mend what it can"
 	@echo "make types   mypy                                make docs    build the documentation into site/"
 	@echo "make bench   measure speed and memory            make clean   remove builds and caches"
+	@echo "make bench-report   write docs/benchmarks.md out of what was measured"
 
 train: .venv/installed-train
 	$(BIN)/mirror-modules train demo --out runs/demo $(ARGS)
@@ -37,7 +38,10 @@ docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/installed-dev
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-report: .venv/installed-dev
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

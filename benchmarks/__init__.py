@@ -1,1 +1,1 @@
-"""Measurements of speed and memory. `python -m benchmarks --help` lists them; README.md has the rules."""
+"""Measurements of speed and memory. `python benchmarks/run.py --help` lists them; README.md has the rules."""

@@ -28,13 +28,13 @@ class Record:
     impl: str
     """Whose implementation."""
     direction: str
-    """What a call does, such as "forward+backward+update"."""
+    """What a call does: "forward" (without a graph), "backward" (its graph is there), "both", or in words."""
     shape: dict[str, Any]
     """All sizes, by name."""
     dtype: str
     """Of weights and activations."""
     quantity: str
-    """What median and spread are: "time / time of NAME", or a rate such as "images/s"."""
+    """What median and spread are: "time / time of NAME", "ms" (on a GPU only), or a rate such as "images/s"."""
     median: float
     """Over the rounds."""
     spread: tuple[float, float]
@@ -54,13 +54,29 @@ class Record:
     threads: int
     """Threads of torch."""
     versions: dict[str, str]
-    """Of this package, torch and Python."""
+    """Of this package, torch and Python, and of triton where it is there."""
     commit: str
     """What was measured; "+changes" where the working tree differed from it."""
     date: str
-    """UTC, ISO 8601."""
+    """UTC, ISO 8601. Implementations that took turns have the same."""
     others: float | None = None
     """Largest share of the processors that other programs used in a round; None where it was not measured."""
+    least_bytes: int | None = None
+    """Bytes that every implementation must read or write."""
+    least_operations: int | None = None
+    """Additions and multiplications of the matrix products that every implementation must make."""
+    bandwidth_share: float | None = None
+    """`least_bytes` per time of a call, as a share of `copy_gb_per_s`."""
+    matrix_share: float | None = None
+    """`least_operations` per time of a call, as a share of `matrix_tflops`."""
+    error: float | None = None
+    """Distance to the definition in float64, as a share of its largest value: of the worst output or gradient."""
+    error_allowed: float | None = None
+    """The largest that was allowed there."""
+    copy_gb_per_s: float | None = None
+    """Gigabytes (10^9) per second that a large copy read and wrote, on the same device in the same run."""
+    matrix_tflops: float | None = None
+    """10^12 operations per second of a large matrix product in the same dtype, on the same device in the same run."""
 
     def __post_init__(self) -> None:
         # JSON has lists only.
@@ -72,19 +88,17 @@ class Record:
             raise ValueError(f"Record: rounds must be at least 1, but it is {self.rounds}.")
         if self.shares and not math.isclose(sum(self.shares.values()), 1, abs_tol=0.01):
             raise ValueError(f"Record: shares must sum to 1, but they sum to {sum(self.shares.values()):.3f}.")
+        if self.error is not None and self.error_allowed is not None and not self.error <= self.error_allowed:
+            raise ValueError(f"Record: error {self.error} is more than the {self.error_allowed} that are allowed.")
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """The fields of a `Record` that say on what, and when, was measured."""
     return {
-        "device": "cpu",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "mirror_modules": mirror_modules.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": _versions(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -110,6 +124,19 @@ def read(path: Path) -> list[Record]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, line {number}, is not a record: {error}") from error
     return records
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "mirror_modules": mirror_modules.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    try:
+        import triton
+    except ImportError:
+        return versions
+    return {**versions, "triton": triton.__version__}
 
 
 def _cpu_model() -> str:

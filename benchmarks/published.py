@@ -1,31 +1,116 @@
-"""One adversarial training step in the published formulation, written down from its equations.
+"""The published formulations, written down from their equations: two operations, and one adversarial training step.
 
-It is the same mathematics as `mirror_modules.training.step` with the `release` options, on the same weights: the tests
-show equal images, losses and gradients. It differs in how it gets there:
+The operations and the step are the same mathematics as ours, on the same weights: the tests show equal results and
+gradients. They differ in how they get there:
 
-- word attention: positions become rows (B * N, L), by transposed copies; the captions' masks are repeated for the rows
-  in an order that gives rows other captions' masks (equal lengths hide it);
+- word attention: positions become rows (B * N, L), by transposed copies; in a training step, the captions' masks are
+  repeated for the rows in an order that gives rows other captions' masks (equal lengths hide it);
 - sentence attention: the sentence is repeated over all positions;
+- similarity of regions and words: one caption after the other, cut to its real words and repeated for all images;
 - discriminators: a probability from each head, judged term by term, with cross entropy on probabilities;
 - mismatched pairs: each real image but the last with the next caption;
 - generator: by default the backward pass goes on into the discriminators' weights, and what it leaves there is thrown
   away. Holding them fixed is the stronger baseline, and `hold_discriminators` does it.
 
-Left out on both sides: the captioner, which is one and the same network, and the matching loss of the encoders.
+Left out of the step on both sides: the captioner, which is one and the same network, and the matching loss of the
+encoders.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules import GlobalLocalAttention, GlobalLocalContext, MirrorGAN, PairedDiscriminator
-from mirror_modules.data.batching import CaptionBatch
-from mirror_modules.data.transforms import image_pyramid
 from mirror_modules.glam.stages import RefinementStage
-from mirror_modules.training.recipes import AdversarialRecipe
-from mirror_modules.training.state import AdversarialState
+
+if TYPE_CHECKING:  # the operations are also measured where the packages of a training are not installed
+    from mirror_modules.data.batching import CaptionBatch
+    from mirror_modules.training.recipes import AdversarialRecipe
+    from mirror_modules.training.state import AdversarialState
+
+
+def published_attention(
+    features: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    row_mask: Tensor | None = None,
+    *,
+    score_matrix: Tensor | None = None,
+) -> GlobalLocalContext:
+    """Both attentions of a stage, with all weights.
+
+    Args:
+        features: Image features, (B, C, H, W).
+        words: Word features already projected to the image channels, (B, L, C).
+        sentence: Sentence feature already projected to the image channels, (B, C).
+        row_mask: True for a real word, (B * H * W, L): a row for each position, those of the first image first. The
+            published code repeats the captions' masks in another order, `word_mask.repeat(H * W, 1)`, which is wrong
+            where captions differ in length; the right one is `word_mask.repeat_interleave(H * W, dim=0)`.
+        score_matrix: Mixes the scores of the sentence over channels before the softmax, (C, C).
+    """
+    batch, channels, height, width = features.shape
+    positions, length = height * width, words.shape[1]
+
+    word_values = words.mT
+    queries = features.view(batch, channels, positions).transpose(1, 2).contiguous()
+    scores = torch.bmm(queries, word_values).view(batch * positions, length)
+    if row_mask is not None:
+        scores = scores.masked_fill(~row_mask, float("-inf"))
+    weights = torch.softmax(scores, dim=1).view(batch, positions, length).transpose(1, 2).contiguous()
+    word_context = torch.bmm(word_values, weights).view(batch, channels, height, width)
+
+    sentence = sentence.view(batch, channels, 1, 1).repeat(1, 1, height, width)
+    sentence_scores = features * sentence
+    if score_matrix is not None:
+        sentence_scores = F.conv2d(sentence_scores, score_matrix[:, :, None, None])
+    sentence_weights = torch.softmax(sentence_scores, dim=1)
+    return GlobalLocalContext(
+        word_context, sentence * sentence_weights, weights.view(batch, length, height, width), sentence_weights
+    )
+
+
+def published_similarity(
+    regions: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    *,
+    gamma_attention: float = 4.0,
+    gamma_word: float = 5.0,
+    copies: bool = True,
+) -> Tensor:
+    """Similarity of every image with every caption, (I, J): one caption after the other, each against all images.
+
+    Args:
+        regions: Region features, (I, R, D).
+        words: Word features, (J, L, D).
+        word_mask: True for a real word, (J, L); the real words come first.
+        gamma_attention: Sharpness of the attention over regions.
+        gamma_word: Weight of the best matching words.
+        copies: Transpose what a product or a row-wise step needs by copying it, for each caption anew, as it is
+            published; autograd keeps the copies. Without them the loop is the same, and a stronger baseline.
+    """
+
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.mT.contiguous() if copies else tensor.mT
+
+    images, count, _ = regions.shape
+    maps = regions.mT.contiguous() if copies else regions.mT  # (I, D, R), as the image encoder gives them
+    columns = []
+    for caption, length in zip(words, word_mask.sum(dim=1).tolist()):
+        word = caption[:length].mT.repeat(images, 1, 1)
+        share = torch.softmax(torch.bmm(transposed(maps), word).view(images * count, length), dim=1)
+        share = share.view(images, count, length).transpose(1, 2).contiguous().view(images * length, count)
+        attention = torch.softmax(share * gamma_attention, dim=1).view(images, length, count)
+        context = transposed(torch.bmm(maps, transposed(attention)))
+        word = transposed(word)
+        lengths = (word.norm(dim=2) * context.norm(dim=2)).clamp_min(1e-8)
+        cosine = (word * context).sum(dim=2) / lengths
+        columns.append((cosine * gamma_word).exp().sum(dim=1, keepdim=True).log())
+    return torch.cat(columns, dim=1)
 
 
 class PublishedAttention(GlobalLocalAttention):
@@ -40,24 +125,15 @@ class PublishedAttention(GlobalLocalAttention):
         *,
         need_weights: bool = False,
     ) -> GlobalLocalContext:
-        batch, channels, height, width = features.shape
-        positions, length = height * width, words.shape[1]
-
+        positions = features.shape[2] * features.shape[3]
         word_values = F.conv2d(words.mT.unsqueeze(3), self.word_projection.weight[:, :, None, None]).squeeze(3)
-        queries = features.view(batch, channels, positions).transpose(1, 2).contiguous()
-        scores = torch.bmm(queries, word_values).view(batch * positions, length)
-        if word_mask is not None:
-            scores = scores.masked_fill(~word_mask.repeat(positions, 1), float("-inf"))
-        weights = torch.softmax(scores, dim=1).view(batch, positions, length).transpose(1, 2).contiguous()
-        word_context = torch.bmm(word_values, weights).view(batch, channels, height, width)
-
-        sentence = self.sentence_projection(condition).view(batch, channels, 1, 1).repeat(1, 1, height, width)
-        sentence_scores = features * sentence
-        if self.score_projection is not None:
-            sentence_scores = F.conv2d(sentence_scores, self.score_projection.weight[:, :, None, None])
-        sentence_weights = torch.softmax(sentence_scores, dim=1)
-        return GlobalLocalContext(
-            word_context, sentence * sentence_weights, weights.view(batch, length, height, width), sentence_weights
+        return published_attention(
+            features,
+            word_values.mT,
+            self.sentence_projection(condition),
+            # In the published order, see there.
+            None if word_mask is None else word_mask.repeat(positions, 1),
+            score_matrix=None if self.score_projection is None else self.score_projection.weight,
         )
 
 
@@ -108,6 +184,8 @@ def published_step(
     state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe, *, hold_discriminators: bool = False
 ) -> dict[str, Tensor]:
     """Train discriminators and generator on one batch, with the noise of `adversarial_step`; returns the losses."""
+    from mirror_modules.data.transforms import image_pyramid
+
     model, config = state.model, state.model.config
     losses: dict[str, Tensor] = {}
     real_images = image_pyramid(batch.images, config.resolutions)

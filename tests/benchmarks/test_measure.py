@@ -16,6 +16,18 @@ def test_calls_take_turns(monkeypatch):
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+def test_preparing_is_not_timed_and_a_round_may_repeat_its_calls(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: clock.now)
+
+    def pass_by(seconds):
+        clock.now += seconds
+
+    work = _measure.Work(run=lambda length: pass_by(length), prepare=lambda: (pass_by(100), (3,))[1])
+    seconds, _ = _measure.time_in_turns({"work": work}, rounds=2, repeats=4)
+    assert seconds == {"work": [12, 12]}
+
+
 class Machine:
     """A clock, and a neighbor who works so many seconds of each."""
 
@@ -66,6 +78,22 @@ def test_memory_counts_what_the_call_takes_and_not_what_was_there():
     # The ones and their sum, each 96 MiB; the 64 MiB were there before.
     assert 180 < peak.call < 240
     assert peak.process > peak.call + 64
+
+
+def test_memory_that_an_earlier_call_gave_back_is_counted_again():
+    kept = []
+
+    def call():
+        # Pieces so small that they come from the heap, which cannot shrink while one piece above them is there.
+        pieces = [torch.ones(2**14) for _ in range(1024)]
+        kept.append(torch.ones(2**10))
+        return pieces
+
+    first, second = _measure.high_water(call), _measure.high_water(call)
+    if first.call is None:
+        pytest.skip("the system does not tell")
+    assert first.call > 50
+    assert second.call > 50
 
 
 class Painter:

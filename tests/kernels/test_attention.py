@@ -303,6 +303,29 @@ def test_a_second_derivative_is_refused_by_name(device):
         gradient.sum().backward()
 
 
+def test_a_caption_without_words_gets_zeros(device):
+    """No public function lets it through on a CPU; on a GPU, none can tell."""
+    inputs = draw(device, mask=mask_of(0, 11), dtype=torch.float32)
+    contexts = torch.ops.mirror_modules.global_local_attention(*inputs, True)
+    assert (contexts[0][0] == 0).all()
+    assert (contexts[2][0] == 0).all()
+    gradients = torch.autograd.grad(contexts[0].sum() + contexts[2].square().sum(), inputs.leaves()[:2])
+    assert all((gradient[0] == 0).all() and gradient[1].abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_mask(device):
+    inputs = draw(device, mask=mask_of(0, 11), dtype=torch.float32)
+    global_local_attention(*inputs, impl="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        contexts = [global_local_attention(*inputs, impl=impl).word_context for impl in ("triton", "torch")]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all((context[0] == 0).all() for context in contexts)
+
+
 def test_nothing_in_gives_nothing_out(device):
     inputs = draw(device, b=0, dtype=torch.float32)
     context = global_local_attention(*inputs, impl="triton")

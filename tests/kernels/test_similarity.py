@@ -238,6 +238,17 @@ def test_a_second_derivative_is_refused_by_name(device):
         gradient.sum().backward()
 
 
+def test_a_caption_without_words_is_unlike_every_image(device):
+    """No public function lets it through on a CPU; on a GPU, none can tell."""
+    inputs = draw(device, mask=mask_of(5, 0, 1), dtype=torch.float32)
+    result = torch.ops.mirror_modules.word_region_similarity(*inputs, 4.0, 5.0)
+    assert (result[:, 1] < -1e37).all()
+    assert result[:, [0, 2]].isfinite().all()
+    of_regions, of_words = torch.autograd.grad(result.sum(), inputs.leaves())
+    assert of_regions.isfinite().all()
+    assert (of_words[1] == 0).all()
+
+
 @pytest.mark.parametrize("empty", [{"i": 0}, {"j": 0}])
 def test_nothing_in_gives_nothing_out(device, empty):
     inputs = draw(device, **empty, dtype=torch.float32)

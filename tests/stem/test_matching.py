@@ -244,6 +244,17 @@ def test_compiles_into_one_graph(compiled, mask):
     assert image.regions.grad.abs().sum() > 0
 
 
+def test_a_compiled_graph_finds_a_caption_without_words_unlike_every_image(compiled):
+    regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
+    similarity = compiled(word_region_similarity)(regions, words, mask_of(5, 0, 2))
+    similarity[:, [0, 2]].sum().backward(retain_graph=True)
+    expected = words.grad.clone()
+    assert (similarity[:, 1] < -1e37).all()
+    similarity[:, 1].sum().backward()
+    assert (words.grad == expected).all()
+    assert regions.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("message", "regions", "words", "mask"),
     [

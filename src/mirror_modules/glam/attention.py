@@ -21,6 +21,7 @@ from mirror_modules._checks import (
     check_features,
     check_positive,
     check_word_mask,
+    is_unchecked,
     shape_of,
 )
 from mirror_modules._tiles import EVERYTHING, Tile, recomputed_in_tiles
@@ -64,7 +65,7 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
         ValueError: A caption has no real word, or sizes disagree.
     """
     _check_projected("word_attention", features, "words", words, "(B, L, C)")
-    check_word_mask("word_attention", words, word_mask)
+    check_word_mask("word_attention", words, word_mask, may_stall=False)
     return _word_attention(features, words, word_mask)
 
 
@@ -79,8 +80,8 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
         padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
         scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), words, features_BCN)
     weights_BLN = torch.softmax(at_least_float32(scores_BLN), dim=1).to(scores_BLN.dtype)
-    if word_mask is not None and torch.compiler.is_compiling():
-        # A compiled graph cannot refuse a caption without words, and gives zeros there.
+    if word_mask is not None and is_unchecked(word_mask):
+        # A caption without words, which could not be refused, gets zeros.
         weights_BLN = weights_BLN * rearrange(word_mask, "b l -> b l 1")
     context_BCN = words.mT @ weights_BLN
     return (
@@ -162,7 +163,9 @@ def global_local_attention(
         sentence_axis: See `sentence_attention`.
 
     "torch" computes some samples at a time and recomputes them in the backward pass; "triton" makes one pass over the
-    features. Both keep the inputs alone. Under autocast, all inputs are cast as for a matrix product.
+    features. Both keep the inputs alone. Under autocast, all inputs are cast as for a matrix product. On a GPU and in a
+    compiled graph, which cannot look at the mask without a stall, a caption without a word is not refused: it gets a
+    context of zeros.
 
     Returns:
         Both contexts (B, C, H, W), and the attention maps if asked for.
@@ -173,7 +176,7 @@ def global_local_attention(
     """
     _check_projected(OPERATION, features, "words", words, "(B, L, C)")
     _check_projected(OPERATION, features, "sentence", sentence, "(B, C)")
-    check_word_mask(OPERATION, words, word_mask)
+    check_word_mask(OPERATION, words, word_mask, may_stall=False)
     choice = choose_attention(
         features, words, sentence, impl=impl, score_matrix=score_matrix, sentence_axis=sentence_axis
     )

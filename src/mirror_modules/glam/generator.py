@@ -122,7 +122,7 @@ class CascadedGenerator(nn.Module):
         check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
         check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
         check_batch(owner, noise=noise, condition=condition, words=words)
-        check_word_mask(owner, words, word_mask)
+        check_word_mask(owner, words, word_mask, may_stall=False)
 
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])

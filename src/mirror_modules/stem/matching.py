@@ -70,7 +70,8 @@ def word_region_similarity(
     Nothing of all pairs exists but the result: "torch" computes some images and captions at a time and recomputes them
     in the backward pass (a compiled graph, whose compiler plans its own memory, takes all images at once); "triton"
     does so too, with fused softmaxes. `functional.explain` tells which one "auto" takes, and why. Under autocast,
-    regions and words are cast as for a matrix product.
+    regions and words are cast as for a matrix product. On a GPU and in a compiled graph, which cannot look at the mask
+    without a stall, a caption without a word is not refused: it is about -1e38 similar to any image, without gradient.
 
     Returns:
         Similarity, (I, J), float32 or wider, between -gamma_word and gamma_word + log L.
@@ -84,7 +85,7 @@ def word_region_similarity(
             f"{OPERATION}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
             f"{shape_of(regions)} and {shape_of(words)}."
         )
-    check_word_mask(OPERATION, words, word_mask)
+    check_word_mask(OPERATION, words, word_mask, may_stall=False)
     choice = choose_similarity(regions, words, impl=impl)
     regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
     if word_mask is None:
@@ -133,13 +134,16 @@ def _similarity(
     attention_ILJR = _attention(regions_IRD, words_JLD, mask_JL, gamma_attention)
     context_ILJD = (attention_ILJR.to(regions_IRD.dtype).flatten(1, 2) @ regions_IRD).unflatten(1, words_LJD.shape[:2])
     cosine_ILJ = F.cosine_similarity(at_least_float32(context_ILJD), at_least_float32(words_LJD), dim=3, eps=SHORTEST)
-    return (gamma_word * cosine_ILJ).masked_fill(~mask_JL.mT, float("-inf")).logsumexp(dim=1)
+    # The least finite number and not -inf, here and below: a caption without words must not give NaN.
+    logits_ILJ = gamma_word * cosine_ILJ
+    return logits_ILJ.masked_fill(~mask_JL.mT, torch.finfo(logits_ILJ.dtype).min).logsumexp(dim=1)
 
 
 def _attention(regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float) -> Tensor:
     words_LJD = words_JLD.transpose(0, 1)
     scores_ILJR = (words_LJD.flatten(0, 1) @ regions_IRD.mT).unflatten(1, words_LJD.shape[:2])
-    scores_ILJR = at_least_float32(scores_ILJR).masked_fill(~mask_JL.mT.unsqueeze(2), float("-inf"))
+    scores_ILJR = at_least_float32(scores_ILJR)
+    scores_ILJR = scores_ILJR.masked_fill(~mask_JL.mT.unsqueeze(2), torch.finfo(scores_ILJR.dtype).min)
     return torch.softmax(gamma_attention * torch.softmax(scores_ILJR, dim=1), dim=3)
 
 

@@ -1,0 +1,152 @@
+"""The command line of the benchmarks."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarks", reason="run pytest as `python -m pytest` from the root")
+from benchmarks import _operation, run, word_region_similarity
+from benchmarks._operation import Shape
+
+ROOT = Path(__file__).parents[2]
+NOTHING_BUT_TORCH = """
+import runpy
+import sys
+
+import torch
+
+MISSING = {"pytest", "matplotlib", "tqdm", "tyro", "torchvision", "PIL", "safetensors", "jinja2"}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in MISSING:
+            raise ImportError(f"{name} is refused here")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["run.py", "all", "--quick", "--impls", "published", "torch", "--threads", "1"]
+del sys.path[0]  # the root, which a script does not have
+runpy.run_path("benchmarks/run.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The similarity at one small shape, with the definition as ours."""
+    shape = Shape("tiny", {"batch": 3, "regions": 7, "words": 13, "features": 5})
+    operation = dataclasses.replace(
+        word_region_similarity.OPERATION,
+        shapes=(shape,),
+        quick=shape,
+        implementations=lambda device: {
+            "published": word_region_similarity.published,
+            "torch": word_region_similarity.definition,
+        },
+    )
+    found = {"word_region_similarity": operation}
+    monkeypatch.setattr(_operation, "find", lambda name: found[name])
+    # A fresh process would not know the shape.
+    monkeypatch.setattr(_operation, "_memory_on_cpu", lambda *arguments: {})
+    return found
+
+
+def test_help_comes_without_torch_and_from_any_folder(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / "benchmarks/run.py", "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("{all,attention,similarity,step,demo}", "--device", "--budget", "--results", "--quick"):
+        assert option in done.stdout
+
+
+def test_the_operations_need_torch_and_einops_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", NOTHING_BUT_TORCH],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for op in run.OPERATIONS.values():
+        assert f"{op}, quick, float32, both" in done.stdout
+
+
+def test_records_go_where_they_are_told_to(tiny, tmp_path):
+    words = ["similarity", "--results", str(tmp_path), "--rounds", "2", "--quiet", "inf", "--threads", "1"]
+    assert run.main(words) == 0
+    assert len((tmp_path / "word_region_similarity.jsonl").read_text().splitlines()) == 6
+    assert run.main([*words, "--no-record"]) == 0
+    assert run.main([*words, "--quick"]) == 0
+    assert len((tmp_path / "word_region_similarity.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_wrong_implementation_is_status_1(tiny, tmp_path, capsys):
+    def wrong(*tensors):
+        return (word_region_similarity.definition(*tensors)[0] + 1,)
+
+    (operation,) = tiny.values()
+    tiny["word_region_similarity"] = dataclasses.replace(operation, implementations=lambda device: {"torch": wrong})
+    assert run.main(["similarity", "--results", str(tmp_path), "--threads", "1"]) == 1
+    assert list(tmp_path.iterdir()) == []
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "benchmarks: word_region_similarity, tiny, float32, torch computes something else than the definition."
+    )
+
+
+def test_a_budget_ends_the_run(tiny, tmp_path, capsys):
+    assert run.main(["similarity", "--budget", "0", "--results", str(tmp_path), "--threads", "1"]) == 0
+    assert "time: used up; left out: word_region_similarity, tiny, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "budget"), [("cpu", float("inf")), ("cuda", run.STARTED + 500)])
+def test_on_a_gpu_there_is_a_budget_and_no_training(device, budget, monkeypatch):
+    measured = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "measure_training", lambda name, options: measured.append(name))
+    monkeypatch.setattr(
+        _operation, "measure", lambda operations, settings: measured.append((operations, settings)) or []
+    )
+    assert run.main(["--device", device, "--threads", "1"]) == 0
+    (operations, settings), *training = measured
+    assert [operation.name for operation in operations] == ["global_local_attention", "word_region_similarity"]
+    assert settings.deadline == budget
+    assert training == ([] if device == "cuda" else ["step", "demo"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--device", "cuda"], "'step' is measured on a CPU only"),
+        (["demo", "--quick"], "'demo' has no small shape"),
+        (["attention", "--device", "cuda"], "torch finds no GPU here"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_of_a_step_reach_it(monkeypatch, capsys):
+    from benchmarks import step
+
+    sizes = []
+    monkeypatch.setattr(step, "measure", lambda given, *_, **__: sizes.append(given) or [])
+    assert run.main(["step", "--no-record", "--word-dim", "7", "--resolutions", "8", "16"]) == 0
+    assert sizes == [step.Sizes(word_dim=7, resolutions=(8, 16))]
