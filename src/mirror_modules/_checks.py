@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,32 @@ def check_features(owner: str, name: str, tensor: Tensor, layout: str, size: int
 
 def check_batch(owner: str, **tensors: Tensor) -> None:
     """Require that all tensors have the same first axis."""
-    sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
-    if len(set(sizes.values())) > 1:
+    first, *others = (tensor.shape[0] for tensor in tensors.values())
+    # Compared, and not put into a set, which would bind a compiled graph to one size.
+    if any(size != first for size in others):
         listed = ", ".join(f"{name}: {shape_of(tensor)}" for name, tensor in tensors.items())
         raise ValueError(f"{owner}: batch sizes disagree ({listed}).")
+
+
+def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None:
+    """Require floating point tensors of one precision, as autocast makes them, and all of them on one device."""
+    dtypes = {name: autocast_dtype(tensor) for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        listed = ", ".join(f"{name}: {dtype}".replace("torch.", "") for name, dtype in dtypes.items())
+        raise ValueError(f"{owner}: the inputs must have one floating point precision ({listed}); convert them to one.")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if word_mask is not None:
+        devices["word_mask"] = word_mask.device
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name}: {device}" for name, device in devices.items())
+        raise ValueError(f"{owner}: the inputs must be on one device ({listed}); move them to one.")
+
+
+def check_number(owner: str, **values: object) -> None:
+    """Require finite numbers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{owner}: {name} must be a finite number, but it is {value!r}.")
 
 
 def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | None, *, may_stall: bool = True) -> None:
@@ -43,6 +67,8 @@ def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | Non
         raise ValueError(f"{owner}: captions of length 0 ({shape_of(tokens_or_words)}); each needs at least one word.")
     if word_mask is None:
         return
+    if not isinstance(word_mask, Tensor):
+        raise ValueError(f"{owner}: word_mask must be a bool tensor, but it is a {type(word_mask).__name__}.")
     if word_mask.dtype != torch.bool:
         raise ValueError(
             f"{owner}: word_mask must be bool, True for a real word, but it is {word_mask.dtype}; "

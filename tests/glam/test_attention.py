@@ -91,6 +91,16 @@ def test_gradients_of_both_attentions():
     assert gradcheck(lambda *args: global_local_attention(*args, mask_of(5, 2)[:, :5])[:2], inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_loud_padding_of_any_precision_gets_exactly_nothing(dtype):
+    # Its scores are infinite in float16.
+    features, words = torch.full((B, C, H, W), 20.0, dtype=dtype), torch.ones(B, L, C, dtype=dtype)
+    words[:, 4:] = 6e4
+    context, weights = word_attention(features, words, mask_of(4, 4))
+    assert (weights[:, 4:] == 0).all()
+    assert_close(context, torch.ones_like(context), rtol=1e-2, atol=0)
+
+
 def test_padding_gets_exactly_nothing():
     _, weights = word_attention(torch.randn(B, C, H, W), torch.randn(B, L, C), mask_of(4, 11))
     assert (weights[0, 4:] == 0).all()
@@ -240,6 +250,29 @@ def test_sentence_attention_says_what_is_wrong(message, changed):
 
 
 @pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        (r"sentence_axis must be one of 'channels', 'positions', but it is 'channel'", {"sentence_axis": "channel"}),
+        (r"score_matrix is \(1, 3\), expected \(3, 3\)", {"score_matrix": torch.zeros(1, C)}),
+        (
+            r"one floating point precision \(features: float32, words: float64, sentence: float32\); convert them",
+            {"words": torch.zeros(B, L, C, dtype=torch.float64)},
+        ),
+        (r"one floating point precision .*sentence: int64", {"sentence": torch.zeros(B, C, dtype=torch.int64)}),
+        (r"on one device \(features: cpu, words: meta", {"words": torch.zeros(B, L, C, device="meta")}),
+        (r"on one device .*word_mask: meta", {"word_mask": torch.ones(B, L, dtype=torch.bool, device="meta")}),
+        (r"word_mask must be a bool tensor, but it is a list", {"word_mask": [[True] * L] * B}),
+        (r"features have no positions: \(2, 3, 0, 7\)", {"features": torch.zeros(B, C, 0, W)}),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_both_attentions_say_what_is_wrong(message, changed, impl):
+    given = {"features": torch.zeros(B, C, H, W), "words": torch.zeros(B, L, C), "sentence": torch.zeros(B, C)}
+    with pytest.raises(ValueError, match="global_local_attention: .*" + message):
+        global_local_attention(**given | changed, impl=impl)
+
+
+@pytest.mark.parametrize(
     ("message", "features", "words", "condition"),
     [
         (r"features has 5 features but .* feature_dim=3 \(features: \(2, 5,", (B, 5, H, W), (B, L, D), (B, E)),
@@ -280,7 +313,7 @@ def test_a_kernel_that_cannot_run_raises(monkeypatch):
 
 @pytest.fixture
 def one_row_at_a_time(monkeypatch):
-    monkeypatch.setattr(attention, "ELEMENTS_PER_TILE", {"cpu": 1})
+    monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", 1)
 
 
 @pytest.mark.parametrize(("axis", "mixed"), MODES)
@@ -290,7 +323,7 @@ def test_tiles_change_nothing(monkeypatch, axis, mixed, need_weights, mask):
     inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C), draw(C, C)
     results = []
     for elements in (2**19, C * H * W, 2 * C * W, 1):
-        monkeypatch.setattr(attention, "ELEMENTS_PER_TILE", {"cpu": elements})
+        monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", elements)
         options = {"need_weights": need_weights, "sentence_axis": axis, "score_matrix": inputs[3] if mixed else None}
         context = global_local_attention(*inputs[:3], mask, **options)
         total = sum((i + 2) * part.square().sum() for i, part in enumerate(context) if part is not None)
@@ -320,6 +353,46 @@ def test_one_context_alone_has_a_gradient():
     expected = torch.autograd.grad(word_attention(*inputs[:2], mask_of(11, 4))[0].sum(), inputs[:2])
     assert_close((of_features, of_words), expected)
     assert (of_sentence == 0).all()
+
+
+@pytest.mark.usefixtures("one_row_at_a_time")
+@pytest.mark.parametrize("needed", [0, 1, 2])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_input_alone_gets_its_gradient(needed, asked):
+    inputs = [torch.randn(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)]
+    inputs[needed].requires_grad_()
+    total = global_local_attention(*inputs, mask_of(11, 4))[asked].square().sum()
+    (found,) = torch.autograd.grad(total, inputs[needed])
+    alone = word_attention(*inputs[:2], mask_of(11, 4)) if asked == 0 else sentence_attention(inputs[0], inputs[2])
+    expected = torch.zeros_like(found)
+    if alone[0].requires_grad:
+        (expected,) = torch.autograd.grad(alone[0].square().sum(), inputs[needed])
+    assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("one_row_at_a_time")
+def test_a_gradient_with_a_graph_is_the_same_gradient():
+    features = draw(B, C, H, W, dtype=torch.float64)
+    # Made from each other, as words may be from features: each must get its own share and no more.
+    words, sentence = 2 * features.flatten(2).mT[:, :L], features.mean(dim=(2, 3))
+    total = global_local_attention(features, words, sentence, mask_of(11, 4)).word_context.square().sum()
+    (plain,) = torch.autograd.grad(total, features, retain_graph=True)
+    (with_graph,) = torch.autograd.grad(total, features, create_graph=True)
+    assert_close(with_graph, plain)
+
+
+@pytest.mark.usefixtures("one_row_at_a_time")
+def test_the_transforms_of_torch_func():
+    features, words, sentence = torch.randn(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
+
+    def total(features):
+        return global_local_attention(features, words, sentence, mask_of(11, 4)).word_context.square().sum()
+
+    leaf = features.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf), leaf)
+    assert_close(torch.func.grad(total)(features), expected)
+    tangent = torch.randn_like(features)
+    assert_close(torch.func.jvp(total, (features,), (tangent,))[1], (expected * tangent).sum())
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")

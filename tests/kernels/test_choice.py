@@ -35,6 +35,11 @@ OBSTACLES = {
     "another accelerator": (facts(Machine("mps")), "on 'mps'"),
     "no Triton": (facts(Machine("cuda", (9, 0), has_triton=False)), r"Triton is not installed \(pip install triton"),
     "an old GPU": (facts(Machine("cuda", (7, 5), has_triton=True)), r"capability 7\.5, and the kernel needs 8\.0"),
+    "a small chip": (
+        facts(Machine("cuda", (8, 6), 99 * 1024, has_triton=True), torch.float32, channels=65),
+        "65 channels in float32, and the kernel takes 64 on a device with 99 KiB of shared memory",
+    ),
+    "bfloat16 interpreted": (facts(Machine("cpu", has_triton=True, interprets=True)), "computes bfloat16 wrongly"),
     "float64": (facts(H100, torch.float64), "the inputs are float64, and the kernel takes float32, float16"),
     "mixed": (facts(H100, torch.float32, torch.float16), "the inputs mix float16 and float32; convert them to one"),
     "too many channels": (facts(channels=257), "there are 257 channels, and the kernel takes 1 to 256"),
@@ -64,7 +69,7 @@ def test_the_similarity_has_limits_of_its_own():
 
 
 def test_the_interpreter_runs_only_where_it_is_named():
-    interpreter = facts(Machine("cpu", None, has_triton=True, interprets=True), torch.float64)
+    interpreter = facts(Machine("cpu", has_triton=True, interprets=True), torch.float64)
     assert choose(OPERATION, "triton", interpreter).implementation == "triton"
     assert choose(OPERATION, "auto", interpreter) == Choice(
         "torch", "Triton only interprets its kernels here, which is slow"
@@ -134,11 +139,23 @@ def test_explain_sees_options_and_autocast(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     inputs = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16), torch.randn(2, 7, 3), torch.randn(2, 3)
     assert "mix bfloat16 and float32" in F.explain(F.global_local_attention, *inputs).reason
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "mix" not in F.explain(F.global_local_attention, *inputs).reason
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert "only interprets" in F.explain(F.global_local_attention, *inputs).reason
     same = [tensor.float() for tensor in inputs]
     assert "score_matrix" in F.explain(F.global_local_attention, *same, score_matrix=torch.eye(3)).reason
     assert "positions" in F.explain(F.global_local_attention, *same, sentence_axis="positions").reason
+
+
+def test_explain_sees_the_transforms_of_torch_func(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reasons = []
+
+    def total(features):
+        reasons.append(F.explain(F.global_local_attention, features, torch.ones(2, 7, 3), torch.ones(2, 3)).reason)
+        return features.sum()
+
+    torch.func.grad(total)(torch.randn(2, 3, 4, 5))
+    assert "only the definition has transforms of torch.func" in reasons[0]
 
 
 def test_explain_knows_two_operations():

@@ -86,15 +86,26 @@ def test_both_gammas(device, gammas):
         assert_close(kernel, definition)
 
 
-@pytest.mark.parametrize("elements", [1, 2 * J * L * 16])
-def test_chunks_of_images_change_nothing(device, monkeypatch, elements):
+@pytest.mark.parametrize(
+    ("elements", "chunks"),
+    [(1, [(1, 1)] * 15), (2 * J * L * 23, [(2, 3), (2, 3), (1, 3)]), (2 * L * 23, [(1, 2), (1, 1)] * 5)],
+)
+def test_chunks_of_images_and_captions_change_nothing(device, monkeypatch, elements, chunks):
     inputs = draw(device, i=5, mask=mask_of(5, 2, 1), dtype=wide(device))
     whole = everything(inputs, "triton")
     monkeypatch.setattr(similarity, "ELEMENTS_PER_MAP", elements)
-    sizes = [len(chunk) for _, chunk in similarity._image_chunks(inputs.regions, J * L)]
-    assert sizes == ([1] * 5 if elements == 1 else [2, 2, 1])
+    sizes = [
+        (len(range(5)[images]), len(range(J)[captions]))
+        for images, captions in similarity._chunks(inputs.regions, inputs.words)
+    ]
+    assert sizes == chunks
     for one, other in zip(everything(inputs, "triton"), whole):
         assert_close(one, other)
+
+
+def test_a_grid_of_programs_is_never_too_large():
+    regions, words = torch.zeros(1, device="meta").expand(200_000, 49, 8), torch.zeros(1, 5, 8, device="meta")
+    assert max(images.stop - images.start for images, _ in similarity._chunks(regions, words)) == 65_535
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -140,6 +151,29 @@ def test_regions_that_cancel_keep_the_similarity_in_its_range(device):
     result, *gradients = everything(Inputs(regions.requires_grad_(), words.requires_grad_(), given.word_mask), "triton")
     assert (result.abs() <= 5 + torch.tensor(float(L)).log() + 1e-4).all()
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_is_not_hidden(device, poison):
+    given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    regions = given.regions.detach().clone()
+    regions[1, 2] = poison
+    result = word_region_similarity(regions, *given[1:], impl="triton")
+    assert result[0].isfinite().all()
+    assert result[1].isnan().all()
+
+
+@pytest.mark.parametrize("gamma", [8.0, -8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sharpest_attention_that_is_taken(device, gamma, dtype):
+    inputs = draw(device, i=5, j=7, r=49, mask=mask_of(5, 2, 1, 3, 4, 5, 2), dtype=dtype)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 5e-2}
+    for kernel, definition in zip(
+        everything(inputs, "triton", gamma_attention=gamma), everything(inputs, "torch", gamma_attention=gamma)
+    ):
+        assert_close(kernel, definition, **tolerance)
+    with pytest.raises(NotImplementedError, match="only the definition has gamma_attention beyond 8"):
+        everything(inputs, "triton", gamma_attention=1.01 * gamma)
 
 
 def test_padding_has_exactly_no_influence(device):
@@ -230,11 +264,11 @@ def test_autocast_casts_all_inputs_alike(device):
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
-def test_a_second_derivative_is_refused_by_name(device):
+def test_a_second_derivative_is_refused(device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     result = word_region_similarity(*inputs, impl="triton")
     (gradient,) = torch.autograd.grad(result.square().sum(), inputs.regions, create_graph=True)
-    with pytest.raises(RuntimeError, match="word_region_similarity_backward"):
+    with pytest.raises(NotImplementedError, match="no second derivative; use impl='torch'"):
         gradient.sum().backward()
 
 

@@ -127,7 +127,7 @@ def test_tiles_of_captions_and_images_change_nothing(monkeypatch, elements):
     )
     results = []
     for per_tile in (2**20, elements):
-        monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": per_tile})
+        monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", per_tile)
         similarity = word_region_similarity(*inputs, mask)
         gradient = torch.arange(I * J, dtype=torch.float32).view(I, J)
         results.append((similarity, *torch.autograd.grad(similarity, inputs, gradient)))
@@ -135,7 +135,7 @@ def test_tiles_of_captions_and_images_change_nothing(monkeypatch, elements):
 
 
 def test_gradients_in_tiles_first_and_second(monkeypatch):
-    monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": 1})
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", 1)
     inputs = [torch.randn(*size, 2, dtype=torch.float64, requires_grad=True) for size in ((I, 3), (J, 4))]
 
     def similarity(*args):
@@ -145,9 +145,37 @@ def test_gradients_in_tiles_first_and_second(monkeypatch):
     assert gradgradcheck(similarity, inputs)
 
 
+def test_a_gradient_with_a_graph_is_the_same_gradient(monkeypatch):
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", 1)
+    regions = torch.randn(I, R, D, dtype=torch.float64, requires_grad=True)
+    # Made from each other: each must get its own share and no more.
+    total = word_region_similarity(regions, 2 * regions[:, :L]).square().sum()
+    (plain,) = torch.autograd.grad(total, regions, retain_graph=True)
+    (with_graph,) = torch.autograd.grad(total, regions, create_graph=True)
+    assert_close(with_graph, plain)
+
+
+def test_the_transforms_of_torch_func(monkeypatch):
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", 1)
+    regions, words, tangent = torch.randn(I, R, D), torch.randn(J, L, D), torch.randn(I, R, D)
+    gradient = torch.func.grad(lambda r: word_region_similarity(r, words).sum())(regions)
+    along = torch.func.jvp(lambda r: word_region_similarity(r, words).sum(), (regions,), (tangent,))[1]
+    assert_close(along, (gradient * tangent).sum())
+
+
+def test_no_map_is_kept_for_many_captions_of_one_image(monkeypatch):
+    captions = 41
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", R * L)
+    regions, words = torch.randn(1, R, D, requires_grad=True), torch.randn(captions, L, D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        word_region_similarity(regions, words)
+    assert sum(tensor.numel() for tensor in kept) == R * D + captions * L * (D + 1)
+
+
 def test_no_map_of_all_pairs_is_kept(monkeypatch):
     """What autograd keeps for the backward pass: the inputs, and nothing that grows with the pairs."""
-    monkeypatch.setattr(matching, "ELEMENTS_PER_TILE", {"cpu": J * R * L})
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", J * R * L)
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -273,6 +301,13 @@ def test_a_compiled_graph_finds_a_caption_without_words_unlike_every_image(compi
 def test_similarity_says_what_is_wrong(message, regions, words, mask):
     with pytest.raises(ValueError, match="word_region_similarity: " + message):
         word_region_similarity(torch.zeros(regions), torch.zeros(words), mask)
+
+
+@pytest.mark.parametrize("gamma", [float("nan"), float("inf"), "4", None, True, torch.tensor(4.0)])
+@pytest.mark.parametrize("name", ["gamma_attention", "gamma_word"])
+def test_a_gamma_is_a_finite_number(name, gamma):
+    with pytest.raises(ValueError, match=f"word_region_similarity: {name} must be a finite number, but it is "):
+        word_region_similarity(torch.zeros(I, R, D), torch.zeros(J, L, D), **{name: gamma})
 
 
 @pytest.mark.parametrize(

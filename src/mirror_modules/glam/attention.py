@@ -16,6 +16,7 @@ from mirror_modules import kernels
 from mirror_modules._checks import (
     at_least_float32,
     autocast_dtype,
+    check_alike,
     check_batch,
     check_choice,
     check_features,
@@ -24,13 +25,13 @@ from mirror_modules._checks import (
     is_unchecked,
     shape_of,
 )
-from mirror_modules._tiles import EVERYTHING, Tile, recomputed_in_tiles
+from mirror_modules._tiles import ELEMENTS_ON_A_GPU, EVERYTHING, Tile, is_transformed, recomputed_in_tiles
 
 SentenceAxis = Literal["channels", "positions"]
 
 OPERATION = "global_local_attention"
-ELEMENTS_PER_TILE = {"cpu": 2**18}
-"""Elements of the features that are attended at a time: on a CPU, what its caches hold."""
+ELEMENTS_ON_A_CPU = 2**18
+"""Elements of the features that are attended at a time on a CPU: what its caches hold."""
 
 
 class GlobalLocalContext(NamedTuple):
@@ -76,6 +77,8 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
         scores_BLN = words @ features_BCN
     else:
         # The least finite number and not -inf: padding alone gives no NaN. Added within the product, it costs no pass.
+        # What the padding holds must not outweigh it.
+        words = words.masked_fill(~word_mask.unsqueeze(2), 0.0)
         lowest = torch.finfo(words.dtype).min
         padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
         scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), words, features_BCN)
@@ -115,11 +118,7 @@ def sentence_attention(
     """
     _check_projected("sentence_attention", features, "sentence", sentence, "(B, C)")
     check_choice("sentence_attention", "axis", axis, ("channels", "positions"))
-    channels = features.shape[1]
-    if score_matrix is not None and score_matrix.shape != (channels, channels):
-        raise ValueError(
-            f"sentence_attention: score_matrix is {shape_of(score_matrix)}, expected {(channels, channels)} (C, C)."
-        )
+    _check_score_matrix("sentence_attention", features, score_matrix)
     return _sentence_attention(features, sentence, score_matrix, axis)
 
 
@@ -151,6 +150,11 @@ def global_local_attention(
 ) -> GlobalLocalContext:
     """Word attention and sentence attention of one stage (MirrorGAN, Sec. 3.2).
 
+    "torch" computes some samples, or some rows of a large one, at a time and recomputes them in the backward pass;
+    "triton" makes one pass over the features, forward and backward. Under autocast, all inputs are cast as for a matrix
+    product. On a GPU and in a compiled graph, which cannot look at the mask without a stall, a caption without a word
+    is not refused: it gets a context of zeros.
+
     Args:
         features: Image features, (B, C, H, W).
         words: Word features already projected to the image channels, (B, L, C).
@@ -162,11 +166,6 @@ def global_local_attention(
         score_matrix: See `sentence_attention`.
         sentence_axis: See `sentence_attention`.
 
-    "torch" computes some samples at a time and recomputes them in the backward pass; "triton" makes one pass over the
-    features. Both keep the inputs alone. Under autocast, all inputs are cast as for a matrix product. On a GPU and in a
-    compiled graph, which cannot look at the mask without a stall, a caption without a word is not refused: it gets a
-    context of zeros.
-
     Returns:
         Both contexts (B, C, H, W), and the attention maps if asked for.
 
@@ -177,6 +176,9 @@ def global_local_attention(
     _check_projected(OPERATION, features, "words", words, "(B, L, C)")
     _check_projected(OPERATION, features, "sentence", sentence, "(B, C)")
     check_word_mask(OPERATION, words, word_mask, may_stall=False)
+    check_alike(OPERATION, word_mask, features=features, words=words, sentence=sentence)
+    check_choice(OPERATION, "sentence_axis", sentence_axis, ("channels", "positions"))
+    _check_score_matrix(OPERATION, features, score_matrix)
     choice = choose_attention(
         features, words, sentence, impl=impl, score_matrix=score_matrix, sentence_axis=sentence_axis
     )
@@ -195,8 +197,14 @@ def global_local_attention(
             maps = (word_weights, sentence_weights) if need_weights else ()
             return word_context, sentence_context, *maps
 
-        tiles = _tiles(features, may_divide=sentence_axis == "channels")
-        results = recomputed_in_tiles(attend, (features, words, sentence, word_mask, score_matrix), tiles)
+        def divide() -> list[Tile]:
+            return _tiles(features, may_divide=sentence_axis == "channels")
+
+        inputs, whole = (
+            (features, words, sentence, word_mask, score_matrix),
+            (features.shape[0], None, features.shape[2]),
+        )
+        results = recomputed_in_tiles(attend, inputs, divide, whole)
     maps = results[2:] if need_weights else (None, None)
     return GlobalLocalContext(results[0], results[1], *maps)
 
@@ -213,7 +221,11 @@ def choose_attention(
     sentence_axis: SentenceAxis = "channels",
 ) -> kernels.Choice:
     """The implementation that `global_local_attention` takes for the same arguments."""
-    options = {"score_matrix": score_matrix is not None, "sentence_axis='positions'": sentence_axis == "positions"}
+    options = {
+        "score_matrix": score_matrix is not None,
+        "sentence_axis='positions'": sentence_axis == "positions",
+        "transforms of torch.func and forward-mode derivatives": is_transformed(),
+    }
     facts = kernels.Facts(
         kernels.machine_of(features.device),
         dtypes=tuple(map(autocast_dtype, (features, words, sentence))),
@@ -311,19 +323,27 @@ class GlobalLocalAttention(nn.Module):
 def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
     """Some samples at a time or, if they are large and may be divided, some rows of one sample."""
     batch, channels, height, width = features.shape
-    elements = ELEMENTS_PER_TILE.get(features.device.type, 2**25)
+    elements = ELEMENTS_ON_A_CPU if features.device.type == "cpu" else ELEMENTS_ON_A_GPU
     rows = max(1, elements // max(1, channels * width))
     if rows < height and may_divide:
         places = [(slice(b, b + 1), slice(y, y + rows)) for b in range(batch) for y in range(0, height, rows)]
-        return [((b, EVERYTHING, y), b, b, b, EVERYTHING) for b, y in places]
+        return [((b, EVERYTHING, y), (b, EVERYTHING, y), b, b, b, EVERYTHING) for b, y in places]
     samples = max(1, rows // max(1, height))
     starts = (slice(b, b + samples) for b in range(0, batch, samples))
-    return [(b, b, b, b, EVERYTHING) for b in starts]
+    return [(b, b, b, b, b, EVERYTHING) for b in starts]
+
+
+def _check_score_matrix(owner: str, features: Tensor, score_matrix: Tensor | None) -> None:
+    expected = (features.shape[1], features.shape[1])
+    if score_matrix is not None and score_matrix.shape != expected:
+        raise ValueError(f"{owner}: score_matrix is {shape_of(score_matrix)}, expected {expected} (C, C).")
 
 
 def _check_projected(owner: str, features: Tensor, name: str, text: Tensor, layout: str) -> None:
     if features.ndim != 4:
         raise ValueError(f"{owner}: features must be (B, C, H, W), but they are {shape_of(features)}.")
+    if min(features.shape[1:]) < 1:
+        raise ValueError(f"{owner}: features have no positions: {shape_of(features)} (B, C, H, W).")
     if text.ndim != layout.count(",") + 1 or text.shape[-1] != features.shape[1]:
         raise ValueError(
             f"{owner}: {name} must be {layout} with the {features.shape[1]} channels of the features "

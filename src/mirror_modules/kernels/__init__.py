@@ -1,10 +1,11 @@
 """The Triton kernels as operators of torch, and the choice between them and the definitions."""
 
 from mirror_modules.kernels.attention import global_local_attention
-from mirror_modules.kernels.choice import Choice, Facts, Machine, check_impl, choose, machine_of
+from mirror_modules.kernels.choice import LARGEST_GAMMA, Choice, Facts, Machine, check_impl, choose, machine_of
 from mirror_modules.kernels.similarity import word_region_similarity
 
 __all__ = [
+    "LARGEST_GAMMA",
     "Choice",
     "Facts",
     "Machine",

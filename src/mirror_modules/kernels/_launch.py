@@ -29,6 +29,11 @@ def float32_precision() -> str:
     return "tf32" if use_tf32 else "ieee"
 
 
+def refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    """The backward pass of an operator that is itself a backward pass."""
+    raise NotImplementedError("The Triton kernels have no second derivative; use impl='torch' where you need one.")
+
+
 def on_device_of(tensor: Tensor) -> ExitStack:
     """Launch on the tensor's device, whichever is the current one, and multiply in the tensor's own precision.
 

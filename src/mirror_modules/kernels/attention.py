@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirror_modules.kernels._launch import accumulator, float32_precision, next_power_of_2, on_device_of
+from mirror_modules.kernels._launch import (
+    accumulator,
+    float32_precision,
+    next_power_of_2,
+    on_device_of,
+    refuse_second_derivative,
+)
+from mirror_modules.kernels.choice import AMPLE_SHARED_MEMORY, machine_of
 
 LARGEST_WORDS = 2**15
-"""Bytes of the words that a program holds at a time, padding included; half of it on a GPU for games, whose processors
-have less shared memory than `AMPLE_SHARED_MEMORY` bytes."""
-AMPLE_SHARED_MEMORY = 160 * 1024
+"""Bytes of the words that a program holds at a time, padding included; half of it where shared memory is not ample."""
 PROGRAMS = 1024
 """Programs that a backward pass is divided into where the positions suffice: several per processor of a large GPU."""
 SMALLEST_SPAN = 256
@@ -145,6 +150,7 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
 
 
 global_local_attention.register_autograd(_differentiate, setup_context=_keep_inputs)
+global_local_attention_backward.register_autograd(refuse_second_derivative)
 
 
 def _empty_like(maps: Tensor) -> Tensor:
@@ -172,11 +178,9 @@ def _as_bytes(word_mask: Tensor | None) -> Tensor | None:
 def _constants(features: Tensor, length: int) -> dict[str, Any]:
     """Padded sizes, at least 16 by 16 for the tensor cores, and the precision of products."""
     block_c = max(16, next_power_of_2(features.shape[1]))
-    largest_words = LARGEST_WORDS
-    if features.is_cuda:
-        properties = torch.cuda.get_device_properties(features.device)
-        if getattr(properties, "shared_memory_per_block_optin", AMPLE_SHARED_MEMORY) < AMPLE_SHARED_MEMORY:
-            largest_words //= 2
+    shared_memory = machine_of(features.device).shared_memory
+    is_small = shared_memory is not None and shared_memory < AMPLE_SHARED_MEMORY
+    largest_words = LARGEST_WORDS // 2 if is_small else LARGEST_WORDS
     block_l = max(16, min(next_power_of_2(length), 128, largest_words // (block_c * features.element_size())))
     precision = float32_precision()
     if precision == "ieee" and block_c > LARGEST_IEEE:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-3.0e38)
-"""Score of padding: finite, so that a chunk of padding alone gives weights of 0 and not NaN."""
+"""Score of padding: finite, so that padding alone gives weights of 0 and not NaN."""
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _scores_and_share_gradients(
     scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
     of_shares_NL = tl.dot(gradient_NC, tl.trans(words_LC), input_precision=PRECISION, out_dtype=ACCUMULATE)
     if HAS_MAPS:
-        of_shares_NL += _load_tile(word_weights_gradient, b, position, word, L * N, N, 1, N, L)
+        of_shares_NL += _load_tile(word_weights_gradient, b, position, word, L.to(tl.int64) * N, N, 1, N, L)
     return scores_NL, of_shares_NL
 
 
@@ -146,7 +146,7 @@ def forward_kernel(
             words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
             scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
             shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - largest_N[:, None]), 0.0)
-            _store_tile(word_weights, _divide(shares_NL, total_N), b, position, word, L * N, N, 1, N, L)
+            _store_tile(word_weights, _divide(shares_NL, total_N), b, position, word, L.to(tl.int64) * N, N, 1, N, L)
 
     sentence_C = tl.load(sentence + b * C + channel, mask=channel < C, other=0.0).to(ACCUMULATE)
     weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
@@ -155,7 +155,7 @@ def forward_kernel(
         sentence_context_b, sentence_context_c, sentence_context_n, N, C,
     )  # fmt: skip
     if NEED_WEIGHTS:
-        _store_tile(sentence_weights, weights_NC, b, position, channel, C * N, N, 1, N, C)
+        _store_tile(sentence_weights, weights_NC, b, position, channel, C.to(tl.int64) * N, N, 1, N, C)
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def backward_kernel(
         weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
         of_weights_NC = gradient_NC * sentence_C[None, :]
         if HAS_SENTENCE_MAPS:
-            of_weights_NC += _load_tile(sentence_weights_gradient, b, position, channel, C * N, N, 1, N, C)
+            of_weights_NC += _load_tile(sentence_weights_gradient, b, position, channel, C.to(tl.int64) * N, N, 1, N, C)
         of_scores_NC = weights_NC * (of_weights_NC - tl.sum(weights_NC * of_weights_NC, axis=1)[:, None])
         sentence_sum_C += tl.sum(gradient_NC * weights_NC + of_scores_NC * features_NC.to(ACCUMULATE), axis=0)
         result_NC = of_scores_NC * sentence_C[None, :]
@@ -284,7 +284,7 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
 # Keyed by the padded sizes and the layout: another batch, resolution or length of captions does not tune again.
 _tune = triton.autotune(
     configs=[triton.Config({"BLOCK_N": positions}, num_warps=warps, num_stages=2) for positions, warps in TILES],
-    key=["BLOCK_C", "BLOCK_L", "CHUNKS", "feature_n"],
+    key=["BLOCK_C", "BLOCK_L", "CHUNKS", "PRECISION", "feature_n"],
     prune_configs_by={"early_config_prune": _fitting},
 )
 tuned_forward_kernel, tuned_backward_kernel = _tune(forward_kernel), _tune(backward_kernel)

@@ -18,6 +18,13 @@ LARGEST = {
 }
 """Sizes up to which each kernel is written and tested."""
 
+LARGEST_GAMMA = 8
+"""Of `gamma_attention` in either direction: shares of the regions, exp(gamma * (share - 1)), must fit into float16."""
+AMPLE_SHARED_MEMORY = 160 * 1024
+"""Bytes that a program can share on the GPUs of data centers; those for games have less."""
+LARGEST_ON_SMALL_CHIPS = 64
+"""Channels in float32 of `global_local_attention` where shared memory is not ample."""
+
 
 class Machine(NamedTuple):
     """What the device of the tensors can do."""
@@ -26,6 +33,8 @@ class Machine(NamedTuple):
     """Its type: "cpu", "cuda", ..."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability, such as (9, 0); None elsewhere."""
+    shared_memory: int | None = None
+    """Bytes that a program can share on chip; None where that is not known."""
     has_triton: bool = False
     """Is Triton installed? Looked up only where it could run."""
     interprets: bool = False
@@ -99,11 +108,19 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
     names = sorted({str(dtype).removeprefix("torch.") for dtype in facts.dtypes})
     if len(names) > 1:
         return f"the inputs mix {' and '.join(names)}; convert them to one"
+    if machine.interprets and facts.dtypes[0] == torch.bfloat16:
+        return "Triton's interpreter, which TRITON_INTERPRET=1 asks for, computes bfloat16 wrongly"
     if facts.dtypes[0] not in DTYPES and not (machine.interprets and facts.dtypes[0] == torch.float64):
         return f"the inputs are {names[0]}, and the kernel takes float32, float16 and bfloat16"
     for name, size in facts.sizes.items():
         if not 1 <= size <= LARGEST[operation][name]:
             return f"there are {size} {name}, and the kernel takes 1 to {LARGEST[operation][name]}"
+    wide = facts.dtypes[0] == torch.float32 and facts.sizes.get("channels", 0) > LARGEST_ON_SMALL_CHIPS
+    if wide and machine.shared_memory is not None and machine.shared_memory < AMPLE_SHARED_MEMORY:
+        return (
+            f"there are {facts.sizes['channels']} channels in float32, and the kernel takes {LARGEST_ON_SMALL_CHIPS} "
+            f"on a device with {machine.shared_memory // 1024} KiB of shared memory"
+        )
     if facts.options:
         return f"only the definition has {' and '.join(facts.options)}"
     return None
@@ -111,8 +128,17 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
 
 def machine_of(device: torch.device) -> Machine:
     """Look up what there is to know of a device."""
-    interprets = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    interprets = device.type in ("cpu", "cuda") and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interprets:
         return Machine(device.type)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return Machine(device.type, capability, importlib.util.find_spec("triton") is not None, interprets)
+    has_triton = importlib.util.find_spec("triton") is not None
+    if device.type != "cuda":
+        return Machine(device.type, has_triton=has_triton, interprets=interprets)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(
+        device.type,
+        (properties.major, properties.minor),
+        getattr(properties, "shared_memory_per_block_optin", None),
+        has_triton,
+        interprets,
+    )

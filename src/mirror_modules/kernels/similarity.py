@@ -1,7 +1,7 @@
 """`word_region_similarity` as an operator of torch.library: matrix products by torch, what is between them by Triton.
 
-Images are taken in chunks. Of each, the map of scores and the map of their gradient exist at the same time, and nothing
-of all pairs but the similarity itself: the backward pass recomputes the rest from the inputs.
+Images are taken in chunks. Of each, the maps of scores, shares and their gradients exist, and nothing of all pairs but
+the similarity itself: the backward pass recomputes the rest from the inputs.
 
     scores     = W V^T                                   W all words (J * L, D), V the regions of the chunk (E * R, D)
     shares     = exp(gamma_attention * softmax_l(scores))
@@ -30,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules.kernels._launch import accumulator, next_power_of_2, on_device_of
+from mirror_modules.kernels._launch import accumulator, next_power_of_2, on_device_of, refuse_second_derivative
 
 ELEMENTS_PER_MAP = 2**25
-"""Scores that exist at a time, unless those of a single image are more."""
+"""Scores that exist at a time, unless those of a single pair are more."""
+MOST_IMAGES = 2**16 - 1
+"""Of a chunk: as many as a grid of programs may have on its second axis."""
 ELEMENTS_PER_BLOCK = 2**12
 """Elements of a map or of contexts that a program holds at a time."""
 ALIGNMENT = 16
@@ -54,18 +56,18 @@ def word_region_similarity(
     from mirror_modules.kernels import similarity_triton as kernels
 
     similarity = _empty_similarity(regions, words, word_mask, gamma_attention, gamma_word)
-    words, mask = words.contiguous(), word_mask.contiguous().view(torch.uint8)
-    captions, length, features = words.shape
+    words, mask, count = words.contiguous(), word_mask.contiguous().view(torch.uint8), regions.shape[1]
     with on_device_of(regions):
-        for images, chunk in _image_chunks(regions, captions * length):
-            scores = _scores(words, chunk)
-            shares, count = scores, regions.shape[1]
-            _on_maps(kernels.attend_kernel, (scores, shares, mask), captions, count, gamma_attention)
-            contexts = _contexts(shares, chunk, count)
-            kernels.similarity_kernel[(captions, len(chunk))](
-                contexts, words, mask, similarity[images], captions, length, features, gamma_word,
-                **_blocks(words.dtype, length, features, "BLOCK_D"),
-            )  # fmt: skip
+        for images, captions in _chunks(regions, words):
+            chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
+            scores = _scores(some_words, chunk)
+            shares = scores
+            _on_maps(kernels.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention)
+            result = similarity.new_empty((len(chunk), len(some_words)))
+            _on_pairs(
+                kernels.similarity_kernel, (_contexts(shares, chunk, count), some_words, some_mask, result), gamma_word
+            )
+            similarity[images, captions] = result
     return similarity
 
 
@@ -74,7 +76,7 @@ def _empty_similarity(
     regions: Tensor, words: Tensor, word_mask: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
     wide = torch.float64 if regions.dtype == torch.float64 else torch.float32
-    return regions.new_empty((len(regions), len(words)), dtype=wide)
+    return regions.new_empty((regions.shape[0], words.shape[0]), dtype=wide)
 
 
 @torch.library.custom_op(
@@ -95,33 +97,34 @@ def word_region_similarity_backward(
     """Gradients of regions and words from that of the similarity."""
     from mirror_modules.kernels import similarity_triton as kernels
 
-    words, mask, gradient = words.contiguous(), word_mask.contiguous().view(torch.uint8), gradient.contiguous()
-    captions, length, features = words.shape
-    count, rows = regions.shape[1], words.flatten(0, 1)
-    of_regions = torch.zeros_like(regions, memory_format=torch.contiguous_format)
-    of_words = torch.zeros_like(rows, dtype=similarity.dtype)
+    words, mask, count = words.contiguous(), word_mask.contiguous().view(torch.uint8), regions.shape[1]
+    of_regions = similarity.new_zeros(regions.shape)
+    of_words = similarity.new_zeros(words.shape)
     with on_device_of(regions):
-        for images, chunk in _image_chunks(regions, len(rows)):
-            scores = _scores(words, chunk)
+        for images, captions in _chunks(regions, words):
+            chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
+            rows = some_words.flatten(0, 1)
+            scores = _scores(some_words, chunk)
             shares = torch.empty_like(scores)
-            _on_maps(kernels.attend_kernel, (scores, shares, mask), captions, count, gamma_attention)
+            _on_maps(kernels.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention)
             contexts = _contexts(shares, chunk, count)
             along_words, of_lengths = similarity.new_empty((2, len(chunk), len(rows)))
-            kernels.similarity_backward_kernel[(captions, len(chunk))](
-                contexts, words, mask, similarity[images], gradient[images], along_words, of_lengths,
-                captions, length, features, gamma_word, **_blocks(words.dtype, length, features, "BLOCK_D"),
-            )  # fmt: skip
+            given = similarity[images, captions].contiguous(), gradient[images, captions].contiguous()
+            _on_pairs(
+                kernels.similarity_backward_kernel,
+                (contexts, some_words, some_mask, *given, along_words, of_lengths),
+                gamma_word,
+            )
             of_scores = torch.empty_like(scores)
             torch.bmm(contexts, chunk.mT, out=of_scores.transpose(0, 1))
-            _on_maps(
-                kernels.attend_backward_kernel, (scores, of_scores, along_words, mask), captions, count, gamma_attention
-            )
+            maps = (scores, of_scores, along_words, some_mask)
+            _on_maps(kernels.attend_backward_kernel, maps, len(some_words), count, gamma_attention)
             of_chunk = _product(of_scores.flatten(1).mT, rows, 1 / count).view_as(chunk)
             of_chunk = torch.baddbmm(of_chunk, shares.permute(1, 2, 0), contexts, alpha=1 / count)
-            of_regions[images] = of_chunk[:, :count]
-            of_words += _product(of_scores.flatten(1), chunk.flatten(0, 1), 1 / count)
-            of_words += of_lengths.sum(dim=0).unsqueeze(1) * rows
-    return of_regions, of_words.to(words.dtype).view_as(words)
+            of_regions[images] += of_chunk[:, :count]
+            of_rows = _product(of_scores.flatten(1), chunk.flatten(0, 1), 1 / count)
+            of_words[captions] += (of_rows + of_lengths.sum(dim=0).unsqueeze(1) * rows).view_as(some_words)
+    return of_regions.to(regions.dtype), of_words.to(words.dtype)
 
 
 @word_region_similarity_backward.register_fake
@@ -142,16 +145,22 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 word_region_similarity.register_autograd(_differentiate, setup_context=_keep_inputs)
+word_region_similarity_backward.register_autograd(refuse_second_derivative)
 
 
-def _image_chunks(regions: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some images at a time, with their regions padded by zeros, (E, R, D) contiguous."""
-    count = regions.shape[1]
-    padding = -count % ALIGNMENT
-    images = max(1, ELEMENTS_PER_MAP // max(1, rows * (count + padding)))
-    for start in range(0, len(regions) if rows else 0, images):
-        chunk = slice(start, start + images)
-        yield chunk, F.pad(regions[chunk], (0, 0, 0, padding)).contiguous()
+def _chunks(regions: Tensor, words: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Some images with some captions at a time: all captions, unless those are too many for a single image."""
+    per_pair = (regions.shape[1] + ALIGNMENT) * words.shape[1]
+    captions = max(1, ELEMENTS_PER_MAP // max(1, per_pair))
+    images = max(1, min(captions // max(1, len(words)), MOST_IMAGES))
+    for i in range(0, len(regions), images):
+        for j in range(0, len(words), captions):
+            yield slice(i, i + images), slice(j, j + captions)
+
+
+def _padded(regions: Tensor) -> Tensor:
+    """With regions of zeros at the end, contiguous."""
+    return F.pad(regions, (0, 0, 0, -regions.shape[1] % ALIGNMENT)).contiguous()
 
 
 def _scores(words: Tensor, chunk: Tensor) -> Tensor:
@@ -177,6 +186,14 @@ def _on_maps(kernel: Any, tensors: tuple[Tensor, ...], captions: int, count: int
     kernel[(captions, images, -(-padded // blocks["BLOCK_R"]))](
         *tensors, count, rows // captions, images * padded, padded, gamma_attention, **blocks
     )
+
+
+def _on_pairs(kernel: Any, tensors: tuple[Tensor, ...], gamma_word: float) -> None:
+    """Run a kernel that goes over pairs of images and captions; the first of `tensors` are contexts and words."""
+    contexts, words = tensors[:2]
+    captions, length, features = words.shape
+    blocks = _blocks(words.dtype, length, features, "BLOCK_D")
+    kernel[(captions, len(contexts))](*tensors, captions, length, features, gamma_word, **blocks)
 
 
 def _blocks(dtype: torch.dtype, length: int, size: int, name: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-3.0e38)
-"""Score of padding: finite, so that a caption of padding alone gives no NaN."""
+from mirror_modules.kernels.attention_triton import MASKED
+
 SHORTEST = tl.constexpr(1e-8)
 """Features shorter than this have no direction."""
 
@@ -91,6 +91,12 @@ def attend_backward_kernel(
 
 
 @triton.jit
+def _at_least(value, least):
+    """NaN stays NaN, which `tl.maximum` would hide."""
+    return tl.where(value < least, least, value)
+
+
+@triton.jit
 def _products(
     contexts, words, j, e, J, L, D, word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -109,12 +115,13 @@ def _products(
         product_L += tl.sum(context_LD * word_LD, axis=1)
         context_L += tl.sum(context_LD * context_LD, axis=1)
         word_L += tl.sum(word_LD * word_LD, axis=1)
-    return product_L, tl.maximum(tl.sqrt(context_L), SHORTEST), tl.maximum(tl.sqrt(word_L), SHORTEST)
+    return product_L, _at_least(tl.sqrt(context_L), SHORTEST), _at_least(tl.sqrt(word_L), SHORTEST)
 
 
 @triton.jit
 def _cosine(product_L, context_L, word_L):
-    return tl.minimum(tl.maximum(product_L / (context_L * word_L), -1.0), 1.0)
+    cosine_L = _at_least(product_L / (context_L * word_L), -1.0)
+    return tl.where(cosine_L > 1.0, 1.0, cosine_L)
 
 
 @triton.jit

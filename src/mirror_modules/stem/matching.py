@@ -13,14 +13,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mirror_modules import kernels
-from mirror_modules._checks import at_least_float32, autocast_dtype, check_batch, check_word_mask, shape_of
-from mirror_modules._tiles import EVERYTHING, recomputed_in_tiles
+from mirror_modules._checks import (
+    at_least_float32,
+    autocast_dtype,
+    check_alike,
+    check_batch,
+    check_number,
+    check_word_mask,
+    shape_of,
+)
+from mirror_modules._tiles import ELEMENTS_ON_A_GPU, Tile, is_transformed, recomputed_in_tiles
 from mirror_modules.stem.image_encoder import ImageFeatures
 from mirror_modules.stem.text_encoder import TextFeatures
 
 OPERATION = "word_region_similarity"
-ELEMENTS_PER_TILE = {"cpu": 2**21}
-"""Elements of an attention map (images, captions, L, R) that exist at a time: on a CPU, what its caches hold."""
+ELEMENTS_ON_A_CPU = 2**21
+"""Elements of an attention map (images, captions, L, R) that exist at a time on a CPU."""
 SHORTEST = 1e-8
 """Features shorter than this have no direction; their cosine fades to 0."""
 
@@ -59,19 +67,20 @@ def word_region_similarity(
         context[l]    = sum_r attention[l, r] * v_r
         similarity    = log sum_l exp(gamma_word * cos(context[l], w_l))
 
+    Nothing of all pairs exists but the result. "torch" computes some images and captions at a time and recomputes them
+    in the backward pass (a compiled graph, whose compiler plans its own memory, takes all at once); "triton" does so
+    too, with fused softmaxes. Under autocast, regions and words are cast as for a matrix product. On a GPU and in a
+    compiled graph, which cannot look at the mask without a stall, a caption without a word is not refused: it is about
+    -1e38 similar to any image, without gradient.
+
     Args:
         regions: Region features v, (I, R, D).
         words: Word features w, (J, L, D).
         word_mask: True for a real word, (J, L); None if all are.
         gamma_attention: Sharpness of the attention over regions.
         gamma_word: Weight of the best matching words.
-        impl: "auto", "torch" or "triton"; a named implementation runs or raises.
-
-    Nothing of all pairs exists but the result: "torch" computes some images and captions at a time and recomputes them
-    in the backward pass (a compiled graph, whose compiler plans its own memory, takes all images at once); "triton"
-    does so too, with fused softmaxes. `functional.explain` tells which one "auto" takes, and why. Under autocast,
-    regions and words are cast as for a matrix product. On a GPU and in a compiled graph, which cannot look at the mask
-    without a stall, a caption without a word is not refused: it is about -1e38 similar to any image, without gradient.
+        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` tells which
+            one "auto" takes, and why.
 
     Returns:
         Similarity, (I, J), float32 or wider, between -gamma_word and gamma_word + log L.
@@ -86,26 +95,20 @@ def word_region_similarity(
             f"{shape_of(regions)} and {shape_of(words)}."
         )
     check_word_mask(OPERATION, words, word_mask, may_stall=False)
-    choice = choose_similarity(regions, words, impl=impl)
+    check_alike(OPERATION, word_mask, regions=regions, words=words)
+    check_number(OPERATION, gamma_attention=gamma_attention, gamma_word=gamma_word)
+    choice = choose_similarity(regions, words, gamma_attention=gamma_attention, impl=impl)
     regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
     if word_mask is None:
         word_mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+    if choice.implementation == "triton":
+        return kernels.word_region_similarity(regions, words, word_mask, gamma_attention, gamma_word)
 
-    def of_captions(words: Tensor, word_mask: Tensor) -> Tensor:
-        if choice.implementation == "triton":
-            return kernels.word_region_similarity(regions, words, word_mask, gamma_attention, gamma_word)
+    def similarity(regions: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor]:
+        return (_similarity(regions, words, word_mask, gamma_attention, gamma_word),)
 
-        def of_images(regions: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor]:
-            return (_similarity(regions, words, word_mask, gamma_attention, gamma_word),)
-
-        images = max(1, elements // max(1, words.shape[0] * words.shape[1] * regions.shape[1]))
-        tiles = [(slice(i, i + images), EVERYTHING, EVERYTHING) for i in range(0, len(regions), images)]
-        return recomputed_in_tiles(of_images, (regions, words, word_mask), tiles)[0]
-
-    elements = ELEMENTS_PER_TILE.get(regions.device.type, 2**25)
-    captions = max(1, elements // max(1, regions.shape[1] * words.shape[1]))
-    columns = [of_captions(*chunk) for chunk in zip(words.split(captions), word_mask.split(captions))]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    whole = (regions.shape[0], words.shape[0])
+    return recomputed_in_tiles(similarity, (regions, words, word_mask), lambda: _tiles(regions, words), whole)[0]
 
 
 def choose_similarity(
@@ -118,12 +121,30 @@ def choose_similarity(
     impl: str = "auto",
 ) -> kernels.Choice:
     """The implementation that `word_region_similarity` takes for the same arguments."""
+    options = {
+        f"gamma_attention beyond {kernels.LARGEST_GAMMA}": abs(gamma_attention) > kernels.LARGEST_GAMMA,
+        "transforms of torch.func and forward-mode derivatives": is_transformed(),
+    }
     facts = kernels.Facts(
         kernels.machine_of(regions.device),
         dtypes=(autocast_dtype(regions), autocast_dtype(words)),
         sizes={"regions": regions.shape[1], "words": words.shape[1], "features": regions.shape[2]},
+        options=tuple(name for name, is_used in options.items() if is_used),
     )
     return kernels.choose(OPERATION, impl, facts)
+
+
+def _tiles(regions: Tensor, words: Tensor) -> list[Tile]:
+    """Some images with some captions at a time: all captions, unless those are too many for a single image."""
+    per_pair = max(1, regions.shape[1] * words.shape[1])
+    elements = ELEMENTS_ON_A_CPU if regions.device.type == "cpu" else ELEMENTS_ON_A_GPU
+    captions = max(1, elements // per_pair)
+    images = max(1, captions // max(1, words.shape[0]))
+    return [
+        ((i, j), i, j, j)
+        for i in (slice(i, i + images) for i in range(0, regions.shape[0], images))
+        for j in (slice(j, j + captions) for j in range(0, words.shape[0], captions))
+    ]
 
 
 def _similarity(
