@@ -313,6 +313,7 @@ def test_a_kernel_that_cannot_run_raises(monkeypatch):
 
 @pytest.fixture
 def one_row_at_a_time(monkeypatch):
+    monkeypatch.setattr(attention, "FEW_ELEMENTS", 0)
     monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", 1)
 
 
@@ -323,6 +324,7 @@ def test_tiles_change_nothing(monkeypatch, axis, mixed, need_weights, mask):
     inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C), draw(C, C)
     results = []
     for elements in (2**19, C * H * W, 2 * C * W, 1):
+        monkeypatch.setattr(attention, "FEW_ELEMENTS", elements)
         monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", elements)
         options = {"need_weights": need_weights, "sentence_axis": axis, "score_matrix": inputs[3] if mixed else None}
         context = global_local_attention(*inputs[:3], mask, **options)

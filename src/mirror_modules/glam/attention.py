@@ -32,6 +32,8 @@ SentenceAxis = Literal["channels", "positions"]
 OPERATION = "global_local_attention"
 ELEMENTS_ON_A_CPU = 2**18
 """Elements of the features that are attended at a time on a CPU: what its caches hold."""
+FEW_ELEMENTS = 2**21
+"""So many are not divided on a CPU: computing them twice would cost more time than their little memory is worth."""
 
 
 class GlobalLocalContext(NamedTuple):
@@ -323,6 +325,8 @@ class GlobalLocalAttention(nn.Module):
 def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
     """Some samples at a time or, if they are large and may be divided, some rows of one sample."""
     batch, channels, height, width = features.shape
+    if features.device.type == "cpu" and features.numel() <= FEW_ELEMENTS:
+        return []
     elements = ELEMENTS_ON_A_CPU if features.device.type == "cpu" else ELEMENTS_ON_A_GPU
     rows = max(1, elements // max(1, channels * width))
     if rows < height and may_divide:
