@@ -36,6 +36,7 @@ they from what the machine can do? This page is generated out of the records in 
 - `published`: the formulation of the published code, written down from its equations. Attention: positions become rows
   by transposed copies, and the sentence is repeated over all positions. Similarity: one caption after the other, each
   repeated for all images.
+- `loop` (similarity only): `published` without the copies of what it transposes; the fairer one to compare with.
 - `sdpa` (attention only): `scaled_dot_product_attention` for the words, plain PyTorch for the sentence.
 - `flex` (attention only, on a GPU only): compiled `flex_attention` for the words, the sentence compiled with it.
 - `compiled`: `torch.compile` of our plain PyTorch.

@@ -32,7 +32,7 @@ SentenceAxis = Literal["channels", "positions"]
 OPERATION = "global_local_attention"
 ELEMENTS_ON_A_CPU = 2**18
 """Elements of the features that are attended at a time on a CPU: what its caches hold."""
-FEW_ELEMENTS = 2**21
+FEW_ELEMENTS = 2**22
 """So many are not divided on a CPU: computing them twice would cost more time than their little memory is worth."""
 
 
