@@ -112,7 +112,7 @@ def test_a_budget_ends_the_run(tiny, tmp_path, capsys):
     assert "time: used up; left out: word_region_similarity, tiny, float32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("device", "budget"), [("cpu", float("inf")), ("cuda", run.STARTED + 500)])
+@pytest.mark.parametrize(("device", "budget"), [("cpu", float("inf")), ("cuda", 500.0)])
 def test_on_a_gpu_there_is_a_budget_and_no_training(device, budget, monkeypatch):
     measured = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -123,7 +123,7 @@ def test_on_a_gpu_there_is_a_budget_and_no_training(device, budget, monkeypatch)
     assert run.main(["--device", device, "--threads", "1"]) == 0
     (operations, settings), *training = measured
     assert [operation.name for operation in operations] == ["global_local_attention", "word_region_similarity"]
-    assert settings.deadline == budget
+    assert settings.deadline == run.STARTED + budget
     assert training == ([] if device == "cuda" else ["step", "demo"])
 
 
