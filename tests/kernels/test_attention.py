@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -270,6 +271,19 @@ def test_compiles_into_one_graph(device, compiled):
         for c in (context, expected)
     ]
     assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_one_graph_serves_all_batch_sizes(device, impl):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(global_local_attention, fullgraph=True, backend=counter)
+    for batch in (3, 5, 7):
+        inputs = draw(device, b=batch, mask=mask_of(*[11] * batch), dtype=torch.float32)
+        for tensor in inputs:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        attend(*inputs, impl=impl).word_context.sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_checkpointing_changes_no_gradient(device):
