@@ -26,7 +26,7 @@ def recomputed_in_tiles(
     """`function(*inputs)`, computed for a tile at a time, so that intermediate results stay as small as one tile's.
 
     A loop over `torch.utils.checkpoint` would do the same. Here each tile is written to its place, forward and
-    backward; joining tiles took a third of the time of a function that makes few passes over its inputs.
+    backward; joining tiles took about a quarter of the time of a function that makes few passes over its inputs.
 
     A compiled graph computes everything at once, since its compiler has a plan of its own of what to keep. So do
     a second derivative (`create_graph=True`) and the transforms of `torch.func`.

@@ -172,7 +172,7 @@ def global_local_attention(
         Both contexts (B, C, H, W), and the attention maps if asked for.
 
     Raises:
-        ValueError: A caption has no real word, or sizes disagree.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; an option is unknown.
         NotImplementedError: `impl` names an implementation that cannot run.
     """
     _check_projected(OPERATION, features, "words", words, "(B, L, C)")
@@ -202,10 +202,8 @@ def global_local_attention(
         def divide() -> list[Tile]:
             return _tiles(features, may_divide=sentence_axis == "channels")
 
-        inputs, whole = (
-            (features, words, sentence, word_mask, score_matrix),
-            (features.shape[0], None, features.shape[2]),
-        )
+        inputs = features, words, sentence, word_mask, score_matrix
+        whole = features.shape[0], None, features.shape[2]
         results = recomputed_in_tiles(attend, inputs, divide, whole)
     maps = results[2:] if need_weights else (None, None)
     return GlobalLocalContext(results[0], results[1], *maps)

@@ -61,12 +61,11 @@ def word_region_similarity(
         for images, captions in _chunks(regions, words):
             chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
             scores = _scores(some_words, chunk)
-            shares = scores
+            shares = scores  # in place: without a backward pass, the scores are not needed again
             _on_maps(kernels.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention)
+            contexts = _contexts(shares, chunk, count)
             result = similarity.new_empty((len(chunk), len(some_words)))
-            _on_pairs(
-                kernels.similarity_kernel, (_contexts(shares, chunk, count), some_words, some_mask, result), gamma_word
-            )
+            _on_pairs(kernels.similarity_kernel, (contexts, some_words, some_mask, result), gamma_word)
             similarity[images, captions] = result
     return similarity
 

@@ -86,7 +86,7 @@ def word_region_similarity(
         Similarity, (I, J), float32 or wider, between -gamma_word and gamma_word + log L.
 
     Raises:
-        ValueError: A caption has no real word, or sizes disagree.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; a gamma is not finite.
         NotImplementedError: `impl` names an implementation that cannot run.
     """
     if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
