@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mirror_modules.adversarial.losses import discriminator_loss, generator_loss
+from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.kernels import Choice
 from mirror_modules.metrics.r_precision import r_precision
@@ -18,6 +18,7 @@ __all__ = [
     "global_local_attention",
     "kl_divergence",
     "matching_loss",
+    "r1_penalty",
     "r_precision",
     "redescription_loss",
     "sentence_attention",

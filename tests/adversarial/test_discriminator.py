@@ -130,3 +130,31 @@ def test_says_what_is_wrong(message, images, sentence):
 def test_features_of_another_judge_are_refused():
     with pytest.raises(ValueError, match=r"features has 9 features but .* feature_dim=4"):
         make().judge(torch.zeros(B, 9, 4, 4), torch.zeros(B, D))
+
+
+@pytest.mark.parametrize("normalization", ["spectral", "none"])
+def test_other_normalizations_have_no_batch_statistics(normalization):
+    judge = PairedDiscriminator(16, D, channels=CHANNELS, normalization=normalization)
+    images, sentence = draw()
+    judge(images, sentence)
+    together, alone = judge.eval()(images, sentence), judge(images[:1], sentence[:1])
+    assert not [module for module in judge.modules() if "Norm2d" in type(module).__name__]
+    assert_close(tuple(alone), tuple(logits[:1] for logits in together), atol=1e-5, rtol=0)
+
+
+def test_spectral_norm_bounds_each_convolution():
+    judge = PairedDiscriminator(16, D, channels=CHANNELS, normalization="spectral")
+    images, sentence = draw()
+    convolutions = [module for module in judge.modules() if isinstance(module, torch.nn.Conv2d)]
+    with torch.no_grad():
+        for module in convolutions:
+            module.parametrizations.weight.original.mul_(37)
+        for _ in range(99):
+            judge(images, sentence)
+        for module in convolutions:
+            assert torch.linalg.matrix_norm(module.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_an_unknown_normalization_raises():
+    with pytest.raises(ValueError, match="normalization must be one of 'batch', 'spectral', 'none', but it is 'group'"):
+        PairedDiscriminator(16, D, normalization="group")

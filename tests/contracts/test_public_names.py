@@ -36,6 +36,7 @@ FUNCTIONS = [
     "global_local_attention",
     "kl_divergence",
     "matching_loss",
+    "r1_penalty",
     "r_precision",
     "redescription_loss",
     "sentence_attention",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_features, check_images, check_positive, shape_of
+from mirror_modules._checks import check_batch, check_choice, check_features, check_images, check_positive, shape_of
+
+Normalization = Literal["batch", "spectral", "none"]
 
 SMALLEST_RESOLUTION = 4
 # After so many halvings the map of a 64 pixel image is 4 x 4; larger images are narrowed to the same width again.
@@ -36,11 +38,16 @@ class PairedDiscriminator(nn.Module):
         resolution: Height and width of the images, a power of two from 4 up.
         text_dim: Features D of the sentence.
         channels: Channels after the first convolution.
+        normalization: "batch" has batch norms as published, "spectral" instead divides each convolution by its largest
+            singular value, "none" does neither.
     """
 
-    def __init__(self, resolution: int, text_dim: int = 256, *, channels: int = 64) -> None:
+    def __init__(
+        self, resolution: int, text_dim: int = 256, *, channels: int = 64, normalization: Normalization = "batch"
+    ) -> None:
         super().__init__()
         owner = "PairedDiscriminator"
+        check_choice(owner, "normalization", normalization, ("batch", "spectral", "none"))
         check_positive(owner, resolution=resolution, text_dim=text_dim, channels=channels)
         if resolution < SMALLEST_RESOLUTION or resolution & (resolution - 1):
             raise ValueError(
@@ -57,16 +64,19 @@ class PairedDiscriminator(nn.Module):
         ]
         width = channels
         for _ in range(halvings - 1):
-            layers += _block(width, 2 * width, 4, stride=2)
+            layers += _block(width, 2 * width, 4, stride=2, normalization=normalization)
             width *= 2
         for _ in range(halvings - FULL_WIDTH_HALVINGS):
-            layers += _block(width, width // 2, 3)
+            layers += _block(width, width // 2, 3, normalization=normalization)
             width //= 2
         self.feature_dim = width
         self.trunk = nn.Sequential(*layers)
         self.realism_head = nn.Conv2d(width, 1, 4)
-        self.joint = nn.Sequential(*_block(width + text_dim, width, 3))
+        self.joint = nn.Sequential(*_block(width + text_dim, width, 3, normalization=normalization))
         self.consistency_head = nn.Conv2d(width, 1, 4)
+        if normalization == "spectral":
+            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+                nn.utils.parametrizations.spectral_norm(module)
 
     def features(self, images: Tensor) -> Tensor:
         """Look at images (B, 3, resolution, resolution) in [-1, 1]; features (B, F, 4, 4) for `judge`."""
@@ -107,9 +117,10 @@ class PairedDiscriminator(nn.Module):
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 
-def _block(before: int, after: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    return [
-        nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(after),
-        nn.LeakyReLU(0.2, inplace=True),
-    ]
+def _block(
+    before: int, after: int, kernel: int, stride: int = 1, normalization: Normalization = "batch"
+) -> list[nn.Module]:
+    # A bias would be taken away again by a batch norm.
+    has_norm = normalization == "batch"
+    convolution = nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=not has_norm)
+    return [convolution, *([nn.BatchNorm2d(after)] if has_norm else []), nn.LeakyReLU(0.2, inplace=True)]

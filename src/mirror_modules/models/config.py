@@ -43,6 +43,8 @@ class MirrorGANConfig:
     """Axis of the sentence attention's softmax."""
     discriminator_channels: int = 64
     """Channels after the first convolution of each discriminator."""
+    discriminator_normalization: Literal["batch", "spectral", "none"] = "batch"
+    """Batch norms in the discriminators as published, spectral norms of their convolutions instead, or neither."""
     image_backbone: str = "inception_v3"
     """Backbone of the image encoder that trains the text encoder: "conv", "inception_v3" or a torchvision ResNet."""
     captioner_backbone: str = "resnet152"
