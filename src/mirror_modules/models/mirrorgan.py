@@ -105,7 +105,7 @@ class MirrorGAN(nn.Module):
         """
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
         noise, condition_noise = self._draw_noise(len(tokens), seed)
-        with _evaluation(self):
+        with evaluating(self):
             return self(
                 tokens.to(self.device),
                 word_mask.to(self.device),
@@ -136,7 +136,7 @@ class MirrorGAN(nn.Module):
         Returns:
             One caption per image.
         """
-        with _evaluation(self):
+        with evaluating(self):
             tokens = self.captioner.describe(
                 images.to(self.device), beam_width=beam_width, max_words=self.config.max_words + 1
             )
@@ -162,7 +162,7 @@ class MirrorGAN(nn.Module):
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; then each part has its own mode again, so that a frozen one stays frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

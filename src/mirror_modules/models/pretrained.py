@@ -26,10 +26,20 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(Path(name))
         os.chmod(name, 0o644)
+        flush_to_disk(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,10 +62,17 @@ def read_json(path: Path) -> Any:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the state of a Module as safetensors, whole or not at all."""
-    save_file = _safetensors().save_file
+    """Write the state of a Module as safetensors, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    safetensors = _safetensors()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(state, str(temporary)))
+    try:
+        write_whole(path, lambda temporary: safetensors.torch.save_file(state, str(temporary)))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -68,7 +85,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected the weights of a {type(module).__name__}.")
     try:
-        state = _safetensors().load_file(str(path))
+        state = _safetensors().torch.load_file(str(path))
     except Exception as error:
         raise ValueError(f"{path} is damaged, or not a safetensors file ({error}); save the model again.") from error
     check_state(type(module).__name__, module, state, str(path))
@@ -140,4 +157,4 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError("Model files need safetensors: pip install 'mirror-modules[hub]'") from error
-    return safetensors.torch
+    return safetensors

@@ -25,7 +25,7 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
     Returns:
         Tokens (B, L + 1) and word_mask (B, L + 1), in which the end token counts as a word.
     """
-    check_word_mask("append_end", tokens, word_mask)
+    check_word_mask("append_end", tokens, word_mask, may_stall=False)
     if word_mask is None:
         word_mask = torch.ones_like(tokens, dtype=torch.bool)
     mask_with_end = F.pad(word_mask, (1, 0), value=True)
@@ -74,7 +74,11 @@ class Captioner(nn.Module):
     def first_input(self, images: Tensor) -> Tensor:
         """What the LSTM reads before the first word: images (B, 3, H, W) -> (B, embedding_dim)."""
         check_images("Captioner", images)
-        return self.image_norm(self.image_projection(self.image_encoder(images).image))
+        return self.project(self.image_encoder(images).image)
+
+    def project(self, image_feature: Tensor) -> Tensor:
+        """What the image encoder sees, (B, image_dim), as the LSTM reads it: (B, embedding_dim)."""
+        return self.image_norm(self.image_projection(image_feature))
 
     def decode(self, first_input: Tensor, tokens: Tensor) -> Tensor:
         """Predict each word from the first input (B, embedding_dim) and the words before it: logits (B, L, V)."""
@@ -105,7 +109,7 @@ class Captioner(nn.Module):
         Raises:
             ValueError: Sizes disagree, or a token lies outside the vocabulary.
         """
-        check_word_mask("Captioner", tokens, word_mask)
+        check_word_mask("Captioner", tokens, word_mask, may_stall=False)
         return self.decode(self.first_input(images), tokens)
 
     @torch.no_grad()

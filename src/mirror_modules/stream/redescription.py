@@ -48,7 +48,7 @@ def redescription_loss(
             f"{shape_of(tokens)}."
         )
     check_tokens(owner, tokens, logits.shape[2])
-    check_word_mask(owner, tokens, word_mask)
+    check_word_mask(owner, tokens, word_mask, may_stall=False)
     if word_mask is not None:
         # Selected before the softmax: what a captioner says at padding may be infinite, and its gradient then NaN.
         logits = logits.where(word_mask.unsqueeze(2), 0.0)
