@@ -4,10 +4,19 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from mirror_modules.glam.stages import ImageHead, InitialStage, RefinementStage, ResidualBlock, UpBlock, WordAttention
+from mirror_modules.glam.stages import (
+    DoublingConv2d,
+    ImageHead,
+    InitialStage,
+    RefinementStage,
+    ResidualBlock,
+    UpBlock,
+    WordAttention,
+)
 
 B, L, C, H, W = 2, 7, 3, 5, 2
 Z, D, E = 11, 13, 17
@@ -54,6 +63,23 @@ def test_up_block_matches_the_loops():
         doubled[:, :, y, x] = features[:, :, y // 2, x // 2]
     expected = gate_by_loops(norm_by_loops(conv_by_loops(doubled, block.conv.weight), block.norm))
     assert_close(block(features), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("batch", "height", "width"), [(B, H, W), (1, 1, 1), (3, 1, 7)])
+def test_doubling_convolution_equals_the_two_steps_twice_differentiated(batch, height, width, layout):
+    conv = DoublingConv2d(C, 4).double().to(memory_format=layout)
+    features = torch.randn(batch, C, height, width).double().to(memory_format=layout).requires_grad_()
+    weights = torch.randn(batch, 4, 2 * height, 2 * width).double()
+
+    def derivatives(result):
+        first = torch.autograd.grad((result * weights).tanh().sum(), (features, conv.weight), create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (features, conv.weight))
+        return [result, *first, *second]
+
+    doubled = F.interpolate(features, scale_factor=2.0, mode="nearest")
+    expected = derivatives(F.conv2d(doubled, conv.weight, padding=1))
+    assert_close(derivatives(conv(features)), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_residual_block_matches_the_loops():

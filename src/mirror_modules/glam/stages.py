@@ -17,18 +17,37 @@ from mirror_modules.glam.attention import GlobalLocalAttention, SentenceAxis, wo
 SMALLEST_RESOLUTION = 4
 
 
+class DoublingConv2d(nn.Conv2d):
+    """A 3x3 convolution of the map at twice its size, which is never made.
+
+        conv2d(interpolate(features, scale_factor=2, mode="nearest"), weight, padding=1)
+
+    Where weights of the kernel meet copies of one pixel, their sum meets the pixel. With the sums taken beforehand, it
+    is a transposed convolution of stride 2 by a 4x4 kernel: 16 multiplications per pixel instead of 36.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, 2H, 2W)."""
+        turned = self.weight.flip(2, 3).transpose(0, 1)
+        rows = F.pad(turned, (0, 0, 0, 1)) + F.pad(turned, (0, 0, 1, 0))
+        kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+        return F.conv_transpose2d(input, kernel, stride=2, padding=1)
+
+
 class UpBlock(nn.Module):
     """Double the resolution: nearest neighbor, 3x3 convolution, batch norm, gated linear unit."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, padding=1, bias=False)
+        self.conv = DoublingConv2d(in_channels, 2 * out_channels)
         self.norm = nn.BatchNorm2d(2 * out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, 2H, 2W)."""
-        doubled = F.interpolate(features, scale_factor=2.0, mode="nearest")
-        return F.glu(self.norm(self.conv(doubled)), dim=1)
+        return F.glu(self.norm(self.conv(features)), dim=1)
 
 
 class ResidualBlock(nn.Module):
