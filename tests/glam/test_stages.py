@@ -16,6 +16,7 @@ from mirror_modules.glam.stages import (
     ResidualBlock,
     UpBlock,
     WordAttention,
+    gate,
 )
 
 B, L, C, H, W = 2, 7, 3, 5, 2
@@ -63,6 +64,14 @@ def test_up_block_matches_the_loops():
         doubled[:, :, y, x] = features[:, :, y // 2, x // 2]
     expected = gate_by_loops(norm_by_loops(conv_by_loops(doubled, block.conv.weight), block.norm))
     assert_close(block(features), expected)
+
+
+def test_gradient_of_the_gate_stays_channels_last():
+    features = torch.randn(B, 2 * C, H, W).to(memory_format=torch.channels_last).requires_grad_()
+    assert_close(gate(features), F.glu(features, dim=1))
+    gradients = [torch.autograd.grad(form.square().sum(), features)[0] for form in (gate(features), F.glu(features, 1))]
+    assert_close(gradients[0], gradients[1])
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

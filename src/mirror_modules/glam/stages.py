@@ -17,6 +17,16 @@ from mirror_modules.glam.attention import GlobalLocalAttention, SentenceAxis, wo
 SMALLEST_RESOLUTION = 4
 
 
+def gate(features: Tensor) -> Tensor:
+    """The gated linear unit, `F.glu(features, dim=1)`, in a form whose gradient is laid out as the features are.
+
+    That of torch's own is contiguous even if they are channels-last, and a batch norm takes several times as long for a
+    mixture of both.
+    """
+    value, openness = features.chunk(2, dim=1)
+    return value * openness.sigmoid()
+
+
 class DoublingConv2d(nn.Conv2d):
     """A 3x3 convolution of the map at twice its size, which is never made.
 
@@ -47,7 +57,7 @@ class UpBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, 2H, 2W)."""
-        return F.glu(self.norm(self.conv(features)), dim=1)
+        return gate(self.norm(self.conv(features)))
 
 
 class ResidualBlock(nn.Module):
@@ -62,7 +72,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        inner = F.glu(self.norm1(self.conv1(features)), dim=1)
+        inner = gate(self.norm1(self.conv1(features)))
         return features + self.norm2(self.conv2(inner))
 
 
@@ -84,7 +94,7 @@ class InitialStage(nn.Module):
 
     def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
         """(B, Z), (B, E) -> (B, C, H, W)."""
-        base = F.glu(self.norm(self.linear(torch.cat((condition, noise), dim=1))), dim=1)
+        base = gate(self.norm(self.linear(torch.cat((condition, noise), dim=1))))
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
 
