@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mirror_modules import PairedDiscriminator
+from mirror_modules.adversarial.discriminator import SentenceConv2d, WholeMapConv2d
 
 B, D, CHANNELS = 3, 5, 2
 
@@ -125,6 +127,38 @@ def test_refuses_what_it_cannot_be(message, options):
 def test_says_what_is_wrong(message, images, sentence):
     with pytest.raises(ValueError, match="PairedDiscriminator: " + message):
         make()(images, sentence)
+
+
+def derivatives(result, *inputs):
+    """The result, its derivatives, and derivatives of these."""
+    weights = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
+    first = torch.autograd.grad((result * weights).tanh().sum(), inputs, create_graph=True)
+    return [result, *first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)]
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("batch", "height", "width"), [(B, 4, 4), (1, 1, 1), (2, 1, 7), (2, 5, 2)])
+def test_sentence_convolution_equals_one_with_the_sentence_laid_out(batch, height, width, layout):
+    conv = SentenceConv2d(2, D).double().to(memory_format=layout)
+    features = torch.randn(batch, 2, height, width).double().to(memory_format=layout).requires_grad_()
+    sentence = torch.randn(batch, D).double().requires_grad_()
+    joined = torch.cat((features, sentence[:, :, None, None].expand(-1, -1, height, width)), dim=1)
+    expected = derivatives(F.conv2d(joined, conv.weight, padding=1), features, sentence, conv.weight)
+    found = derivatives(conv(features, sentence), features, sentence, conv.weight)
+    assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("batch", [B, 1])
+def test_product_with_the_whole_map_equals_its_convolution(batch, layout):
+    conv = WholeMapConv2d(2).double().to(memory_format=layout)
+    features = torch.randn(batch, 2, 4, 4).double().to(memory_format=layout).requires_grad_()
+    inputs = features, conv.weight, conv.bias
+    expected = derivatives(F.conv2d(features, conv.weight, conv.bias).flatten(), *inputs)
+    assert_close(derivatives(conv(features), *inputs), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_features_of_another_judge_are_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirror_modules._checks import check_batch, check_choice, check_features, check_images, check_positive, shape_of
@@ -23,6 +23,38 @@ class PairedLogits(NamedTuple):
     """Is it a photograph? The sentence is not looked at. (B,)"""
     consistency: Tensor
     """Does it belong to this sentence? (B,)"""
+
+
+class SentenceConv2d(nn.Conv2d):
+    """A 3x3 convolution of features with a sentence at each of their positions, where it is never laid out.
+
+        conv2d(cat(features, sentence at each position), weight, padding=1)
+
+    The sentence is the same everywhere: each of the kernel's nine places multiplies it once, and a matrix of zeros and
+    ones adds those up that lie within the map.
+    """
+
+    def __init__(self, channels: int, text_dim: int, *, bias: bool = False) -> None:
+        super().__init__(channels + text_dim, channels, 3, padding=1, bias=bias)
+
+    def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, C, H, W), (B, D) -> (B, C, H, W)."""
+        of_features, of_sentence = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
+        places = F.linear(sentence, of_sentence.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, 9))
+        is_within = F.unfold(places.new_ones(1, 1, *features.shape[2:]), 3, padding=1)
+        said = (places @ is_within).unflatten(2, features.shape[2:])
+        return F.conv2d(features, of_features, self.bias, padding=1) + said
+
+
+class WholeMapConv2d(nn.Conv2d):
+    """A convolution whose kernel is as large as the map, to one number: a product, (B, C, 4, 4) -> (B,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, SMALLEST_RESOLUTION)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, 4, 4) -> (B,)."""
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias).flatten()
 
 
 class PairedDiscriminator(nn.Module):
@@ -55,6 +87,8 @@ class PairedDiscriminator(nn.Module):
             )
         self.resolution, self.text_dim = resolution, text_dim
         halvings = (resolution // SMALLEST_RESOLUTION).bit_length() - 1
+        # A batch norm takes a bias away again.
+        has_norm = normalization == "batch"
         # A 4 x 4 image is not halved: one convolution that keeps its size.
         layers: list[nn.Module] = [
             nn.Conv2d(3, channels, 4, stride=2, padding=1, bias=False)
@@ -64,16 +98,17 @@ class PairedDiscriminator(nn.Module):
         ]
         width = channels
         for _ in range(halvings - 1):
-            layers += _block(width, 2 * width, 4, stride=2, normalization=normalization)
+            halving = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=not has_norm)
+            layers += _with_norm(halving, has_norm)
             width *= 2
         for _ in range(halvings - FULL_WIDTH_HALVINGS):
-            layers += _block(width, width // 2, 3, normalization=normalization)
+            layers += _with_norm(nn.Conv2d(width, width // 2, 3, padding=1, bias=not has_norm), has_norm)
             width //= 2
         self.feature_dim = width
         self.trunk = nn.Sequential(*layers)
-        self.realism_head = nn.Conv2d(width, 1, 4)
-        self.joint = nn.Sequential(*_block(width + text_dim, width, 3, normalization=normalization))
-        self.consistency_head = nn.Conv2d(width, 1, 4)
+        self.realism_head = WholeMapConv2d(width)
+        self.joint = nn.Sequential(*_with_norm(SentenceConv2d(width, text_dim, bias=not has_norm), has_norm))
+        self.consistency_head = WholeMapConv2d(width)
         if normalization == "spectral":
             for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
                 nn.utils.parametrizations.spectral_norm(module)
@@ -93,9 +128,11 @@ class PairedDiscriminator(nn.Module):
         check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
         check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         check_batch("PairedDiscriminator", images=features, sentence=sentence)
-        sentence_map = sentence[:, :, None, None].expand(-1, -1, *features.shape[2:])
-        joint = self.joint(torch.cat((features, sentence_map), dim=1))
-        return PairedLogits(self.realism_head(features).flatten(), self.consistency_head(joint).flatten())
+        convolution, *rest = self.joint
+        joint = convolution(features, sentence)
+        for layer in rest:
+            joint = layer(joint)
+        return PairedLogits(self.realism_head(features), self.consistency_head(joint))
 
     def forward(self, images: Tensor, sentence: Tensor) -> PairedLogits:
         """Judge images with sentences.
@@ -117,10 +154,6 @@ class PairedDiscriminator(nn.Module):
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 
-def _block(
-    before: int, after: int, kernel: int, stride: int = 1, normalization: Normalization = "batch"
-) -> list[nn.Module]:
-    # A bias would be taken away again by a batch norm.
-    has_norm = normalization == "batch"
-    convolution = nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=not has_norm)
-    return [convolution, *([nn.BatchNorm2d(after)] if has_norm else []), nn.LeakyReLU(0.2, inplace=True)]
+def _with_norm(convolution: nn.Conv2d, has_norm: bool) -> list[nn.Module]:
+    norm = [nn.BatchNorm2d(convolution.out_channels)] if has_norm else []
+    return [convolution, *norm, nn.LeakyReLU(0.2, inplace=True)]
