@@ -15,7 +15,7 @@ help:
 	@echo "make bench-report   write docs/benchmarks.md out of what was measured"
 
 train: .venv/installed-train
-	$(BIN)/mirror-modules train demo --out runs/demo $(ARGS)
+	$(BIN)/mirror-modules train demo --out runs/demo --resume $(ARGS)
 
 # One torch thread per worker: more of them fight over the same cores.
 test: .venv/installed-dev

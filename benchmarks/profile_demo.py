@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from benchmarks import _measure, _record
 from mirror_modules import MirrorGAN
-from mirror_modules.data import InMemoryCaptions, SyntheticFlowers
+from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.batching import CaptionBatch
-from mirror_modules.training.batches import training_batches
+from mirror_modules.training.batches import load_batches, to_device
+from mirror_modules.training.features import cached_text
 from mirror_modules.training.recipes import Recipe, get_recipe
 from mirror_modules.training.state import AdversarialState, start
 from mirror_modules.training.step import adversarial_step
+from mirror_modules.training.trainee import Outcome
 
 WARM_UP_STEPS = 3
 # A step costs the same whatever the data set's size; drawing all of it would take longer than measuring.
@@ -36,7 +37,7 @@ class Phase(NamedTuple):
     state: AdversarialState
     batches: Iterator[CaptionBatch]
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self) -> Outcome:
         """One step on the next batch."""
         return adversarial_step(self.state, next(self.batches), self.recipe.glam)
 
@@ -70,9 +71,11 @@ def build_phase(name: str) -> Phase:
     resolution = recipe.model.resolutions[-1]
     dataset = SyntheticFlowers(max(IMAGES, recipe.glam.batch_size), resolution=resolution)
     data = InMemoryCaptions(dataset, max_words=recipe.model.max_words)
-    batches = training_batches(data, recipe.glam.batch_size, resolution, seed=0, device=torch.device("cpu"))
+    loaded = load_batches(RepeatableBatches(data, recipe.glam.batch_size, 0), 0, 2**31)
+    batches = (to_device(batch, torch.device("cpu")) for batch in loaded)
     model = MirrorGAN(recipe.model, data.vocabulary)
-    state = start(model, recipe.glam, torch.Generator().manual_seed(0))
+    text = cached_text(model.text_encoder.eval(), data, torch.device("cpu"))
+    state = start(model, recipe, torch.Generator().manual_seed(0), text=text)
     return Phase(recipe, state, batches)
 
 
@@ -85,18 +88,18 @@ def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, f
     """Seconds of each step, and the share of each part in all of them."""
     state = phase.state
     with Stopwatch() as watch:
-        watch.watch("text encoder", state.model.text_encoder, "forward")
-        watch.watch("conditioning", state.painter.conditioning, "forward")
-        watch.watch("generator, forward", state.painter.generator, "forward")
+        watch.watch("text features", state, "text")
+        watch.watch("conditioning", state.model.conditioning, "forward")
+        watch.watch("generator, forward", state.model.generator, "forward")
         for discriminator in state.discriminators:
             watch.watch("discriminators, forward", discriminator, "features")
             watch.watch("discriminators, forward", discriminator, "judge")
         if state.redescription is not None:
             watch.watch("captioner, forward", state.redescription, "forward")
         watch.watch("backward", torch.Tensor, "backward")
-        for optimizer in [state.painter_optimizer, *state.discriminator_optimizers]:
-            watch.watch("optimizers", optimizer, "step")
-        watch.watch("average", state.average, "update_parameters")
+        for trainee in state.trainees().values():
+            watch.watch("optimizers", trainee.optimizer, "step")
+        watch.watch("average", state.average, "update")
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()

@@ -193,12 +193,11 @@ def published_step(
         words, sentence = model.text_encoder(batch.tokens, batch.word_mask)
     noise = torch.randn(len(words), config.noise_dim, generator=state.random)
     condition_noise = torch.randn(len(words), config.condition_dim, generator=state.random)
-    condition = state.painter.conditioning(sentence, noise=condition_noise)
-    images = state.painter.generator(noise, condition.sample, words, batch.word_mask).images
+    condition = model.conditioning(sentence, noise=condition_noise)
+    images = model.generator(noise, condition.sample, words, batch.word_mask).images
 
-    for discriminator, optimizer, real, image in zip(
-        state.discriminators, state.discriminator_optimizers, real_images, images
-    ):
+    optimizers = [judge.optimizer for judge in state.judges]
+    for discriminator, optimizer, real, image in zip(state.discriminators, optimizers, real_images, images):
         optimizer.zero_grad()
         loss = published_discriminator_loss(discriminator, real, image.detach(), sentence)
         loss.backward()
@@ -207,7 +206,7 @@ def published_step(
 
     for discriminator in state.discriminators:
         discriminator.requires_grad_(not hold_discriminators)
-    state.painter_optimizer.zero_grad()
+    state.painter.optimizer.zero_grad()
     total = torch.zeros(())
     for discriminator, image in zip(state.discriminators, images):
         features = discriminator.features(image)
@@ -219,12 +218,12 @@ def published_step(
     losses["kl"] = kl.detach()
     total = total + recipe.kl_weight * kl
     total.backward()
-    state.painter_optimizer.step()
+    state.painter.optimizer.step()
     for discriminator in state.discriminators:
         discriminator.requires_grad_(True)
 
     with torch.no_grad():
-        for average, parameter in zip(state.average.module.parameters(), state.painter.parameters()):
+        for average, parameter in zip(state.average.module.parameters(), state.painter.module.parameters()):
             average.mul_(recipe.average_decay).add_(parameter, alpha=1 - recipe.average_decay)
     losses["generator_total"] = total.detach()
     return losses

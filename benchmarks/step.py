@@ -13,7 +13,7 @@ from benchmarks import _measure, _record
 from benchmarks.published import published_step, use_published_attention
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
 from mirror_modules.data.batching import CaptionBatch
-from mirror_modules.training.recipes import AdversarialRecipe
+from mirror_modules.training.recipes import AdversarialRecipe, Recipe
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
@@ -52,7 +52,7 @@ def build_step(impl: str, sizes: Sizes) -> _measure.Call:
     if impl != OURS:
         use_published_attention(model)
     torch.manual_seed(1)  # again, so that the discriminators too begin with equal weights
-    state = start(model, recipe, torch.Generator().manual_seed(0))
+    state = start(model, Recipe("step", model=config, glam=recipe), torch.Generator().manual_seed(0))
     batch = make_batch(sizes, len(model.vocabulary))
     if impl == OURS:
         return partial(adversarial_step, state, batch, recipe)
@@ -66,7 +66,8 @@ def make_batch(sizes: Sizes, vocabulary_size: int) -> CaptionBatch:
     images = 2 * torch.rand(sizes.batch, 3, finest, finest, generator=random) - 1
     word_mask = torch.arange(sizes.words).repeat(sizes.batch, 1) < max(1, 2 * sizes.words // 3)
     tokens = torch.randint(2, vocabulary_size, (sizes.batch, sizes.words), generator=random) * word_mask
-    return CaptionBatch(images, tokens, word_mask, torch.arange(sizes.batch), captions=("",) * sizes.batch)
+    rows = torch.arange(sizes.batch)
+    return CaptionBatch(images, tokens, word_mask, rows, ("",) * sizes.batch, rows, rows)
 
 
 def measure(sizes: Sizes, rounds: int, threads: int, quiet: float) -> list[_record.Record]:

@@ -250,7 +250,7 @@ def test_an_interruption_is_said_in_one_line(capsys, model, monkeypatch):
 
 # A whole run of two steps, on few and small images.
 SHORT = [
-    *("--steps", 2, "--log-every", 1, "--data.training-images", 23, "--data.validation-images", 19),
+    *("--steps", 2, "--logging.every", 1, "--data.training-images", 23, "--data.validation-images", 19),
     *("--evaluation.candidates", 5, "--evaluation.report-images", 2, "--model.resolutions", 8, 16),
     *("--model.channels", 3, "--model.discriminator-channels", 3, "--model.word-dim", 10),
 ]
@@ -294,7 +294,6 @@ def test_trains_phase_by_phase_and_evaluates(capsys, tmp_path):
     ("options", "needle"),
     [
         (["--steps", 0], "steps must be a whole number of at least 1, but it is 0"),
-        (["--log-every", 0], "log_every must be a whole number of at least 1"),
         (["--seed", -1], "seed must be from 0"),
         (["--evaluation.candidates", 20], "evaluation.candidates=20 needs"),
         (["--model.channels", 0], "channels must be a whole number of at least 1"),

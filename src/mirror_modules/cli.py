@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from mirror_modules.training.recipes import PHASES, Recipe, get_recipe
+from mirror_modules.training.recipes import PHASES, Recipe, get_recipe, load_recipe
 
 USAGE = """\
 usage: mirror-modules COMMAND ...
@@ -47,8 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"mirror-modules {words[0]}: interrupted; finished phases are kept.", file=sys.stderr)
+            print(f"mirror-modules {words[0]}: interrupted; finished phases and checkpoints are kept.", file=sys.stderr)
             return 130
+        except RuntimeError as error:
+            # Imported late: most commands need nothing of the training.
+            from mirror_modules.training.errors import Interrupted, TrainingError
+
+            if not isinstance(error, TrainingError):
+                raise
+            print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            return error.status if isinstance(error, Interrupted) else 2
     return 0
 
 
@@ -57,12 +66,18 @@ def _train(arguments: list[str]) -> None:
     from mirror_modules.training.loop import train
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
-    options = _parse(TrainOptions, arguments, f"mirror-modules train {name}", default=TrainOptions(get_recipe(name)))
+    base = get_recipe(name)
+    if (file := _option("--config", arguments)) is not None:
+        base = load_recipe(file, base)
+    options = _parse(TrainOptions, arguments, f"mirror-modules train {name}", default=TrainOptions(base))
     recipe = options.resolve()
     device = _device(options.device)
     out = options.out or Path("runs") / name
     phases = options.phases or PHASES
-    folder = train(recipe, out, phases=phases, device=device)
+    folder = train(recipe, out, phases=phases, device=device, resume=options.resume)
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Of several processes, the first one measures.
+        return
     if all(folder.weights(phase).exists() for phase in PHASES):
         _print_metrics(evaluate(out, device=device))
         print(f"Open {folder.report}")
@@ -85,6 +100,10 @@ class TrainOptions:
     """Where to compute; auto takes a GPU if there is one."""
     phases: tuple[Literal["stem", "stream", "glam", "judge"], ...] = ()
     """Phases to train; all if not given."""
+    resume: bool = False
+    """Go on with a run that was stopped, from its newest checkpoint; a new folder is begun as without it."""
+    config: Path | None = None
+    """JSON file with the fields that differ from the recipe's, or a run's config.json; options given here win."""
 
     def resolve(self) -> Recipe:
         """The recipe with `data` and `steps` put in."""
@@ -206,6 +225,16 @@ def _parse(
         return tyro.cli(options, args=arguments, prog=program)
     options.__annotations__["recipe"] = Annotated[Recipe, tyro.conf.arg(name="")]
     return tyro.cli(options, args=arguments, prog=program, default=default)
+
+
+def _option(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option that is needed before the others are parsed."""
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
 
 
 def _device(name: str) -> str:

@@ -36,7 +36,7 @@ def with_the_next_caption(monkeypatch):
 def one_step(impl):
     run = step.build_step(impl, SIZES)
     state = run.args[0]
-    before = copy.deepcopy(state.painter.state_dict())
+    before = copy.deepcopy(state.painter.module.state_dict())
     return run(), state, before
 
 
@@ -45,13 +45,14 @@ def one_step(impl):
 def test_one_step_is_the_same_step(impl):
     ours, our_state, our_weights = one_step(step.OURS)
     theirs, their_state, their_weights = one_step(impl)
-    assert all(isinstance(s.attention, PublishedAttention) for s in their_state.painter.generator.refinements)
+    assert all(isinstance(s.attention, PublishedAttention) for s in their_state.model.generator.refinements)
+    ours = ours.losses
     torch.testing.assert_close(our_weights, their_weights, rtol=0, atol=0)
     judged = {f"{who}_{resolution}" for who in ("discriminator", "generator") for resolution in SIZES.resolutions}
     assert set(theirs) == judged | {"kl", "generator_total"}
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}")
-    mine, its = (dict(s.painter.named_parameters()) for s in (our_state, their_state))
+    mine, its = (dict(s.painter.module.named_parameters()) for s in (our_state, their_state))
     assert len(mine) == len(its)
     for name, parameter in mine.items():
         assert parameter.grad.abs().max() > 0

@@ -1,10 +1,8 @@
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
 
-from mirror_modules.data import CaptionedImage, InMemoryCaptions
+from mirror_modules.data import CaptionedImage, InMemoryCaptions, RepeatableBatches
 from mirror_modules.stem.vocabulary import Vocabulary
 
 N, H, W = 11, 5, 7
@@ -34,8 +32,9 @@ class Broken(Numbered):
         return sample._replace(**self.replaced) if index == 3 else sample
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def read(data, batch_size, seed, count):
+    batches = RepeatableBatches(data, batch_size, seed)
+    return [batches[number] for number in range(count)]
 
 
 def numbers(batches):
@@ -52,7 +51,7 @@ def data():
 
 
 def test_everything_in_a_batch_belongs_together(data):
-    for batch in islice(data.batches(3, seeded(0)), 20):
+    for batch in read(data, 3, 0, 20):
         assert batch.images.shape == (3, H, W, 3)
         assert batch.images.dtype == torch.uint8
         for row, number in enumerate(batch.images[:, 2, 4, 1].tolist()):
@@ -65,7 +64,7 @@ def test_everything_in_a_batch_belongs_together(data):
 
 
 def test_each_epoch_shows_every_image_at_most_once_and_over_time_all(data):
-    shown = numbers(islice(data.batches(3, seeded(0)), 300))
+    shown = numbers(read(data, 3, 0, 300))
     epochs = [[*shown[i], *shown[i + 1], *shown[i + 2]] for i in range(0, 300, 3)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert {number for epoch in epochs for number in epoch} == set(range(N))
@@ -73,7 +72,7 @@ def test_each_epoch_shows_every_image_at_most_once_and_over_time_all(data):
 
 
 def test_a_whole_epoch_shows_every_image_and_in_time_every_caption(data):
-    batches = list(islice(data.batches(N, seeded(0)), 60))
+    batches = read(data, N, 0, 60)
     assert all(sorted(shown) == list(range(N)) for shown in numbers(batches))
     seen = {caption for batch in batches for caption in batch.captions}
     assert seen == {caption for i in range(N) for caption in Numbered()[i].captions}
@@ -81,17 +80,35 @@ def test_a_whole_epoch_shows_every_image_and_in_time_every_caption(data):
 
 def test_batches_repeat_with_the_generator_and_leave_the_global_one_alone(data):
     before = torch.get_rng_state()
-    one, again, other = (list(islice(data.batches(3, seeded(seed)), 7)) for seed in (1, 1, 2))
+    one, again, other = (read(data, 3, seed, 7) for seed in (1, 1, 2))
     assert all(same(a, b) for a, b in zip(one, again))
     assert numbers(one) != numbers(other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("skip", [0, 1, 3, 7])
-def test_skip_goes_on_where_another_run_stopped(data, skip):
-    unbroken = list(islice(data.batches(3, seeded(4)), 12))
-    resumed = list(islice(data.batches(3, seeded(4), skip=skip), 12 - skip))
-    assert all(same(a, b) for a, b in zip(unbroken[skip:], resumed))
+def test_a_batch_depends_on_its_number_alone(data):
+    """Read backward, by another object, the batches are the same."""
+    forward = read(data, 3, 4, 12)
+    batches = RepeatableBatches(data, 3, 4)
+    backward = [batches[number] for number in reversed(range(12))]
+    assert all(same(a, b) for a, b in zip(forward, reversed(backward)))
+
+
+@pytest.mark.parametrize("crop", [None, 4])
+def test_the_parts_of_the_ranks_are_the_whole(data, crop):
+    whole = RepeatableBatches(data, 6, 4, crop=crop)
+    parts = [RepeatableBatches(data, 6, 4, crop=crop, rank=rank, ranks=3) for rank in range(3)]
+    for number in (0, 1, 5):
+        mine = [part[number] for part in parts]
+        for field in ("images", "tokens", "word_mask", "class_ids", "image_rows", "caption_rows"):
+            together = torch.cat([getattr(part, field) for part in mine])
+            assert torch.equal(together, getattr(whole[number], field))
+
+
+def test_rows_lead_back_to_the_data_set(data):
+    for batch in read(data, 3, 0, 9):
+        assert torch.equal(data.images[batch.image_rows], batch.images)
+        assert torch.equal(data.tokens[batch.caption_rows, : batch.tokens.shape[1]], batch.tokens)
 
 
 def test_chosen_images_and_captions(data):
@@ -138,6 +155,8 @@ def test_errors(data):
     with pytest.raises(ValueError, match="max_words must be a whole number of at least 1, but it is 0"):
         InMemoryCaptions(Numbered(), max_words=0)
     with pytest.raises(ValueError, match="batch_size=12 exceeds the 11 samples"):
-        data.batches(12, seeded(0))
-    with pytest.raises(ValueError, match="skip must be at least 0, but it is -1"):
-        data.batches(3, seeded(0), skip=-1)
+        RepeatableBatches(data, 12, 0)
+    with pytest.raises(ValueError, match="batch_size=5 must be a multiple of ranks=2"):
+        RepeatableBatches(data, 5, 0, ranks=2)
+    with pytest.raises(IndexError, match="batches are counted from 0, and -1 was asked for"):
+        RepeatableBatches(data, 3, 0)[-1]

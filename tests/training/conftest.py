@@ -8,7 +8,7 @@ import pytest
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import train
-from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Recipe, demo
+from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, LoggingRecipe, Recipe, demo
 
 
 def make_tiny_recipe() -> Recipe:
@@ -35,7 +35,15 @@ def make_tiny_recipe() -> Recipe:
     }
     data = DataRecipe(training_images=41, validation_images=31)
     evaluation = EvaluationRecipe(candidates=11, report_images=3)
-    return dataclasses.replace(base, name="tiny", model=model, data=data, evaluation=evaluation, log_every=1, **phases)
+    return dataclasses.replace(
+        base,
+        name="tiny",
+        model=model,
+        data=data,
+        evaluation=evaluation,
+        logging=LoggingRecipe(every=1, samples_every=2),
+        **phases,
+    )
 
 
 @pytest.fixture

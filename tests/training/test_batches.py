@@ -1,15 +1,14 @@
 """Splits and training batches: what a recipe asks for is what arrives, the same each time."""
 
 import dataclasses
-from itertools import islice
 
 import pytest
 import torch
 
-from mirror_modules.data import SyntheticFlowers
+from mirror_modules.data import RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.transforms import to_float
 from mirror_modules.stem import Vocabulary
-from mirror_modules.training.batches import load_splits, training_batches
+from mirror_modules.training.batches import load_batches, load_splits, to_device
 
 CPU = torch.device("cpu")
 
@@ -19,7 +18,9 @@ def splits_of(recipe, **changes):
 
 
 def batches_of(training, seed=3, batch_size=7, count=9):
-    return list(islice(training_batches(training, batch_size, 16, seed, CPU), count))
+    crop = 16 if training.images.shape[1] > 16 else None
+    batches = RepeatableBatches(training, batch_size, seed, crop=crop)
+    return [to_device(batch, CPU) for batch in load_batches(batches, 0, count)]
 
 
 def test_splits_have_the_sizes_of_the_recipe(tiny_recipe):
@@ -104,5 +105,13 @@ def test_augmented_images_are_cut_from_larger_ones(tiny_recipe):
         assert any((windows == view).flatten(1).all(dim=1).any() for view in (image, image.flip(2)))
 
 
-def test_a_batch_is_never_larger_than_the_data(tiny_recipe):
-    assert len(batches_of(splits_of(tiny_recipe).training, batch_size=1000, count=1)[0].images) == 41
+def test_workers_prepare_the_same_batches(tiny_recipe):
+    batches = RepeatableBatches(splits_of(tiny_recipe, augment=True).training, 7, 3, crop=16)
+    before = torch.get_rng_state()
+    alone, by_workers = list(load_batches(batches, 2, 9)), list(load_batches(batches, 2, 9, workers=2))
+    assert len(alone) == len(by_workers) == 7
+    for one, other in zip(alone, by_workers):
+        assert one.captions == other.captions
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(torch.get_rng_state(), before)

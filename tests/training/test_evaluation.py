@@ -11,9 +11,10 @@ from mirror_modules.data.transforms import to_float
 from mirror_modules.metrics import r_precision
 from mirror_modules.training import evaluation
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.evaluation import _derangement, evaluate, read_recipe
+from mirror_modules.training.evaluation import _derangement, evaluate
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
+from mirror_modules.training.validation import word_accuracy
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_caption_of_the_training_split_is_passed_over(tiny_recipe):
 
 
 def test_the_recipe_comes_back(tiny_run, tiny_recipe):
-    assert read_recipe(tiny_run) == tiny_recipe
+    assert tiny_run.read_recipe() == tiny_recipe
 
 
 @pytest.mark.parametrize("phase", ["stem", "stream", "glam", "judge"])
@@ -88,7 +89,7 @@ def test_the_config_of_something_else_is_refused(tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text('{"name": "other"}')
     with pytest.raises(ValueError, match="holds no recipe"):
-        read_recipe(folder)
+        folder.read_recipe()
 
 
 @pytest.mark.parametrize("count", [2, 3, 31])
@@ -136,7 +137,7 @@ def test_words_are_counted_one_by_one(run_copy, tiny_recipe):
             for word, prediction in zip(words, logits[0]):
                 right += int(prediction.argmax()) == word
                 count += 1
-        assert evaluation._word_accuracy(model, images, tokens, word_mask) == pytest.approx(right / count)
+        assert word_accuracy(model.captioner, images, tokens, word_mask)[0] == pytest.approx(right / count)
 
 
 def test_a_failed_evaluation_leaves_the_figures_of_the_last(run_copy):

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from mirror_modules.training.log import PhaseLog, drop_phase, read_log
+from mirror_modules.training.log import PhaseLog, read_log, truncate_phase
+from mirror_modules.training.recipes import LoggingRecipe
 
 
 def line(phase, step=1, **losses):
@@ -20,9 +22,9 @@ def write(path, *entries):
     ("steps", "every", "logged"), [(7, 3, [1, 3, 6, 7]), (6, 3, [1, 3, 6]), (2, 5, [1, 2]), (1, 1, [1])]
 )
 def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path, steps, every, logged):
-    with PhaseLog("glam", steps, tmp_path / "log", every) as log:
+    with PhaseLog("glam", steps, tmp_path / "log", LoggingRecipe(every=every)) as log:
         for i in range(steps):
-            log.step(5, {"loss": torch.tensor(i / 3)})
+            log.record(5, {"loss": torch.tensor(i / 3)})
     lines = read_log(tmp_path / "log")
     assert [entry["step"] for entry in lines] == logged
     assert [entry["images"] for entry in lines] == [5 * step for step in logged]
@@ -31,16 +33,16 @@ def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path, steps, ever
 
 
 def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path):
-    with PhaseLog("glam", 3, tmp_path / "log", 1) as log:
-        log.step(5, {"loss": torch.zeros(())})
+    with PhaseLog("glam", 3, tmp_path / "log", LoggingRecipe(every=1)) as log:
+        log.record(5, {"loss": torch.zeros(())})
         assert [entry["step"] for entry in read_log(tmp_path / "log")] == [1]
 
 
 def test_a_phase_that_starts_anew_replaces_its_lines_alone(tmp_path):
     path = tmp_path / "log"
     write(path, line("stem"), line("glam", 1), line("judge"), line("glam", 2))
-    with PhaseLog("glam", 1, path, 1) as log:
-        log.step(3, {})
+    with PhaseLog("glam", 1, path, LoggingRecipe(every=1)) as log:
+        log.record(3, {})
     assert [(entry["phase"], entry["step"], entry["images"]) for entry in read_log(path)] == [
         ("stem", 1, 7),
         ("judge", 1, 7),
@@ -54,17 +56,17 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     with path.open("a") as file:
         file.write('{"phase": "gl')
     assert read_log(path) == [line("stem", loss=0.1), line("glam")]
-    drop_phase(path, "glam")
+    truncate_phase(path, "glam", 0)
     assert path.read_text() == json.dumps(line("stem", loss=0.1)) + "\n"
 
 
 def test_a_phase_without_lines_changes_nothing(tmp_path):
-    drop_phase(tmp_path / "none", "glam")
+    truncate_phase(tmp_path / "none", "glam", 0)
     assert not (tmp_path / "none").exists()
     path = tmp_path / "log"
     write(path, line("stem", loss=1e-6), line("judge", loss=float("inf")))
     before = path.read_bytes()
-    drop_phase(path, "glam")
+    truncate_phase(path, "glam", 0)
     assert path.read_bytes() == before
 
 
@@ -74,5 +76,60 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, damage):
     text = f"{json.dumps(line('stem'))}\n{damage}\n{json.dumps(line('glam'))}\n"
     path.write_text(text)
     with pytest.raises(ValueError, match="log is damaged: line 2 is not a logged step"):
-        drop_phase(path, "glam")
+        truncate_phase(path, "glam", 0)
     assert path.read_text() == text
+
+
+def test_a_resumed_phase_keeps_the_lines_up_to_its_step_and_counts_on(tmp_path):
+    path = tmp_path / "log"
+    write(path, line("stem", 9), line("glam", 1), line("glam", 2), line("glam", 3))
+    done = {"step": 2, "images": 14, "seconds": 100.0, "waited": 1.0}
+    with PhaseLog("glam", 4, path, LoggingRecipe(every=1), done=done) as log:
+        log.record(7, {"loss": torch.zeros(())})
+        state = log.state_dict()
+    assert [(entry["phase"], entry["step"]) for entry in read_log(path)] == [
+        ("stem", 9),
+        ("glam", 1),
+        ("glam", 2),
+        ("glam", 3),
+    ]
+    last = read_log(path)[-1]
+    assert (last["images"], last["loss"]) == (21, 0.0)
+    assert last["seconds"] >= 100
+    assert (state["step"], state["images"], state["waited"]) == (3, 21, 1.0)
+
+
+def test_a_rank_that_does_not_write_leaves_the_file_alone(tmp_path, capsys):
+    with PhaseLog("glam", 1, tmp_path / "log", LoggingRecipe(every=1), writes=False) as log:
+        log.record(7, {"loss": torch.zeros(())})
+        log.say("nothing")
+        log.write({"loss": 1.0})
+    assert not (tmp_path / "log").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys):
+    recipe = LoggingRecipe(every=1, summary_minutes=1e-9)
+    with PhaseLog("glam", 3, tmp_path / "log", recipe) as log:
+        for _ in range(2):
+            log.record(5, {"kl": torch.tensor(0.25), "accuracy_real_8": torch.ones(())}, torch.tensor(1))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("glam: step 2 of 3, ")
+    assert "images/s" in lines[1]
+    assert "left" in lines[1]
+    assert "waited for data, 1 steps skipped, kl 0.25" in lines[1]
+    assert "accuracy" not in lines[1]
+
+
+def test_tensorboard_holds_the_same_figures_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with PhaseLog("glam", 2, tmp_path / "log", LoggingRecipe(every=1, tensorboard=True)) as log:
+        for i in range(2):
+            log.record(5, {"kl": torch.tensor(0.25 + i), "learning_rate": 0.5})
+        log.show("samples", np.zeros((4, 6, 3), np.uint8))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("glam/kl")] == [(1, 0.25), (2, 1.25)]
+    assert [event.step for event in events.Images("glam/samples")] == [2]

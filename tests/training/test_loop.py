@@ -1,5 +1,6 @@
 """Phases run alone, reuse what is there, repeat by their seed, and never destroy what a folder holds."""
 
+import copy
 import dataclasses
 import json
 
@@ -14,7 +15,7 @@ from mirror_modules.training.loop import train
 
 def losses(folder):
     lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "waited")} for line in lines]
 
 
 def contents(path):
@@ -111,8 +112,10 @@ def test_a_foreign_folder_is_left_alone(tiny_recipe, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_interrupted_phase_starts_anew(run_copy, tiny_run, tiny_recipe, monkeypatch):
+def test_a_phase_that_broke_off_before_its_first_checkpoint_starts_anew(run_copy, tiny_run, tiny_recipe, monkeypatch):
     run_copy.weights("glam").unlink()
+    for checkpoint in run_copy.checkpoints.glob("glam-*"):
+        checkpoint.unlink()
     step, calls = loop.adversarial_step, []
 
     def stop_at_the_second(*arguments):
@@ -194,10 +197,16 @@ def test_the_captioner_sees_through_the_image_encoder_of_stem(tiny_run):
 
 def test_the_judge_begins_elsewhere_and_sees_other_batches_than_stem(tiny_recipe, tmp_path, monkeypatch):
     batches_seen = []
-    monkeypatch.setattr(loop, "train_encoders", lambda pair, batches, *_: batches_seen.append(next(batches).captions))
-    folder = train(tiny_recipe, tmp_path / "run", phases=["stem", "judge"])
-    assert batches_seen[0] != batches_seen[1]
-    stem, judge = (load_file(folder.weights(phase)) for phase in ("stem", "judge"))
+
+    def look(state, batch, recipe):
+        batches_seen.append((batch.captions, copy.deepcopy(state.trainee.module.state_dict())))
+        return step(state, batch, recipe)
+
+    step = loop.matching_step
+    monkeypatch.setattr(loop, "matching_step", look)
+    train(tiny_recipe, tmp_path / "run", phases=["stem", "judge"])
+    (stem_captions, stem), (judge_captions, judge) = batches_seen[0], batches_seen[tiny_recipe.stem.steps]
+    assert stem_captions != judge_captions
     drawn = [name for name, tensor in stem.items() if tensor.ndim > 1]
     assert drawn
     assert not any(torch.equal(stem[name], judge[name]) for name in drawn)

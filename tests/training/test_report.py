@@ -295,10 +295,14 @@ def test_score_rows():
 
 def test_phase_rows_name_the_steps_of_the_recipe():
     recipe = dataclasses.replace(demo(), stem=dataclasses.replace(demo().stem, steps=1234))
-    metrics = {"seconds": {"stem": 2.0, "polish": 1}, "images_per_second": {"stem": 31}}
+    metrics = {
+        "seconds": {"stem": 2.0, "polish": 1},
+        "images_per_second": {"stem": 31},
+        "waited_for_data": {"stem": 0.003},
+    }
     assert phase_rows(recipe, metrics) == [
-        ["stem", "Text and image encoder", "1,234", "2.0", "31.0"],
-        ["polish", "", "–", "1.0", "–"],
+        ["stem", "Text and image encoder", "1,234", "2.0", "31.0", "0.3%"],
+        ["polish", "", "–", "1.0", "–", "–"],
     ]
 
 

@@ -11,7 +11,7 @@ from mirror_modules.adversarial import discriminator_loss
 from mirror_modules.data import CaptionBatch
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import step
-from mirror_modules.training.state import start
+from mirror_modules.training.state import Judge, start
 from mirror_modules.training.step import adversarial_step
 
 B, L = 5, 7
@@ -28,12 +28,12 @@ def make_batch(vocabulary, class_ids=(0, 1, 2, 3, 4)):
     word_mask = torch.arange(L) < lengths
     tokens = torch.randint(3, len(vocabulary), (B, L), generator=random) * word_mask
     images = torch.rand(B, 3, 16, 16, generator=random) * 2 - 1
-    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * B)
+    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * B, torch.arange(B), torch.arange(B))
 
 
 def make_state(vocabulary, recipe):
     torch.manual_seed(0)
-    return start(MirrorGAN(recipe.model, vocabulary), recipe.glam, torch.Generator().manual_seed(2))
+    return start(MirrorGAN(recipe.model, vocabulary), recipe, torch.Generator().manual_seed(2))
 
 
 def moved(before, module):
@@ -58,13 +58,13 @@ def test_trains_the_painters_and_the_judges_alone(vocabulary, tiny_recipe):
 def test_the_average_follows_its_formula(vocabulary, tiny_recipe):
     glam = dataclasses.replace(tiny_recipe.glam, average_decay=0.16)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
-    expected = {}
+    expected = copy.deepcopy(state.painter.module.state_dict())
     for updates in range(4):
         adversarial_step(state, make_batch(vocabulary), glam)
-        # torch copies the first value and counts from 1 after it. 1/10, 2/11, 3/12 reach the decay at the second.
+        # 1/10, 2/11, 3/12 reach the decay at the second.
         decay = min(0.16, (1 + updates) / (10 + updates))
-        for name, value in copy.deepcopy(state.painter.state_dict()).items():
-            if name in expected and value.is_floating_point():
+        for name, value in copy.deepcopy(state.painter.module.state_dict()).items():
+            if value.is_floating_point():
                 value = decay * expected[name] + (1 - decay) * value
             expected[name] = value
     average = state.average.module.state_dict()
@@ -78,7 +78,7 @@ def test_batch_norm_statistics_are_averaged_too(vocabulary, tiny_recipe):
     for _ in range(3):
         adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
     name = "generator.initial.norm.running_var"
-    average, live = state.average.module.state_dict()[name], state.painter.state_dict()[name]
+    average, live = state.average.module.state_dict()[name], state.painter.module.state_dict()[name]
     assert not torch.equal(average, live)
     assert not torch.equal(average, torch.ones_like(average))
 
@@ -91,13 +91,13 @@ def test_without_redescription_the_captioner_is_not_asked(vocabulary, tiny_recip
         raise AssertionError("asked")
 
     monkeypatch.setattr(state.model.captioner, "forward", refuse)
-    assert "redescription" not in adversarial_step(state, make_batch(vocabulary), glam)
+    assert "redescription" not in adversarial_step(state, make_batch(vocabulary), glam).losses
 
 
 def test_the_total_is_the_sum_of_its_terms(vocabulary, tiny_recipe):
     glam = dataclasses.replace(tiny_recipe.glam, redescription_weight=2.0, kl_weight=3.0)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
-    losses = adversarial_step(state, make_batch(vocabulary), glam)
+    losses = adversarial_step(state, make_batch(vocabulary), glam).losses
     expected = 3 * losses["kl"] + losses["generator_8"] + losses["generator_16"] + 2 * losses["redescription"]
     torch.testing.assert_close(losses["generator_total"], expected)
 
@@ -106,20 +106,21 @@ def test_mismatched_pairs_are_a_term_of_the_judges(vocabulary, tiny_recipe):
     without = dataclasses.replace(tiny_recipe.glam, mismatched_pairs=False)
     first = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam)
     second = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), without)
-    assert first["discriminator_8"] > second["discriminator_8"]
+    assert first.losses["discriminator_8"] > second.losses["discriminator_8"]
 
 
 def test_a_batch_of_one_class_has_no_mismatched_pairs(vocabulary, tiny_recipe):
-    losses = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
-    assert all(torch.isfinite(loss) for loss in losses.values())
+    outcome = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
+    assert outcome.finite
+    assert all(torch.isfinite(loss) for loss in outcome.losses.values())
 
 
 def test_without_mismatched_pairs_the_term_is_left_out(vocabulary, tiny_recipe, monkeypatch):
     given = []
 
-    def loss(real, fake, mismatched, *, weighting):
+    def loss(real, fake, mismatched, **options):
         given.append(mismatched.numel())
-        return discriminator_loss(real, fake, mismatched, weighting=weighting)
+        return discriminator_loss(real, fake, mismatched, **options)
 
     monkeypatch.setattr(step, "discriminator_loss", loss)
     without = dataclasses.replace(tiny_recipe.glam, mismatched_pairs=False)
@@ -137,7 +138,8 @@ def test_mismatched_pairs_are_real_images_with_sentences_of_other_classes(vocabu
     real, fake = torch.randn(2, B, 3, 16, 16, generator=random)
     sentence = torch.randn(B, tiny_recipe.model.word_dim, generator=random)
     partner, wrong = torch.tensor([2, 0, 1, 4, 3]), torch.tensor([0, 2, 3])
-    by_real, by_fake, mismatched = step.judge(discriminator, real, fake, sentence, partner, wrong)
+    judge = Judge(discriminator)
+    by_real, by_fake, mismatched, _ = judge(real, fake, sentence, wrong, sentence[partner[wrong]], False)
     torch.testing.assert_close(by_real.consistency, discriminator(real, sentence).consistency)
     torch.testing.assert_close(by_fake.realism, discriminator(fake, sentence).realism)
     for logit, row in zip(mismatched, wrong.tolist(), strict=True):

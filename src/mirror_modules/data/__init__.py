@@ -1,6 +1,6 @@
 """Captioned images: data sets, transforms, batching."""
 
-from mirror_modules.data.batching import CaptionBatch, InMemoryCaptions
+from mirror_modules.data.batching import CaptionBatch, InMemoryCaptions, RepeatableBatches
 from mirror_modules.data.flowers_synthetic import SyntheticFlowers
 from mirror_modules.data.oxford_flowers import OxfordFlowers
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages
@@ -16,6 +16,7 @@ __all__ = [
     "CaptionedImages",
     "InMemoryCaptions",
     "OxfordFlowers",
+    "RepeatableBatches",
     "SyntheticFlowers",
     "attributes_named",
     "class_id_of",

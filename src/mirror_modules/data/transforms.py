@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,15 +58,40 @@ def random_crop_flip(
     batch, height, width, _ = images.shape
     if min(height, width) < resolution:
         raise ValueError(f"random_crop_flip: images are {shape_of(images)}, smaller than resolution={resolution}.")
-    top = torch.randint(height - resolution + 1, (batch, 1), generator=generator)
-    left = torch.randint(width - resolution + 1, (batch, 1), generator=generator)
+    crops = draw_crops(batch, height, width, resolution, generator)
+    if not flip:
+        crops = crops._replace(mirrored=torch.zeros_like(crops.mirrored))
+    return crop_flip(images, resolution, crops)
+
+
+class Crops(NamedTuple):
+    """Where a square is cut out of each image, on the CPU."""
+
+    top: Tensor
+    """First row, (B, 1)."""
+    left: Tensor
+    """First column, (B, 1)."""
+    mirrored: Tensor
+    """Whether left and right change places, (B, 1)."""
+
+
+def draw_crops(batch: int, height: int, width: int, resolution: int, generator: torch.Generator | None = None) -> Crops:
+    """Random places of squares in `batch` images of one size, every second one mirrored."""
+    return Crops(
+        top=torch.randint(height - resolution + 1, (batch, 1), generator=generator),
+        left=torch.randint(width - resolution + 1, (batch, 1), generator=generator),
+        mirrored=torch.rand(batch, 1, generator=generator) < 0.5,
+    )
+
+
+def crop_flip(images: Tensor, resolution: int, crops: Crops) -> Tensor:
+    """Cut squares out of bytes (B, H, W, 3) at the given places: bytes (B, resolution, resolution, 3)."""
     steps = torch.arange(resolution)
-    rows, columns = top + steps, left + steps
-    if flip:
-        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = crops.top + steps, crops.left + steps
+    columns = torch.where(crops.mirrored, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
-    return images[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    each = torch.arange(len(images), device=images.device)
+    return images[each[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""From a recipe to batches: the two splits in memory, and endless training batches of floats."""
+"""From a recipe to batches: the two splits in memory, and a loader of training batches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.utils.data import DataLoader
 
-from mirror_modules.data import CaptionedImages, InMemoryCaptions, OxfordFlowers, SyntheticFlowers
-from mirror_modules.data.batching import CaptionBatch
-from mirror_modules.data.transforms import random_crop_flip, to_float
+from mirror_modules.data import (
+    CaptionBatch,
+    CaptionedImages,
+    InMemoryCaptions,
+    OxfordFlowers,
+    RepeatableBatches,
+    SyntheticFlowers,
+    to_float,
+)
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
+from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.recipes import DataRecipe
 
 # Random crops are taken from images larger by this factor, as in the published code.
@@ -74,7 +82,7 @@ def _load(
     subset: torch.utils.data.Subset[Any] = torch.utils.data.Subset(
         cast(Any, dataset), [i * len(dataset) // count for i in range(count)]
     )
-    with tqdm(total=count, desc=what, unit=" images", dynamic_ncols=True) as bar:
+    with tqdm(total=count, desc=what, unit=" images", dynamic_ncols=True, disable=None) as bar:
         return InMemoryCaptions(
             subset,
             vocabulary,
@@ -84,22 +92,41 @@ def _load(
         )
 
 
-def training_batches(
-    training: InMemoryCaptions, batch_size: int, resolution: int, seed: int, device: torch.device
+def load_batches(
+    batches: RepeatableBatches, start: int, stop: int, *, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[CaptionBatch]:
-    """Endless batches with images as floats (B, 3, H, W) in [-1, 1], cropped and mirrored where they are larger."""
-    order, crops = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    for batch in training.batches(min(batch_size, len(training)), order):
-        images = batch.images
-        if images.shape[1] > resolution:
-            images = random_crop_flip(images, resolution, crops)
-        yield CaptionBatch(
-            images=to_float(images.to(device)),
-            tokens=batch.tokens.to(device),
-            word_mask=batch.word_mask.to(device),
-            class_ids=batch.class_ids.to(device),
-            captions=batch.captions,
-        )
+    """Batches number `start` to `stop`, prepared by worker processes if there are any.
+
+    Raises:
+        TrainingError: A worker has died.
+    """
+    loader: DataLoader[CaptionBatch] = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # Otherwise it draws from the global source of random numbers, and a resumed run differs.
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(f"a process that prepares batches has died ({error}).") from error
+
+
+def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
+    """A batch as networks take it: images as floats (B, 3, H, W) in [-1, 1].
+
+    What indexes stays on the CPU, where reading it makes no device wait.
+    """
+    return batch._replace(
+        images=to_float(batch.images.to(device, non_blocking=True)),
+        tokens=batch.tokens.to(device, non_blocking=True),
+        word_mask=batch.word_mask.to(device, non_blocking=True),
+    )
 
 
 class UnseenCaption(NamedTuple):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import mirror_modules
 from mirror_modules.models.pretrained import read_json, write_json
 from mirror_modules.stem import Vocabulary
-from mirror_modules.training.recipes import Recipe
+from mirror_modules.training.recipes import PHASES, Recipe, differences
+
+WRITTEN_WHOLE = (
+    "config.json",
+    "metrics.jsonl",
+    "metrics.json",
+    "vocabulary.json",
+    "report.html",
+    *(f"{phase}.safetensors" for phase in PHASES),
+)
 
 
 class RunFolder:
@@ -27,7 +34,8 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.json"
         self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.model, self.pictures = self.path / "model", self.path / "pictures"
-        self.vocabulary = self.path / "vocabulary.json"
+        self.vocabulary, self.checkpoints = self.path / "vocabulary.json", self.path / "checkpoints"
+        self.samples = self.path / "samples"
 
     def weights(self, phase: str) -> Path:
         """Where a finished phase lies."""
@@ -40,13 +48,13 @@ class RunFolder:
             ValueError: The folder holds a run of another recipe, or something that is not a run.
         """
         if self.config.exists():
-            differences = list(_differences(self.read_recipe_fields(), recipe.to_dict()))
-            if differences:
+            found = [words for words, harmless in differences(self.read_recipe(), recipe) if not harmless]
+            if found:
                 raise ValueError(
-                    f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); nothing in it was "
-                    "touched. Choose another --out, or remove the folder."
+                    f"{self.path} holds a run with other settings ({'; '.join(found)}); nothing in it was touched. "
+                    "Choose another --out, or remove the folder."
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not _is_left_over(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -61,8 +69,8 @@ class RunFolder:
                 "began. Restore them, or choose another --out."
             )
 
-    def read_recipe_fields(self) -> dict[str, Any]:
-        """The recipe in config.json, as `Recipe.to_dict` gave it.
+    def read_recipe(self) -> Recipe:
+        """The recipe in config.json.
 
         Raises:
             FileNotFoundError: There is no run in the folder.
@@ -73,13 +81,15 @@ class RunFolder:
         content = read_json(self.config)
         if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
             raise ValueError(f"{self.config} holds no recipe; expected the config.json of a run.")
-        fields: dict[str, Any] = content["recipe"]
-        return fields
+        return Recipe.from_dict(content["recipe"])
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write its config.json."""
-        (self.path / "phases").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config, {"recipe": recipe.to_dict(), "versions": versions()})
+        (self.path / "phases").mkdir(exist_ok=True)
+        for left in filter(_is_left_over, [*self.path.iterdir(), *(self.path / "phases").iterdir()]):
+            left.unlink()
 
 
 def versions() -> dict[str, str]:
@@ -92,9 +102,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} is {old!r} there and {new!r} now"
+def _is_left_over(path: Path) -> bool:
+    """Is it a file that a killed run did not get to rename?"""
+    return path.is_file() and any(path.name.startswith(f".{name}.") for name in WRITTEN_WHOLE)

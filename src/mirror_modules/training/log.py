@@ -1,16 +1,22 @@
-"""What people see of a phase: a progress bar, and one line of metrics.jsonl per logged step."""
+"""What people see of a phase: a progress bar or a line now and then, metrics.jsonl, and TensorBoard where asked for."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mirror_modules.models.pretrained import write_whole
+from mirror_modules.models.pretrained import flush_to_disk, write_whole
+from mirror_modules.training.recipes import LoggingRecipe
+
+# Fields of a line that are not figures of the training.
+BOOKKEEPING = ("phase", "step", "seconds", "images", "waited", "skipped")
 
 
 class PhaseLog:
@@ -18,53 +24,144 @@ class PhaseLog:
 
     Args:
         phase: The phase's name.
-        steps: Steps it will take.
-        path: The metrics.jsonl; earlier lines of this phase, from a run that was cut off, are removed.
-        every: Steps between two lines; the first and the last step always have one.
+        steps: Steps it will have in the end.
+        path: The metrics.jsonl; lines of this phase after the steps that are done, from a run that was cut off, are
+            removed.
+        recipe: How often to log, and where.
+        done: What earlier runs did of the phase, as `state_dict` gave it.
+        writes: Whether this is the rank that writes and prints.
     """
 
-    def __init__(self, phase: str, steps: int, path: Path, every: int) -> None:
-        self.phase, self.steps, self.path, self.every = phase, steps, path, every
-        self.done = self.images = 0
+    def __init__(
+        self,
+        phase: str,
+        steps: int,
+        path: Path,
+        recipe: LoggingRecipe,
+        *,
+        done: dict[str, Any] | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.phase, self.steps, self.path, self.recipe, self.writes = phase, steps, path, recipe, writes
+        state = done or {"step": 0, "images": 0, "seconds": 0.0, "waited": 0.0}
+        self.step, self.images = int(state["step"]), int(state["images"])
+        self.seconds_before, self.waited = float(state["seconds"]), float(state["waited"])
 
     def __enter__(self) -> PhaseLog:
         from tqdm import tqdm
 
-        drop_phase(self.path, self.phase)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.bar = tqdm(desc=self.phase, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
-        self.started = time.perf_counter()
+        self.started = self.summarized = time.perf_counter()
+        self.begun_with = self.images
+        self.bar: Any = tqdm(
+            desc=self.phase,
+            initial=self.images,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            # None: where there is no terminal.
+            disable=None if self.writes else True,
+        )
+        self.board: Any = None
+        if self.writes:
+            truncate_phase(self.path, self.phase, self.step)
+            self.file = self.path.open("a", encoding="utf-8")
+            if self.recipe.tensorboard:
+                self.board = _summary_writer()(str(self.path.parent / "tensorboard"), purge_step=self.step + 1)
         return self
 
-    def step(self, images: int, losses: dict[str, Tensor]) -> None:
-        """Count one step of so many images."""
-        self.done += 1
+    @property
+    def seconds(self) -> float:
+        """Time spent in the phase, by earlier runs too."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from. All lines so far are on disk afterwards."""
+        if self.writes:
+            self.file.flush()
+            flush_to_disk(self.path)
+        return {"step": self.step, "images": self.images, "seconds": self.seconds, "waited": self.waited}
+
+    def is_due(self) -> bool:
+        """Will the step after those counted have a line? The first, the last, and every nth one has."""
+        step = self.step + 1
+        return step % self.recipe.every == 0 or step in (1, self.steps)
+
+    def record(self, images: int, figures: dict[str, Tensor | float], skipped: Tensor | None = None) -> None:
+        """Count one step of so many images, and log it if it is due."""
+        due = self.is_due()
+        self.step += 1
         self.images += images
         if self.bar.total is None:
-            self.bar.total = self.steps * images
+            self.bar.total = self.images + (self.steps - self.step) * images
         self.bar.update(images)
-        if self.done % self.every and self.done not in (1, self.steps):
+        if not due or not self.writes:
             return
-        values = {name: round(float(loss.detach()), 6) for name, loss in losses.items()}
-        seconds = time.perf_counter() - self.started
-        line = {"phase": self.phase, "step": self.done, "seconds": round(seconds, 3), "images": self.images, **values}
-        self.file.write(json.dumps(line) + "\n")
+        values = read_figures(figures)
+        count = int(skipped) if skipped is not None else 0
+        self.write(values, waited=round(self.waited, 3), skipped=count)
+        hidden = ("accuracy", "norm", "learning_rate")
+        shown = {name: f"{value:.2f}" for name, value in values.items() if not any(part in name for part in hidden)}
+        self.bar.set_postfix({"step": f"{self.step}/{self.steps}", **dict(list(shown.items())[-5:])})
+        quiet_for = time.perf_counter() - self.summarized
+        if self.bar.disable and (quiet_for > 60 * self.recipe.summary_minutes or self.step == self.steps):
+            self.summarized = time.perf_counter()
+            self.say(", ".join([self.summary(count), *(f"{name} {value}" for name, value in shown.items())]))
+
+    def write(self, values: dict[str, float], **bookkeeping: float) -> None:
+        """Write a line of metrics.jsonl, and the same figures for TensorBoard."""
+        if not self.writes:
+            return
+        head = {"phase": self.phase, "step": self.step, "seconds": round(self.seconds, 3), "images": self.images}
+        self.file.write(json.dumps({**head, **bookkeeping, **values}) + "\n")
         self.file.flush()
-        shown = {name: f"{value:.2f}" for name, value in list(values.items())[-5:]}
-        self.bar.set_postfix({"step": f"{self.done}/{self.steps}", **shown})
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{self.phase}/{name}", value, self.step)
+
+    def show(self, name: str, picture: Any) -> None:
+        """Show a picture (height, width, 3) in TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(f"{self.phase}/{name}", picture, self.step, dataformats="HWC")
+
+    def summary(self, skipped: int) -> str:
+        """How far the phase is, in words."""
+        rate = (self.images - self.begun_with) / max(time.perf_counter() - self.started, 1e-9)
+        left = (self.steps - self.step) * self.images / max(self.step, 1) / max(rate, 1e-9)
+        parts = [f"step {self.step} of {self.steps}", f"{rate:.1f} images/s"]
+        if self.step < self.steps:
+            parts.append(f"{int(left // 60)} min {int(left % 60)} s left")
+        parts.append(f"{self.waited / max(self.seconds, 1e-9):.1%} waited for data")
+        return ", ".join(parts + ([f"{skipped} steps skipped"] if skipped else []))
+
+    def say(self, words: str) -> None:
+        """Print a line that does not break the progress bar."""
+        if self.writes:
+            self.bar.write(f"{self.phase}: {words}", file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.seconds = time.perf_counter() - self.started
         self.bar.close()
-        self.file.close()
+        if self.writes:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
 
 
-def drop_phase(path: Path, phase: str) -> None:
-    """Remove the lines of a phase from metrics.jsonl, and a last line that was cut off."""
+def read_figures(figures: dict[str, Tensor | float]) -> dict[str, float]:
+    """Scalars on a device as numbers, fetched together."""
+    tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+    fetched = torch.stack([value.detach().float() for value in tensors.values()]).tolist() if tensors else []
+    values = {**figures, **dict(zip(tensors, fetched))}
+    return {name: round(float(value), 6) for name, value in values.items()}
+
+
+def truncate_phase(path: Path, phase: str, step: int) -> None:
+    """Remove the lines of a phase after a step from metrics.jsonl, and a last line that was cut off."""
     if path.exists():
-        text = "".join(json.dumps(entry) + "\n" for entry in read_log(path) if entry["phase"] != phase)
+        kept = [entry for entry in read_log(path) if entry["phase"] != phase or entry["step"] <= step]
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -86,3 +183,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} is damaged: line {number} is not a logged step; remove the line.")
         entries.append(entry)
     return entries
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ImportError("logging.tensorboard needs more packages: pip install 'mirror-modules[train]'") from error
+    return SummaryWriter

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from mirror_modules.data.transforms import image_pyramid, to_bytes, to_float
 from mirror_modules.glam import GeneratedImages
+from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import read_json, write_whole
 from mirror_modules.stem.vocabulary import split_words
 from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.log import BOOKKEEPING
 from mirror_modules.training.pictures import Picture, captioned_grid, grid, heat_overlay, same_size, write_png
 from mirror_modules.training.recipes import Recipe
 
@@ -96,7 +98,9 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
         sources=[(name, title) for name, title in SOURCES.items() if name in metrics["r_precision"]],
         scores=score_rows(metrics),
         phases=phase_rows(recipe, metrics),
-        other=flatten(metrics, without=("r_precision", "word_accuracy", "seconds", "images_per_second")),
+        other=flatten(
+            metrics, without=("r_precision", "word_accuracy", "seconds", "images_per_second", "waited_for_data")
+        ),
         gallery=_gallery(showcase),
         mirror=_mirror(showcase),
         attention=[
@@ -149,6 +153,16 @@ def attention_maps(showcase: Showcase) -> list[CaptionAttention]:
             maps.append(AttentionMap("sentence", f"{least:.0%} to {most:.0%}", overlay))
         shown.append(CaptionAttention(showcase.captions[i], to_bytes(image.unsqueeze(0))[0].numpy(), maps))
     return shown
+
+
+def attention_sheet(model: MirrorGAN, captions: Sequence[str], generated: GeneratedImages) -> Picture | None:
+    """The attention maps of the first captions as one picture; None if the model has no attention."""
+    tokens, word_mask = model.vocabulary.encode(captions, max_words=model.config.max_words, warn_unknown=False)
+    words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
+    nothing = [""] * len(captions)
+    showcase = Showcase(list(captions), words, generated.images[-1], generated, nothing, nothing)
+    maps = attention_maps(showcase)
+    return _attention_picture(maps) if maps else None
 
 
 def write_pictures(
@@ -277,8 +291,9 @@ def score_rows(metrics: dict[str, Any]) -> list[Score]:
 
 
 def phase_rows(recipe: Recipe, metrics: dict[str, Any]) -> list[list[str]]:
-    """Name, meaning, steps, seconds and images per second of each phase that was timed."""
+    """Name, meaning, steps, seconds, images per second and share of waiting of each phase that was timed."""
     seconds, speed = metrics.get("seconds", {}), metrics.get("images_per_second", {})
+    waited = metrics.get("waited_for_data", {})
     return [
         [
             name,
@@ -286,6 +301,7 @@ def phase_rows(recipe: Recipe, metrics: dict[str, Any]) -> list[list[str]]:
             show(getattr(getattr(recipe, name, None), "steps", None)),
             f"{seconds[name]:,.1f}" if name in seconds else show(None),
             f"{speed[name]:,.1f}" if name in speed else show(None),
+            f"{waited[name]:.1%}" if name in waited else show(None),
         ]
         for name in {**seconds, **speed}
     ]
@@ -339,7 +355,7 @@ def read_losses(log: Path) -> list[LossPanel]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{log} is damaged: line {number} is not a logged step ({error!r}).") from error
         for name, value in entry.items():
-            if name in ("phase", "step", "seconds", "images") or not isinstance(value, (int, float)):
+            if name in BOOKKEEPING or "norm" in name or "learning_rate" in name or not isinstance(value, (int, float)):
                 continue
             family, _, resolution = name.rpartition("_")
             if not resolution.isdigit():

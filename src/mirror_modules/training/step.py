@@ -2,86 +2,160 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from mirror_modules.adversarial import PairedDiscriminator, PairedLogits, discriminator_loss, generator_loss, mismatch
-from mirror_modules.data.batching import CaptionBatch
-from mirror_modules.data.transforms import image_pyramid
+from mirror_modules.adversarial import discriminator_loss, generator_loss, mismatch
+from mirror_modules.data import CaptionBatch, image_pyramid
 from mirror_modules.stem import kl_divergence
 from mirror_modules.stream import append_end
 from mirror_modules.training.recipes import AdversarialRecipe
-from mirror_modules.training.state import AdversarialState
+from mirror_modules.training.state import AdversarialState, Painting
+from mirror_modules.training.trainee import Outcome, autocast, untouched_unless
 
 
-def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> dict[str, Tensor]:
-    """Train discriminators and generator on one batch of real pairs; returns the losses, detached."""
-    model, config = state.model, state.model.config
+class Part(NamedTuple):
+    """A part of the batch, with all that is drawn for it. A step has one part, or several to save memory."""
+
+    real: list[Tensor]
+    """Real images, coarse to fine."""
+    words: Tensor
+    sentence: Tensor
+    tokens: Tensor
+    word_mask: Tensor
+    noise: Tensor
+    condition_noise: Tensor
+    wrong: Tensor | None
+    """Rows that have a mismatched sentence; None if no part of any rank has one."""
+    wrong_sentence: Tensor
+    """That sentence, for these rows."""
+
+
+def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> Outcome:
+    """Train discriminators and generator on one batch of real pairs."""
+    resolutions, redescription = state.model.config.resolutions, state.redescription
+    parts = set_up(state, batch, recipe)
+    words_of_part = torch.stack([part.word_mask.sum() + len(part.word_mask) for part in parts])
+    pairs_of_part = torch.tensor([0 if part.wrong is None else len(part.wrong) for part in parts])
+    word_shares, pair_shares = state.world.shares(words_of_part), state.world.shares(pairs_of_part)
+    penalize = recipe.r1_weight > 0 and state.steps_done % recipe.r1_every == 0
     losses: dict[str, Tensor] = {}
 
-    # Paint.
-    real_images = image_pyramid(batch.images, config.resolutions)
-    with torch.no_grad():
-        words, sentence = model.text_encoder(batch.tokens, batch.word_mask)
-    noise = _normal(state, len(words), config.noise_dim)
-    condition_noise = _normal(state, len(words), config.condition_dim)
-    condition = state.painter.conditioning(sentence, noise=condition_noise)
-    images = state.painter.generator(noise, condition.sample, words, batch.word_mask).images
+    networks = [trainee.module for trainee in state.trainees().values()]
+    with untouched_unless(networks) as finite:
+        # Paint. The graph of one part is kept for the generator; of several, each is painted again.
+        with torch.set_grad_enabled(len(parts) == 1):
+            paintings = [paint(state, part) for part in parts]
 
-    # Judge: each discriminator learns from real, generated and mismatched pairs.
-    partner, valid = mismatch(batch.class_ids, generator=state.random)
-    wrong = valid.nonzero().flatten() if recipe.mismatched_pairs else valid.new_empty(0, dtype=torch.long)
-    for discriminator, optimizer, real, image in zip(
-        state.discriminators, state.discriminator_optimizers, real_images, images
-    ):
-        optimizer.zero_grad()
-        verdicts = judge(discriminator, real, image.detach(), sentence, partner, wrong)
-        loss = discriminator_loss(*verdicts, weighting=recipe.adversarial_weighting)
-        loss.backward()
-        optimizer.step()
-        losses[f"discriminator_{real.shape[2]}"] = loss.detach()
-        real_verdict, fake_verdict, _ = verdicts
-        losses[f"realism_gap_{real.shape[2]}"] = (real_verdict.realism.mean() - fake_verdict.realism.mean()).detach()
+        # Judge: each discriminator learns from real, generated and mismatched pairs.
+        for i, (judge, resolution) in enumerate(zip(state.judges, resolutions)):
+            judge.optimizer.zero_grad()
+            total = torch.zeros((), device=state.world.device)
+            for j, (part, painting) in enumerate(zip(parts, paintings)):
+                with judge.part(last=j == len(parts) - 1):
+                    with autocast(state.engine, state.world.device):
+                        fake = painting.images[i].detach()
+                        verdicts = judge.parallel(
+                            part.real[i], fake, part.sentence, part.wrong, part.wrong_sentence, penalize
+                        )
+                        loss = discriminator_loss(
+                            *verdicts[:3],
+                            weighting=recipe.adversarial_weighting,
+                            objective=recipe.adversarial_objective,
+                            mismatched_weight=pair_shares[j],
+                        )
+                    penalty = recipe.r1_every * recipe.r1_weight * verdicts.penalty
+                    judge.backward((loss + penalty) / len(parts))
+                total += (loss + penalty).detach() / len(parts)
+            norm, good = judge.descend(total)
+            finite.append(good)
+            losses[f"discriminator_{resolution}"] = total
+            losses[f"discriminator_gradient_norm_{resolution}"] = norm
+            losses[f"accuracy_real_{resolution}"] = (verdicts.real.realism > 0).float().mean()
+            losses[f"accuracy_generated_{resolution}"] = (verdicts.fake.realism < 0).float().mean()
+            if len(verdicts.mismatched):
+                losses[f"accuracy_mismatched_{resolution}"] = (verdicts.mismatched < 0).float().mean()
 
-    # Describe, and judge the new images by the discriminators that have just learned.
-    state.painter_optimizer.zero_grad()
-    total = recipe.kl_weight * kl_divergence(condition.mean, condition.log_variance)
-    losses["kl"] = total.detach() / max(recipe.kl_weight, 1e-12)
-    for discriminator, image in zip(state.discriminators, images):
-        discriminator.requires_grad_(False)
-        loss = generator_loss(discriminator(image, sentence), weighting=recipe.adversarial_weighting)
-        losses[f"generator_{image.shape[2]}"] = loss.detach()
-        total = total + loss
-    if state.redescription is not None:
-        loss = state.redescription(images[-1], *append_end(batch.tokens, batch.word_mask))
-        losses["redescription"] = loss.detach()
-        total = total + recipe.redescription_weight * loss
+        # Describe, and judge the new images by the discriminators that have just learned.
+        painter = state.painter
+        painter.optimizer.zero_grad()
+        for judge in state.judges:
+            judge.module.requires_grad_(False)
+        for j, (part, painting) in enumerate(zip(parts, paintings)):
+            with painter.part(last=j == len(parts) - 1):
+                if len(parts) > 1:
+                    painting = paint(state, part)
+                terms = {"kl": kl_divergence(painting.mean, painting.log_variance)}
+                total = recipe.kl_weight * terms["kl"]
+                with autocast(state.engine, state.world.device):
+                    for discriminator, resolution, image in zip(state.discriminators, resolutions, painting.images):
+                        loss = generator_loss(
+                            discriminator(image, part.sentence),
+                            weighting=recipe.adversarial_weighting,
+                            objective=recipe.adversarial_objective,
+                        )
+                        terms[f"generator_{resolution}"] = loss
+                        total = total + loss
+                    if redescription is not None:
+                        loss = redescription(painting.images[-1], *append_end(part.tokens, part.word_mask))
+                        # A mean over words, of which the parts of a batch have different numbers.
+                        share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
+                        terms["redescription"] = share * loss
+                        total = total + recipe.redescription_weight * terms["redescription"]
+                terms["generator_total"] = total
+                painter.backward(total / len(parts))
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0) + term.detach() / len(parts)
+        for judge in state.judges:
+            judge.module.requires_grad_(True)
 
-    # Descend.
-    total.backward()
-    state.painter_optimizer.step()
-    for discriminator in state.discriminators:
-        discriminator.requires_grad_(True)
+        # Descend.
+        losses["generator_gradient_norm"], good = painter.descend(losses["generator_total"], finite)
+        finite.append(good)
 
     # Average.
-    state.average.update_parameters(state.painter)
-    losses["generator_total"] = total.detach()
-    return losses
+    whole = torch.stack(finite).all()
+    state.average.update(painter.module, whole)
+    state.steps_done += 1
+    return Outcome(losses, whole)
 
 
-def judge(
-    discriminator: PairedDiscriminator, real: Tensor, fake: Tensor, sentence: Tensor, partner: Tensor, wrong: Tensor
-) -> tuple[PairedLogits, PairedLogits, Tensor]:
-    """Judge real, generated and mismatched pairs; the features of the real images serve twice."""
-    real_features, fake_features = discriminator.features(real), discriminator.features(fake)
-    real_verdict = discriminator.judge(real_features, sentence)
-    fake_verdict = discriminator.judge(fake_features, sentence)
-    mismatched = real.new_empty(0)
-    if len(wrong):
-        mismatched = discriminator.judge(real_features[wrong], sentence[partner[wrong]]).consistency
-    return real_verdict, fake_verdict, mismatched
+def set_up(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> list[Part]:
+    """Read the captions, and draw noise and mismatched pairs."""
+    world, config, count = state.world, state.model.config, len(batch.images)
+    words, sentence = state.text(batch)
+    noise, condition_noise = state.draw(count, config.noise_dim), state.draw(count, config.condition_dim)
+    # A partner may be with another rank.
+    sentences = world.gather(sentence)
+    partner, valid = mismatch(world.gather(batch.class_ids), generator=state.random)
+    has_wrong = recipe.mismatched_pairs and bool(valid.any())
+    partner, valid = world.rows(partner), world.rows(valid)
+    real = image_pyramid(batch.images, config.resolutions)
+    parts = []
+    for rows in torch.arange(count).chunk(recipe.accumulate):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        wrong = valid[part].nonzero().flatten() if has_wrong else None
+        theirs = partner[part][wrong] if wrong is not None else partner[:0]
+        parts.append(
+            Part(
+                real=[images[part] for images in real],
+                words=words[part],
+                sentence=sentence[part],
+                tokens=batch.tokens[part],
+                word_mask=batch.word_mask[part],
+                noise=noise[part],
+                condition_noise=condition_noise[part],
+                wrong=None if wrong is None else wrong.to(sentences.device, non_blocking=True),
+                wrong_sentence=sentences[theirs.to(sentences.device, non_blocking=True)],
+            )
+        )
+    return parts
 
 
-def _normal(state: AdversarialState, *size: int) -> Tensor:
-    device = state.model.device
-    return torch.randn(*size, generator=state.random, device=state.random.device).to(device)
+def paint(state: AdversarialState, part: Part) -> Painting:
+    """Generate images from the captions of a part."""
+    network = state.painter.parallel if torch.is_grad_enabled() else state.painter.module
+    with autocast(state.engine, state.world.device):
+        return network(part.noise, part.condition_noise, part.words, part.sentence, part.word_mask)

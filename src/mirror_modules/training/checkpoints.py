@@ -1,0 +1,115 @@
+"""Checkpoints of a phase: written whole, told by their checksum, the last few and the best one kept.
+
+`glam-00000250-3f9a0c11d2e4b5a7.pt` is phase `glam` after 250 steps; the name ends with the first digits of the file's
+SHA-256. The content is tensors and plain Python, for `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirror_modules.models.pretrained import flush_to_disk
+
+DIGITS = 16
+
+
+class Checkpoints:
+    """The checkpoints of one phase.
+
+    Args:
+        folder: Where they lie; made with the first one.
+        phase: Whose they are.
+        kept: How many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, phase: str, kept: int) -> None:
+        self.folder, self.phase, self.kept = folder, phase, kept
+        self._name = re.compile(rf"{re.escape(phase)}-(\d+)-([0-9a-f]{{{DIGITS}}})\.pt")
+
+    def files(self) -> dict[int, Path]:
+        """Each checkpoint by its step, oldest first."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        found = [(match, self.folder / name) for name in names if (match := self._name.fullmatch(name))]
+        return {int(match[1]): path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))}
+
+    def save(self, step: int, state: dict[str, Any], best_step: int | None = None) -> Path:
+        """Write a checkpoint, and only then remove the ones that are too many.
+
+        Args:
+            step: Steps done.
+            state: Tensors and plain Python.
+            best_step: A step whose checkpoint stays, however old it is.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: It cannot be written; the checkpoints that were there still are.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{self.phase}-{step:08}"
+        try:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:
+                # How torch says that a write failed, or that something else was raised in the middle of it.
+                raise error.__context__ or OSError(str(error)) from None
+            path = self.folder / f"{self.phase}-{step:08}-{checksum(temporary)}.pt"
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_to_disk(self.folder)
+        files = self.files()
+        for old in list(files)[: -self.kept]:
+            if old != best_step:
+                files[old].unlink()
+        return path
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose content is what was written; None if there is none.
+
+        Damaged ones are named in a warning, and renamed, so that they are not met again.
+        """
+        for left in self.folder.glob(f".{self.phase}-*"):
+            left.unlink()
+        for path in reversed(self.files().values()):
+            if is_whole(path):
+                return path
+            aside = path.with_suffix(".damaged")
+            path.replace(aside)
+            warnings.warn(
+                f"{path} is damaged: its checksum is not the one in its name. It is now {aside.name}, and the "
+                "checkpoint before it is taken.",
+                stacklevel=2,
+            )
+        return None
+
+
+def checksum(path: Path) -> str:
+    """The first digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:DIGITS]
+
+
+def is_whole(path: Path) -> bool:
+    """Is a checkpoint's content what was written?"""
+    return checksum(path) == path.stem.rpartition("-")[2]
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,27 @@
+"""What ends a run, besides its last step."""
+
+from __future__ import annotations
+
+import signal
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what is on disk is whole."""
+
+
+class Interrupted(TrainingError):
+    """SIGINT or SIGTERM came; the step was finished and its checkpoint written.
+
+    Args:
+        message: What is kept, and how to go on.
+        number: The signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status, 128 and the signal, as a shell gives it: 130 or 143."""
+        return 128 + signal.Signals(self.number)
