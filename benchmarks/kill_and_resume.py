@@ -1,0 +1,166 @@
+"""Kill a training run again and again, go on each time, and compare the result with that of an unbroken run.
+
+    python benchmarks/kill_and_resume.py --kills 200
+
+Every second kill is a random moment, every other one the next save after a random moment. Weights must agree byte for
+byte, and so must all logged figures but the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import mirror_modules
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.loop import train
+from mirror_modules.training.recipes import Recipe, demo
+
+# What a clock says is no result.
+TIMES = ("seconds", "waited")
+
+
+class Outcome(NamedTuple):
+    """What became of the runs that were killed."""
+
+    kills: int
+    during_a_save: int
+    """After so many of the kills, a file was left that had not got its name yet."""
+    runs: int
+    """Runs that were killed and came to their end."""
+    different: list[str]
+    """What differs from the unbroken run, in words; empty if all is identical."""
+
+
+def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) -> Outcome:
+    """Kill runs of a recipe until they have been killed so often, let each come to its end, and compare.
+
+    Args:
+        recipe: What is trained, with as many steps and checkpoints as it says.
+        folder: Where the runs lie; a new folder inside for each.
+        kills: How often, over all runs.
+        seed: Decides the moments.
+    """
+    rng = random.Random(seed)
+    unbroken = RunFolder(folder / "unbroken")
+    started = time.perf_counter()
+    child = start_child(_train, recipe, unbroken.path)
+    child.join()
+    if child.exitcode != 0:
+        raise RuntimeError(f"the unbroken run ended with {child.exitcode}.")
+    # Several kills to a run, on a slow machine too.
+    longest = (time.perf_counter() - started) / 6
+    count = during_a_save = runs = 0
+    different: list[str] = []
+    while count < kills:
+        run = RunFolder(folder / f"killed-{runs}")
+        while True:
+            child = start_child(_train, recipe, run.path)
+            if count < kills:
+                child.join(rng.uniform(0, longest))
+                if count % 2:
+                    _wait_for_save(child, run)
+                child.kill()
+            child.join()
+            if child.exitcode != -signal.SIGKILL:
+                break
+            count += 1
+            during_a_save += bool(_unnamed(run.path))
+        if child.exitcode != 0:
+            different.append(f"{run.path.name} ended with {child.exitcode}")
+            break
+        different += [f"{run.path.name}: {name}" for name in differing(unbroken, run)]
+        runs += 1
+    return Outcome(count, during_a_save, runs, different)
+
+
+def differing(one: RunFolder, other: RunFolder) -> list[str]:
+    """Files of two runs whose content is not the same, times apart."""
+    paths = [*one.path.glob("phases/*"), *one.path.glob("model/*"), one.vocabulary]
+    names = [str(path.relative_to(one.path)) for path in paths]
+    found = [name for name in names if (one.path / name).read_bytes() != (other.path / name).read_bytes()]
+    if figures(one) != figures(other):
+        found.append(one.log.name)
+    return found
+
+
+def figures(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def start_child(target: Callable[..., None], *arguments: Any) -> Any:
+    """Start a process that has torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mirror_modules.training.loop", "mirror_modules.training.report", "tqdm"])
+    child = context.Process(target=target, args=arguments)
+    child.start()
+    return child
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(f"{folder}.log", "a", encoding="utf-8")  # noqa: SIM115
+    train(recipe, folder, resume=True)
+
+
+def _wait_for_save(child: Any, run: RunFolder) -> None:
+    while child.is_alive():
+        if any(path.name.startswith(".") for path in run.checkpoints.glob("*")):
+            return
+
+
+def _unnamed(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.is_file()]
+
+
+def small_recipe() -> Recipe:
+    """All phases, with all that is drawn at random, in seconds."""
+    phases = {phase: {"steps": 16, "batch_size": 7} for phase in ("stem", "stream", "judge")}
+    glam = {"steps": 16, "batch_size": 7, "r1_weight": 1.0, "r1_every": 3}
+    sizes = {"channels": 3, "discriminator_channels": 3, "word_dim": 10, "noise_dim": 5, "condition_dim": 6}
+    fields = {
+        "name": "small",
+        "data": {"training_images": 41, "validation_images": 31, "augment": True},
+        "model": {**sizes, "resolutions": [8, 16], "captioner_embedding_dim": 11, "captioner_hidden_dim": 13},
+        "evaluation": {"candidates": 11, "report_images": 3},
+        "engine": {"checkpoint_every": 2},
+        "logging": {"every": 1, "samples_every": 0},
+        **phases,
+        "glam": glam,
+    }
+    return Recipe.from_dict(fields, demo())
+
+
+def main() -> int:
+    """Print what came out in one line; status 1 if something differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = kill_and_resume(small_recipe(), Path(folder), options.kills, seed=options.seed)
+    print(
+        f"{outcome.kills} kills, {outcome.during_a_save} of them during a save, in {outcome.runs} runs; identical to "
+        f"the unbroken run: {'no: ' + ', '.join(outcome.different) if outcome.different else 'yes'}; "
+        f"{platform.platform()}, {platform.machine()}, mirror_modules {mirror_modules.__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    return 1 if outcome.different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
