@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,9 @@ class Outcome(NamedTuple):
 
     kills: int
     during_a_save: int
-    """After so many of the kills, a file was left that had not got its name yet."""
+    """So many of the kills left a file that had not got its name yet."""
+    in_phases: dict[str, int]
+    """How many of the kills came in each phase; "" stands for the time before the first step."""
     runs: int
     """Runs that were killed and came to their end."""
     different: list[str]
@@ -55,18 +58,22 @@ def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) 
     """
     rng = random.Random(seed)
     unbroken = RunFolder(folder / "unbroken")
+    # The first child waits until torch is imported.
+    start_child(time.sleep, 0).join()
     started = time.perf_counter()
     child = start_child(_train, recipe, unbroken.path)
     child.join()
     if child.exitcode != 0:
         raise RuntimeError(f"the unbroken run ended with {child.exitcode}.")
-    # Several kills to a run, on a slow machine too.
-    longest = (time.perf_counter() - started) / 6
+    # Kills come in every part of a run, and more than one to each.
+    longest = 0.75 * (time.perf_counter() - started)
     count = during_a_save = runs = 0
+    in_phases: Counter[str] = Counter()
     different: list[str] = []
     while count < kills:
         run = RunFolder(folder / f"killed-{runs}")
         while True:
+            left_before = _unnamed(run.path)
             child = start_child(_train, recipe, run.path)
             if count < kills:
                 child.join(rng.uniform(0, longest))
@@ -77,13 +84,14 @@ def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) 
             if child.exitcode != -signal.SIGKILL:
                 break
             count += 1
-            during_a_save += bool(_unnamed(run.path))
+            during_a_save += bool(_unnamed(run.path) - left_before)
+            in_phases[_phase_of(run)] += 1
         if child.exitcode != 0:
             different.append(f"{run.path.name} ended with {child.exitcode}")
             break
         different += [f"{run.path.name}: {name}" for name in differing(unbroken, run)]
         runs += 1
-    return Outcome(count, during_a_save, runs, different)
+    return Outcome(count, during_a_save, dict(in_phases), runs, different)
 
 
 def differing(one: RunFolder, other: RunFolder) -> list[str]:
@@ -123,8 +131,14 @@ def _wait_for_save(child: Any, run: RunFolder) -> None:
             return
 
 
-def _unnamed(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*") if path.is_file()]
+def _unnamed(folder: Path) -> set[tuple[Path, int]]:
+    """Files that have not got their names yet, with their times: the next run may leave one of the same name."""
+    return {(path, path.stat().st_mtime_ns) for path in folder.rglob(".*") if path.is_file()}
+
+
+def _phase_of(run: RunFolder) -> str:
+    lines = run.log.read_text(encoding="utf-8").split("\n")[:-1] if run.log.exists() else []
+    return json.loads(lines[-1])["phase"] if lines else ""
 
 
 def small_recipe() -> Recipe:
@@ -153,8 +167,10 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         outcome = kill_and_resume(small_recipe(), Path(folder), options.kills, seed=options.seed)
+    phases = ", ".join(f"{name or 'at the start'} {count}" for name, count in outcome.in_phases.items())
     print(
-        f"{outcome.kills} kills, {outcome.during_a_save} of them during a save, in {outcome.runs} runs; identical to "
+        f"{outcome.kills} kills, {outcome.during_a_save} of them during a save, in {outcome.runs} runs "
+        f"({phases}); identical to "
         f"the unbroken run: {'no: ' + ', '.join(outcome.different) if outcome.different else 'yes'}; "
         f"{platform.platform()}, {platform.machine()}, mirror_modules {mirror_modules.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirror_modules import MirrorGAN
-from mirror_modules.adversarial import discriminator_loss
+from mirror_modules.adversarial import discriminator_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import step
@@ -160,3 +160,101 @@ def test_the_same_seeds_give_the_same_step(vocabulary, tiny_recipe):
         adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam) for _ in "ab"
     )
     assert first == second
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_learns_without_an_infinity(vocabulary, tiny_recipe, precision):
+    recipe = dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, precision=precision))
+    full, half = make_state(vocabulary, tiny_recipe), make_state(vocabulary, recipe)
+    batch = make_batch(vocabulary)
+    expected = adversarial_step(full, batch, recipe.glam)
+    outcomes = [adversarial_step(half, batch, recipe.glam) for _ in range(10)]
+    # The scale of a float16 loss is found by trying.
+    settled = outcomes[5:] if precision == "float16" else outcomes
+    assert all(bool(outcome.finite) for outcome in settled)
+    for name, loss in outcomes[0].losses.items():
+        assert loss.dtype == torch.float32
+        if "norm" not in name and "accuracy" not in name:
+            torch.testing.assert_close(loss, expected.losses[name], rtol=0.05, atol=0.02, msg=name)
+    assert all(value.dtype == torch.float32 for value in half.painter.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "glam"),
+    [
+        ({}, {"adversarial_objective": "hinge"}),
+        ({"discriminator_normalization": "spectral"}, {"adversarial_objective": "hinge", "accumulate": 2}),
+        ({"discriminator_normalization": "none"}, {"r1_weight": 1.0, "r1_every": 2}),
+        ({}, {"adversarial_weighting": "release", "redescription_reduction": "sentence"}),
+        ({}, {"largest_gradient_norm": 0.5, "discriminator_learning_rate": 1e-3}),
+    ],
+)
+def test_every_choice_learns(vocabulary, tiny_recipe, model, glam):
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        model=dataclasses.replace(tiny_recipe.model, **model),
+        glam=dataclasses.replace(tiny_recipe.glam, **{"generator_learning_rate": 1e-3, **glam}),
+    )
+    state, batch = make_state(vocabulary, recipe), make_batch(vocabulary)
+    outcomes = [adversarial_step(state, batch, recipe.glam) for _ in range(12)]
+    assert all(bool(outcome.finite) for outcome in outcomes)
+    assert outcomes[-1].losses["discriminator_16"] < outcomes[0].losses["discriminator_16"]
+
+
+def test_r1_counts_so_many_times_as_it_is_left_out(vocabulary, tiny_recipe):
+    """In the first step of every three: the loss differs from the one without by three times the penalty."""
+    losses = {}
+    for weight in (0.0, 2.0):
+        glam = dataclasses.replace(
+            tiny_recipe.glam,
+            r1_weight=weight,
+            r1_every=3,
+            discriminator_learning_rate=1e-30,
+            generator_learning_rate=1e-30,
+        )
+        recipe = dataclasses.replace(tiny_recipe, glam=glam)
+        state, batch = make_state(vocabulary, recipe), make_batch(vocabulary)
+        losses[weight] = [adversarial_step(state, batch, glam).losses["discriminator_16"] for _ in range(4)]
+    judge, text = state.judges[1].module, state.text(batch)
+    images = batch.images.requires_grad_(True)
+    penalty = r1_penalty(images, judge.discriminator(images, text.sentence))
+    more = torch.stack(losses[2.0]) - torch.stack(losses[0.0])
+    torch.testing.assert_close(more, 6 * penalty * torch.tensor([1, 0, 0, 1]), rtol=1e-3, atol=1e-5)
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole(vocabulary, tiny_recipe):
+    """Without batch norm's statistics, which are those of a part."""
+    states = []
+    for accumulate in (1, 5):
+        glam = dataclasses.replace(tiny_recipe.glam, accumulate=accumulate)
+        state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+        for trainee in state.trainees().values():
+            trainee.module.eval()
+        outcome = adversarial_step(state, make_batch(vocabulary, (0, 0, 0, 0, 1)), glam)
+        states.append((state, outcome))
+    (whole, expected), (parts, outcome) = states
+    for name in ("kl", "redescription", "generator_total", "discriminator_8", "discriminator_16"):
+        torch.testing.assert_close(outcome.losses[name], expected.losses[name], msg=name)
+    for one, other in zip(whole.trainees().values(), parts.trainees().values()):
+        for mine, theirs in zip(one.module.parameters(), other.module.parameters()):
+            torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_networks_take_the_same_step(vocabulary, tiny_recipe, monkeypatch):
+    torch.compiler.reset()
+    compile_in_place, compiled = torch.nn.Module.compile, []
+
+    def without_code(module):
+        compiled.append(type(module).__name__)
+        compile_in_place(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    recipe = dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, compile=True))
+    plain, fast = make_state(vocabulary, tiny_recipe), make_state(vocabulary, recipe)
+    assert compiled == ["Painter", "Judge", "Judge"]
+    for _ in range(2):
+        expected = adversarial_step(plain, make_batch(vocabulary), recipe.glam).losses
+        losses = adversarial_step(fast, make_batch(vocabulary), recipe.glam).losses
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert fast.painter.module.state_dict().keys() == plain.painter.module.state_dict().keys()
