@@ -18,7 +18,7 @@ def to_float(images: Tensor) -> Tensor:
     Raises:
         ValueError: The images are not uint8 (B, H, W, 3).
     """
-    _check_bytes("to_float", images)
+    check_bytes("to_float", images)
     return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
@@ -53,7 +53,7 @@ def random_crop_flip(
     Raises:
         ValueError: The images are not uint8 (B, H, W, 3), or smaller than `resolution`.
     """
-    _check_bytes("random_crop_flip", images)
+    check_bytes("random_crop_flip", images)
     check_positive("random_crop_flip", resolution=resolution)
     batch, height, width, _ = images.shape
     if min(height, width) < resolution:
@@ -117,6 +117,7 @@ def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:
     return [F.adaptive_avg_pool2d(images, resolution) for resolution in resolutions]
 
 
-def _check_bytes(owner: str, images: Tensor) -> None:
+def check_bytes(owner: str, images: Tensor) -> None:
+    """Require uint8 images (B, H, W, 3)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"{owner}: images must be uint8 (B, H, W, 3), but they are {images.dtype} {shape_of(images)}.")
