@@ -1,0 +1,69 @@
+"""The expected R-precision of each image, against all draws there are."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from mirror_modules.metrics import r_precision
+from mirror_modules.metrics.expected_hits import expected_hits
+
+N, D, M = 7, 3, 4
+
+
+def hits_by_all_draws(images, sentences, candidates):
+    """Every set of mismatched captions, one by one."""
+    chances = []
+    for i, image in enumerate(images):
+        scores = [float(torch.cosine_similarity(image, sentence, dim=0)) for sentence in sentences]
+        hits = []
+        for drawn in combinations([j for j in range(len(images)) if j != i], candidates - 1):
+            better = sum(scores[j] > scores[i] + 1e-9 for j in drawn)
+            ties = sum(abs(scores[j] - scores[i]) <= 1e-9 for j in drawn)
+            hits.append(0.0 if better else 1 / (1 + ties))
+        chances.append(sum(hits) / len(hits))
+    return torch.tensor(chances, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("candidates", [2, M, N])
+@pytest.mark.parametrize("distinct", [N, 4, 1])
+def test_matches_all_draws(candidates, distinct):
+    images = torch.randn(N, D, dtype=torch.float64)
+    sentences = (images + 0.7 * torch.randn(N, D, dtype=torch.float64))[torch.arange(N) % distinct]
+    expected = hits_by_all_draws(images, sentences, candidates)
+    torch.testing.assert_close(expected_hits(images, sentences, candidates=candidates), expected)
+
+
+def test_the_mean_is_what_draws_come_to():
+    sentences = torch.randn(97, 5)
+    images = sentences + torch.randn(97, 5)
+    draws = [
+        r_precision(images, sentences, candidates=11, generator=torch.Generator().manual_seed(i)).top1
+        for i in range(99)
+    ]
+    expected = float(expected_hits(images, sentences, candidates=11).mean())
+    assert sum(draws) / len(draws) == pytest.approx(expected, abs=0.01)
+
+
+def test_known_answers():
+    features = torch.randn(211, 5)
+    torch.testing.assert_close(expected_hits(features, features), torch.ones(211, dtype=torch.float64))
+    constant = torch.ones(211, 5)
+    torch.testing.assert_close(expected_hits(constant, constant), torch.full((211,), 0.01, dtype=torch.float64))
+    opposite = expected_hits(features, -features)
+    assert opposite.max() < 1e-9
+    assert float(expected_hits(torch.randn(997, 64), torch.randn(997, 64)).mean()) == pytest.approx(0.01, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("images", "sentences", "candidates", "message"),
+    [
+        (torch.ones(5, 3), torch.ones(5, 2), 2, r"must both be \(N, D\), but they are \(5, 3\) and \(5, 2\)"),
+        (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "NaN or infinite features"),
+        (torch.ones(5, 3), torch.ones(5, 3), 6, "candidates must be from 2 to the number of captions, 5, but it is 6"),
+        (torch.ones(5, 3), torch.ones(5, 3), 1, "candidates must be from 2"),
+    ],
+)
+def test_errors(images, sentences, candidates, message):
+    with pytest.raises(ValueError, match="expected_hits: .*" + message):
+        expected_hits(images, sentences, candidates=candidates)
