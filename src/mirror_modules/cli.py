@@ -177,7 +177,7 @@ class DescribeOptions:
 def _describe(arguments: list[str]) -> None:
     import torch
 
-    from mirror_modules.data.oxford_flowers import read_square
+    from mirror_modules.data.images import read_square
     from mirror_modules.data.transforms import to_float
     from mirror_modules.models import MirrorGAN
 

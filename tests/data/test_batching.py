@@ -125,6 +125,73 @@ def test_long_captions_are_cut_but_kept_as_written():
     assert batch.captions == ("w5 w5 w5 w5",)
 
 
+def test_what_tells_left_from_right_is_not_mirrored():
+    """Each image grows lighter from left to right; half of the captions mention a side."""
+    said = [
+        "a bird on the left",
+        "its right_wing",
+        "LEFT, then right!",
+        "a bright bird, lefthanded",
+        "an outright cleft",
+        "two birds",
+    ]
+    ramp = np.tile(np.arange(H * 2, dtype=np.uint8)[None, :, None], (H * 2, 1, 3))
+    data = InMemoryCaptions([CaptionedImage(ramp, (caption,), i, {}) for i, caption in enumerate(said)], max_words=18)
+    assert data.tells_sides.tolist() == [True, True, True, False, False, False]
+    whole = RepeatableBatches(data, 6, 0, crop=H)
+    parts = [RepeatableBatches(data, 6, 0, crop=H, rank=rank, ranks=2) for rank in range(2)]
+    mirrored = dict.fromkeys(range(6), 0)
+    for number in range(40):
+        assert torch.equal(whole[number].images, torch.cat([part[number].images for part in parts]))
+        for row, image in zip(whole[number].image_rows.tolist(), whole[number].images):
+            mirrored[row] += int(image[0, 0, 0] > image[0, -1, 0])
+    assert [mirrored[row] for row in range(3)] == [0, 0, 0]
+    assert all(8 < mirrored[row] < 32 for row in range(3, 6))
+
+
+class Counting(Numbered):
+    """Image i has a caption of i + 1 different words, in order, and a short one."""
+
+    def __getitem__(self, index):
+        words = [f"{letter}{index}" for letter in "abcdefghijklmn"]
+        return super().__getitem__(index)._replace(captions=(" ".join(words[: index + 1]), "short"))
+
+
+def test_long_captions_keep_random_words_in_their_order():
+    data = InMemoryCaptions(Counting(), max_words=5, long_captions="subsample")
+    cut = InMemoryCaptions(Counting(), max_words=5)
+    assert not cut.long_tokens
+    assert {len(tokens) for tokens in data.long_tokens.values()} == {6, 7, 8, 9, 10, 11}
+    seen = {}
+    for batch, plain in zip(read(data, N, 0, 60), read(cut, N, 0, 60)):
+        assert torch.equal(batch.word_mask, plain.word_mask)
+        assert batch.captions == plain.captions
+        for row, caption in enumerate(batch.captions):
+            words = caption.split()
+            read_words = data.vocabulary.decode(batch.tokens[row : row + 1])[0].split()
+            assert read_words == [word for word in words if word in read_words]
+            assert len(read_words) == min(len(words), 5)
+            if len(words) <= 5:
+                assert torch.equal(batch.tokens[row], plain.tokens[row])
+            else:
+                seen.setdefault(caption, set()).update(read_words)
+                assert data.vocabulary.decode(plain.tokens[row : row + 1])[0].split() == words[:5]
+    assert all(words == set(caption.split()) for caption, words in seen.items())
+    assert len(seen) == 6
+    # What is kept is not changed by what was read.
+    assert torch.equal(data.tokens, cut.tokens)
+
+
+def test_the_words_that_are_kept_repeat_and_belong_to_the_batch():
+    data = InMemoryCaptions(Counting(), max_words=5, long_captions="subsample")
+    one, again, other = (read(data, N - 1, seed, 7) for seed in (1, 1, 2))
+    assert all(same(a, b) for a, b in zip(one, again))
+    assert not all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, other))
+    parts = [RepeatableBatches(data, N - 1, 1, rank=rank, ranks=5) for rank in range(5)]
+    for number, batch in enumerate(one):
+        assert torch.equal(torch.cat([part[number].tokens for part in parts]), batch.tokens)
+
+
 def test_given_vocabulary_reads_other_words_as_unknown(recwarn):
     data = InMemoryCaptions(Numbered(), Vocabulary(["w1"]), max_words=18)
     assert data.batch(torch.tensor([1, 2]), torch.tensor([0, 0])).tokens.tolist() == [[3, 3], [2, 2]]
@@ -154,6 +221,8 @@ def test_errors(data):
         InMemoryCaptions(Broken(captions=()), max_words=18)
     with pytest.raises(ValueError, match="max_words must be a whole number of at least 1, but it is 0"):
         InMemoryCaptions(Numbered(), max_words=0)
+    with pytest.raises(ValueError, match="long_captions must be one of 'cut', 'subsample', but it is 'fold'"):
+        InMemoryCaptions(Numbered(), max_words=18, long_captions="fold")
     with pytest.raises(ValueError, match="batch_size=12 exceeds the 11 samples"):
         RepeatableBatches(data, 12, 0)
     with pytest.raises(ValueError, match="batch_size=5 must be a multiple of ranks=2"):

@@ -1,9 +1,14 @@
 """Captioned images: data sets, transforms, batching."""
 
 from mirror_modules.data.batching import CaptionBatch, InMemoryCaptions, RepeatableBatches
+from mirror_modules.data.caption_folder import CaptionFolder
+from mirror_modules.data.coco_captions import CocoCaptions
+from mirror_modules.data.cub_birds import CubBirds
+from mirror_modules.data.damage import DamagedSample, ErrorReport, Skipped
 from mirror_modules.data.flowers_synthetic import SyntheticFlowers
 from mirror_modules.data.oxford_flowers import OxfordFlowers
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages
+from mirror_modules.data.sources import open_captions
 from mirror_modules.data.synthetic_attributes import ATTRIBUTES, class_id_of
 from mirror_modules.data.synthetic_captions import attributes_named, write_captions
 from mirror_modules.data.synthetic_colors import measured_colors
@@ -13,17 +18,24 @@ from mirror_modules.data.transforms import image_pyramid, random_crop_flip, to_b
 __all__ = [
     "ATTRIBUTES",
     "CaptionBatch",
+    "CaptionFolder",
     "CaptionedImage",
     "CaptionedImages",
+    "CocoCaptions",
+    "CubBirds",
+    "DamagedSample",
+    "ErrorReport",
     "InMemoryCaptions",
     "OxfordFlowers",
     "RepeatableBatches",
+    "Skipped",
     "SyntheticFlowers",
     "attributes_named",
     "class_id_of",
     "draw_flower",
     "image_pyramid",
     "measured_colors",
+    "open_captions",
     "random_crop_flip",
     "to_bytes",
     "to_float",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mirror_modules._checks import check_positive
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.damage import DamagedSample, ErrorReport
 from mirror_modules.data.sample import CaptionedImages
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 from mirror_modules.stem.vocabulary import Vocabulary
+
+# A mirror image would make a lie of these words.
+_SIDES = re.compile(r"(?<![^\W_])(left|right)(?![^\W_])", re.IGNORECASE)
 
 
 class CaptionBatch(NamedTuple):
@@ -41,12 +46,17 @@ class InMemoryCaptions:
     Args:
         dataset: The samples, with images of one size and at least one caption each.
         vocabulary: Encodes the captions; None builds one out of them. Words that it lacks become unknown tokens.
-        max_words: Longer captions are cut after so many words.
+        max_words: Longer captions are shortened to so many words.
+        long_captions: "cut" keeps the first words of longer captions, "subsample" lets each batch of
+            `RepeatableBatches` keep other ones at random, in their order.
         min_count: Occurrences that a word needs to enter the vocabulary, where one is built.
         progress: Called with (samples done, samples in all) after each sample.
+        report: Where damaged samples are left out and listed, such as the `report` of a data set on disk; None stops at
+            the first one.
 
     Raises:
-        ValueError: The data set is empty, its images differ in size, or a sample has no caption.
+        ValueError: The data set is empty, its images differ in size, a sample has no caption, or samples are damaged
+            and `report` is None, or refuses the first one or so many.
     """
 
     images: Tensor
@@ -65,6 +75,10 @@ class InMemoryCaptions:
     """True for a real word of them. (M, L)"""
     caption_counts: Tensor
     """How many captions each image has. (N,)"""
+    tells_sides: Tensor
+    """Whether a caption says left or right. (M,)"""
+    long_tokens: dict[int, Tensor]
+    """All words of each caption that batches take a random part of, by its row; empty where captions are cut."""
 
     def __init__(
         self,
@@ -73,37 +87,65 @@ class InMemoryCaptions:
         *,
         max_words: int,
         min_count: int = 1,
+        long_captions: str = "cut",
         progress: Callable[[int, int], None] | None = None,
+        report: ErrorReport | None = None,
     ) -> None:
-        check_positive("InMemoryCaptions", max_words=max_words, min_count=min_count)
-        size = len(dataset)
-        if size == 0:
-            raise ValueError("InMemoryCaptions: the data set is empty; it needs at least one sample.")
-        self.class_ids = torch.empty(size, dtype=torch.long)
-        self.attributes, self.captions = [], []
-        for i in range(size):
-            sample = dataset[i]
-            if i == 0:
-                self.images = torch.empty((size, *sample.image.shape), dtype=torch.uint8)
-            if sample.image.shape != self.images.shape[1:]:
-                raise ValueError(
-                    f"InMemoryCaptions: image {i} is {sample.image.shape}, but the first is "
-                    f"{tuple(self.images.shape[1:])}; all must have one size."
-                )
-            if not sample.captions:
-                raise ValueError(f"InMemoryCaptions: sample {i} has no caption; each needs at least one.")
-            self.images[i] = torch.from_numpy(sample.image)
-            self.class_ids[i] = sample.class_id
-            self.attributes.append(sample.attributes)
-            self.captions.append(tuple(sample.captions))
-            if progress is not None:
-                progress(i + 1, size)
-
+        owner = "InMemoryCaptions"
+        check_positive(owner, max_words=max_words, min_count=min_count)
+        check_choice(owner, "long_captions", long_captions, ("cut", "subsample"))
+        self._read(dataset, progress, ErrorReport() if report is None else report)
         flat = [caption for captions in self.captions for caption in captions]
         self.vocabulary = Vocabulary.build(flat, min_count) if vocabulary is None else vocabulary
         self.tokens, self.word_mask = self.vocabulary.encode(flat, max_words=max_words, warn_unknown=False)
+        self.long_tokens = self._encode_long(flat, max_words) if long_captions == "subsample" else {}
+        self.tells_sides = torch.tensor([_SIDES.search(caption) is not None for caption in flat])
         self.caption_counts = torch.tensor([len(captions) for captions in self.captions])
         self._first = self.caption_counts.cumsum(0) - self.caption_counts
+
+    def _read(self, dataset: CaptionedImages, progress: Callable[[int, int], None] | None, report: ErrorReport) -> None:
+        """Take every sample out of the data set; damaged ones leave no hole."""
+        owner, size, damaged = "InMemoryCaptions", len(dataset), 0
+        if size == 0:
+            raise ValueError(f"{owner}: the data set is empty; it needs at least one sample.")
+        class_ids = []
+        self.attributes, self.captions = [], []
+        for i in range(size):
+            try:
+                sample = dataset[i]
+            except DamagedSample as error:
+                report.add(owner, *error.skipped)
+                damaged += 1
+            else:
+                kept = len(self.captions)
+                if kept == 0:
+                    self.images = torch.empty((size, *sample.image.shape), dtype=torch.uint8)
+                if sample.image.shape != self.images.shape[1:]:
+                    raise ValueError(
+                        f"{owner}: image {i} is {sample.image.shape}, but the first is "
+                        f"{tuple(self.images.shape[1:])}; all must have one size."
+                    )
+                if not sample.captions:
+                    raise ValueError(f"{owner}: sample {i} has no caption; each needs at least one.")
+                self.images[kept] = torch.from_numpy(sample.image)
+                class_ids.append(sample.class_id)
+                self.attributes.append(sample.attributes)
+                self.captions.append(tuple(sample.captions))
+            report.check(owner, damaged, size)
+            if progress is not None:
+                progress(i + 1, size)
+        if not self.captions:
+            raise ValueError(f"{owner}: none of the {size} samples can be read: {report.listing()}.")
+        self.images = self.images[: len(self.captions)]
+        self.class_ids = torch.tensor(class_ids)
+
+    def _encode_long(self, captions: list[str], max_words: int) -> dict[int, Tensor]:
+        if self.word_mask.shape[1] < max_words:
+            return {}
+        rows = self.word_mask[:, -1].nonzero()[:, 0].tolist()
+        # One by one: a single endless caption would pad all others to its length.
+        whole = {row: self.vocabulary.encode([captions[row]], warn_unknown=False)[0][0] for row in rows}
+        return {row: tokens for row, tokens in whole.items() if len(tokens) > max_words}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -155,8 +197,8 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         captions: The data set.
         batch_size: Images in a batch, of all ranks together.
         seed: Decides everything that is random.
-        crop: Random squares of this size are cut out of the images, and every second one is mirrored; None takes the
-            images as they are.
+        crop: Random squares of this size are cut out of the images, and every second one is mirrored, unless its
+            caption says left or right; None takes the images as they are.
         rank: Which part of each batch is wanted, from 0.
         ranks: Into how many parts each batch is divided, row by row in order.
 
@@ -194,13 +236,24 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         indices = self._order[start : start + self.batch_size]
         choices = self._choices[indices]
         # As long as the longest caption of all ranks, so that their words can be put together.
-        longest = int(self.captions.word_mask[self.captions.caption_rows(indices, choices)].sum(dim=1).max())
+        rows = self.captions.caption_rows(indices, choices)
+        longest = int(self.captions.word_mask[rows].sum(dim=1).max())
         batch = self.captions.batch(self._mine(indices), self._mine(choices), words=longest)
+        self._subsample(batch, number)
         if self.crop is None:
             return batch
         _, height, width, _ = batch.images.shape
         crops = draw_crops(self.batch_size, height, width, self.crop, seeded(self.seed, 1, number))
+        crops = crops._replace(mirrored=crops.mirrored & ~self.captions.tells_sides[rows].unsqueeze(1))
         return batch._replace(images=crop_flip(batch.images, self.crop, Crops(*map(self._mine, crops))))
+
+    def _subsample(self, batch: CaptionBatch, number: int) -> None:
+        """Let long captions keep random words, in place: which ones depends on the batch and the caption alone."""
+        long = self.captions.long_tokens
+        for i, row in enumerate(batch.caption_rows.tolist()):
+            if row in long:
+                order = torch.randperm(len(long[row]), generator=seeded(self.seed, 2, number, row))
+                batch.tokens[i] = long[row][order[: batch.tokens.shape[1]].sort().values]
 
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks)[self.rank]

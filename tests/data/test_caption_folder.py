@@ -1,0 +1,164 @@
+import json
+
+import numpy as np
+import pytest
+
+from mirror_modules.data import CaptionFolder
+from tests.layouts import captions_of, make_folder, write_image
+
+pytest.importorskip("PIL.Image")
+STYLES = ("txt", "jsonl", "csv")
+
+
+def make_undivided(root, count=100, first=0):
+    for i in range(first, first + count):
+        write_image(root / f"image{i}.png", i, (3, 3))
+        (root / f"image{i}.txt").write_text("\n".join(captions_of(i)))
+    return root
+
+
+def names(folder):
+    return {entry.image.name for entry in folder.entries}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_samples_belong_to_their_files(tmp_path, style):
+    root = make_folder(tmp_path, style=style)
+    for split, numbers in (("train", range(6)), ("validation", (6, 7, 8))):
+        folder = CaptionFolder(root, split=split, resolution=13)
+        assert [sample.captions for sample in folder] == [tuple(captions_of(i)) for i in numbers]
+        assert all(sample.image.shape == (13, 13, 3) and sample.image.dtype == np.uint8 for sample in folder)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_classes_come_from_a_list_or_are_as_many_as_images(tmp_path, style):
+    classes = [sample.class_id for sample in CaptionFolder(make_folder(tmp_path, style=style))]
+    assert classes == ([0, 1, 2, 3, 4, 5] if style == "txt" else [0, 1, 2, 0, 1, 2])
+
+
+def test_without_a_class_an_image_is_a_class_of_its_own(tmp_path):
+    rows = [("a.png", "red"), ("b.png", ""), ("c.png", "red"), ("d.png", ""), ("a.png", "red")]
+    for file, _ in rows:
+        write_image(tmp_path / "train" / file, 0)
+    (tmp_path / "validation").mkdir()
+    lines = ["class,caption,file", *(f"{group},some words,{file}" for file, group in rows)]
+    (tmp_path / "train" / "captions.csv").write_text("\n".join(lines))
+    assert [sample.class_id for sample in CaptionFolder(tmp_path)] == [0, 1, 0, 2]
+
+
+def test_a_tenth_is_for_validation_and_stays_there(tmp_path):
+    root = make_undivided(tmp_path)
+    training, validation = CaptionFolder(root), CaptionFolder(root, split="validation")
+    assert len(training) + len(validation) == 100
+    assert 3 <= len(validation) <= 20
+    assert not names(training) & names(validation)
+    assert names(CaptionFolder(root, seed=1, split="validation")) != names(validation)
+    make_undivided(root, 100, first=100)
+    assert names(training) < names(CaptionFolder(root))
+    assert names(validation) < names(CaptionFolder(root, split="validation"))
+
+
+def test_a_list_is_divided_like_files(tmp_path):
+    make_undivided(tmp_path)
+    rows = [{"file": f"image{i}.png", "caption": c} for i in range(100) for c in captions_of(i)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    training, validation = CaptionFolder(tmp_path), CaptionFolder(tmp_path, split="validation")
+    assert len(training) + len(validation) == 100
+    assert 3 <= len(validation) <= 20
+    assert all(len(entry.captions) == 3 for entry in training.entries)
+
+
+def test_captions_of_all_kinds(tmp_path):
+    """Commas, quotes and emoji stay; control characters go; what says nothing is left out."""
+    write_image(tmp_path / "train" / "a.png", 0)
+    (tmp_path / "validation").mkdir()
+    long = " ".join(["word"] * 10_000)
+    said = ['a "red", round one', "빨간 꽃 🌺", "one\x00two\x1cthree\x85four", "\ud800 x", "...", "", " \t", "🌺", long]
+    expected = ('a "red", round one', "빨간 꽃 🌺", "one two three four", "x", long)
+    rows = [{"file": "./a.png", "caption": caption} for caption in said]
+    path = tmp_path / "train" / "captions.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    assert CaptionFolder(tmp_path)[0].captions == expected
+    path.unlink()
+    (tmp_path / "train" / "a.txt").write_bytes("\r\n".join(said).encode("utf-8", "replace"))
+    assert CaptionFolder(tmp_path)[0].captions == (*expected[:3], "? x", long)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"jsonl line 2 is not JSON"),
+        ("3", r'jsonl line 2 must be an object \{"file"'),
+        ('{"file": "image0.png"}', "line 2 needs a file and a caption, both of them text"),
+        ('{"file": 3, "caption": "x"}', "line 2 needs a file and a caption"),
+        ('{"file": "../x.png", "caption": "x"}', r"line 2 names the file '../x.png', which is not in this folder"),
+        ('{"file": "", "caption": "x"}', "line 2 names the file ''"),
+        ('{"file": "image0.png", "caption": "x", "class": []}', "line 2 has the class .*; expected a name or a number"),
+        ('{"file": "image0.png", "caption": "x", "class": "b"}', "line 1 gives image0.png another class than a later"),
+        ('{"file": "image1.png", "caption": "!"}', "line 2 holds no caption of image1.png"),
+        ('{"file": "image2.png", "caption": "x"}', "line 2 describes .*image2.png, which does not exist"),
+    ],
+)
+def test_lines_that_do_not_fit(tmp_path, row, message):
+    for i in range(2):
+        write_image(tmp_path / "train" / f"image{i}.png", i)
+    (tmp_path / "validation").mkdir()
+    good = '{"file": "image0.png", "caption": "x", "class": "a"}'
+    (tmp_path / "train" / "captions.jsonl").write_text(f"{good}\n{row}\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        CaptionFolder(tmp_path)
+    folder = CaptionFolder(tmp_path, on_error="list")
+    assert len(folder.report.skipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"captions.csv begins with \[\]; the first line must name the columns file and caption"),
+        (b"image,text\na.png,x\n", r"captions.csv begins with \['image', 'text'\]"),
+        (b"file,caption\na.png,a red, round one\n", "line 2 has 3 columns instead of 2; put captions with commas into"),
+        (b"file,caption\na.png\n", "line 2 has 1 columns instead of 2"),
+        (b'file,caption\na.png,"' + b"x" * 200_000 + b'"\n', r"line 2 is not CSV \(field larger than"),
+        (b"file,caption\na.png,\xff\n", "captions.csv is not UTF-8 text .*; save it as UTF-8"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path, content, message):
+    write_image(tmp_path / "train" / "a.png", 0)
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "train" / "captions.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        CaptionFolder(tmp_path)
+
+
+def test_files_without_their_partner(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train" / "image3.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"image3.png has no captions beside it in image3.txt; mend it"):
+        CaptionFolder(root)
+    (root / "train" / "image4.png").unlink()
+    (root / "train" / "image5.txt").write_bytes(b"\xff\xfe\x00")
+    write_image(root / "train" / "image0.bmp", 0)
+    folder = CaptionFolder(root, on_error="list")
+    assert len(folder) == 3
+    reasons = {skipped.file.rsplit("/")[-1]: skipped.reason for skipped in folder.report.skipped}
+    assert reasons.keys() == {"image3.png", "image4.txt", "image5.txt", "image0.png"}
+    assert reasons["image4.txt"] == "has no image of its name beside it"
+    assert reasons["image5.txt"].startswith("is not UTF-8 text")
+    assert reasons["image0.png"] == "has the name of image0.bmp, and the same captions; rename one of them"
+
+
+def test_layouts_that_are_unclear(tmp_path):
+    root = make_folder(tmp_path, style="csv")
+    (root / "train" / "captions.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"train has both captions.jsonl and captions.csv; keep one of them"):
+        CaptionFolder(root)
+    (root / "validation").rename(root / "test")
+    with pytest.raises(FileNotFoundError, match=r"has no validation; the folder must hold images, each with a text"):
+        CaptionFolder(root)
+
+
+def test_a_folder_without_an_image(tmp_path):
+    with pytest.raises(ValueError, match=r"the train split of .* has no photograph; the folder must hold images, each"):
+        CaptionFolder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"CaptionFolder: there is no folder .*nowhere; it must hold images"):
+        CaptionFolder(tmp_path / "nowhere")

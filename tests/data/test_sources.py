@@ -1,0 +1,141 @@
+"""One door to all formats, and one report of what is damaged behind it."""
+
+import pickle
+
+import pytest
+import torch
+
+from mirror_modules.data import (
+    CaptionFolder,
+    CocoCaptions,
+    CubBirds,
+    DamagedSample,
+    ErrorReport,
+    InMemoryCaptions,
+    OxfordFlowers,
+    open_captions,
+)
+from tests.layouts import captions_of, make_birds, make_coco, make_flowers, make_folder
+
+pytest.importorskip("PIL.Image")
+
+FORMATS = {
+    "oxford-flowers": (make_flowers, OxfordFlowers),
+    "birds": (make_birds, CubBirds),
+    "coco": (make_coco, CocoCaptions),
+    "folder": (make_folder, CaptionFolder),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_recognized(tmp_path, name):
+    make, reader = FORMATS[name]
+    make(tmp_path)
+    for source in ("auto", name):
+        for split, size in (("train", 6), ("validation", 3)):
+            captions = open_captions(str(tmp_path), split, 9, source)
+            assert type(captions) is reader
+            assert (len(captions), captions[0].image.shape) == (size, (9, 9, 3))
+
+
+@pytest.mark.parametrize("style", ["jsonl", "csv"])
+def test_a_folder_is_recognized_by_its_list(tmp_path, style):
+    assert type(open_captions(make_folder(tmp_path, style=style))) is CaptionFolder
+    assert type(open_captions(tmp_path / "train", on_error="list")) is CaptionFolder
+
+
+def test_what_was_looked_for_is_said(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has no format that is known\. Looked for oxford-flowers: text_c10/"
+    ) as error:
+        open_captions(tmp_path)
+    for sign in ("birds: CUB_200_2011/", "coco: annotations/captions_*.json", "folder: captions.jsonl, captions.csv"):
+        assert sign in str(error.value)
+    make_coco(tmp_path / "a" / "coco")
+    with pytest.raises(ValueError, match=r"Did you mean .*/a/coco\?"):
+        open_captions(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the one that holds the data set"):
+        open_captions(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="source must be one of 'auto', 'oxford-flowers', 'birds', 'coco', 'folder'"):
+        open_captions(tmp_path, source="imagenet")
+
+
+def damage(root, count, pattern):
+    for path in sorted(root.rglob(pattern))[:count]:
+        path.write_bytes(b"damaged")
+
+
+def test_damaged_samples_stop_or_are_left_out_without_a_hole(tmp_path):
+    root = make_coco(tmp_path, training=60)
+    damage(root / "train2017", 3, "*.jpg")
+    stops = open_captions(root)
+    with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image .*; mend it, or leave it out"):
+        InMemoryCaptions(stops, max_words=18, report=stops.report)
+    with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image"):
+        InMemoryCaptions(stops, max_words=18)
+
+    skips = open_captions(root, resolution=13, on_error="skip")
+    calls = []
+    captions = InMemoryCaptions(
+        skips, max_words=18, report=skips.report, progress=lambda done, total: calls.append((done, total))
+    )
+    assert calls == [(i + 1, 60) for i in range(60)]
+    assert len(captions) == len(captions.images) == len(captions.class_ids) == len(captions.caption_counts) == 57
+    assert captions.tokens.shape[0] == 171
+    for i in range(57):
+        assert sorted(captions.captions[i]) == sorted(captions_of(i + 3))
+        assert torch.equal(captions.images[i], torch.from_numpy(skips[i + 3].image))
+        assert captions.class_ids[i] == i + 3
+    assert [skipped.file[-6:] for skipped in skips.report.skipped] == ["00.jpg", "01.jpg", "02.jpg"]
+
+
+def test_more_than_a_twentieth_is_too_much(tmp_path):
+    root = make_coco(tmp_path, training=60)
+    damage(root / "train2017", 4, "*.jpg")
+    skips = open_captions(root, on_error="skip")
+    with pytest.raises(ValueError, match=r"4 samples cannot be read, more than 5% of them: .*00.jpg .*; .*01.jpg .*"):
+        InMemoryCaptions(skips, max_words=18, report=skips.report)
+    lists = open_captions(root, on_error="list")
+    assert len(InMemoryCaptions(lists, max_words=18, report=lists.report)) == 56
+
+
+def test_what_is_found_at_opening_counts_with_what_is_found_at_reading(tmp_path):
+    root = make_birds(tmp_path, training=60, captions=2)
+    damage(root / "CUB_200_2011" / "images" / "001.Wren", 2, "*.jpg")
+    texts = sorted((root / "text" / "002.Wren").glob("*.txt"))
+    texts[0].unlink()
+    skips = open_captions(root, on_error="skip")
+    assert len(InMemoryCaptions(skips, max_words=18, report=skips.report)) == 57
+    assert [skipped.file[-4:] for skipped in skips.report.skipped] == [".txt", ".jpg", ".jpg"]
+    texts[1].write_text("")
+    skips = open_captions(root, on_error="skip")
+    with pytest.raises(ValueError, match=r"4 samples cannot be read, more than 5% of them: .*Wren_0001.txt cannot be"):
+        InMemoryCaptions(skips, max_words=18, report=skips.report)
+    for text in texts[2:4]:
+        text.unlink()
+    with pytest.raises(ValueError, match=r"CubBirds: 4 samples cannot be read, more than 5% of them: .*Wren_0001.txt"):
+        open_captions(root, on_error="skip")
+
+
+def test_nothing_that_can_be_read(tmp_path):
+    root = make_coco(tmp_path, training=2)
+    damage(root / "train2017", 2, "*.jpg")
+    lists = open_captions(root, on_error="list")
+    with pytest.raises(ValueError, match=r"none of the 2 samples can be read: .*00.jpg cannot be read"):
+        InMemoryCaptions(lists, max_words=18, report=lists.report)
+
+
+def test_a_report_is_one_line():
+    report = ErrorReport("skip")
+    for i in range(7):
+        report.add("Reader", f"f{i}", "is bad")
+    assert report.listing(2) == "f0 is bad; f1 is bad; and 5 more"
+    report.add("Reader", "undecodable\udcff", "is bad")
+    assert report.skipped[-1].file.encode() == b"undecodable\\udcff"
+    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', 'list', but it is 'ignore'"):
+        ErrorReport("ignore")
+
+
+def test_damage_survives_the_way_out_of_a_process():
+    error = DamagedSample("Reader", "x.jpg", "is bad")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "Reader: x.jpg is bad."

@@ -1,0 +1,102 @@
+"""Small data sets on disk, made by the tests: noise for images, and captions that tell which image they are of."""
+
+import json
+import pickle
+
+import numpy as np
+
+COLORS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown", "orange", "purple")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def captions_of(number, count=3):
+    """Captions of at least five words; no two images share one."""
+    digits = " ".join(NUMBERS[int(digit)] for digit in f"{number:03}")
+    return [f"a {COLORS[(number + i) % 10]} thing, number {digits}, seen {NUMBERS[i % 10]} times" for i in range(count)]
+
+
+def write_image(path, number, size=(23, 19)):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def make_flowers(root, training=6, validation=3):
+    """Two classes to train on and one held out; image `i` has caption number `i`."""
+    for i in range(training + validation):
+        class_name = "class_00007" if i >= training else f"class_0000{1 + i % 2}"
+        write_image(root / "jpg" / f"image_{i:05}.jpg", i)
+        text = root / "text_c10" / class_name / f"image_{i:05}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n".join(captions_of(i)) + "\n", encoding="utf-8")
+    (root / "trainclasses.txt").write_text("class_00001\nclass_00002\n")
+    (root / "valclasses.txt").write_text("class_00007\n")
+    return root
+
+
+def make_birds(root, training=6, validation=3, captions=10, pickled=False):
+    """Images of 60 x 40 pixels whose box is at (10, 5), 20 wide and 12 high."""
+    images = root / "CUB_200_2011"
+    listed, boxes, spoken = [], [], {"train": [], "test": []}
+    words, numbers = {0: "<end>"}, {}
+    for folder, first, count in (("train", 0, training), ("test", training, validation)):
+        names = [f"{1 + i % 2 + 2 * (folder == 'test'):03}.Wren/Wren_{i:04}" for i in range(first, first + count)]
+        for i, name in enumerate(names, start=first):
+            write_image(images / "images" / f"{name}.jpg", i, (60, 40))
+            listed.append(f"{i + 1} {name}.jpg\n")
+            boxes.append(f"{i + 1} 10.0 5.0 20.0 12.0\n")
+            lines = captions_of(i, captions)
+            text = root / "text" / f"{name}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for line in lines:
+                for word in line.replace(",", "").split():
+                    words[numbers.setdefault(word, len(numbers) + 1)] = word
+                spoken[folder].append([numbers[word] for word in line.replace(",", "").split()])
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        write_pickle(root / folder / "filenames.pickle", names)
+        write_pickle(root / folder / "class_info.pickle", [int(name[:3]) for name in names])
+    (images / "images.txt").write_text("".join(listed))
+    (images / "bounding_boxes.txt").write_text("".join(boxes))
+    if pickled:
+        write_pickle(root / "captions.pickle", [spoken["train"], spoken["test"], words, numbers])
+    return root
+
+
+def make_coco(root, training=6, validation=3, year="2017"):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name, first, count in (("train", 0, training), ("val", training, validation)):
+        images, annotations = [], []
+        for i in range(first, first + count):
+            file = f"{i:012}.jpg"
+            write_image(root / f"{name}{year}" / file, i)
+            images.append({"id": 7 * i, "file_name": file})
+            annotations += [{"id": 100 * i + j, "image_id": 7 * i, "caption": c} for j, c in enumerate(captions_of(i))]
+        content = {"info": {}, "licenses": [], "images": images, "annotations": annotations[::-1]}
+        (root / "annotations" / f"captions_{name}{year}.json").write_text(json.dumps(content))
+    return root
+
+
+def make_folder(root, training=6, validation=3, style="txt"):
+    """A folder of one's own with train/ and validation/; `style` is txt, jsonl or csv."""
+    for name, first, count in (("train", 0, training), ("validation", training, validation)):
+        lines = []
+        for i in range(first, first + count):
+            write_image(root / name / f"image{i}.png", i)
+            if style == "txt":
+                (root / name / f"image{i}.txt").write_text("\n".join(captions_of(i)), encoding="utf-8")
+            for caption in captions_of(i):
+                row = {"file": f"image{i}.png", "caption": caption, "class": COLORS[i % 3]}
+                lines.append(json.dumps(row) if style == "jsonl" else f'image{i}.png,"{caption}",{COLORS[i % 3]}')
+        if style == "jsonl":
+            (root / name / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if style == "csv":
+            (root / name / "captions.csv").write_text("file,caption,class\n" + "\n".join(lines) + "\n")
+    return root
+
+
+def write_pickle(path, content):
+    path.write_bytes(pickle.dumps(content, protocol=2))
