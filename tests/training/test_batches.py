@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mirror_modules.data import RepeatableBatches, SyntheticFlowers
+from mirror_modules.data import ErrorReport, RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.transforms import to_float
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.batches import load_batches, load_splits, to_device
@@ -53,10 +53,12 @@ def test_the_seed_of_the_recipe_decides_the_images(tiny_recipe):
 def test_a_part_of_the_photographs_is_spread_over_all_classes(tiny_recipe, monkeypatch):
     """Data sets on disk are sorted by class; the first images would be of a few classes."""
 
-    def open_sorted(path, *, split, resolution):
-        return SyntheticFlowers(23, resolution=resolution, split=split)
+    def open_sorted(path, split, resolution, source, *, on_error):
+        flowers = SyntheticFlowers(23, resolution=resolution, split=split)
+        flowers.report = ErrorReport(on_error)
+        return flowers
 
-    monkeypatch.setattr("mirror_modules.training.batches.OxfordFlowers", open_sorted)
+    monkeypatch.setattr("mirror_modules.training.batches.open_captions", open_sorted)
     changes = {"source": "oxford-flowers", "path": "somewhere"}
     part = splits_of(tiny_recipe, **changes, training_images=5, validation_images=None)
     whole = SyntheticFlowers(23, resolution=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -11,10 +12,11 @@ from torch.utils.data import DataLoader
 from mirror_modules.data import (
     CaptionBatch,
     CaptionedImages,
+    ErrorReport,
     InMemoryCaptions,
-    OxfordFlowers,
     RepeatableBatches,
     SyntheticFlowers,
+    open_captions,
     to_float,
 )
 from mirror_modules.models import MirrorGANConfig
@@ -50,6 +52,7 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
     larger = round(resolution * CROP_MARGIN) if recipe.augment else resolution
     training: CaptionedImages
     validation: CaptionedImages
+    reports = ErrorReport(), ErrorReport()
     if recipe.source == "synthetic-flowers":
         training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, seed=seed)
         validation = SyntheticFlowers(
@@ -58,38 +61,45 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
     else:
         if recipe.path is None:
             raise ValueError("this recipe trains on photographs: give their folder with --data PATH.")
-        training = OxfordFlowers(recipe.path, split="train", resolution=larger)
-        validation = OxfordFlowers(recipe.path, split="validation", resolution=resolution)
-    in_training = _load(training, None, recipe, recipe.training_images, model.max_words, "training images")
-    in_validation = _load(
-        validation, in_training.vocabulary, recipe, recipe.validation_images, model.max_words, "validation images"
-    )
+        training = open_captions(recipe.path, "train", larger, recipe.source, on_error=recipe.on_error)
+        validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
+        reports = training.report, validation.report
+    in_training = _load(training, recipe, model, reports[0])
+    in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
     return Splits(in_training, in_validation)
 
 
 def _load(
     dataset: CaptionedImages,
-    vocabulary: Vocabulary | None,
     recipe: DataRecipe,
-    limit: int | None,
-    max_words: int,
-    what: str,
+    model: MirrorGANConfig,
+    report: ErrorReport,
+    vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:
+    """Read a split into memory. The one with a given vocabulary is not trained on."""
     from tqdm import tqdm
 
+    is_training = vocabulary is None
+    what, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
     subset: torch.utils.data.Subset[Any] = torch.utils.data.Subset(
         cast(Any, dataset), [i * len(dataset) // count for i in range(count)]
     )
-    with tqdm(total=count, desc=what, unit=" images", dynamic_ncols=True, disable=None) as bar:
-        return InMemoryCaptions(
+    with tqdm(total=count, desc=f"{what} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
+        loaded = InMemoryCaptions(
             subset,
             vocabulary,
-            max_words=max_words,
+            max_words=model.max_words,
             min_count=recipe.min_count,
+            long_captions=recipe.long_captions if is_training else "cut",
             progress=lambda done, total: bar.update(),
+            report=report,
         )
+    # Of several processes, the first one speaks.
+    if report.skipped and os.environ.get("RANK", "0") == "0":
+        print(f"{what} images: {len(report.skipped)} left out, {len(loaded)} read: {report.listing()}")
+    return loaded
 
 
 def load_batches(

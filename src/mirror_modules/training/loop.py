@@ -191,7 +191,8 @@ def _read_captions(run: Run, model: MirrorGAN) -> tuple[FrozenFeatures | None, s
     numbers = model.text_encoder.feature_dim * (captions.tokens.shape[1] + 1)
     # Whether they are kept must not depend on the number of steps: with more of them, the run must stay the same.
     cache = Cache.plan(len(captions.tokens), numbers, run.recipe.engine.cached_features_mib)
-    if not cache.fits:
+    # A caption of which each batch keeps other words has no features to keep.
+    if not cache.fits or captions.long_tokens:
         return None, ""
     text = cached_text(model.text_encoder.eval(), captions, run.world.device)
     return text, f"features of {len(captions.tokens)} captions kept, {cache.mebibytes:.1f} MiB"

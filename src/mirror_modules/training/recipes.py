@@ -27,8 +27,8 @@ def _harmless(default: Any) -> Any:
 class DataRecipe:
     """The captioned images."""
 
-    source: Literal["synthetic-flowers", "oxford-flowers"] = "synthetic-flowers"
-    """Embedded synthetic flowers, or the Oxford-102 photographs in the folder `path`."""
+    source: Literal["synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "auto"] = "synthetic-flowers"
+    """Embedded synthetic flowers, or the format of the folder `path`, which auto recognizes."""
     path: str | None = _harmless(None)
     """Folder of the photographs; not used for synthetic flowers."""
     training_images: int | None = 4096
@@ -38,7 +38,11 @@ class DataRecipe:
     min_count: int = 1
     """Words that are rarer in the training captions are read as unknown."""
     augment: bool = False
-    """Random crops and mirror images in training."""
+    """Random crops and mirror images in training; a caption that says left or right keeps its image unmirrored."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a damaged file does: end the run, or be left out and listed, as long as at most 5 % are."""
+    long_captions: Literal["cut", "subsample"] = "cut"
+    """What training reads of captions longer than the model's max_words: their first words, or random ones in order."""
 
     def __post_init__(self) -> None:
         limits = {"training_images": self.training_images, "validation_images": self.validation_images}
