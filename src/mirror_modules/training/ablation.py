@@ -1,0 +1,396 @@
+"""What does each part of the objective do? The same data, seeds and steps, with one thing changed at a time.
+
+The phases before the generator are trained once for each seed and shared by all cells. A cell is one choice of what the
+generator learns from; its run is a folder like any other. Each cell of each seed is trained by a process of its own,
+and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mirror_modules.data import attributes_named, measured_colors, to_bytes
+from mirror_modules.metrics.expected_hits import expected_hits
+from mirror_modules.models import MirrorGAN
+from mirror_modules.models.pretrained import read_json, write_json, write_whole
+from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge
+from mirror_modules.training.batches import load_splits
+from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.folder import RunFolder, versions
+from mirror_modules.training.loop import load_pair, train
+from mirror_modules.training.recipes import Recipe, differences
+from mirror_modules.training.validation import (
+    generate_images,
+    image_features,
+    sentence_features,
+    unseen_pairs,
+    word_accuracy,
+)
+
+SHARED_PHASES = ("stem", "stream", "judge")
+RESAMPLES = 10_000
+INTERVAL = 0.95
+
+
+class Cell(NamedTuple):
+    """One choice of what the generator learns from."""
+
+    name: str
+    """Also the name of its folder."""
+    fields: dict[str, Any]
+    """What differs from the recipe, as `Recipe.from_dict` takes it."""
+
+
+def paper_cells() -> list[Cell]:
+    """The questions of the paper's ablation (Sec. 4.2), on both sides of the switch for mismatched pairs.
+
+    Word attention alone, with the global attention too, and weights of the redescription loss from 0 to 20.
+    """
+    cells = [
+        Cell("word attention, weight 0", _fields(0.0, mismatched=True, attention="word")),
+        Cell("word attention, weight 1", _fields(1.0, mismatched=True, attention="word")),
+    ]
+    for mismatched in (True, False):
+        side = "" if mismatched else "no mismatched pairs, "
+        cells += [
+            Cell(f"{side}weight {weight:g}", _fields(weight, mismatched=mismatched))
+            for weight in (0.0, 1.0, 5.0, 10.0, 20.0)
+        ]
+    return cells
+
+
+def _fields(weight: float, *, mismatched: bool, attention: str = "global-local") -> dict[str, Any]:
+    return {
+        "model": {"attention": attention},
+        "glam": {"redescription_weight": weight, "mismatched_pairs": mismatched},
+    }
+
+
+# Each cell against the one that lacks what it adds.
+PAIRS = (
+    ("weight 0", "word attention, weight 0"),
+    ("weight 1", "word attention, weight 1"),
+    *((f"weight {weight}", "weight 0") for weight in (1, 5, 10, 20)),
+    *((f"no mismatched pairs, weight {weight}", "no mismatched pairs, weight 0") for weight in (1, 5, 10, 20)),
+    *((f"no mismatched pairs, weight {weight}", f"weight {weight}") for weight in (0, 20)),
+)
+
+
+def ablate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    cells: Sequence[Cell],
+    seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train and measure every cell with every seed; write ablation.json, ablation.md and ablation.png.
+
+    Args:
+        recipe: What all cells share.
+        out: The folder; what is finished in it is taken as it is.
+        cells: What they differ in.
+        seeds: Each decides data, networks and noise of one run of each cell.
+        jobs: Cells trained at the same time, which share the CPU's cores.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The content of ablation.json.
+
+    Raises:
+        ValueError: The folder holds an ablation of another recipe, or an argument is out of its range.
+        TrainingError: A cell could not be trained.
+    """
+    folder = Path(out)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"ablate: seeds must be one or more different numbers, but they are {list(seeds)}.")
+    if jobs < 1:
+        raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")
+    _begin(folder, recipe)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    tasks = [(recipe, folder, seed, device, threads) for seed in seeds]
+    _in_processes(_train_shared, [task for task in tasks if not _shared_is_done(folder, task[2])], jobs)
+    if recipe.data.source == "synthetic-flowers":
+        fit_attribute_judge(folder / "attributes.safetensors", recipe.model.resolutions[-1])
+    todo = [
+        (cell, *task)
+        for task in tasks
+        for cell in cells
+        if not (_cell_folder(folder, cell, task[2]) / "result.json").exists()
+    ]
+    _in_processes(run_cell, todo, jobs)
+    results = {
+        cell.name: [read_json(_cell_folder(folder, cell, seed) / "result.json") for seed in seeds] for cell in cells
+    }
+    content = summarize(results, seeds)
+    content |= {"recipe": recipe.to_dict(), "cells": {cell.name: cell.fields for cell in cells}, "versions": versions()}
+    write_json(folder / "ablation.json", content)
+    write_whole(folder / "ablation.md", lambda path: path.write_text(as_markdown(content), encoding="utf-8"))
+    draw(content, folder / "ablation.png")
+    return content
+
+
+def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
+    """Train one cell with one seed, measure it, and keep the figures in its result.json."""
+    torch.set_num_threads(threads)
+    run = RunFolder(_cell_folder(out, cell, seed))
+    recipe = dataclasses.replace(Recipe.from_dict(cell.fields, recipe), seed=seed)
+    shared = RunFolder(_shared_folder(out, seed))
+    run.check(recipe)
+    run.begin(recipe)
+    for phase in SHARED_PHASES:
+        if not run.weights(phase).exists():
+            shutil.copyfile(shared.weights(phase), run.weights(phase))
+    sys.stderr = open(run.path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    train(recipe, run.path, phases=["glam"], device=device, resume=True)
+    judge = None
+    if recipe.data.source == "synthetic-flowers":
+        judge = fit_attribute_judge(out / "attributes.safetensors", recipe.model.resolutions[-1])
+    write_json(run.path / "result.json", measure(run, recipe, judge, device))
+
+
+def measure(run: RunFolder, recipe: Recipe, judge: AttributeJudge | None, device: str) -> dict[str, list[float]]:
+    """Figures of each validation caption's image, in [0, 1]: `{"r_precision": [...], ...}`.
+
+    `r_precision` is the expected top-1 precision by the pair of phase `judge`. `attributes` is the share of the named
+    attributes that the image has, by the attribute judge; `colors` the same of the two colors, as measured. `words` is
+    the captioner's word accuracy: of the whole split, so a single number.
+    """
+    model = MirrorGAN.from_pretrained(run.model, device=device)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    unseen = unseen_pairs(splits, recipe.model.max_words)
+    images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+    pair = load_pair(run, "judge", recipe, splits).to(device)
+    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    hits = expected_hits(image_features(pair, images), sentences, candidates=recipe.evaluation.candidates)
+    accuracy, _ = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask)
+    figures = {"r_precision": hits.tolist(), "words": [accuracy]}
+    if judge is not None:
+        named = [attributes_named(caption) for caption in unseen.captions]
+        figures["attributes"] = _shares(judge.read(images), named)
+        figures["colors"] = _shares(measured_colors(to_bytes(images)), named)
+    return figures
+
+
+def _shares(read: Mapping[str, Sequence[str]], named: Sequence[Mapping[str, str]]) -> list[float]:
+    """For each image the share of its caption's attributes, among those that were read, which it has."""
+    shares = []
+    for i, caption in enumerate(named):
+        right = [read[name][i] == value for name, value in caption.items() if name in read]
+        # Every caption names the color of the petals.
+        shares.append(sum(right) / len(right))
+    return shares
+
+
+def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Means and deviations over seeds, and paired differences between cells with bootstrap intervals.
+
+    Args:
+        results: For each cell the figures of each seed, as `measure` gives them.
+        seeds: The seeds, in that order.
+
+    Returns:
+        "figures": by cell and figure its mean, its standard deviation over the seeds, and its value with each seed.
+        "differences": by pair and figure the mean difference and the ends of its interval.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for name, runs in results.items():
+        figures[name] = {}
+        for figure in runs[0]:
+            values = [float(np.mean(run[figure])) for run in runs]
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            figures[name][figure] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
+    compared = []
+    for name, baseline in PAIRS:
+        if name not in results or baseline not in results:
+            continue
+        for figure in results[name][0]:
+            pairs = [
+                np.asarray(one[figure]) - np.asarray(other[figure])
+                for one, other in zip(results[name], results[baseline])
+            ]
+            low, high = bootstrap_interval(pairs)
+            mean = float(np.mean([pair.mean() for pair in pairs]))
+            compared.append(
+                {"cell": name, "against": baseline, "figure": figure, "mean": mean, "low": low, "high": high}
+            )
+    return {"seeds": list(seeds), "figures": figures, "differences": compared}
+
+
+def bootstrap_interval(differences: Sequence[np.ndarray[Any, Any]], *, seed: int = 0) -> tuple[float, float]:
+    """An interval of the mean of paired differences, for other seeds and other captions.
+
+    Each resample draws seeds with replacement, and for each of them captions with replacement. The interval holds the
+    middle 95 % of the resamples' means. With few seeds it is rather too narrow than too wide.
+
+    Args:
+        differences: For each seed the difference at each caption.
+        seed: Decides the resamples.
+
+    Returns:
+        Its lower and its upper end.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.empty((len(differences), RESAMPLES))
+    for row, values in zip(means, differences):
+        for start in range(0, RESAMPLES, 500):
+            drawn = rng.integers(len(values), size=(500, len(values)))
+            row[start : start + 500] = values[drawn].mean(axis=1)
+    chosen = rng.integers(len(differences), size=(len(differences), RESAMPLES))
+    # A seed that is drawn twice has captions of its own each time.
+    shuffled = rng.permuted(np.broadcast_to(means, (len(differences), *means.shape)), axis=2)
+    resampled = np.stack([shuffled[i, row, np.arange(RESAMPLES)] for i, row in enumerate(chosen)]).mean(axis=0)
+    low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    return float(low), float(high)
+
+
+TITLES = {
+    "r_precision": "R-precision, top 1",
+    "attributes": "attributes right",
+    "colors": "colors right",
+    "words": "captioner's words right",
+}
+
+
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """Two tables: the figures of each cell, and the differences with their intervals."""
+    figures = content["figures"]
+    columns = [name for name in TITLES if name in next(iter(figures.values()))]
+    seeds = ", ".join(map(str, content["seeds"]))
+    lines = [
+        f"Mean and standard deviation over seeds {seeds}, in %.",
+        "",
+        "| | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in figures.items():
+        cells = [f"{100 * row[each]['mean']:.1f} ± {100 * row[each]['deviation']:.1f}" for each in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Paired differences in percentage points, with {INTERVAL:.0%} bootstrap intervals over seeds and captions.",
+        "",
+        "| | against | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    by_pair: dict[tuple[str, str], dict[str, str]] = {}
+    for each in content["differences"]:
+        words = f"{100 * each['mean']:+.1f} ({100 * each['low']:+.1f} to {100 * each['high']:+.1f})"
+        by_pair.setdefault((each["cell"], each["against"]), {})[each["figure"]] = words
+    for (name, baseline), row in by_pair.items():
+        lines.append(f"| {name} | {baseline} | " + " | ".join(row[each] for each in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Each cell's figures, every seed a dot, their mean a bar."""
+    from matplotlib.figure import Figure
+
+    figures = content["figures"]
+    names = list(figures)[::-1]
+    columns = [name for name in TITLES if name in figures[names[0]]]
+    picture = Figure(figsize=(4.2 * len(columns), 0.36 * len(names) + 1.2), layout="constrained")
+    panels = picture.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns):
+        for y, name in enumerate(names):
+            figure = figures[name][column]
+            axes.barh(y, 100 * figure["mean"], color="#d9cce0", height=0.7)
+            axes.plot(
+                [100 * value for value in figure["seeds"]], [y] * len(figure["seeds"]), "o", color="#7d4a92", ms=4
+            )
+        axes.set_xlabel(f"{TITLES[column]} (%)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    write_whole(path, lambda temporary: picture.savefig(temporary, dpi=120, format="png"))
+
+
+def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], jobs: int) -> None:
+    """Do each task in a process of its own, so many at a time; the first that fails ends it.
+
+    Raises:
+        TrainingError: One failed.
+    """
+    from tqdm import tqdm
+
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(tasks)[::-1], list[Any]()
+    with tqdm(total=len(tasks), desc=work.__name__.strip("_"), unit=" runs", dynamic_ncols=True) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(context.Process(target=_do, args=(work, waiting.pop())))
+                    running[-1].start()
+                connection.wait([process.sentinel for process in running])
+                for process in [process for process in running if not process.is_alive()]:
+                    running.remove(process)
+                    if process.exitcode != 0:
+                        raise TrainingError(
+                            f"a process of the ablation ended with status {process.exitcode}; what it printed says "
+                            "why. Finished cells are kept: the same command goes on."
+                        )
+                    bar.update()
+        finally:
+            # They finish their step and write a checkpoint.
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+
+
+def _do(work: Callable[..., None], task: tuple[Any, ...]) -> None:
+    printed = sys.stderr
+    try:
+        work(*task)
+    except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
+        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=printed)
+        sys.exit(1)
+
+
+def _train_shared(recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    folder = _shared_folder(out, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    train(dataclasses.replace(recipe, seed=seed), folder, phases=SHARED_PHASES, device=device, resume=True)
+
+
+def _shared_is_done(out: Path, seed: int) -> bool:
+    return all(RunFolder(_shared_folder(out, seed)).weights(phase).exists() for phase in SHARED_PHASES)
+
+
+def _shared_folder(out: Path, seed: int) -> Path:
+    return out / "shared" / f"seed-{seed}"
+
+
+def _cell_folder(out: Path, cell: Cell, seed: int) -> Path:
+    return out / "cells" / cell.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+
+
+def _begin(out: Path, recipe: Recipe) -> None:
+    """Require that the folder is new or holds an ablation of this recipe; nothing is lost otherwise."""
+    config = out / "config.json"
+    if config.exists():
+        found = [
+            words
+            for words, harmless in differences(Recipe.from_dict(read_json(config)["recipe"]), recipe)
+            if not harmless
+        ]
+        if found:
+            raise ValueError(
+                f"{out} holds an ablation with other settings ({'; '.join(found)}); choose another --out, or remove it."
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no ablation; choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(config, {"recipe": recipe.to_dict(), "versions": versions()})

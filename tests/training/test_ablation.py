@@ -1,0 +1,161 @@
+"""One thing changed at a time: what is shared, what is measured, and what the intervals say."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mirror_modules.training import ablation
+from mirror_modules.training.ablation import (
+    PAIRS,
+    ablate,
+    as_markdown,
+    bootstrap_interval,
+    paper_cells,
+    run_cell,
+    summarize,
+)
+from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.recipes import Recipe, get_recipe
+
+CELLS = [cell for cell in paper_cells() if cell.name in ("weight 0", "weight 20")]
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    """No judge of attributes: there is none for so small images."""
+    return dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, checkpoint_every=1))
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    """Do the work here, and without the judge of attributes, which small images are too small for."""
+
+    def work_here(work, tasks, jobs):
+        done.extend(tasks)
+        for task in tasks:
+            work(*task)
+
+    done = []
+    monkeypatch.setattr(ablation, "_in_processes", work_here)
+    monkeypatch.setattr(ablation, "fit_attribute_judge", lambda *_: None)
+    return done
+
+
+def test_the_cells_differ_in_what_their_names_say():
+    cells = {cell.name: Recipe.from_dict(cell.fields, get_recipe("ablation")) for cell in paper_cells()}
+    assert len(cells) == 12
+    for name, recipe in cells.items():
+        assert recipe.glam.mismatched_pairs == ("no mismatched" not in name)
+        assert recipe.model.attention == ("word" if "word" in name else "global-local")
+        assert recipe.glam.redescription_weight == float(name.rsplit(" ", 1)[1])
+    assert {name for pair in PAIRS for name in pair} == set(cells)
+
+
+def test_cells_share_what_comes_before_and_go_on(recipe, tmp_path, without_processes):
+    content = ablate(recipe, tmp_path / "out", cells=CELLS, seeds=(0, 3))
+    assert len(without_processes) == 2 + 4
+    for seed in (0, 3):
+        shared = tmp_path / "out" / "shared" / f"seed-{seed}"
+        for cell in ("weight-0", "weight-20"):
+            run = tmp_path / "out" / "cells" / cell / f"seed-{seed}"
+            for phase in ("stem", "stream", "judge"):
+                name = f"phases/{phase}.safetensors"
+                assert (run / name).read_bytes() == (shared / name).read_bytes()
+            config = json.loads((run / "config.json").read_text())["recipe"]
+            assert config["seed"] == seed
+            assert config["glam"]["redescription_weight"] == float(cell.rsplit("-", 1)[1])
+    assert content["seeds"] == [0, 3]
+    assert set(content["figures"]) == {"weight 0", "weight 20"}
+    (words,) = [each for each in content["differences"] if each["figure"] == "words"]
+    figures = content["figures"]
+    assert words["mean"] == pytest.approx(figures["weight 20"]["words"]["mean"] - figures["weight 0"]["words"]["mean"])
+    with Image.open(tmp_path / "out" / "ablation.png") as picture:
+        assert picture.size[0] > 100
+
+    # A result that is lost is made again, the others are not.
+    before = (tmp_path / "out" / "ablation.json").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "cells" / "weight-20" / "seed-3")
+    without_processes.clear()
+    ablate(recipe, tmp_path / "out", cells=CELLS, seeds=(0, 3))
+    assert [(task[0].name, task[3]) for task in without_processes] == [("weight 20", 3)]
+    assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+
+
+def test_other_settings_are_refused(recipe, tmp_path, without_processes):
+    ablate(recipe, tmp_path / "out", cells=CELLS[:1], seeds=(0,))
+    changed = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, kl_weight=7.0))
+    with pytest.raises(
+        ValueError, match=r"holds an ablation with other settings \(glam\.kl_weight is .* and 7\.0 now\)"
+    ):
+        ablate(changed, tmp_path / "out", cells=CELLS[:1], seeds=(0,))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty and holds no ablation"):
+        ablate(recipe, tmp_path / "mine", cells=CELLS, seeds=(0,))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seeds": ()}, "seeds must be"), ({"seeds": (1, 1)}, "different"), ({"jobs": 0}, "jobs must be at least 1")],
+)
+def test_errors(recipe, tmp_path, options, message):
+    with pytest.raises(ValueError, match="ablate: .*" + message):
+        ablate(recipe, tmp_path / "out", cells=CELLS, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_in_a_process_of_its_own_that_fails_is_said(recipe, tmp_path, capfd):
+    """Its shared phases are missing."""
+    with pytest.raises(
+        TrainingError, match=r"a process of the ablation ended with status 1; .* the same command goes on"
+    ):
+        ablation._in_processes(run_cell, [(CELLS[0], recipe, tmp_path, 0, "cpu", 1)], 1)
+    assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
+
+
+def test_summaries_are_means_over_seeds_and_pairs():
+    results = {
+        "weight 0": [{"r_precision": [0.0, 0.5]}, {"r_precision": [0.5, 0.5]}],
+        "weight 1": [{"r_precision": [0.5, 0.5]}, {"r_precision": [1.0, 0.5]}],
+    }
+    content = summarize(results, (4, 5))
+    assert content["figures"]["weight 0"]["r_precision"] == {
+        "mean": pytest.approx(0.375),
+        "deviation": pytest.approx(0.125 * 2**0.5),
+        "seeds": [0.25, 0.5],
+    }
+    (difference,) = content["differences"]
+    assert (difference["cell"], difference["against"], difference["mean"]) == ("weight 1", "weight 0", 0.25)
+    assert 0 <= difference["low"] < 0.25 < difference["high"] <= 0.5
+    table = as_markdown(content)
+    assert "| weight 0 | 37.5 ± 17.7 |" in table
+    assert "| weight 1 | weight 0 | +25.0 (" in table
+
+
+def test_an_interval_covers_what_seeds_and_captions_leave_open():
+    rng = np.random.default_rng(0)
+    same = [np.full(50, 0.25)] * 3
+    assert bootstrap_interval(same) == (0.25, 0.25)
+    # Of captions alone: a standard error of 1 / sqrt(n) for one seed.
+    low, high = bootstrap_interval([rng.normal(size=400)])
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
+    # Seeds that disagree by far more than captions do decide the width.
+    low, high = bootstrap_interval([np.full(50, value) for value in (-1.0, 0.0, 1.0)])
+    assert (low, high) == (pytest.approx(-1.0, abs=0.01), pytest.approx(1.0, abs=0.01))
+    assert bootstrap_interval([rng.normal(size=9)], seed=1) != bootstrap_interval([rng.normal(size=9)], seed=2)
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    """With many seeds. With three it holds it less often, as its docstring says."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for i in range(60):
+        seeds = rng.normal(size=12)
+        low, high = bootstrap_interval([mean + rng.normal(size=20) for mean in seeds], seed=i)
+        held += low <= 0 <= high
+    assert held >= 51
