@@ -6,20 +6,29 @@ from typing import Any
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.kernels import Choice
-from mirror_modules.metrics.r_precision import r_precision
+from mirror_modules.metrics.diversity import diversity
+from mirror_modules.metrics.frechet_distance import frechet_distance
+from mirror_modules.metrics.inception_score import inception_score
+from mirror_modules.metrics.kernel_distance import kernel_distance
+from mirror_modules.metrics.r_precision import r_precision, r_precision_folds
 from mirror_modules.stem.conditioning import kl_divergence
 from mirror_modules.stem.matching import choose_similarity, matching_loss, word_region_similarity
 from mirror_modules.stream.redescription import redescription_loss
 
 __all__ = [
     "discriminator_loss",
+    "diversity",
     "explain",
+    "frechet_distance",
     "generator_loss",
     "global_local_attention",
+    "inception_score",
+    "kernel_distance",
     "kl_divergence",
     "matching_loss",
     "r1_penalty",
     "r_precision",
+    "r_precision_folds",
     "redescription_loss",
     "sentence_attention",
     "word_attention",

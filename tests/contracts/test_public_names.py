@@ -31,13 +31,18 @@ PUBLIC_NAMES = [
 ]
 FUNCTIONS = [
     "discriminator_loss",
+    "diversity",
     "explain",
+    "frechet_distance",
     "generator_loss",
     "global_local_attention",
+    "inception_score",
+    "kernel_distance",
     "kl_divergence",
     "matching_loss",
     "r1_penalty",
     "r_precision",
+    "r_precision_folds",
     "redescription_loss",
     "sentence_attention",
     "word_attention",

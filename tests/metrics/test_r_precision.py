@@ -1,5 +1,6 @@
 """R-precision against ranks counted one by one, and against the values that are known beforehand."""
 
+import importlib
 import math
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror_modules.functional import r_precision
+from mirror_modules.functional import r_precision, r_precision_folds
 
 N, D = 13, 5
 
@@ -57,6 +58,42 @@ def test_matches_the_loops_with_classes_of_equal_size():
     others = [[j for j in range(12) if classes[j] != classes[i]] for i in range(12)]
     result = r_precision(images, sentences, classes, candidates=10)
     assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
+
+
+def test_matches_the_loops_with_several_captions_of_an_image():
+    images, sentences, photographs = torch.randn(15, D), torch.randn(15, D), torch.arange(15) % 5
+    others = [[j for j in range(15) if photographs[j] != photographs[i]] for i in range(15)]
+    result = r_precision(images, sentences, image_ids=photographs, candidates=13)
+    assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
+
+
+def test_matches_the_loops_with_images_and_classes_that_cross():
+    images, sentences = torch.randn(15, D), torch.randn(15, D)
+    photographs, classes = torch.arange(15) % 5, torch.arange(15) // 5
+    others = [
+        [j for j in range(15) if photographs[j] != photographs[i] and classes[j] != classes[i]] for i in range(15)
+    ]
+    assert {len(row) for row in others} == {8}
+    result = r_precision(images, sentences, classes, image_ids=photographs, candidates=9)
+    assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
+
+
+def test_captions_of_the_same_image_are_left_out():
+    # Caption i equals all captions of its photograph; only one of them can tie.
+    photographs = torch.arange(N) % 3
+    features = torch.eye(3)[photographs]
+    assert r_precision(features, features, image_ids=photographs, candidates=8).top1 == 1.0
+    # A class of its own for each row excludes nothing, so the photographs alone do.
+    assert r_precision(features, features, torch.arange(N), image_ids=photographs, candidates=8).top1 == 1.0
+    assert r_precision(features, features, photographs, image_ids=torch.arange(N), candidates=8).top1 == 1.0
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**24])
+def test_blocks_of_images_draw_the_same_candidates(monkeypatch, block):
+    images, sentences, classes = torch.randn(101, D), torch.randn(101, D), torch.arange(101) % 7
+    expected = r_precision(images, sentences, classes, candidates=11, generator=seeded())
+    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.r_precision"), "LARGEST_BLOCK", block)
+    assert r_precision(images, sentences, classes, candidates=11, generator=seeded()) == expected
 
 
 def test_identical_features_are_always_found():
@@ -149,6 +186,14 @@ def test_half_precision_features_are_ranked_in_full():
             r"class_ids must be \(13,\), one per image, but are \(7,\)",
             lambda: r_precision(torch.ones(N, D), torch.ones(N, D), torch.zeros(7), candidates=2),
         ),
+        (
+            r"image_ids must be \(13,\), one per image, but are \(7,\)",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), image_ids=torch.zeros(7), candidates=2),
+        ),
+        (
+            r"candidates=11 needs 10 mismatched captions .* has 8; evaluate more captions, or lower candidates",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), image_ids=torch.arange(N) % 3, candidates=11),
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(message, call):
@@ -163,3 +208,104 @@ def test_a_feature_that_is_no_number_is_never_a_hit(which, value):
     features[which][3, 2] = value
     with pytest.raises(ValueError, match=r"r_precision: images or sentences hold NaN or infinite features"):
         r_precision(*features, candidates=5)
+
+
+def test_a_fold_of_each_image_gives_the_error_over_the_images():
+    images, sentences = torch.randn(N, D), torch.randn(N, D)
+    whole = r_precision(images, sentences, candidates=N)
+    result = r_precision_folds(images, sentences, candidates=N, folds=N)
+    assert list(result[:3]) == pytest.approx(list(whole[:3]))
+    assert result.standard_errors[0] == pytest.approx(whole.standard_error)
+
+
+def test_folds_match_the_loops():
+    images, sentences, folds = torch.randn(N, D), torch.randn(N, D), 5
+    hits = hits_by_loops(images.double(), sentences.double(), [[j for j in range(N) if j != i] for i in range(N)])
+    generator = seeded(7)
+    torch.rand(N, N, generator=generator)  # the candidates are drawn first
+    order = torch.randperm(N, generator=generator).tolist()
+    sizes, shares = [3, 3, 3, 2, 2], []
+    for fold in range(folds):
+        rows = order[sum(sizes[:fold]) : sum(sizes[: fold + 1])]
+        shares.append([sum(hits[i][k] for i in rows) / len(rows) for k in range(3)])
+    result = r_precision_folds(images, sentences, candidates=N, folds=folds, generator=seeded(7))
+    for k in range(3):
+        mean = sum(share[k] for share in shares) / folds
+        squares = sum((share[k] - mean) ** 2 for share in shares)
+        assert result[k] == pytest.approx(mean)
+        assert result.standard_errors[k] == pytest.approx(math.sqrt(squares / (folds - 1) / folds))
+        assert result.standard_deviations[k] == pytest.approx(math.sqrt(squares / folds))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_folds_of_random_or_shuffled_features_are_at_chance(shuffled):
+    count = 2003
+    sentences = torch.randn(count, 17)
+    images = sentences.roll(1, dims=0) if shuffled else torch.randn(count, 17)
+    result = r_precision_folds(images, sentences, generator=seeded())
+    for found, error, chance in zip(result, result.standard_errors, (0.01, 0.02, 0.03)):
+        assert abs(found - chance) < 3 * error
+        assert error == pytest.approx(math.sqrt(chance * (1 - chance) / count), rel=0.5)
+
+
+def test_folds_of_identical_features_are_found_and_of_constant_ones_at_chance():
+    features = torch.randn(211, 17)
+    zeros = (0.0, 0.0, 0.0)
+    assert tuple(r_precision_folds(features, features)) == (1.0, 1.0, 1.0, zeros, zeros)
+    constant = r_precision_folds(torch.ones(211, 17), torch.ones(211, 17))
+    assert list(constant[:3]) == pytest.approx([0.01, 0.02, 0.03], abs=1e-12)
+    assert constant.standard_errors == pytest.approx(zeros, abs=1e-12)
+
+
+def test_folds_leave_out_captions_of_the_own_class_and_image():
+    groups = torch.arange(N) % 3
+    features = torch.eye(3)[groups]
+    for ids in ({"class_ids": groups}, {"image_ids": groups}):
+        assert r_precision_folds(features, features, **ids, candidates=8, folds=3).top1 == 1.0
+
+
+def test_folds_can_be_repeated():
+    images, sentences = torch.randn(101, 3), torch.randn(101, 3)
+    results = [r_precision_folds(images, sentences, candidates=101, generator=seeded(seed)) for seed in (1, 1, 2)]
+    # All captions are candidates: only the order of the folds differs.
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_features_that_require_gradients_are_measured_as_they_are(dtype):
+    images, sentences = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(N, D, dtype=dtype)
+    result = r_precision_folds(images, sentences, candidates=N, folds=3, generator=seeded())
+    assert result == r_precision_folds(
+        images.detach().double(), sentences.double(), candidates=N, folds=3, generator=seeded()
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            r"folds=10 needs as many images, but there are 7; lower folds",
+            lambda: r_precision_folds(torch.ones(7, D), torch.ones(7, D), candidates=2),
+        ),
+        (
+            r"folds must be at least 2, but it is 1; r_precision has no folds",
+            lambda: r_precision_folds(torch.ones(N, D), torch.ones(N, D), candidates=2, folds=1),
+        ),
+        (
+            r"folds must be a whole number of at least 1, but it is 2\.5",
+            lambda: r_precision_folds(torch.ones(N, D), torch.ones(N, D), candidates=2, folds=2.5),
+        ),
+        (r"must both be \(N, D\), but they are \(\)", lambda: r_precision_folds(torch.ones(()), torch.ones(()))),
+        (
+            r"candidates=100 needs 99 mismatched captions for each image, but one of the 13 images has 12;",
+            lambda: r_precision_folds(torch.ones(N, D), torch.ones(N, D)),
+        ),
+        (
+            r"hold NaN or infinite features",
+            lambda: r_precision_folds(torch.full((N, D), torch.nan), torch.ones(N, D)),
+        ),
+    ],
+)
+def test_errors_of_folds_say_what_is_wrong(message, call):
+    with pytest.raises(ValueError, match="r_precision_folds: .*" + message):
+        call()

@@ -1,5 +1,21 @@
 """What a text-to-image model is measured by."""
 
-from mirror_modules.metrics.r_precision import RPrecision, r_precision
+from mirror_modules.metrics.diversity import Diversity, diversity
+from mirror_modules.metrics.frechet_distance import frechet_distance
+from mirror_modules.metrics.inception_score import InceptionScore, inception_score
+from mirror_modules.metrics.kernel_distance import KernelDistance, kernel_distance
+from mirror_modules.metrics.r_precision import RPrecision, RPrecisionFolds, r_precision, r_precision_folds
 
-__all__ = ["RPrecision", "r_precision"]
+__all__ = [
+    "Diversity",
+    "InceptionScore",
+    "KernelDistance",
+    "RPrecision",
+    "RPrecisionFolds",
+    "diversity",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "r_precision",
+    "r_precision_folds",
+]

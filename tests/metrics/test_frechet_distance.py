@@ -1,0 +1,159 @@
+"""The Fréchet distance against closed forms and torchmetrics, also where a covariance has no full rank."""
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from mirror_modules.functional import frechet_distance
+
+N, M, D = 23, 19, 5
+
+
+def exact_moments(count, mean, covariance):
+    """Features whose sample mean and covariance are exactly these."""
+    features = torch.randn(count, len(mean), dtype=torch.float64)
+    features = features - features.mean(dim=0)
+    root = torch.linalg.cholesky(features.T @ features / (count - 1))
+    return torch.linalg.solve_triangular(root, features.T, upper=False).T @ torch.linalg.cholesky(covariance).T + mean
+
+
+def random_covariance():
+    root = torch.randn(D, D, dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(D, dtype=torch.float64)
+
+
+def test_matches_the_formula():
+    a, b = 2 * torch.randn(N, D), torch.randn(M, D) @ torch.randn(D, D) + 3
+    mean = a.double().mean(dim=0) - b.double().mean(dim=0)
+    covariance_a, covariance_b = a.double().T.cov(), b.double().T.cov()
+    # The trace of a root is the sum of the roots of the eigenvalues.
+    shared = torch.linalg.eigvals(covariance_a @ covariance_b).real.sqrt().sum()
+    expected = mean.square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * shared
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_a_set_is_at_no_distance_from_itself():
+    features = 100 * torch.randn(N, D)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(features, features[torch.randperm(N)]) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_shift_counts_squared():
+    features = torch.randn(N, D).double()
+    shift = torch.arange(1.0, D + 1)
+    assert frechet_distance(features, features + shift) == pytest.approx(float(shift.square().sum()))
+
+
+def test_diagonal_gaussians_are_as_known():
+    spread = torch.tensor([[1.0, 2, 3, 4, 5], [2.0, 2, 1, 0.5, 7]], dtype=torch.float64)
+    mean = torch.randn(2, D, dtype=torch.float64)
+    a, b = (exact_moments(n, m, s.square().diag()) for n, m, s in zip((N, M), mean, spread))
+    expected = (mean[0] - mean[1]).square().sum() + (spread[0] - spread[1]).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_a_scaled_covariance_is_as_known():
+    covariance = random_covariance()
+    zero = torch.zeros(D, dtype=torch.float64)
+    a, b = exact_moments(N, zero, covariance), exact_moments(M, zero, 9 * covariance)
+    # tr(S) (1 - 3)^2
+    assert frechet_distance(a, b) == pytest.approx(4 * float(covariance.trace()), rel=1e-10)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
+def test_fewer_images_than_features_are_no_harm(count):
+    few, many = torch.randn(count, D), torch.randn(N, D)
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(few.double(), few.double() + 2) == pytest.approx(4 * D, rel=1e-12)
+    covariance = [x.double().T.cov() for x in (few, many)]
+    value, vector = torch.linalg.eigh(covariance[1])
+    root = vector @ value.sqrt().diag() @ vector.T
+    shared = torch.linalg.eigvalsh(root @ covariance[0] @ root).clamp(min=0).sqrt().sum()
+    mean = (few.double().mean(0) - many.double().mean(0)).square().sum()
+    expected = float(mean + covariance[0].trace() + covariance[1].trace() - 2 * shared)
+    assert frechet_distance(few, many) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(many, few) == pytest.approx(frechet_distance(few, many), rel=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_constant_and_repeated_features_give_no_nan(size):
+    point = size * torch.ones(N, D, dtype=torch.float64)
+    assert frechet_distance(point, point) == 0
+    assert frechet_distance(point, 2 * point) == pytest.approx(D * size**2)
+    repeated = size * torch.randn(N, 1, dtype=torch.float64).expand(N, D)  # rank 1
+    assert frechet_distance(repeated, repeated) == pytest.approx(0, abs=1e-11 * size**2)
+
+
+def test_features_that_hardly_vary_keep_their_digits():
+    # The deviations are 1e-6 of the mean; sums of squares in float32 would lose them.
+    features = torch.randn(N, D, dtype=torch.float64)
+    expected = frechet_distance(features, 3 * features)
+    assert frechet_distance(1e6 + features, 1e6 + 3 * features) == pytest.approx(expected, rel=1e-6)
+
+
+class GivenFeatures(nn.Module):
+    """Stands for Inception: images are features already. What torchmetrics tries it with has 3 channels."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images):
+        return images.flatten(1)[:, : self.size]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1009, 17), (503, 64)])
+def test_agrees_with_torchmetrics(count, size):
+    a = torch.randn(count, size) @ torch.randn(size, size)
+    b = torch.randn(count + 100, size) @ torch.randn(size, size) + 1
+    theirs = FrechetInceptionDistance(feature=GivenFeatures(size))
+    theirs.update(a, real=True)
+    theirs.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_any_precision_is_summed_in_full(dtype):
+    a, b = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(M, D, dtype=dtype)
+    assert frechet_distance(a, b) == frechet_distance(a.detach().double(), b.double())
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            r"features_a must be \(N, D\), but they are \(23,\)",
+            lambda: frechet_distance(torch.ones(N), torch.ones(N, D)),
+        ),
+        (
+            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); give more of them",
+            lambda: frechet_distance(torch.ones(N, D), torch.ones(1, D)),
+        ),
+        (
+            r"features_a must be \(N, D\) with D at least 1, but they are \(23, 0\)",
+            lambda: frechet_distance(torch.ones(N, 0), torch.ones(N, 0)),
+        ),
+        (
+            r"features_b must be floating point, but they are torch\.uint8; convert them",
+            lambda: frechet_distance(torch.ones(N, D), torch.ones(N, D).byte()),
+        ),
+        (
+            r"features_a are \(23, 5\) and features_b \(19, 7\); both need the same number of features",
+            lambda: frechet_distance(torch.ones(N, D), torch.ones(M, 7)),
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(message, call):
+    with pytest.raises(ValueError, match="frechet_distance: .*" + message):
+        call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_features_that_are_no_numbers_are_refused(which, value):
+    features = [torch.randn(N, D), torch.randn(M, D)]
+    features[which][3, 2] = value
+    name = "features_" + "ab"[which]
+    with pytest.raises(ValueError, match=rf"frechet_distance: {name} hold NaN or infinite values"):
+        frechet_distance(*features)

@@ -1,0 +1,164 @@
+"""The kernel distance against sums over pairs, values known beforehand, and torchmetrics."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from mirror_modules.functional import kernel_distance
+
+N, M, D = 13, 11, 5
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def kernel(x, y):
+    return (sum(p * q for p, q in zip(x, y)) / len(x) + 1) ** 3
+
+
+def discrepancy_by_loops(a, b):
+    a, b = a.double().tolist(), b.double().tolist()
+    pairs_a = [kernel(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j]
+    pairs_b = [kernel(b[i], b[j]) for i in range(len(b)) for j in range(len(b)) if i != j]
+    between = [kernel(x, y) for x in a for y in b]
+    return sum(pairs_a) / len(pairs_a) + sum(pairs_b) / len(pairs_b) - 2 * sum(between) / len(between)
+
+
+def test_matches_the_loops():
+    a, b = torch.randn(N, D), torch.randn(M, D) + 0.5
+    draws = seeded(3)
+    expected = []
+    for _ in range(3):
+        rows_a, rows_b = (torch.randperm(count, generator=draws)[:7] for count in (N, M))
+        expected.append(discrepancy_by_loops(a[rows_a], b[rows_b]))
+    mean = sum(expected) / 3
+    result = kernel_distance(a, b, subsets=3, subset_size=7, generator=seeded(3))
+    assert result.mean == pytest.approx(mean, rel=1e-10)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in expected) / 3)
+    assert result.standard_deviation == pytest.approx(deviation, rel=1e-10)
+
+
+def test_a_subset_of_everything_is_the_whole():
+    a, b = torch.randn(N, D), torch.randn(N, D)
+    result = kernel_distance(a, b, subsets=7, subset_size=N)
+    assert tuple(result) == pytest.approx((discrepancy_by_loops(a, b), 0.0), abs=1e-12)
+
+
+def test_constant_sets_are_as_known():
+    # k(0, 0) = 1, k(x, x) = (1 + 1)^3, k(0, x) = 1.
+    zeros, ones = torch.zeros(N, D), torch.ones(M, D)
+    assert tuple(kernel_distance(zeros, ones, subset_size=7)) == pytest.approx((1 + 8 - 2, 0.0))
+    assert tuple(kernel_distance(ones, ones, subset_size=7)) == pytest.approx((0.0, 0.0))
+
+
+def test_shifted_gaussians_are_as_known():
+    # Of one feature: E (xy + 1)^3 = 1 + 3 E x E y + 3 E x^2 E y^2 + E x^3 E y^3, of N(0, 1) and N(1, 1).
+    means = [
+        {1: 0, 2: 1, 3: 0},
+        {1: 1, 2: 2, 3: 4},
+    ]
+    same_a, same_b, between = (
+        1 + 3 * x[1] * y[1] + 3 * x[2] * y[2] + x[3] * y[3]
+        for x, y in ((means[0], means[0]), (means[1], means[1]), (means[0], means[1]))
+    )
+    a, b = torch.randn(10007, 1, generator=seeded()), 1 + torch.randn(10007, 1, generator=seeded(1))
+    result = kernel_distance(a, b, subsets=53, subset_size=503, generator=seeded(2))
+    assert result.mean == pytest.approx(same_a + same_b - 2 * between, rel=0.1)
+
+
+def test_two_draws_of_one_distribution_are_at_no_distance_on_average():
+    # Without bias: around 0, so also below. A biased estimate would be above each time.
+    distances = [
+        kernel_distance(torch.randn(101, D, generator=g), torch.randn(101, D, generator=g), subsets=1, subset_size=101)
+        for g in map(seeded, range(50))
+    ]
+    values = torch.tensor([distance.mean for distance in distances])
+    assert values.mean().abs() < 3 * values.std() / 50**0.5
+    assert (values < 0).any()
+
+
+def test_the_draw_can_be_repeated():
+    a, b = torch.randn(N, D), torch.randn(M, D)
+    results = [kernel_distance(a, b, subsets=2, subset_size=3, generator=seeded(seed)) for seed in (1, 1, 2)]
+    assert results[0] == results[1] != results[2]
+
+
+class GivenFeatures(nn.Module):
+    """Stands for Inception: images are features already."""
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:Metric")
+@pytest.mark.parametrize("size", [17, 64])
+def test_agrees_with_torchmetrics(size):
+    a, b = torch.randn(211, size), 1.3 * torch.randn(211, size) + 0.2
+    theirs = KernelInceptionDistance(feature=GivenFeatures(), subsets=2, subset_size=211)
+    theirs.update(a, real=True)
+    theirs.update(b, real=False)
+    mean, _ = theirs.compute()
+    assert kernel_distance(a, b, subsets=2, subset_size=211).mean == pytest.approx(float(mean), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_any_precision_is_summed_in_full(dtype):
+    a, b = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(M, D, dtype=dtype)
+    result = kernel_distance(a, b, subset_size=7, generator=seeded())
+    assert result == kernel_distance(a.detach().double(), b.double(), subset_size=7, generator=seeded())
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            r"features_a must be \(N, D\), but they are \(13,\)",
+            lambda: kernel_distance(torch.ones(N), torch.ones(N, D)),
+        ),
+        (
+            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); give more of them",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(1, D)),
+        ),
+        (
+            r"features_a must be floating point, but they are torch\.int64",
+            lambda: kernel_distance(torch.ones(N, D).long(), torch.ones(N, D)),
+        ),
+        (
+            r"features_a are \(13, 5\) and features_b \(11, 7\); both need the same number of features",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, 7)),
+        ),
+        (
+            r"subset_size=1000 needs as many images in both sets, but one has 11; give more images, or lower it",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D)),
+        ),
+        (
+            r"subset_size=12 needs as many images in both sets, but one has 11",
+            lambda: kernel_distance(torch.ones(M, D), torch.ones(N, D), subset_size=12),
+        ),
+        (
+            r"subsets must be at least 1 and subset_size at least 2, but they are 100 and 1",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subset_size=1),
+        ),
+        (
+            r"subsets must be at least 1 and subset_size at least 2, but they are 0 and 1000",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subsets=0),
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(message, call):
+    with pytest.raises(ValueError, match="kernel_distance: .*" + message):
+        call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_features_that_are_no_numbers_are_refused(which, value):
+    features = [torch.randn(N, D), torch.randn(M, D)]
+    features[which][3, 2] = value
+    name = "features_" + "ab"[which]
+    with pytest.raises(ValueError, match=rf"kernel_distance: {name} hold NaN or infinite values"):
+        kernel_distance(*features, subset_size=3)
