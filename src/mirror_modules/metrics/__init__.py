@@ -5,6 +5,7 @@ from mirror_modules.metrics.frechet_distance import frechet_distance
 from mirror_modules.metrics.inception_score import InceptionScore, inception_score
 from mirror_modules.metrics.kernel_distance import KernelDistance, kernel_distance
 from mirror_modules.metrics.r_precision import RPrecision, RPrecisionFolds, r_precision, r_precision_folds
+from mirror_modules.metrics.redescription_quality import RedescriptionQuality, redescription_quality, words_in_place
 
 __all__ = [
     "Diversity",
@@ -12,10 +13,13 @@ __all__ = [
     "KernelDistance",
     "RPrecision",
     "RPrecisionFolds",
+    "RedescriptionQuality",
     "diversity",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
     "r_precision",
     "r_precision_folds",
+    "redescription_quality",
+    "words_in_place",
 ]
