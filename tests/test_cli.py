@@ -10,6 +10,7 @@ from PIL import Image
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary, cli
 from mirror_modules.cli import main
 from mirror_modules.training.recipes import demo
+from tests.layouts import make_coco
 
 CAPTION = "a red flower"
 
@@ -92,7 +93,45 @@ def test_without_a_command_it_says_what_there_is(capsys):
     assert run(capsys)[0] == 2
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    assert all(command in out for command in ("train", "generate", "describe", "evaluate"))
+    assert all(command in out for command in ("train", "generate", "describe", "evaluate", "data inspect"))
+
+
+def test_inspecting_shows_every_option_with_its_default(capsys):
+    status, out, _ = run(capsys, "data", "inspect", "--help")
+    assert status == 0
+    for name in ("source", "out", "resolution", "max-words", "min-count"):
+        assert f"--{name} " in out
+    assert out.count("default:") == 5
+
+
+def test_a_folder_is_inspected(capsys, tmp_path):
+    root = make_coco(tmp_path / "data")
+    (root / "train2017" / "000000000002.jpg").write_bytes(b"")
+    status, out, _ = run(capsys, "data", "inspect", root, "--out", tmp_path / "new" / "sheet.png", "--resolution", 16)
+    assert status == 0
+    assert f"{root} is read as 'coco'" in out
+    assert "damaged: 1 of 9" in out
+    assert "000000000002.jpg cannot be read as an image (it is empty)" in out
+    assert f"Open {tmp_path / 'new' / 'sheet.png'}" in out
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.width == 4 * 128 + 3 * 12
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        ([], "expected inspect, but got nothing; write `mirror-modules data inspect PATH`"),
+        (["clean"], "expected inspect, but got 'clean'"),
+        (["inspect", "nowhere"], "there is no folder nowhere"),
+        (["inspect", "."], "has no format that is known"),
+        (["inspect", ".", "--resolution", "0"], "resolution must be a whole number of at least 1, but it is 0"),
+        (["inspect", ".", "--source", "coco"], "has no annotations/captions_train2017.json"),
+    ],
+)
+def test_a_folder_that_cannot_be_inspected(capsys, tmp_path, monkeypatch, words, needle):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(capsys, "data", *words), needle)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_same_seed_and_captions_give_the_same_bytes(capsys, model, tmp_path):

@@ -19,6 +19,7 @@ usage: mirror-modules COMMAND ...
   generate MODEL_DIR CAPTION...  draw images from captions
   describe MODEL_DIR IMAGE...    read captions off images
   evaluate RUN_DIR               measure a trained run again, and write its report
+  data inspect PATH              what a folder of captioned images holds, and what of it is damaged
 
 `mirror-modules COMMAND --help` lists every option with its default."""
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "describe": _describe,
         "evaluate": _evaluate,
+        "data": _data,
     }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -208,6 +210,44 @@ def _evaluate(arguments: list[str]) -> None:
     options = _parse(EvaluateOptions, arguments, "mirror-modules evaluate", positional=("run_dir",))
     _print_metrics(evaluate(options.run_dir, device=_device(options.device)))
     print(f"Open {options.run_dir / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Say what a folder of captioned images holds, and name its damaged files."""
+
+    path: Path
+    """Folder of the data set."""
+    source: Literal["auto", "oxford-flowers", "birds", "coco", "folder"] = "auto"
+    """Its format; auto recognizes it."""
+    out: Path = Path("contact.png")
+    """PNG file to write: some images of both splits, each with a caption."""
+    resolution: int = 64
+    """Height and width of the images in it."""
+    max_words: int = 18
+    """Captions of more words are counted as long."""
+    min_count: int = 1
+    """Occurrences that a word needs to enter the vocabulary."""
+
+
+def _data(arguments: list[str]) -> None:
+    if arguments[:1] != ["inspect"]:
+        given = repr(arguments[0]) if arguments else "nothing"
+        raise ValueError(f"expected inspect, but got {given}; write `mirror-modules data inspect PATH`.")
+    options = _parse(InspectOptions, arguments[1:], "mirror-modules data inspect", positional=("path",))
+    from mirror_modules.training.inspection import inspect_folder
+
+    print(
+        inspect_folder(
+            options.path,
+            options.out,
+            source=options.source,
+            resolution=options.resolution,
+            max_words=options.max_words,
+            min_count=options.min_count,
+        )
+    )
+    print(f"Open {options.out}")
 
 
 def _parse(

@@ -97,7 +97,8 @@ def _load(
             report=report,
         )
     # Of several processes, the first one speaks.
-    if report.skipped and os.environ.get("RANK", "0") == "0":
+    is_first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    if report.skipped and is_first:
         print(f"{what} images: {len(report.skipped)} left out, {len(loaded)} read: {report.listing()}")
     return loaded
 

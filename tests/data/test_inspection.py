@@ -1,0 +1,117 @@
+"""The figures of a data set, counted by hand."""
+
+from collections import Counter
+
+import pytest
+
+from mirror_modules.data import open_captions
+from mirror_modules.data.inspection import LISTED, Spread, describe_splits, inspect_split
+from tests.layouts import make_folder, write_image
+
+pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three images to train on, of two classes, of which one is damaged; two for validation."""
+    rows = {
+        "train": [
+            ("a", "A red, red bird.", "x"),
+            ("a", "one two three four five", "x"),
+            ("b", "red", "y"),
+            ("c", "?", "y"),
+        ],
+        "validation": [("d", "a red fish", "y"), ("e", "a bird", "z"), ("e", "two birds", "z")],
+    }
+    for split, lines in rows.items():
+        for i, name in enumerate(dict.fromkeys(name for name, _, _ in lines)):
+            write_image(tmp_path / split / f"{name}.png", i, (10 + i, 30 - i))
+        table = [f'{name}.png,"{caption}",{group}' for name, caption, group in lines]
+        (tmp_path / split / "captions.csv").write_text("\n".join(["file,caption,class", *table]))
+    return tmp_path
+
+
+def facts_of(root, split, **options):
+    return inspect_split(open_captions(root, split, 8, on_error="list"), **options)
+
+
+def test_a_split_is_counted(root):
+    facts = facts_of(root, "train", max_words=4)
+    assert (facts.images, facts.captions, facts.long_captions) == (2, 3, 1)
+    assert facts.captions_each == (1, 1.5, 2)
+    assert (facts.shorter_side, facts.longer_side) == ((10, 10.5, 11), (29, 29.5, 30))
+    assert facts.caption_words == (1, 4, 5)
+    assert facts.words == Counter({"red": 3, **dict.fromkeys(["a", "bird", "one", "two", "three", "four", "five"], 1)})
+    assert facts.classes == {0, 1}
+    assert [skipped.reason for skipped in facts.damaged] == ["holds no caption of c.png"]
+    assert [sample.captions[0] for sample in facts.pictures] == ["A red, red bird.", "red"]
+
+
+def test_what_is_damaged_inside_is_found_too(root):
+    (root / "train" / "b.png").write_bytes(b"")
+    facts = facts_of(root, "train")
+    assert facts.images == 1
+    assert [skipped.reason for skipped in facts.damaged] == [
+        "holds no caption of c.png",
+        "cannot be read as an image (it is empty)",
+    ]
+
+
+def test_pictures_are_spread_over_all(tmp_path):
+    root = make_folder(tmp_path, training=20)
+    (root / "train" / "image0.png").write_bytes(b"")
+    pictures = facts_of(root, "train", pictures=4).pictures
+    captions = open_captions(root, "train")
+    places = [next(i for i, e in enumerate(captions.entries) if e.captions == p.captions) for p in pictures]
+    assert places == [1, 5, 10, 15]
+
+
+def test_the_table_says_what_was_counted(root):
+    training, validation = facts_of(root, "train"), facts_of(root, "validation")
+    text = describe_splits(training, validation, min_count=1)
+    rows = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
+    assert rows["images"] == ["2", "2"]
+    assert rows["damaged"] == ["1", "0"]
+    assert rows["shorter side, pixels"] == ["10", "/", "10.5", "/", "11", "10", "/", "10.5", "/", "11"]
+    assert rows["longer than 18 words"] == ["0.0%", "0.0%"]
+    # a red fish, a bird, two birds: all but fish and birds are known.
+    assert "vocabulary: 8 words of training captions, with min_count=1; they are 71.4% of the words" in text
+    assert "and 66.7% of the distinct ones" in text
+    assert "vocabulary: 1 words of training captions, with min_count=2; they are 14.3%" in describe_splits(
+        training, validation, min_count=2
+    )
+    assert "damaged: 1 of 5\n" in text
+    assert "captions.csv line 5 holds no caption of c.png" in text
+
+
+def test_only_so_many_damaged_files_are_listed(tmp_path):
+    root = make_folder(tmp_path, training=LISTED + 5)
+    for path in (root / "train").glob("*.png"):
+        path.write_bytes(b"")
+    training, validation = facts_of(root, "train"), facts_of(root, "validation")
+    text = describe_splits(training, validation)
+    assert text.count("it is empty") == LISTED
+    assert text.endswith("\n  and 5 more")
+    assert training.shorter_side is None
+    assert "damaged: 25 of 28" in text
+    assert "they are 0.0% of the words" in text
+
+
+def test_classes_are_compared_where_there_are_some(tmp_path):
+    root = make_folder(tmp_path, training=9, validation=6, style="csv")
+    assert "classes in both splits: 3" in describe_splits(facts_of(root, "train"), facts_of(root, "validation"))
+    plain = make_folder(tmp_path / "plain")
+    assert "in both splits" not in describe_splits(facts_of(plain, "train"), facts_of(plain, "validation"))
+
+
+def test_errors(root):
+    with pytest.raises(ValueError, match="inspect_split: max_words must be a whole number of at least 1, but it is 0"):
+        facts_of(root, "train", max_words=0)
+    facts = facts_of(root, "train")
+    with pytest.raises(ValueError, match="describe_splits: min_count must be a whole number of at least 1"):
+        describe_splits(facts, facts, min_count=0)
+
+
+def test_no_number_has_no_spread():
+    assert Spread.of([]) is None
+    assert str(Spread.of([3, 1, 2, 1000])) == "1 / 2.5 / 1000"
