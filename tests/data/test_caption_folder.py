@@ -97,6 +97,9 @@ def test_captions_of_all_kinds(tmp_path):
         ('{"file": "image0.png", "caption": "x", "class": "b"}', "line 1 gives image0.png another class than a later"),
         ('{"file": "image1.png", "caption": "!"}', "line 2 holds no caption of image1.png"),
         ('{"file": "image2.png", "caption": "x"}', "line 2 describes .*image2.png, which does not exist"),
+        ('{"file": "\\ud800.png", "caption": "x"}', "line 2 describes .*, which does not exist"),
+        (json.dumps({"file": "x" * 5000, "caption": "x"}), "line 2 describes .*xxx, which does not exist"),
+        (json.dumps({"file": "x/" * 5000 + "x", "caption": "x"}), "line 2 describes .*/x/x, which does not exist"),
     ],
 )
 def test_lines_that_do_not_fit(tmp_path, row, message):

@@ -61,6 +61,13 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     assert close(read_square(path, 40), RAMP[..., None])
 
 
+def test_a_box_is_in_pixels_as_they_are_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = saved(tmp_path, Image.fromarray(RAMP), exif=exif)
+    assert close(read_square(path, 12, Box(10, 20, 8, 8)), RAMP[18:30, 8:20][::-1, ::-1, None])
+
+
 def test_an_unknown_orientation_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 99

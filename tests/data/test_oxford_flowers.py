@@ -83,6 +83,31 @@ def test_missing_captions_are_an_error_or_left_out(root):
     assert [sample.captions[0][:8] for sample in OxfordFlowers(root, strict=False)] == ["flower 1", "flower 3"]
 
 
+def test_damaged_samples_are_listed(root):
+    folder = root / "text_c10"
+    (folder / "class_00004" / "image_00001.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "class_00004" / "image_00002.txt").write_text("...")
+    (root / "jpg" / "image_00003.jpg").unlink()
+    flowers = OxfordFlowers(root, on_error="list")
+    assert len(flowers) == 0
+    reasons = [(skipped.file[-9:], skipped.reason) for skipped in flowers.report.skipped]
+    assert [file for file, _ in reasons] == ["00001.txt", "00002.txt", "00003.txt"]
+    assert [reason.split("(")[0].split(str(root))[0] for _, reason in reasons] == [
+        "is not UTF-8 text ",
+        "holds no caption",
+        "describes ",
+    ]
+    # What strict=False leaves out is no damage.
+    assert len(OxfordFlowers(root, on_error="list", strict=False).report.skipped) == 2
+    with pytest.raises(ValueError, match="OxfordFlowers: 3 samples cannot be read, more than 5% of them"):
+        OxfordFlowers(root, on_error="skip")
+
+
+def test_a_class_that_is_listed_twice_is_read_once(root):
+    (root / "trainclasses.txt").write_text("class_00004\nclass_00010\nclass_00004\n")
+    assert len(OxfordFlowers(root)) == 3
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; it must hold jpg/, text_c10/"):
         OxfordFlowers(tmp_path / "nowhere")

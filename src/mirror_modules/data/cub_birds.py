@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ class CubBirds(CaptionedFiles):
             try:
                 captions = read_lines(self._owner, source)
             except DamagedSample as error:
-                self._leave_out(*error.skipped, missing=not source.exists())
+                self._leave_out(*error.skipped, missing=not os.path.exists(source))
                 return
         yield from self._entry(image, captions, source, class_id, box)
 

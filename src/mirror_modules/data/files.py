@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -98,7 +99,8 @@ class CaptionedFiles:
         self, image: Path, lines: Iterable[str], source: str | Path, class_id: int, box: Box | None = None
     ) -> Iterator[Entry]:
         """The sample, unless it has to be left out: its file is missing, or no line says anything."""
-        if not image.is_file():
+        # Not is_file, which refuses names that are too long with an error of its own.
+        if not os.path.isfile(image):
             self._leave_out(source, f"describes {image}, which does not exist", missing=True)
         elif captions := clean_captions(lines):
             yield Entry(image, captions, class_id, box)

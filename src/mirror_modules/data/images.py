@@ -40,7 +40,8 @@ def read_square(path: Path, resolution: int, around: Box | None = None) -> NDArr
     Args:
         path: A JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
         resolution: Height and width of the result.
-        around: What to cut out before, with some margin (see `surroundings`); None takes the whole image.
+        around: What to cut out before, with some margin (see `surroundings`), in pixels as they are stored; None takes
+            the whole image.
 
     Raises:
         ValueError: The file cannot be read as an image; the message names it and says why.
