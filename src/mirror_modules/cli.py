@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -20,6 +21,7 @@ usage: mirror-modules COMMAND ...
   describe MODEL_DIR IMAGE...    read captions off images
   evaluate RUN_DIR               measure a trained run again, and write its report
   data inspect PATH              what a folder of captioned images holds, and what of it is damaged
+  ablate [RECIPE]                train and measure with one thing changed at a time, over several seeds
 
 `mirror-modules COMMAND --help` lists every option with its default."""
 
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "describe": _describe,
         "evaluate": _evaluate,
         "data": _data,
+        "ablate": _ablate,
     }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             commands[words[0]](words[1:])
-        except (ValueError, OSError, ImportError, NotImplementedError, MemoryError) as error:
+        except (ValueError, OSError, ImportError, NotImplementedError, MemoryError, OverflowError) as error:
             print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -54,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         except RuntimeError as error:
             # Imported late: most commands need nothing of the training.
-            from mirror_modules.training.errors import Interrupted, TrainingError
+            from mirror_modules.training.errors import Interrupted, TrainingError, is_out_of_memory
 
-            if not isinstance(error, TrainingError):
+            if not isinstance(error, TrainingError) and not is_out_of_memory(error):
                 raise
-            print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            reason = str(error) if isinstance(error, TrainingError) else f"there is not enough memory ({error})"
+            print(f"mirror-modules {words[0]}: {' '.join(reason.splitlines())}", file=sys.stderr)
             return error.status if isinstance(error, Interrupted) else 2
     return 0
 
@@ -70,14 +74,18 @@ def _train(arguments: list[str]) -> None:
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
     base = get_recipe(name)
     if (file := _option("--config", arguments)) is not None:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--config {file}: there is no such file; expected JSON with fields of a recipe.")
         base = load_recipe(file, base)
+    if (steps := _option("--steps", arguments)) is not None and steps.isdecimal():
+        base = replace(base, **{phase: replace(getattr(base, phase), steps=int(steps)) for phase in PHASES})
     options = _parse(TrainOptions, arguments, f"mirror-modules train {name}", default=TrainOptions(base))
     recipe = options.resolve()
     device = _device(options.device)
     out = options.out or Path("runs") / name
     phases = options.phases or PHASES
     folder = train(recipe, out, phases=phases, device=device, resume=options.resume)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         # Of several processes, the first one measures.
         return
     if all(folder.weights(phase).exists() for phase in PHASES):
@@ -97,7 +105,7 @@ class TrainOptions:
     data: Path | None = None
     """Folder of the photographs, for recipes that train on some."""
     steps: int | None = None
-    """Optimizer steps of every phase, instead of the recipe's."""
+    """Optimizer steps of every phase whose own steps are not given, instead of the recipe's."""
     device: Device = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     phases: tuple[Literal["stem", "stream", "glam", "judge"], ...] = ()
@@ -108,14 +116,10 @@ class TrainOptions:
     """JSON file with the fields that differ from the recipe's, or a run's config.json; options given here win."""
 
     def resolve(self) -> Recipe:
-        """The recipe with `data` and `steps` put in."""
-        recipe = self.recipe
-        if self.data is not None:
-            recipe = replace(recipe, data=replace(recipe.data, path=str(self.data)))
-        if self.steps is not None:
-            shortened = {phase: replace(getattr(recipe, phase), steps=self.steps) for phase in PHASES}
-            recipe = replace(recipe, **shortened)
-        return recipe
+        """The recipe with `data` put in."""
+        if self.data is None:
+            return self.recipe
+        return replace(self.recipe, data=replace(self.recipe.data, path=str(self.data)))
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,44 @@ def _data(arguments: list[str]) -> None:
         )
     )
     print(f"Open {options.out}")
+
+
+def _ablate(arguments: list[str]) -> None:
+    from mirror_modules.training.ablation import ablate, paper_cells
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ablation"
+    options = _parse(AblateOptions, arguments, f"mirror-modules ablate {name}", default=AblateOptions(get_recipe(name)))
+    cells = {cell.name: cell for cell in paper_cells()}
+    for wanted in options.cells:
+        if wanted not in cells:
+            close = get_close_matches(wanted, cells, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, cells))}."
+            raise ValueError(f"--cells: unknown cell {wanted!r}; {hint}")
+    out = options.out or Path("runs") / name
+    chosen = [cell for cell in cells.values() if not options.cells or cell.name in options.cells]
+    ablate(options.recipe, out, cells=chosen, seeds=options.seeds, jobs=options.jobs, device=_device(options.device))
+    print((out / "ablation.md").read_text(encoding="utf-8"), end="")
+    print(f"Open {out / 'ablation.png'}")
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """Train and measure the paper's ablation: the same data, seeds and steps, with one thing changed at a time.
+
+    The same command goes on where it was stopped.
+    """
+
+    recipe: Recipe
+    out: Path | None = None
+    """Folder of all runs; runs/RECIPE if not given."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each decides data, networks and noise of one run of each cell."""
+    cells: tuple[str, ...] = ()
+    """Names of the cells to train; all if not given."""
+    jobs: int = 1
+    """Cells trained at the same time."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
 
 
 def _parse(

@@ -19,7 +19,7 @@ PHASES = ("stem", "stream", "glam", "judge")
 
 
 def _harmless(default: Any) -> Any:
-    """A field that may differ when a run is resumed: it decides what is seen of a run, and not how it comes out."""
+    """A field that may differ when a run is resumed: it decides what is seen of a run, or how long it is."""
     return field(default=default, metadata={"harmless": True})
 
 
@@ -166,6 +166,8 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         check_positive("EvaluationRecipe", candidates=self.candidates, report_images=self.report_images)
+        if self.candidates < 2:
+            raise ValueError(f"EvaluationRecipe: candidates must be at least 2, but it is {self.candidates}.")
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,8 @@ class Recipe:
     """What people see of a run while it trains."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"Recipe: seed must be a whole number from 0 to 2**32 - 1, but it is {self.seed!r}.")
         if self.engine.compile and self.glam.r1_weight > 0:
             raise ValueError(
                 "Recipe: glam.r1_weight needs second derivatives, which torch.compile does not have; set it to 0, or "
@@ -281,7 +285,10 @@ class Recipe:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """What two recipes differ in, in words, each with whether it is harmless: it may change when a run is resumed."""
-    yield from _differences(old, new, "")
+    keeps_best = any(getattr(new, phase).keep_best is not None for phase in PHASES)
+    for words, harmless in _differences(old, new, ""):
+        # The best step is one that has a checkpoint.
+        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
 
 
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, bool]]:
@@ -421,7 +428,19 @@ def flowers_64() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "flowers-64": flowers_64}
+def ablation() -> Recipe:
+    """Synthetic flowers at 32 pixels, small enough to be trained some dozens of times on a CPU."""
+    base = demo()
+    return dataclasses.replace(
+        base,
+        name="ablation",
+        model=dataclasses.replace(base.model, resolutions=(16, 32)),
+        glam=dataclasses.replace(base.glam, steps=1000),
+        logging=LoggingRecipe(samples_every=0),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "flowers-64": flowers_64, "ablation": ablation}
 
 
 def get_recipe(name: str) -> Recipe:
