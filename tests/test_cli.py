@@ -75,6 +75,7 @@ def flags(record, prefix=""):
         ("generate", cli.GenerateOptions),
         ("describe", cli.DescribeOptions),
         ("evaluate", cli.EvaluateOptions),
+        ("ablate", cli.AblateOptions(demo())),
     ],
 )
 def test_help_shows_every_option_with_its_default(capsys, command, options):
@@ -357,3 +358,29 @@ def test_a_run_cannot_begin_in_a_file(capsys, tmp_path, out):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused(capsys, model):
     assert_refused(run(capsys, "generate", model, CAPTION, "--device", "cuda"), "torch sees no GPU")
+
+
+def test_steps_are_those_of_phases_whose_own_are_not_given(monkeypatch, capsys, tmp_path):
+    trained = []
+
+    def train(recipe, *_, **__):
+        trained.append(recipe)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("mirror_modules.training.loop.train", train)
+    assert_refused(run(capsys, "train", "demo", "--out", tmp_path, "--glam.steps", 8, "--steps", 6), "enough")
+    assert [getattr(trained[0], phase).steps for phase in ("stem", "stream", "glam", "judge")] == [6, 6, 8, 6]
+    assert_refused(run(capsys, "train", "demo", "--out", tmp_path, "--steps", 0), "steps must be at least 1")
+
+
+def test_a_settings_file_that_is_not_there_is_named(capsys, tmp_path):
+    assert_refused(
+        run(capsys, "train", "demo", "--config", tmp_path / "no.json"), "--config", "no.json", "no such file"
+    )
+    assert_refused(run(capsys, "train", "demo", "--config="), "--config", "no such file")
+
+
+def test_an_unknown_cell_is_answered_with_a_close_one(capsys, tmp_path):
+    result = run(capsys, "ablate", "--out", tmp_path / "out", "--cells", "weigth 0")
+    assert_refused(result, "--cells: unknown cell 'weigth 0'", "did you mean 'weight 0'?")
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import torch
 from benchmarks.kill_and_resume import differing, figures
 from mirror_modules.cli import main
 from mirror_modules.data import RepeatableBatches
-from mirror_modules.training import engine
+from mirror_modules.training import engine, loop
 from mirror_modules.training.checkpoints import load_checkpoint
 from mirror_modules.training.errors import Interrupted, TrainingError
 from mirror_modules.training.folder import RunFolder
@@ -232,3 +232,134 @@ def test_an_unknown_field_of_a_config_file_is_refused(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{file}: Recipe: unknown field 'engine.chekpoint_every'; did you mean 'checkpoint_every'?" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_at_work(tmp_path):
+    """As batch systems and terminals send it: to the workers that prepare batches too."""
+    folder = RunFolder(tmp_path / "run")
+    options = ["--engine.loader-workers", "1", "--steps", "3000", "--engine.checkpoint-every", "1000"]
+    command = [sys.executable, "-m", "mirror_modules.cli", *words(folder.path, *options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not (folder.log.exists() and folder.log.stat().st_size):
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert len(list(folder.checkpoints.iterdir())) == 1
+
+
+@pytest.mark.parametrize("phases", [["stem"], ["stem", "judge"]])
+def test_a_signal_between_phases_is_not_forgotten(recipe, tmp_path, monkeypatch, phases):
+    save = loop.save_weights
+
+    def send(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(loop, "save_weights", send)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM; finished phases are in .*run\. Go on with --resume"):
+        train(recipe, tmp_path / "run", phases=phases)
+    assert RunFolder(tmp_path / "run").weights("stem").exists()
+    assert not RunFolder(tmp_path / "run").weights("judge").exists()
+
+
+def test_a_folder_is_trained_in_by_one_at_a_time(recipe, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with (
+        folder.locked(),
+        pytest.raises(ValueError, match="is being trained by another process; wait for it, or choose"),
+    ):
+        train(recipe, folder.path, phases=["stem"])
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    train(recipe, folder.path, phases=["stem"])
+
+
+def foreign(content, **changes):
+    return {**content, **changes}
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda content: {"x": 1}, "'random'"),
+        (lambda content: [1, 2], "list indices"),
+        (lambda content: foreign(content, phase="judge"), "it is one of phase 'judge' after step 4"),
+        (lambda content: foreign(content, log={**content["log"], "step": 3}), "after step 3"),
+        (lambda content: foreign(content, recipe={**content["recipe"], "seed": 7}), "seed is 7 there and 0 now"),
+        (lambda content: foreign(content, recipe={"name": "x", "foo": 1}), "unknown field 'foo'"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_named(recipe, tmp_path, monkeypatch, make, why):
+    with monkeypatch.context() as patch:
+        signals_in_step(patch, 3, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "run", phases=["stem"])
+    kept = engine.Checkpoints(tmp_path / "run" / "checkpoints", "stem", 9)
+    content = load_checkpoint(kept.files()[4])
+    kept.files()[4].unlink()
+    path = kept.save(4, make(content))
+    with pytest.raises(
+        TrainingError, match=rf"{path.name} is no checkpoint of phase 'stem' of this run \(.*{why}.*remove"
+    ):
+        train(recipe, tmp_path / "run", phases=["stem"], resume=True)
+    path.unlink()
+    train(recipe, tmp_path / "run", phases=["stem"], resume=True)
+
+
+def test_too_little_memory_is_said_with_what_to_lower(recipe, tmp_path, monkeypatch):
+    def take_all(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loop, "matching_step", take_all)
+    with pytest.raises(
+        TrainingError, match=r"phase stem: step 1 needs more memory than there is; .*Lower stem\.batch_size"
+    ):
+        train(recipe, tmp_path / "run", phases=["stem"])
+
+
+def test_a_figure_that_is_not_finite_is_never_the_best(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, keep_best="r_precision"))
+    validated, figures_of = engine.PhaseRun.validated, {1: float("nan"), 2: 0.3, 3: float("inf"), 4: 0.2}
+    monkeypatch.setattr(
+        engine.PhaseRun, "validated", lambda self, _: validated(self, {"r_precision": figures_of.get(self.step, 0.1)})
+    )
+    folder = train(recipe, tmp_path / "run", phases=["stem"])
+    assert 2 in engine.Checkpoints(folder.checkpoints, "stem", 9).files()
+    values = [line["validation_r_precision"] for line in figures(folder) if "validation_r_precision" in line]
+    assert values == [None, 0.3, None, 0.2, 0.1, 0.1]
+
+
+def test_a_run_of_skipped_steps_alone_is_no_success(recipe, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(1, 7)))
+    patient = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, most_skipped_in_a_row=20))
+    with pytest.raises(TrainingError, match="step 6 was number 6 in a row"):
+        train(patient, tmp_path / "run", phases=["stem"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"batch_size": 40, "accumulate": 3},
+            r"stream\.batch_size=40 cannot be divided among 1 processes, 3 parts each",
+        ),
+        (
+            {"batch_size": 64, "accumulate": 64},
+            "phase stream divides each batch into 64 parts, but there are 41 training",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_divided(recipe, tmp_path, fields, message):
+    recipe = dataclasses.replace(recipe, stream=dataclasses.replace(recipe.stream, **fields))
+    with pytest.raises(ValueError, match=message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_more_images_than_there_are_is_said(recipe, tmp_path, capsys):
+    recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, batch_size=64))
+    train(recipe, tmp_path / "run", phases=["stem"])
+    assert "stem: batches of 41: there are no more training images" in capsys.readouterr().err

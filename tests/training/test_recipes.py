@@ -24,7 +24,9 @@ def test_survives_json(name):
 
 
 def test_an_unknown_recipe_is_answered_with_a_close_one():
-    with pytest.raises(ValueError, match=r"unknown recipe 'flower-64'; there are demo, flowers-64\. Did you mean"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'flower-64'; there are demo, flowers-64, ablation\. Did you mean"
+    ):
         get_recipe("flower-64")
 
 

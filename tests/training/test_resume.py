@@ -1,6 +1,7 @@
 """A run that was stopped, by whatever and however often, goes on and comes out as if it had not been."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -183,3 +184,43 @@ def test_a_copied_run_goes_on_elsewhere(recipe, stopped, unbroken, tmp_path):
     shutil.move(stopped.path, tmp_path / "moved")
     moved = train(recipe, tmp_path / "moved", resume=True)
     assert differing(unbroken, moved) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "phases", "message"),
+    [
+        (4, ["judge"], r"holds phase 'glam' after 5 steps; glam\.steps=4 would be fewer"),
+        (9, ["judge"], r"glam\.steps=9 would make it longer, but it is not among the phases to train"),
+        (9, ["glam"], r"glam\.steps=9 would make it longer, but there is no checkpoint of its last step"),
+    ],
+)
+def test_steps_of_a_finished_phase_that_cannot_change(recipe, unbroken, steps, phases, message):
+    if phases == ["glam"]:
+        shutil.rmtree(unbroken.checkpoints)
+    config = unbroken.config.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train(change(recipe, glam__steps=steps), unbroken.path, phases=phases, resume=True)
+    assert unbroken.config.read_bytes() == config
+
+
+def test_fewer_steps_than_were_done_are_refused(recipe, stopped):
+    with pytest.raises(ValueError, match=r"holds phase 'glam' after 2 steps; glam\.steps=1 would be fewer"):
+        train(change(recipe, glam__steps=1), stopped.path, resume=True)
+
+
+def test_checkpoints_of_a_run_that_keeps_the_best_come_when_they_came(recipe, tmp_path):
+    recipe = change(recipe, stem__keep_best="r_precision")
+    train(recipe, tmp_path / "run", phases=["stem"])
+    with pytest.raises(ValueError, match=r"engine\.checkpoint_every is 2 there and 3 now"):
+        train(change(recipe, engine__checkpoint_every=3), tmp_path / "run", resume=True)
+
+
+def test_other_versions_are_said_and_kept(recipe, stopped):
+    content = json.loads(stopped.config.read_text())
+    content["versions"]["torch"] = "1.0"
+    stopped.config.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"goes on with torch .*, not 1\.0: its last digits may differ"):
+        train(recipe, stopped.path, resume=True)
+    after = json.loads(stopped.config.read_text())
+    assert after["versions"]["torch"] == "1.0"
+    assert after["versions_since"]["torch"] == torch.__version__

@@ -55,6 +55,19 @@ def test_validation_measures_every_phase_and_changes_none(tiny_run, tiny_recipe,
     assert validated(tiny_run) == []
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_measuring_leaves_the_captioner_alone(tiny_recipe, tmp_path, weight):
+    """Its statistics too, and also where no loss asks it."""
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        glam=dataclasses.replace(tiny_recipe.glam, redescription_weight=weight),
+        logging=dataclasses.replace(tiny_recipe.logging, validate_every=1),
+    )
+    folder = train(recipe, tmp_path / "run", phases=["stem", "stream", "glam"])
+    captioner = MirrorGAN.from_pretrained(folder.model).captioner.state_dict()
+    assert all(torch.equal(captioner[name], value) for name, value in load_file(folder.weights("stream")).items())
+
+
 def test_a_pair_is_measured_as_the_metric_says(tiny_run, tiny_recipe, splits):
     pair, unseen = load_pair(tiny_run, "stem", tiny_recipe, splits), unseen_pairs(splits, tiny_recipe.model.max_words)
     pair.train()

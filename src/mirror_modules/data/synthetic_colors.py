@@ -22,8 +22,8 @@ CHUNK = 50
 def measured_colors(images: Tensor) -> dict[str, list[str]]:
     """The color of the petals and of the center of each flower.
 
-    Each pixel where petals should be votes for the ramp that holds the color nearest to its own, by the distance in red,
-    green and blue. Ramps of backgrounds take part, and their votes do not count. The center likewise, without
+    Each pixel where petals should be votes for the ramp that holds the color nearest to its own, by the distance in
+    red, green and blue. Ramps of backgrounds take part, and their votes do not count. The center likewise, without
     backgrounds.
 
     Args:

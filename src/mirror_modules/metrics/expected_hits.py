@@ -12,8 +12,8 @@ from mirror_modules._checks import shape_of
 def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -> Tensor:
     """The probability that an image ranks its own caption first, over all ways to draw the mismatched ones.
 
-    `r_precision` draws `candidates - 1` of the other n = N - 1 captions. If b of them score better than the own one and t
-    equally well, which are ordered at random, then
+    `r_precision` draws `candidates - 1` of the other n = N - 1 captions. If b of them score better than the own one,
+    and t equally well, which are ordered at random, then
 
         p = sum_k C(t, k) C(n - b - t, m - k) / C(n, m) / (1 + k),    m = candidates - 1
 
@@ -60,6 +60,6 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
 
 
 def _log_choose(of: Tensor, count: int) -> Tensor:
-    """log C(of, count)."""
+    """The logarithm of C(of, count)."""
     of, few = of.double(), torch.tensor(float(count), dtype=torch.float64)
     return torch.lgamma(of + 1) - torch.lgamma(few + 1) - torch.lgamma((of - few).clamp(min=0) + 1)

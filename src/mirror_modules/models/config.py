@@ -59,6 +59,8 @@ class MirrorGANConfig:
     def __post_init__(self) -> None:
         # JSON has lists only.
         object.__setattr__(self, "resolutions", tuple(self.resolutions))
+        if not self.resolutions:
+            raise ValueError("MirrorGANConfig: resolutions must be one or more, coarse to fine, but there is none.")
 
     @classmethod
     def paper(cls, **changes: Any) -> MirrorGANConfig:

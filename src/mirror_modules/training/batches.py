@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -119,6 +120,7 @@ def load_batches(
         pin_memory=pin_memory,
         # Otherwise it draws from the global source of random numbers, and a resumed run differs.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_signals,
     )
     try:
         yield from loader
@@ -126,6 +128,12 @@ def load_batches(
         if "DataLoader worker" not in str(error):
             raise
         raise TrainingError(f"a process that prepares batches has died ({error}).") from error
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to all processes of a run stops the training after its step, which still needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:

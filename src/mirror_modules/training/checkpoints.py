@@ -87,9 +87,9 @@ class Checkpoints:
                 return path
             aside = path.with_suffix(".damaged")
             path.replace(aside)
+            before = "the checkpoint before it is taken" if self.files() else "there is no other: the phase begins anew"
             warnings.warn(
-                f"{path} is damaged: its checksum is not the one in its name. It is now {aside.name}, and the "
-                "checkpoint before it is taken.",
+                f"{path} is damaged: its checksum is not the one in its name. It is now {aside.name}, and {before}.",
                 stacklevel=2,
             )
         return None
@@ -106,7 +106,7 @@ def checksum(path: Path) -> str:
 
 def is_whole(path: Path) -> bool:
     """Is a checkpoint's content what was written?"""
-    return checksum(path) == path.stem.rpartition("-")[2]
+    return path.is_file() and checksum(path) == path.stem.rpartition("-")[2]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

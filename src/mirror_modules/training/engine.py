@@ -9,11 +9,14 @@ A run that is stopped, by whatever, goes on from its newest whole checkpoint as 
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -23,11 +26,19 @@ from mirror_modules.data import CaptionBatch, RepeatableBatches
 from mirror_modules.data.batching import seeded
 from mirror_modules.training.batches import Splits, load_batches, to_device
 from mirror_modules.training.checkpoints import Checkpoints, is_whole, load_checkpoint
-from mirror_modules.training.errors import Interrupted, TrainingError
+from mirror_modules.training.errors import Interrupted, TrainingError, is_out_of_memory
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog, read_figures
-from mirror_modules.training.recipes import PHASES, AdversarialRecipe, CaptionerRecipe, MatchingRecipe, Recipe
+from mirror_modules.training.recipes import (
+    PHASES,
+    AdversarialRecipe,
+    CaptionerRecipe,
+    MatchingRecipe,
+    Recipe,
+    differences,
+)
 from mirror_modules.training.trainee import Outcome, Trainee
+from mirror_modules.training.validation import Unseen, unseen_pairs
 from mirror_modules.training.world import World
 
 # A terminal and torchrun may both send the same SIGINT.
@@ -71,6 +82,24 @@ class Run:
     splits: Splits
     world: World
     signals: Signals = field(default_factory=Signals)
+
+    @cached_property
+    def unseen(self) -> Unseen:
+        """What is measured on."""
+        return unseen_pairs(self.splits, self.recipe.model.max_words)
+
+    def stop_if_asked(self) -> None:
+        """Between two phases: end, if a signal has come.
+
+        Raises:
+            Interrupted: It has.
+        """
+        if self.world.any(self.signals.received is not None):
+            number = self.signals.received or signal.SIGTERM
+            name = signal.Signals(number).name
+            raise Interrupted(
+                f"stopped by {name}; finished phases are in {self.folder.path}. Go on with --resume.", number
+            )
 
 
 class PhaseState(Protocol):
@@ -121,9 +150,7 @@ class PhaseRun:
         newest = self.world.agree(self.checkpoints.newest_whole() if self.world.is_main else None)
         done = None
         if newest is not None:
-            content = load_checkpoint(newest)
-            self._restore(content, str(newest))
-            done = content["log"]
+            done = self._restore(newest)
         self.log = PhaseLog(
             self.phase,
             self.steps,
@@ -132,6 +159,8 @@ class PhaseRun:
             done=done,
             writes=self.world.is_main,
         ).__enter__()
+        if self.source.batch_size < self.recipe.batch_size:
+            self.log.say(f"batches of {self.source.batch_size}: there are no more training images")
         if newest is not None:
             self.log.say(f"goes on after step {self.step} of {self.steps}, from {newest}")
         return self
@@ -178,7 +207,7 @@ class PhaseRun:
 
     def _check_finite(self, figures: dict[str, Any]) -> None:
         in_a_row = int(self.in_a_row)
-        if in_a_row < self.engine.most_skipped_in_a_row:
+        if in_a_row < min(self.engine.most_skipped_in_a_row, self.steps):
             return
         values = read_figures(figures)
         names = [name for name, value in values.items() if not abs(value) < float("inf")]
@@ -197,7 +226,8 @@ class PhaseRun:
     def validation_due(self) -> bool:
         """Is something measured on the validation images after this step?"""
         every = self.run.recipe.logging.validate_every
-        return (every > 0 and self.step % every == 0) or (self.recipe.keep_best is not None and self.checkpoint_due)
+        is_asked_for = every > 0 and self.step % every == 0
+        return self.world.is_main and (is_asked_for or (self.recipe.keep_best is not None and self.checkpoint_due))
 
     @property
     def samples_due(self) -> bool:
@@ -212,7 +242,7 @@ class PhaseRun:
         if name is None or not self.checkpoint_due:
             return
         sign = -1 if name in LOWER_IS_BETTER else 1
-        if not self.best or sign * figures[name] > sign * self.best["value"]:
+        if math.isfinite(figures[name]) and (not self.best or sign * figures[name] > sign * self.best["value"]):
             self.best = {"step": self.step, "value": figures[name]}
 
     def save(self) -> None:
@@ -221,6 +251,8 @@ class PhaseRun:
         if not self.world.is_main:
             return
         content = {
+            "phase": self.phase,
+            "recipe": self.run.recipe.to_dict(),
             "state": self.state.state_dict(),
             "random": ranks,
             "log": self.log.state_dict(),
@@ -241,23 +273,40 @@ class PhaseRun:
         self.log.say(f"step {best['step']} was the best: {self.recipe.keep_best} {best['value']:.4g}")
         self.state.load_state_dict(load_checkpoint(path)["state"])
 
-    def _restore(self, content: dict[str, Any], source: str) -> None:
-        ranks = len(content["random"])
-        if ranks != self.world.size:
+    def _restore(self, path: Path) -> dict[str, Any]:
+        """Put everything where a checkpoint has it, and give back what the log goes on from."""
+        try:
+            content = load_checkpoint(path)
+            ranks, log, old = content["random"], content["log"], Recipe.from_dict(content["recipe"])
+            if content["phase"] != self.phase or self.checkpoints.files().get(log["step"]) != path:
+                raise ValueError(f"it is one of phase {content['phase']!r} after step {log['step']}")
+            if other := [words for words, harmless in differences(old, self.run.recipe) if not harmless]:
+                raise ValueError(f"{'; '.join(other)}")
+        except Exception as error:
+            # Whatever was put there: reading it may fail in any way.
             raise TrainingError(
-                f"{source} is of {ranks} processes, and there are {self.world.size} now: a resumed run needs as many."
+                f"{path} is no checkpoint of phase {self.phase!r} of this run ({' '.join(str(error).split())[:300]}); "
+                "remove it, and go on from the one before."
+            ) from error
+        if len(ranks) != self.world.size:
+            raise TrainingError(
+                f"{path} is of {len(ranks)} processes, and there are {self.world.size} now: a resumed run needs as "
+                "many."
             )
         self.state.load_state_dict(content["state"])
-        _set_random_state(content["random"][self.world.rank], self.world.device)
+        _set_random_state(ranks[self.world.rank], self.world.device)
         self.best = content["best"]
         self.skipped.fill_(content["skipped"][0])
         self.in_a_row.fill_(content["skipped"][1])
+        return dict(log)
 
     def _stop_if_asked(self, *, saved: bool) -> None:
         if not self.world.any(self.run.signals.received is not None):
             return
         if not saved:
             self.save()
+        # A process that leaves makes torchrun end the others, and the first one is still writing.
+        self.world.wait()
         number = self.run.signals.received or signal.SIGTERM
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} after step {self.step} of {self.steps} of phase {self.phase}; "
@@ -285,8 +334,18 @@ class PhaseRun:
             ) from error
         if isinstance(error, OSError):
             raise TrainingError(
-                f"phase {self.phase}: after step {self.step} something could not be written ({error}); "
+                f"phase {self.phase}: after step {self.step} the system refused something ({error}); "
                 f"{self._last_good()}. Mend the disk, and go on with --resume."
+            ) from error
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise TrainingError(
+                f"phase {self.phase}: step {self.step + 1} needs more memory than there is; {self._last_good()}. Lower "
+                f"{self.phase}.batch_size, raise accumulate where the phase has it, or make the model smaller."
+            ) from error
+        if kind is not None and kind.__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise TrainingError(
+                f"phase {self.phase}: torch.compile failed ({' '.join(str(error).split())[:200]}); install a C++ "
+                "compiler, or Triton for a GPU, or leave engine.compile out."
             ) from error
 
 
@@ -300,12 +359,17 @@ def make_batches(
     """
     captions, world = run.splits.training, run.world
     parts = world.size * getattr(recipe, "accumulate", 1)
-    # A small data set has smaller batches.
-    batch_size = min(recipe.batch_size, len(captions) // parts * parts)
-    if batch_size % parts or batch_size == 0:
+    if recipe.batch_size % parts:
         raise ValueError(
             f"{phase}.batch_size={recipe.batch_size} cannot be divided among {world.size} processes, "
             f"{parts // world.size} parts each; give a multiple of {parts}."
+        )
+    # A small data set has smaller batches.
+    batch_size = min(recipe.batch_size, len(captions) // parts * parts)
+    if batch_size == 0:
+        raise ValueError(
+            f"phase {phase} divides each batch into {parts} parts, but there are {len(captions)} training images; take "
+            f"more images, fewer processes, or a lower {phase}.accumulate."
         )
     resolution = run.recipe.model.resolutions[-1]
     return RepeatableBatches(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import torch
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; what is on disk is whole."""
@@ -25,3 +27,8 @@ class Interrupted(TrainingError):
     def status(self) -> int:
         """The exit status, 128 and the signal, as a shell gives it: 130 or 143."""
         return 128 + signal.Signals(self.number)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Does an error of torch say that memory, of a GPU or of the machine, was not enough?"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -117,11 +117,11 @@ def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recip
 
 
 def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:
-    last = {entry["phase"]: entry for entry in read_log(folder.log)}
+    # Lines of a validation say nothing of waiting.
+    last = {entry["phase"]: entry for entry in read_log(folder.log) if "waited" in entry}
+    seconds = {phase: max(entry["seconds"], 1e-9) for phase, entry in last.items()}
     return {
-        "seconds": {phase: entry["seconds"] for phase, entry in last.items()},
-        "images_per_second": {phase: round(entry["images"] / entry["seconds"], 1) for phase, entry in last.items()},
-        "waited_for_data": {
-            phase: round(entry.get("waited", 0.0) / entry["seconds"], 4) for phase, entry in last.items()
-        },
+        "seconds": seconds,
+        "images_per_second": {phase: round(entry["images"] / seconds[phase], 1) for phase, entry in last.items()},
+        "waited_for_data": {phase: round(entry["waited"] / seconds[phase], 4) for phase, entry in last.items()},
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +23,9 @@ WRITTEN_WHOLE = (
     "report.html",
     *(f"{phase}.safetensors" for phase in PHASES),
 )
+
+
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -56,6 +62,32 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(not _is_left_over(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
+        for path in (self.path, self.path / "phases", self.checkpoints, self.samples, self.model):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is a file, and a run needs a folder there; choose another --out.")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder at the same time, where the system can.
+
+        Raises:
+            ValueError: One does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            # Windows has no such lock.
+            yield
+            return
+        with (self.path / LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path} is being trained by another process; wait for it, or choose another --out."
+                ) from error
+            yield
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Require that the finished phases, if there are any, were trained with this vocabulary.
@@ -81,15 +113,28 @@ class RunFolder:
         content = read_json(self.config)
         if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
             raise ValueError(f"{self.config} holds no recipe; expected the config.json of a run.")
-        return Recipe.from_dict(content["recipe"])
+        try:
+            return Recipe.from_dict(content["recipe"])
+        except ValueError as error:
+            raise ValueError(f"{self.config} is of another version, or was changed: {error}") from error
 
     def begin(self, recipe: Recipe) -> None:
-        """Make the folder and write its config.json."""
+        """Make the folder and write its config.json; a resumed run notes with which versions, if they are others."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config, {"recipe": recipe.to_dict(), "versions": versions()})
+        found = versions()
+        before = read_json(self.config).get("versions", found) if self.config.exists() else found
+        content = {"recipe": recipe.to_dict(), "versions": before}
+        if before != found:
+            changed = ", ".join(
+                f"{name} {found[name]}, not {before.get(name)}" for name in found if found[name] != before.get(name)
+            )
+            warnings.warn(f"{self.path} goes on with {changed}: its last digits may differ.", stacklevel=2)
+            content["versions_since"] = found
+        write_json(self.config, content)
         (self.path / "phases").mkdir(exist_ok=True)
         for left in filter(_is_left_over, [*self.path.iterdir(), *(self.path / "phases").iterdir()]):
-            left.unlink()
+            if left.name != LOCK:
+                left.unlink()
 
 
 def versions() -> dict[str, str]:
@@ -103,5 +148,6 @@ def versions() -> dict[str, str]:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Is it a file that a killed run did not get to rename?"""
-    return path.is_file() and any(path.name.startswith(f".{name}.") for name in WRITTEN_WHOLE)
+    """Is it a file that a killed run did not get to rename, or to remove?"""
+    names = [f".{name}." for name in WRITTEN_WHOLE]
+    return path.is_file() and (path.name == LOCK or any(path.name.startswith(name) for name in names))

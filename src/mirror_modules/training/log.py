@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirror_modules.models.pretrained import flush_to_disk, write_whole
+from mirror_modules.models.pretrained import write_whole
 from mirror_modules.training.recipes import LoggingRecipe
 
 # Fields of a line that are not figures of the training.
@@ -79,7 +81,7 @@ class PhaseLog:
         """What a resumed run goes on from. All lines so far are on disk afterwards."""
         if self.writes:
             self.file.flush()
-            flush_to_disk(self.path)
+            os.fsync(self.file.fileno())
         return {"step": self.step, "images": self.images, "seconds": self.seconds, "waited": self.waited}
 
     def is_due(self) -> bool:
@@ -113,7 +115,9 @@ class PhaseLog:
         if not self.writes:
             return
         head = {"phase": self.phase, "step": self.step, "seconds": round(self.seconds, 3), "images": self.images}
-        self.file.write(json.dumps({**head, **bookkeeping, **values}) + "\n")
+        # JSON has neither NaN nor infinities.
+        figures = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({**head, **bookkeeping, **figures}) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():
@@ -172,17 +176,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: A line is not a logged step.
     """
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error}); remove the file.") from error
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or not {"phase", "step", "seconds", "images"} <= entry.keys():
+        if not isinstance(entry, dict) or not _is_logged(entry):
             raise ValueError(f"{path} is damaged: line {number} is not a logged step; remove the line.")
         entries.append(entry)
     return entries
+
+
+def _is_logged(entry: dict[str, Any]) -> bool:
+    numbers = [entry.get(name) for name in ("step", "seconds", "images")]
+    return isinstance(entry.get("phase"), str) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) and number >= 0 for number in numbers
+    )
 
 
 def _summary_writer() -> Any:

@@ -7,13 +7,14 @@ generator against one discriminator per stage, and `judge` another encoder pair,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import load_weights, save_weights, write_whole
 from mirror_modules.training.batches import Splits, load_splits, unseen_captions
@@ -31,9 +32,8 @@ from mirror_modules.training.validation import (
     measure_captioner,
     measure_generator,
     measure_pair,
-    unseen_pairs,
 )
-from mirror_modules.training.world import connected
+from mirror_modules.training.world import World, connected
 
 NEEDS = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "judge": ()}
 # Each phase has random streams of its own, so that it comes out the same whether or not others ran before it.
@@ -69,19 +69,38 @@ def train(
     """
     folder = RunFolder(out)
     with connected(device) as world:
-        todo = world.agree(_find_todo(recipe, folder, phases, resume) if world.is_main else None)
+        todo = _agree_on_todo(recipe, folder, phases, resume, world)
         if todo:
             splits = load_splits(recipe.data, recipe.model, recipe.seed)
             folder.check_vocabulary(splits.vocabulary)
             run = Run(recipe, folder, splits, world)
             _check_feasible(run, todo)
             world.wait()
-            if world.is_main:
-                folder.begin(recipe)
-                write_whole(folder.vocabulary, splits.vocabulary.save)
-            with run.signals, _determinism(recipe.engine.deterministic):
-                _train_phases(run, todo)
+            with folder.locked() if world.is_main else nullcontext():
+                if world.is_main:
+                    folder.begin(recipe)
+                    write_whole(folder.vocabulary, splits.vocabulary.save)
+                with run.signals, _determinism(recipe.engine.deterministic):
+                    _train_phases(run, todo)
     return folder
+
+
+def _agree_on_todo(
+    recipe: Recipe, folder: RunFolder, phases: Sequence[str], resume: bool, world: World
+) -> Sequence[str]:
+    """What rank 0 finds in the folder is to be done; all refuse what it refuses."""
+    todo: Sequence[str] | str = []
+    if world.is_main:
+        try:
+            todo = _find_todo(recipe, folder, phases, resume)
+        except (ValueError, OSError) as error:
+            if world.size == 1:
+                raise
+            todo = str(error)
+    todo = world.agree(todo)
+    if isinstance(todo, str):
+        raise ValueError(todo)
+    return todo
 
 
 def _train_phases(run: Run, todo: Sequence[str]) -> None:
@@ -91,7 +110,7 @@ def _train_phases(run: Run, todo: Sequence[str]) -> None:
         module = trainers[phase](run)
         if run.world.is_main:
             save_weights(module, run.folder.weights(phase))
-        run.world.wait()
+        run.stop_if_asked()
 
 
 @contextmanager
@@ -121,8 +140,8 @@ def _train_pair(run: Run, phase: str, recipe: MatchingRecipe) -> nn.Module:
     with PhaseRun(run, phase, state, recipe, {phase: state.trainee}) as steps:
         for batch in steps.batches():
             steps.record(matching_step(state, batch, recipe))
-            if steps.validation_due and run.world.is_main:
-                steps.validated(measure_pair(pair, _unseen(run), run.recipe.evaluation.candidates, run.recipe.seed))
+            if steps.validation_due:
+                steps.validated(measure_pair(pair, run.unseen, run.recipe.evaluation.candidates, run.recipe.seed))
         steps.take_best()
     return pair.eval()
 
@@ -148,8 +167,8 @@ def train_stream(run: Run) -> nn.Module:
             steps.log.say(f"{len(captions)} image features kept, {cache.mebibytes:.1f} MiB")
         for batch in steps.batches():
             steps.record(captioning_step(state, batch, recipe))
-            if steps.validation_due and run.world.is_main:
-                steps.validated(measure_captioner(captioner, _unseen(run)))
+            if steps.validation_due:
+                steps.validated(measure_captioner(captioner, run.unseen))
         steps.take_best()
     return captioner.eval()
 
@@ -165,17 +184,16 @@ def train_glam(run: Run) -> nn.Module:
     text, cached = _read_captions(run, model)
     random = torch.Generator().manual_seed(seed + SEED_OFFSETS["glam"])
     state = start(model, recipe, random, run.world, text)
-    unseen = _unseen(run)
     with PhaseRun(run, "glam", state, recipe.glam, state.trainees()) as steps:
         if cached:
             steps.log.say(cached)
         for batch in steps.batches():
             steps.record(adversarial_step(state, batch, recipe.glam))
             if steps.samples_due:
-                _show_samples(steps, state, unseen)
-            if steps.validation_due and run.world.is_main:
+                _show_samples(steps, state, run.unseen)
+            if steps.validation_due:
                 figures = measure_generator(
-                    state, pair.to(run.world.device), unseen, recipe.evaluation.candidates, seed
+                    state, pair.to(run.world.device), run.unseen, recipe.evaluation.candidates, seed
                 )
                 steps.validated(figures)
         steps.take_best()
@@ -232,6 +250,7 @@ def _find_todo(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resume:
             if needed not in phases and not folder.weights(needed).exists():
                 raise ValueError(f"phase {phase!r} needs phase {needed!r}, which {folder.path} lacks; train it too.")
     folder.check(recipe)
+    _check_glam_steps(recipe, folder, phases)
     todo = []
     for phase in (phase for phase in PHASES if phase in phases):
         steps_done = max(Checkpoints(folder.checkpoints, phase, 1).files(), default=0)
@@ -249,6 +268,25 @@ def _find_todo(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resume:
     return todo
 
 
+def _check_glam_steps(recipe: Recipe, folder: RunFolder, phases: Sequence[str]) -> None:
+    """Phase `glam` can be made longer, from its last checkpoint; nothing else about its steps can change."""
+    if not folder.config.exists():
+        return
+    old, new = folder.read_recipe().glam.steps, recipe.glam.steps
+    kept = max(Checkpoints(folder.checkpoints, "glam", 1).files(), default=0)
+    is_finished = folder.weights("glam").exists()
+    done = max(kept, old) if is_finished else kept
+    if new < done:
+        raise ValueError(f"{folder.path} holds phase 'glam' after {done} steps; glam.steps={new} would be fewer.")
+    if is_finished and new > old and ("glam" not in phases or kept < old):
+        why = (
+            "it is not among the phases to train" if "glam" not in phases else "there is no checkpoint of its last step"
+        )
+        raise ValueError(
+            f"{folder.path} holds phase 'glam' after {old} steps; glam.steps={new} would make it longer, but {why}."
+        )
+
+
 def _check_feasible(run: Run, todo: Sequence[str]) -> None:
     """Fail before anything is written and trained, and not at the end of it."""
     recipe, splits = run.recipe, run.splits
@@ -258,12 +296,15 @@ def _check_feasible(run: Run, todo: Sequence[str]) -> None:
             f"evaluation.candidates={candidates} needs as many validation images with a caption that no training image "
             f"has, but there are {unseen}; take more validation images, or lower evaluation.candidates."
         )
-    # Sizes that no network can have, and batches that cannot be divided.
-    MirrorGAN(recipe.model, splits.vocabulary)
-    EncoderPair(recipe.model, len(splits.vocabulary))
+    # Sizes that no network can have, images that are too small for one, and batches that cannot be divided.
+    sizes = recipe.model
+    with torch.device("meta"):
+        model = MirrorGAN(sizes, splits.vocabulary)
+        pair = EncoderPair(sizes, len(splits.vocabulary))
+        for resolution in sizes.resolutions:
+            PairedDiscriminator(resolution, sizes.word_dim, channels=sizes.discriminator_channels)
+        images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
+        pair.image_encoder(images)
+        model.captioner.first_input(images)
     for phase in todo:
         make_batches(run, phase, getattr(recipe, phase))
-
-
-def _unseen(run: Run) -> Unseen:
-    return unseen_pairs(run.splits, run.recipe.model.max_words)

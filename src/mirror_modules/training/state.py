@@ -139,7 +139,9 @@ def start(
         text: Features of the captions that will be asked for; None encodes them in each step.
     """
     config, glam, engine = model.config, recipe.glam, recipe.engine
-    model.to(world.device).text_encoder.requires_grad_(False).eval()
+    model.to(world.device)
+    for frozen in (model.text_encoder, model.captioner):
+        frozen.requires_grad_(False).eval()
     redescription = None
     if glam.redescription_weight > 0:
         redescription = RedescriptionLoss(model.captioner, reduction=glam.redescription_reduction)
@@ -160,7 +162,15 @@ def start(
         )
         for resolution in config.resolutions
     ]
-    common: dict[str, Any] = {"largest_gradient_norm": glam.largest_gradient_norm, "betas": (0.5, 0.999)}
+    if engine.compile:
+        for judge in judges:
+            # The generator's half of a step asks it alone.
+            judge.discriminator.compile()
+    common: dict[str, Any] = {
+        "largest_gradient_norm": glam.largest_gradient_norm,
+        "betas": (0.5, 0.999),
+        "compiled": engine.compile,
+    }
     return AdversarialState(
         model=model,
         text=text or frozen_text(model.text_encoder),

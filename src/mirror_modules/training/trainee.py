@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ def enroll(
     largest_gradient_norm: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     cycle: int | None = None,
+    compiled: bool = False,
 ) -> Trainee:
     """Make a network ready for training, in place.
 
@@ -125,13 +127,14 @@ def enroll(
         largest_gradient_norm: See `Trainee`.
         betas: Adam's decays.
         cycle: Steps over which the step size rises and falls once; None keeps it.
+        compiled: Whether to compile its forward pass.
     """
     module.to(world.device)
     if engine.channels_last:
         module.to(memory_format=torch.channels_last)
     if engine.synchronize_batch_norm and world.size > 1:
         module = synchronize_batch_norm(module, world.device)
-    if engine.compile:
+    if compiled:
         module.compile()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=betas, fused=True)
@@ -174,14 +177,12 @@ class MovingAverage:
 
         average <- d * average + (1 - d) * value,    d = min(decay, (1 + n) / (10 + n))    in update n = 0, 1, ...
 
-    It starts quickly, because what it begins with is random. Batch-norm statistics are averaged with the weights; the
-    published code pairs averaged weights with the live network's statistics. (torch's `AveragedModel` waits for the
-    device in each update.)
+    It starts quickly, because what it begins with is random. A step that was skipped moves nothing, and counts in n.
+    Batch-norm statistics are averaged with the weights; the published code pairs averaged weights with the live
+    network's statistics. (torch's `AveragedModel` waits for the device in each update.)
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        from copy import deepcopy
-
         self.module = deepcopy(module).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 

@@ -46,9 +46,9 @@ def unseen_pairs(splits: Splits, max_words: int) -> Unseen:
 
 @torch.no_grad()
 def image_features(pair: EncoderPair, images: Tensor) -> Tensor:
-    """Global features (N, D) of images in [-1, 1], on the CPU."""
+    """Global features (N, D) of images, on the CPU: floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
     device = pair.text_encoder.embedding.weight.device
-    return torch.cat([pair.image_encoder(chunk.to(device)).image.cpu() for chunk in chunks(images)])
+    return torch.cat([pair.image_encoder(_as_floats(chunk).to(device)).image.cpu() for chunk in chunks(images)])
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
     tokens, word_mask = append_end(tokens, word_mask)
     right = entropy = 0.0
     for image, some_tokens, some_mask in chunks(images, tokens, word_mask):
-        logits = captioner(image.to(device), some_tokens.to(device), some_mask.to(device)).cpu()
+        logits = captioner(_as_floats(image).to(device), some_tokens.to(device), some_mask.to(device)).cpu()
         right += float(((logits.argmax(dim=2) == some_tokens) & some_mask).sum())
         entropy += float(redescription_loss(logits, some_tokens, some_mask)) * float(some_mask.sum())
     return right / float(word_mask.sum()), entropy / float(word_mask.sum())
@@ -94,14 +94,14 @@ def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
 def measure_pair(pair: EncoderPair, unseen: Unseen, candidates: int, seed: int) -> dict[str, float]:
     """R-precision of real images by the pair that is being trained."""
     with evaluating(pair):
-        result = _precision(pair, to_float(unseen.images), unseen, candidates, seed)
+        result = _precision(pair, unseen.images, unseen, candidates, seed)
     return {"r_precision": result.top1}
 
 
 def measure_captioner(captioner: Captioner, unseen: Unseen) -> dict[str, float]:
     """How well a captioner reads real images."""
     with evaluating(captioner):
-        accuracy, entropy = word_accuracy(captioner, to_float(unseen.images), unseen.tokens, unseen.word_mask)
+        accuracy, entropy = word_accuracy(captioner, unseen.images, unseen.tokens, unseen.word_mask)
     return {"cross_entropy": entropy, "word_accuracy": accuracy}
 
 
@@ -113,9 +113,10 @@ def measure_generator(
     The judge of the evaluation is not asked: a step chosen by it would be measured by what chose it.
     """
     model = averaged_model(state)
-    images = generate_images(model, unseen.tokens, unseen.word_mask, seed)
-    result = _precision(pair, images, unseen, candidates, seed)
-    _, entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask)
+    with evaluating(model):
+        images = generate_images(model, unseen.tokens, unseen.word_mask, seed)
+        result = _precision(pair, images, unseen, candidates, seed)
+        _, entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask)
     return {"r_precision": result.top1, "redescription": entropy}
 
 
@@ -135,6 +136,10 @@ def draw_samples(state: AdversarialState, unseen: Unseen, seed: int, need_weight
         warnings.filterwarnings("ignore", message="unknown words")
         made = averaged_model(state).generate(unseen.captions[:SAMPLES], seed=seed, need_weights=need_weights)
     return GeneratedImages(*([tensor.float().cpu() for tensor in tensors] for tensors in made))
+
+
+def _as_floats(images: Tensor) -> Tensor:
+    return to_float(images) if images.dtype == torch.uint8 else images
 
 
 def chunks(*tensors: Tensor) -> Iterator[Any]:

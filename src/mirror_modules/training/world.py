@@ -119,6 +119,8 @@ class World:
         """The module, with gradients averaged over the ranks where there are several."""
         if self.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
+        # Statistics that are not synchronized are those of rank 0, which it hands to all: one network is trained, and
+        # a checkpoint of rank 0 is the state of all ranks.
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
@@ -172,8 +174,8 @@ def connected(device: str = "cpu") -> Iterator[World]:
         if isinstance(error, TrainingError) or not any(sign in str(error) for sign in LOST):
             raise
         raise TrainingError(
-            f"process {dist.get_rank()} of {size} lost another one ({str(error).splitlines()[0]}); what that one "
-            "printed says why. The newest checkpoint is whole; go on with --resume."
+            f"process {dist.get_rank()} of {size} lost another one; what that one printed says why, and whether to go "
+            "on with --resume: the newest checkpoint is whole."
         ) from error
     finally:
         dist.destroy_process_group()
