@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 import mirror_modules
-from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.folder import LOCK, RunFolder
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import Recipe, demo
 
@@ -133,7 +133,8 @@ def _wait_for_save(child: Any, run: RunFolder) -> None:
 
 def _unnamed(folder: Path) -> set[tuple[Path, int]]:
     """Files that have not got their names yet, with their times: the next run may leave one of the same name."""
-    return {(path, path.stat().st_mtime_ns) for path in folder.rglob(".*") if path.is_file()}
+    files = [path for path in folder.rglob(".*") if path.is_file() and path.name != LOCK]
+    return {(path, path.stat().st_mtime_ns) for path in files}
 
 
 def _phase_of(run: RunFolder) -> str:

@@ -334,7 +334,7 @@ def test_trains_phase_by_phase_and_evaluates(capsys, tmp_path):
     ("options", "needle"),
     [
         (["--steps", 0], "steps must be a whole number of at least 1, but it is 0"),
-        (["--seed", -1], "seed must be from 0"),
+        (["--seed", -1], "seed must be a whole number from 0"),
         (["--evaluation.candidates", 20], "evaluation.candidates=20 needs"),
         (["--model.channels", 0], "channels must be a whole number of at least 1"),
     ],
@@ -370,7 +370,9 @@ def test_steps_are_those_of_phases_whose_own_are_not_given(monkeypatch, capsys, 
     monkeypatch.setattr("mirror_modules.training.loop.train", train)
     assert_refused(run(capsys, "train", "demo", "--out", tmp_path, "--glam.steps", 8, "--steps", 6), "enough")
     assert [getattr(trained[0], phase).steps for phase in ("stem", "stream", "glam", "judge")] == [6, 6, 8, 6]
-    assert_refused(run(capsys, "train", "demo", "--out", tmp_path, "--steps", 0), "steps must be at least 1")
+    assert_refused(
+        run(capsys, "train", "demo", "--out", tmp_path, "--steps", 0), "steps must be a whole number of at least 1"
+    )
 
 
 def test_a_settings_file_that_is_not_there_is_named(capsys, tmp_path):

@@ -310,13 +310,14 @@ def _parse(
 
 
 def _option(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option that is needed before the others are parsed."""
+    """The value of an option that is needed before the others are parsed; the last one given counts."""
+    value = None
     for word, following in zip(arguments, [*arguments[1:], ""]):
         if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
+            value = following
+        elif word.startswith(f"{name}="):
+            value = word.removeprefix(f"{name}=")
+    return value
 
 
 def _device(name: str) -> str:
