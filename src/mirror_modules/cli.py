@@ -200,19 +200,21 @@ def _describe(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a trained run again; writes metrics.json, pictures and report.html."""
+    """Measure a trained run again; writes evaluation.json, pictures and report.html."""
 
     run_dir: Path
     """Folder of the run, such as runs/demo."""
     device: Device = "auto"
     """Where to compute; auto takes a GPU if there is one."""
+    fit_judge: bool = False
+    """Train the networks that FID, KID, Inception Score and diversity need, and the attributes of synthetic flowers."""
 
 
 def _evaluate(arguments: list[str]) -> None:
     from mirror_modules.training.evaluation import evaluate
 
     options = _parse(EvaluateOptions, arguments, "mirror-modules evaluate", positional=("run_dir",))
-    _print_metrics(evaluate(options.run_dir, device=_device(options.device)))
+    _print_metrics(evaluate(options.run_dir, device=_device(options.device), fit_judge=options.fit_judge))
     print(f"Open {options.run_dir / 'report.html'}")
 
 
@@ -337,6 +339,21 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     print("Words that the captioner predicts rightly:")
     for name, value in metrics["word_accuracy"].items():
         print(f"  {name:<10} {value:6.1%}")
+    for reader, title in (("judge", "by the judge"), ("measured_colors", "colors, as measured")):
+        shares = {
+            name: each[reader]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if reader in each
+        }
+        if shares:
+            print(f"Attributes that images have as named, {title}:")
+            for name, share in shares.items():
+                print(f"  {name:<10} {share:6.1%}")
+    if "features" in metrics:
+        print(f"Features of a {metrics['extractor']}:")
+        for name, figures in metrics["features"].items():
+            print(
+                f"  {name:<10} "
+                + ", ".join(f"{figure.replace('_', ' ')} {value:.4g}" for figure, value in figures.items())
+            )
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -5,8 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from mirror_modules.metrics import r_precision
-from mirror_modules.metrics.expected_hits import expected_hits
+from mirror_modules.metrics import expected_hits, r_precision
 
 N, D, M = 7, 3, 4
 

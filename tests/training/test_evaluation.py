@@ -5,13 +5,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mirror_modules import MirrorGAN
+from mirror_modules.data import ATTRIBUTES
 from mirror_modules.data.transforms import to_float
-from mirror_modules.metrics import r_precision
-from mirror_modules.training import evaluation
+from mirror_modules.metrics import r_precision_folds
+from mirror_modules.training import attributes, evaluation
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.evaluation import _derangement, evaluate
+from mirror_modules.training.evaluation import _cases, _derangement, evaluate
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.validation import word_accuracy
@@ -26,7 +28,7 @@ def without_report(monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_measures_and_writes(run_copy):
     metrics = evaluate(run_copy.path)
-    assert json.loads(run_copy.metrics.read_text()) == metrics
+    assert json.loads(run_copy.evaluation.read_text()) == metrics
     assert set(metrics["r_precision"]) == set(metrics["word_accuracy"]) == {"generated", "real", "shuffled"}
     for figures in metrics["r_precision"].values():
         assert 0 <= figures["top1"] <= figures["top2"] <= figures["top3"] <= 1
@@ -36,6 +38,10 @@ def test_measures_and_writes(run_copy):
     assert metrics["images"] == 31
     assert metrics["candidates"] == 11
     assert metrics["chance"] == pytest.approx(1 / 11)
+    for figures in metrics["redescription"].values():
+        assert set(figures) == {"bleu4", "chrf", "words_in_place"}
+    assert set(metrics["attributes"]["real"]) == {"measured_colors"}
+    assert "features" not in metrics
     assert run_copy.report.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
     assert list(run_copy.pictures.glob("*.png"))
 
@@ -104,11 +110,11 @@ def test_the_judge_is_shown_the_images_that_it_should_rank(run_copy, tiny_recipe
     unseen = unseen_captions(splits)
     ranked = {}
 
-    def rank(images, sentences, *, candidates, generator):
+    def rank(images, sentences, **options):
         ranked[len(ranked)] = (images, sentences)
-        return r_precision(images, sentences, candidates=candidates, generator=generator)
+        return r_precision_folds(images, sentences, **options)
 
-    monkeypatch.setattr(evaluation, "r_precision", rank)
+    monkeypatch.setattr(evaluation, "r_precision_folds", rank)
     evaluate(run_copy.path)
     judge = load_pair(run_copy, "judge", tiny_recipe, splits)
     (generated, sentences), (real, _), (shuffled, _) = ranked.values()
@@ -142,8 +148,50 @@ def test_words_are_counted_one_by_one(run_copy, tiny_recipe):
 
 def test_a_failed_evaluation_leaves_the_figures_of_the_last(run_copy):
     evaluate(run_copy.path)
-    before = run_copy.metrics.read_bytes(), run_copy.report.read_bytes()
+    before = run_copy.evaluation.read_bytes(), run_copy.report.read_bytes()
     run_copy.log.write_text("{}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1"):
         evaluate(run_copy.path)
-    assert (run_copy.metrics.read_bytes(), run_copy.report.read_bytes()) == before
+    assert (run_copy.evaluation.read_bytes(), run_copy.report.read_bytes()) == before
+
+
+def test_judges_that_are_asked_for_are_trained_once_and_named(run_copy, monkeypatch):
+    monkeypatch.setattr(attributes, "ENOUGH", 0.0)
+    fit, steps = attributes._train, []
+    monkeypatch.setattr(attributes, "_train", lambda judge, *_: (steps.append(1), fit(judge, 2, 70)))
+    figures = evaluate(run_copy.path, fit_judge=True)
+    assert "trained on drawn flowers" in figures["extractor"]
+    for name in ("generated", "real"):
+        assert figures["features"][name]["frechet_distance"] > 0
+        assert 1 <= figures["features"][name]["inception_score"] <= 8
+    assert 0 <= figures["features"]["generated"]["diversity"] <= 2
+    assert set(figures["attributes"]["generated"]["judge"]) == {*ATTRIBUTES, "all"}
+    page = run_copy.report.read_text(encoding="utf-8")
+    for words in ("Attributes", "Fréchet distance", "trained on drawn flowers", "Best and worst"):
+        assert words in page
+    again = evaluate(run_copy.path)
+    assert again == figures
+    assert steps == [1]
+
+
+def test_no_figure_of_the_judges_is_of_a_network_that_the_generator_learned_from(run_copy, without_report):
+    """Whatever becomes of text encoder, image encoder and captioner of the training: the judge is another."""
+    before = evaluate(run_copy.path)
+    for phase in ("stem", "stream"):
+        weights = load_file(run_copy.weights(phase))
+        save_file({name: torch.zeros_like(value) for name, value in weights.items()}, run_copy.weights(phase))
+    after = evaluate(run_copy.path)
+    assert after["r_precision"] == before["r_precision"]
+    judge, stem = (load_file(tiny) for tiny in (run_copy.weights("judge"), run_copy.weights("stem")))
+    assert not [name for name in judge if judge[name].is_floating_point() and torch.equal(judge[name], stem[name])]
+
+
+def test_best_and_worst_are_the_ends_of_the_order():
+    hits = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    real = torch.zeros(5, 4, 4, 3, dtype=torch.uint8)
+    cases = _cases(hits, list("abcde"), images, real)
+    assert [case.caption for case in cases["best"]] == ["c", "e"]
+    assert [case.caption for case in cases["worst"]] == ["b", "d"]
+    assert float(cases["best"][1].generated.mean()) == 4
+    assert cases["worst"][1].chance == 0.25

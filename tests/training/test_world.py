@@ -552,7 +552,7 @@ def test_torchrun_trains_to_the_end(tmp_path):
     assert printed.count(f"Open {folder / 'report.html'}") == 1
     assert printed.count("R-precision among") == 1
     assert (folder / "report.html").exists()
-    assert (folder / "metrics.json").exists()
+    assert (folder / "evaluation.json").exists()
     steps = [(line["phase"], line["step"]) for line in lines_of(folder)]
     assert len(steps) == len(set(steps)) == 4 * 2
 

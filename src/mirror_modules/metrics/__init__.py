@@ -1,6 +1,7 @@
 """What a text-to-image model is measured by."""
 
 from mirror_modules.metrics.diversity import Diversity, diversity
+from mirror_modules.metrics.expected_hits import expected_hits
 from mirror_modules.metrics.frechet_distance import frechet_distance
 from mirror_modules.metrics.inception_score import InceptionScore, inception_score
 from mirror_modules.metrics.kernel_distance import KernelDistance, kernel_distance
@@ -15,6 +16,7 @@ __all__ = [
     "RPrecisionFolds",
     "RedescriptionQuality",
     "diversity",
+    "expected_hits",
     "frechet_distance",
     "inception_score",
     "kernel_distance",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mirror_modules.data import attributes_named, measured_colors, to_bytes
-from mirror_modules.metrics.expected_hits import expected_hits
+from mirror_modules.metrics import expected_hits
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import read_json, write_json, write_whole
 from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge

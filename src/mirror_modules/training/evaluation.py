@@ -1,25 +1,36 @@
-"""What a run is worth: R-precision by a judge that no training has used, and words read back (MirrorGAN, Sec. 4.1)."""
+"""What a run is worth: measured by networks that no generator was trained against (MirrorGAN, Sec. 4.1)."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mirror_modules.data.transforms import to_float
-from mirror_modules.metrics import r_precision
+from mirror_modules.metrics import (
+    diversity,
+    expected_hits,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    r_precision_folds,
+    redescription_quality,
+)
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import write_json
-from mirror_modules.training.batches import load_splits
+from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge, measure_attributes
+from mirror_modules.training.batches import Splits, load_splits
+from mirror_modules.training.extractors import Extractor, attribute_extractor, fit_class_extractor
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
-from mirror_modules.training.report import Showcase, write_report
+from mirror_modules.training.report import Case, Showcase, write_report
 from mirror_modules.training.validation import (
+    Unseen,
     generate_images,
     image_features,
     sentence_features,
@@ -27,25 +38,40 @@ from mirror_modules.training.validation import (
     word_accuracy,
 )
 
+FOLDS = 10
+CASES = 8
+# Captions of which several images are drawn, and how many of each.
+DIVERSE_CAPTIONS, IMAGES_PER_CAPTION = 30, 10
 
-def evaluate(out: str | Path, *, device: str = "cpu") -> dict[str, Any]:
-    """Measure a finished run; writes metrics.json, the pictures and report.html.
+
+class Judges(NamedTuple):
+    """Networks besides the judge of R-precision, where there are any."""
+
+    extractor: Extractor | None = None
+    attributes: AttributeJudge | None = None
+
+
+def evaluate(out: str | Path, *, device: str = "cpu", fit_judge: bool = False) -> dict[str, Any]:
+    """Measure a finished run; writes evaluation.json, the pictures and report.html.
 
     Each validation image has one caption, which no training image has. Images are generated from these captions and
-    ranked against other captions of the validation split. The same figure for the real images is the ceiling, for
+    ranked against other captions of the validation split. The same figures for the real images are the ceiling, for
     images generated from other captions (shuffled) the floor. The captioner's word accuracy is the share of words and
     end tokens that it predicts rightly, given the words before.
 
     Args:
         out: The run's folder, with phases `stream`, `glam` and `judge` trained.
         device: "cpu" or "cuda".
+        fit_judge: Train the networks that FID, KID, Inception Score, diversity and the attributes of synthetic flowers
+            need, and keep them in the folder; once they are there they are used.
 
     Returns:
-        The content of metrics.json.
+        The content of evaluation.json.
 
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
         ValueError: A file is damaged, or there are too few captions.
+        TrainingError: A judge that was asked for cannot be trained on this data.
     """
     folder = RunFolder(out)
     recipe = folder.read_recipe()
@@ -54,39 +80,124 @@ def evaluate(out: str | Path, *, device: str = "cpu") -> dict[str, Any]:
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
     model = MirrorGAN.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
-    judge = load_pair(folder, "judge", recipe, splits).to(device)
+    pair = load_pair(folder, "judge", recipe, splits).to(device)
+    judges = load_judges(folder, recipe, splits, fit_judge)
 
     unseen = unseen_pairs(splits, recipe.model.max_words)
-    generated = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+    real, generated = to_float(unseen.images), generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
     # Every image meets another image's caption. At random: neighbors in a data set are often of one class.
     others = _derangement(len(generated), recipe.seed)
-    images = {"generated": generated, "real": to_float(unseen.images), "shuffled": generated[others]}
-    sentences = sentence_features(judge, unseen.tokens, unseen.word_mask)
-    precision = {
-        name: r_precision(
-            image_features(judge, image),
-            sentences,
-            candidates=recipe.evaluation.candidates,
-            generator=torch.Generator().manual_seed(recipe.seed),
-        )._asdict()
-        for name, image in images.items()
-    }
-    accuracy = {
-        name: word_accuracy(model.captioner, image, unseen.tokens, unseen.word_mask)[0]
-        for name, image in images.items()
-    }
-    metrics = {
-        "r_precision": precision,
-        "chance": 1 / recipe.evaluation.candidates,
-        "word_accuracy": accuracy,
+    images = {"generated": generated, "real": real, "shuffled": generated[others]}
+    features = {name: image_features(pair, image) for name, image in images.items()}
+    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    candidates = recipe.evaluation.candidates
+    evaluation = {
+        "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
+        "chance": 1 / candidates,
+        "word_accuracy": {
+            name: word_accuracy(model.captioner, image, unseen.tokens, unseen.word_mask)[0]
+            for name, image in images.items()
+        },
+        "redescription": {
+            name: redescription_quality(model.describe(image), unseen.captions)._asdict()
+            for name, image in images.items()
+        },
         "images": len(generated),
-        "candidates": recipe.evaluation.candidates,
+        "candidates": candidates,
         "judge": "an encoder pair trained on the same training split with another seed; no other phase used it",
+        **_judged(judges, model, splits, unseen, images, recipe.seed),
         **_speed(folder),
     }
-    write_json(folder.metrics, metrics)
-    write_report(folder, recipe, _showcase(model, unseen.images, unseen.captions, recipe), metrics)
-    return metrics
+    hits = expected_hits(features["generated"], sentences, candidates=candidates)
+    cases = _cases(hits, unseen.captions, generated, unseen.images)
+    write_json(folder.evaluation, evaluation)
+    write_report(folder, recipe, _showcase(model, unseen.images, unseen.captions, recipe, cases), evaluation)
+    return evaluation
+
+
+def load_judges(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> Judges:
+    """The judges that lie in a run's folder, or that are trained into it."""
+    path = folder.path / "judges" / ("attributes.safetensors" if _is_synthetic(recipe) else "classes.safetensors")
+    if not fit and not path.exists():
+        return Judges()
+    path.parent.mkdir(exist_ok=True)
+    if _is_synthetic(recipe):
+        judge = fit_attribute_judge(path, recipe.model.resolutions[-1])
+        return Judges(attribute_extractor(judge), judge)
+    return Judges(fit_class_extractor(path, splits.training, recipe.seed))
+
+
+def _is_synthetic(recipe: Recipe) -> bool:
+    return recipe.data.source == "synthetic-flowers"
+
+
+def _precision(features: Tensor, sentences: Tensor, candidates: int, seed: int) -> dict[str, float]:
+    found = r_precision_folds(
+        features,
+        sentences,
+        candidates=candidates,
+        folds=min(FOLDS, len(features) // 2),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return {"top1": found.top1, "top2": found.top2, "top3": found.top3, "standard_error": found.standard_errors[0]}
+
+
+def _judged(
+    judges: Judges, model: MirrorGAN, splits: Splits, unseen: Unseen, images: dict[str, Tensor], seed: int
+) -> dict[str, Any]:
+    """What the judges say, each by its name. Attributes of synthetic flowers are measured in pixels without any."""
+    figures: dict[str, Any] = {}
+    if splits.validation.attributes[0]:
+        figures["attributes"] = {
+            name: measure_attributes(image, unseen.captions, judges.attributes) for name, image in images.items()
+        }
+    extractor = judges.extractor
+    if extractor is not None:
+        random = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(splits.training), generator=random)[: len(unseen.images)]
+        # Photographs of the training split against those of the validation split: what no generator need beat.
+        sets = {"generated": images["generated"], "real": to_float(splits.training.images[rows])}
+        reference = extractor.features(images["real"])
+        figures["extractor"] = extractor.name
+        figures["features"] = {
+            name: _feature_figures(extractor, image, reference, seed) for name, image in sets.items()
+        }
+        figures["features"]["generated"]["diversity"] = _diversity(extractor, model, unseen, seed)
+    return figures
+
+
+def _feature_figures(extractor: Extractor, images: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
+    features, size = extractor.features(images), min(1000, len(images), len(reference))
+    random = torch.Generator().manual_seed(seed)
+    kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
+    score = inception_score(extractor.logits(images), splits=min(FOLDS, len(images) // 2), generator=random)
+    return {
+        "frechet_distance": frechet_distance(features, reference),
+        "kernel_distance": kernel.mean,
+        "inception_score": score.mean,
+        "inception_score_deviation": score.standard_deviation,
+    }
+
+
+def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> float:
+    """How much the images of one caption differ, which have other noise each."""
+    captions = min(DIVERSE_CAPTIONS, len(unseen.captions))
+    tokens, word_mask = (
+        rows[:captions].repeat_interleave(IMAGES_PER_CAPTION, dim=0) for rows in (unseen.tokens, unseen.word_mask)
+    )
+    features = extractor.features(generate_images(model, tokens, word_mask, seed))
+    return diversity(features.unflatten(0, (captions, IMAGES_PER_CAPTION))).mean
+
+
+def _cases(hits: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:
+    """The captions that are found most surely by their images, and those that are found least."""
+    order = hits.argsort(descending=True, stable=True).tolist()
+    count = min(CASES, len(order) // 2)
+    rows = {"best": order[:count], "worst": order[::-1][:count]}
+    return {
+        name: [Case(captions[i], generated[i], to_float(real[i : i + 1])[0], float(hits[i])) for i in some]
+        for name, some in rows.items()
+    }
 
 
 def _derangement(count: int, seed: int) -> Tensor:
@@ -97,7 +208,9 @@ def _derangement(count: int, seed: int) -> Tensor:
     return partner
 
 
-def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recipe) -> Showcase:
+def _showcase(
+    model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recipe, cases: dict[str, list[Case]]
+) -> Showcase:
     count = min(recipe.evaluation.report_images, len(captions))
     shown = to_float(real[:count])
     with warnings.catch_warnings():
@@ -113,6 +226,7 @@ def _showcase(model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recip
         generated=generated,
         real_descriptions=model.describe(shown),
         generated_descriptions=model.describe(generated.images[-1]),
+        cases=cases,
     )
 
 

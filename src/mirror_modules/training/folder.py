@@ -18,7 +18,7 @@ from mirror_modules.training.recipes import PHASES, Recipe, differences
 WRITTEN_WHOLE = (
     "config.json",
     "metrics.jsonl",
-    "metrics.json",
+    "evaluation.json",
     "vocabulary.json",
     "report.html",
     *(f"{phase}.safetensors" for phase in PHASES),
@@ -37,7 +37,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config, self.metrics = self.path / "config.json", self.path / "metrics.json"
+        self.config, self.evaluation = self.path / "config.json", self.path / "evaluation.json"
         self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.model, self.pictures = self.path / "model", self.path / "pictures"
         self.vocabulary, self.checkpoints = self.path / "vocabulary.json", self.path / "checkpoints"

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +44,39 @@ PHASES = {
     "glam": "Generator and discriminators",
     "judge": "Judge of the evaluation",
 }
+# Figures that have a place of their own on the page.
+SHOWN = (
+    "r_precision",
+    "word_accuracy",
+    "redescription",
+    "attributes",
+    "features",
+    "seconds",
+    "images_per_second",
+    "waited_for_data",
+)
+FIGURES = {
+    "frechet_distance": "Fréchet distance (FID)",
+    "kernel_distance": "Kernel distance (KID)",
+    "inception_score": "Inception Score",
+    "diversity": "Diversity of one caption's images",
+}
 SOURCES = {"generated": "Generated", "real": "Real images", "shuffled": "Shuffled"}
 # Legible on a light and on a dark page alike.
 LINE_COLORS = ("#3f8f8a", "#d9783c", "#9068c4", "#c8508c", "#5b8bd6", "#94a03c")
 AXIS_COLOR = "#858a92"
+
+
+class Case(NamedTuple):
+    """A caption whose image the judge finds it by, or does not."""
+
+    caption: str
+    generated: Tensor
+    """In [-1, 1]. (3, R, R)"""
+    real: Tensor
+    """The image that belongs to the caption."""
+    chance: float
+    """The probability that the generated image ranks its caption first."""
 
 
 class Showcase(NamedTuple):
@@ -65,6 +94,8 @@ class Showcase(NamedTuple):
     """The captioner's words for the real images."""
     generated_descriptions: list[str]
     """The captioner's words for the finest generated images."""
+    cases: Mapping[str, Sequence[Case]] = {}
+    """The "best" and the "worst" of all validation captions, for R-precision."""
 
 
 def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics: dict[str, Any]) -> Path:
@@ -74,7 +105,7 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
         folder: The run; its metrics.jsonl and config.json are read.
         recipe: What was trained.
         showcase: What to show.
-        metrics: The content of metrics.json. Of its keys only `r_precision` is required; all are shown.
+        metrics: The content of evaluation.json. Of its keys only `r_precision` is required; all are shown.
 
     Returns:
         The path of the page.
@@ -98,9 +129,10 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
         sources=[(name, title) for name, title in SOURCES.items() if name in metrics["r_precision"]],
         scores=score_rows(metrics),
         phases=phase_rows(recipe, metrics),
-        other=flatten(
-            metrics, without=("r_precision", "word_accuracy", "seconds", "images_per_second", "waited_for_data")
-        ),
+        attributes=attribute_rows(metrics),
+        features=feature_rows(metrics),
+        cases=_cases(showcase),
+        other=flatten(metrics, without=SHOWN),
         gallery=_gallery(showcase),
         mirror=_mirror(showcase),
         attention=[
@@ -213,6 +245,27 @@ def _gallery(showcase: Showcase) -> list[dict[str, Any]]:
     ]
 
 
+def _cases(showcase: Showcase) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [
+        (
+            name,
+            [
+                {
+                    "caption": case.caption,
+                    "chance": case.chance,
+                    "sides": [
+                        (side, _embedded(to_bytes(image.unsqueeze(0))[0].cpu().numpy()))
+                        for side, image in (("Generated", case.generated), ("Real", case.real))
+                    ],
+                }
+                for case in cases
+            ],
+        )
+        for name, cases in showcase.cases.items()
+        if cases
+    ]
+
+
 def _mirror(showcase: Showcase) -> list[dict[str, Any]]:
     sides = (
         ("Real", to_bytes(showcase.real).numpy(), showcase.real_descriptions),
@@ -287,7 +340,37 @@ def score_rows(metrics: dict[str, Any]) -> list[Score]:
     if "word_accuracy" in metrics:
         accuracy = [metrics["word_accuracy"].get(name) for name in SOURCES if name in metrics["r_precision"]]
         rows.append(Score("Word accuracy", accuracy, [None] * len(sources), None))
+    if "redescription" in metrics:
+        told = [metrics["redescription"].get(name, {}) for name in SOURCES if name in metrics["r_precision"]]
+        for figure, title in (("bleu4", "BLEU-4"), ("chrf", "chrF"), ("words_in_place", "Words in place")):
+            rows.append(Score(title, [each.get(figure) for each in told], [None] * len(sources), None))
     return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def attribute_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """For each attribute of synthetic flowers: who read it, and how often images have the value that was named."""
+    measured = metrics.get("attributes", {})
+    sources = [name for name in SOURCES if name in measured]
+    readers = {"judge": "judge", "measured_colors": "measured"}
+    return [
+        [name.replace("_", " "), title, *(_share(measured[source].get(reader, {}).get(name)) for source in sources)]
+        for reader, title in readers.items()
+        for name in measured.get("generated", {}).get(reader, {})
+    ]
+
+
+def feature_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """Figures of the extractor's features, of generated images and of real ones."""
+    measured = metrics.get("features", {})
+    return [
+        [title, *(show(measured[source].get(figure)) for source in ("generated", "real") if source in measured)]
+        for figure, title in FIGURES.items()
+        if figure in measured.get("generated", {})
+    ]
+
+
+def _share(figure: dict[str, float] | None) -> str:
+    return show(None) if figure is None else f"{figure['share']:.1%} ± {100 * figure['standard_error']:.1f}"
 
 
 def phase_rows(recipe: Recipe, metrics: dict[str, Any]) -> list[list[str]]:

@@ -1,0 +1,125 @@
+"""Networks whose features and classes images are compared by: FID, KID, Inception Score and diversity need one.
+
+A figure depends on the network as much as on the images, so every report names it. None of these networks takes part in
+the training of a generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirror_modules.data import ATTRIBUTES, InMemoryCaptions, to_float
+from mirror_modules.models.pretrained import load_weights, save_weights
+from mirror_modules.stem.image_encoder import ConvBackbone
+from mirror_modules.training.attributes import AttributeJudge
+from mirror_modules.training.errors import TrainingError
+
+BATCH_SIZE, STEPS, LEARNING_RATE = 64, 1_500, 3e-3
+# Every tenth training image is held out, to say how well the classes are told.
+HELD_OUT = 10
+CHUNK = 100
+
+
+class Extractor(NamedTuple):
+    """What images (N, 3, H, W) in [-1, 1] are to a network."""
+
+    name: str
+    """Which network, trained on what: it stands beside every figure."""
+    features: Callable[[Tensor], Tensor]
+    """(N, D)"""
+    logits: Callable[[Tensor], Tensor]
+    """Of its classes, (N, K)."""
+
+
+class ClassJudge(nn.Module):
+    """A classifier of a data set's training classes.
+
+    Args:
+        classes: How many there are.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.backbone = ConvBackbone()
+        self.head = nn.Linear(self.backbone.image_dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B, classes)."""
+        return self.head(self.backbone(images).image)
+
+
+def attribute_extractor(judge: AttributeJudge) -> Extractor:
+    """The judge of a synthetic flower's attributes; its classes are the colors of the petals."""
+    color = list(ATTRIBUTES).index("petal_color")
+    return Extractor(
+        "convolutional network trained on drawn flowers; classes: colors of the petals",
+        lambda images: _in_chunks(lambda some: judge.backbone(some).image, images),
+        lambda images: _in_chunks(lambda some: judge(some)[color], images),
+    )
+
+
+def fit_class_extractor(path: Path, captions: InMemoryCaptions, seed: int, *, steps: int = STEPS) -> Extractor:
+    """A classifier of the training classes: trained and kept, or the one that is there.
+
+    Args:
+        path: Where it lies, a safetensors file.
+        captions: The training split.
+        seed: Decides its first weights and its batches.
+        steps: Optimizer steps.
+
+    Raises:
+        TrainingError: There are fewer than two classes, or as many as images.
+        ValueError: The file is not that of a classifier of these classes.
+    """
+    classes, class_ids = captions.class_ids.unique(return_inverse=True)
+    if not 2 <= len(classes) <= len(captions) // HELD_OUT:
+        raise TrainingError(
+            f"a judge of classes needs at least 2 of them, with {HELD_OUT} images each on average, but the "
+            f"{len(captions)} training images have {len(classes)}; leave --fit-judge out."
+        )
+    held_out = torch.arange(len(captions)) % HELD_OUT == 0
+    torch.manual_seed(seed)
+    judge = ClassJudge(len(classes))
+    if path.exists():
+        load_weights(judge, path)
+    else:
+        _train(judge, captions.images[~held_out], class_ids[~held_out], steps, seed)
+        save_weights(judge, path)
+    judge.eval()
+    said = _in_chunks(judge, to_float(captions.images[held_out])).argmax(1)
+    accuracy = float((said == class_ids[held_out]).float().mean())
+    return Extractor(
+        f"convolutional network trained on the {len(classes)} training classes, which tells {accuracy:.1%} of the "
+        "held-out training images",
+        lambda images: _in_chunks(lambda some: judge.backbone(some).image, images),
+        lambda images: _in_chunks(judge, images),
+    )
+
+
+def _train(judge: ClassJudge, images: Tensor, class_ids: Tensor, steps: int, seed: int) -> None:
+    from tqdm import tqdm
+
+    optimizer = torch.optim.Adam(judge.parameters(), LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    random = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(steps), desc="judge of classes", unit=" steps", dynamic_ncols=True, disable=None):
+        rows = torch.randint(len(images), (BATCH_SIZE,), generator=random)
+        batch = to_float(images[rows])
+        if bool(torch.rand((), generator=random) < 0.5):
+            batch = batch.flip(3)
+        loss = F.cross_entropy(judge(batch), class_ids[rows], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _in_chunks(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([network(chunk) for chunk in images.split(CHUNK)])
