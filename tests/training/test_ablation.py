@@ -69,7 +69,10 @@ def test_cells_share_what_comes_before_and_go_on(recipe, tmp_path, without_proce
             assert config["seed"] == seed
             assert config["glam"]["redescription_weight"] == float(cell.rsplit("-", 1)[1])
     assert content["seeds"] == [0, 3]
-    assert set(content["figures"]) == {"weight 0", "weight 20"}
+    assert set(content["figures"]) == {"weight 0", "weight 20", "real images"}
+    real = json.loads((tmp_path / "out" / "shared" / "seed-3" / "real.json").read_text())
+    assert len(real["r_precision"]) == 31
+    assert content["figures"]["real images"]["words"]["seeds"][1] == real["words"][0]
     (words,) = [each for each in content["differences"] if each["figure"] == "words"]
     figures = content["figures"]
     assert words["mean"] == pytest.approx(figures["weight 20"]["words"]["mean"] - figures["weight 0"]["words"]["mean"])

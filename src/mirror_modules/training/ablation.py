@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mirror_modules.data import attributes_named, measured_colors, to_bytes
+from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
 from mirror_modules.metrics import expected_hits
 from mirror_modules.models import MirrorGAN
-from mirror_modules.models.pretrained import read_json, write_json, write_whole
+from mirror_modules.models.pretrained import load_weights, read_json, write_json, write_whole
 from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge
-from mirror_modules.training.batches import load_splits
+from mirror_modules.training.batches import Splits, load_splits
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder, versions
 from mirror_modules.training.loop import load_pair, train
@@ -121,9 +121,10 @@ def ablate(
     _begin(folder, recipe)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     tasks = [(recipe, folder, seed, device, threads) for seed in seeds]
-    _in_processes(_train_shared, [task for task in tasks if not _shared_is_done(folder, task[2])], jobs)
-    if recipe.data.source == "synthetic-flowers":
-        fit_attribute_judge(folder / "attributes.safetensors", recipe.model.resolutions[-1])
+    # Before the processes, which would each train one.
+    _attribute_judge(recipe, folder)
+    shared = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
+    _in_processes(train_shared, [task for task in tasks if not shared[task[2]].exists()], jobs)
     todo = [
         (cell, *task)
         for task in tasks
@@ -134,6 +135,7 @@ def ablate(
     results = {
         cell.name: [read_json(_cell_folder(folder, cell, seed) / "result.json") for seed in seeds] for cell in cells
     }
+    results["real images"] = [read_json(path) for path in shared.values()]
     content = summarize(results, seeds)
     content |= {"recipe": recipe.to_dict(), "cells": {cell.name: cell.fields for cell in cells}, "versions": versions()}
     write_json(folder / "ablation.json", content)
@@ -155,27 +157,59 @@ def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str, thre
             shutil.copyfile(shared.weights(phase), run.weights(phase))
     sys.stderr = open(run.path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
     train(recipe, run.path, phases=["glam"], device=device, resume=True)
-    judge = None
-    if recipe.data.source == "synthetic-flowers":
-        judge = fit_attribute_judge(out / "attributes.safetensors", recipe.model.resolutions[-1])
-    write_json(run.path / "result.json", measure(run, recipe, judge, device))
+    model = MirrorGAN.from_pretrained(run.model, device=device)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    write_json(run.path / "result.json", measure(recipe, run, splits, device, _attribute_judge(recipe, out), model))
 
 
-def measure(run: RunFolder, recipe: Recipe, judge: AttributeJudge | None, device: str) -> dict[str, list[float]]:
+def train_shared(recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
+    """Train what all cells of a seed share, and measure the real images, which are their ceiling."""
+    torch.set_num_threads(threads)
+    run, recipe = RunFolder(_shared_folder(out, seed)), dataclasses.replace(recipe, seed=seed)
+    run.path.mkdir(parents=True, exist_ok=True)
+    train(recipe, run.path, phases=SHARED_PHASES, device=device, resume=True)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    write_json(run.path / "real.json", measure(recipe, run, splits, device, _attribute_judge(recipe, out), None))
+
+
+def _attribute_judge(recipe: Recipe, out: Path) -> AttributeJudge | None:
+    if recipe.data.source != "synthetic-flowers":
+        return None
+    return fit_attribute_judge(out / "attributes.safetensors", recipe.model.resolutions[-1])
+
+
+def measure(
+    recipe: Recipe,
+    folder: RunFolder,
+    splits: Splits,
+    device: str,
+    judge: AttributeJudge | None,
+    model: MirrorGAN | None,
+) -> dict[str, list[float]]:
     """Figures of each validation caption's image, in [0, 1]: `{"r_precision": [...], ...}`.
 
     `r_precision` is the expected top-1 precision by the pair of phase `judge`. `attributes` is the share of the named
     attributes that the image has, by the attribute judge; `colors` the same of the two colors, as measured. `words` is
     the captioner's word accuracy: of the whole split, so a single number.
+
+    Args:
+        recipe: What was trained.
+        folder: Where the phases `stream` and `judge` lie.
+        splits: Its data.
+        device: "cpu" or "cuda".
+        judge: Reads the attributes of drawn flowers; None where there are none.
+        model: Draws the images; None takes the real ones.
     """
-    model = MirrorGAN.from_pretrained(run.model, device=device)
-    splits = load_splits(recipe.data, recipe.model, recipe.seed)
     unseen = unseen_pairs(splits, recipe.model.max_words)
-    images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
-    pair = load_pair(run, "judge", recipe, splits).to(device)
+    captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
+    load_weights(captioner, folder.weights("stream"))
+    pair = load_pair(folder, "judge", recipe, splits).to(device)
+    images = to_float(unseen.images)
+    if model is not None:
+        images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
     hits = expected_hits(image_features(pair, images), sentences, candidates=recipe.evaluation.candidates)
-    accuracy, _ = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask)
+    accuracy, _ = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
     figures = {"r_precision": hits.tolist(), "words": [accuracy]}
     if judge is not None:
         named = [attributes_named(caption) for caption in unseen.captions]
@@ -324,6 +358,8 @@ def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], j
     """
     from tqdm import tqdm
 
+    if not tasks:
+        return
     context = multiprocessing.get_context("spawn")
     waiting, running = list(tasks)[::-1], list[Any]()
     with tqdm(total=len(tasks), desc=work.__name__.strip("_"), unit=" runs", dynamic_ncols=True) as bar:
@@ -356,17 +392,6 @@ def _do(work: Callable[..., None], task: tuple[Any, ...]) -> None:
     except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
         print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=printed)
         sys.exit(1)
-
-
-def _train_shared(recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    folder = _shared_folder(out, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    train(dataclasses.replace(recipe, seed=seed), folder, phases=SHARED_PHASES, device=device, resume=True)
-
-
-def _shared_is_done(out: Path, seed: int) -> bool:
-    return all(RunFolder(_shared_folder(out, seed)).weights(phase).exists() for phase in SHARED_PHASES)
 
 
 def _shared_folder(out: Path, seed: int) -> Path:
