@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirror_modules.data import CaptionedImage, InMemoryCaptions, RepeatableBatches
+from mirror_modules.data import CaptionedImage, InMemoryCaptions, RepeatableBatches, to_float
 from mirror_modules.stem.vocabulary import Vocabulary
 
 N, H, W = 11, 5, 7
@@ -229,3 +229,16 @@ def test_errors(data):
         RepeatableBatches(data, 5, 0, ranks=2)
     with pytest.raises(IndexError, match="batches are counted from 0, and -1 was asked for"):
         RepeatableBatches(data, 3, 0)[-1]
+
+
+@pytest.mark.parametrize("crop", [None, 5])
+def test_without_images_all_else_is_the_same(data, crop):
+    with_images = RepeatableBatches(data, 3, seed=1, crop=crop)
+    without = RepeatableBatches(data, 3, seed=1, crop=crop, with_images=False)
+    for number in range(5):
+        expected, batch = with_images[number], without[number]
+        assert batch.images.shape == (3, 0, 0, 3)
+        assert to_float(batch.images).shape == (3, 3, 0, 0)
+        for name in ("tokens", "word_mask", "class_ids", "image_rows", "caption_rows"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name))
+        assert batch.captions == expected.captions

@@ -150,13 +150,16 @@ class InMemoryCaptions:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def batch(self, indices: Tensor, choices: Tensor, *, words: int | None = None) -> CaptionBatch:
+    def batch(
+        self, indices: Tensor, choices: Tensor, *, words: int | None = None, with_images: bool = True
+    ) -> CaptionBatch:
         """The images at `indices` (B,), each with its caption number `choices` (B,), counted from 0.
 
         Args:
             indices: Which images, (B,).
             choices: Which caption of each, (B,).
             words: Length L of the batch; None is that of its longest caption.
+            with_images: Whether the images are wanted; otherwise the batch's are empty, (B, 0, 0, 3).
 
         Raises:
             IndexError: There is no such image, or it has no such caption.
@@ -165,7 +168,7 @@ class InMemoryCaptions:
         word_mask = self.word_mask[rows]
         longest = int(word_mask.sum(dim=1).max()) if words is None else words
         return CaptionBatch(
-            images=self.images[indices],
+            images=self.images[indices] if with_images else self.images[indices, :0, :0],
             tokens=self.tokens[rows, :longest],
             word_mask=word_mask[:, :longest],
             class_ids=self.class_ids[indices],
@@ -201,6 +204,7 @@ class RepeatableBatches(Dataset[CaptionBatch]):
             caption says left or right; None takes the images as they are.
         rank: Which part of each batch is wanted, from 0.
         ranks: Into how many parts each batch is divided, row by row in order.
+        with_images: Whether the images are wanted; see `InMemoryCaptions.batch`.
 
     Raises:
         ValueError: `batch_size` is not from 1 to the number of samples, or not a multiple of `ranks`.
@@ -215,6 +219,7 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         crop: int | None = None,
         rank: int = 0,
         ranks: int = 1,
+        with_images: bool = True,
     ) -> None:
         owner = "RepeatableBatches"
         check_positive(owner, batch_size=batch_size, ranks=ranks)
@@ -223,7 +228,7 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         if batch_size % ranks:
             raise ValueError(f"{owner}: batch_size={batch_size} must be a multiple of ranks={ranks}.")
         self.captions, self.batch_size, self.seed, self.crop = captions, batch_size, seed, crop
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.with_images = rank, ranks, with_images
         self._epoch = -1
 
     def __getitem__(self, number: int) -> CaptionBatch:
@@ -238,9 +243,11 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         # As long as the longest caption of all ranks, so that their words can be put together.
         rows = self.captions.caption_rows(indices, choices)
         longest = int(self.captions.word_mask[rows].sum(dim=1).max())
-        batch = self.captions.batch(self._mine(indices), self._mine(choices), words=longest)
+        batch = self.captions.batch(
+            self._mine(indices), self._mine(choices), words=longest, with_images=self.with_images
+        )
         self._subsample(batch, number)
-        if self.crop is None:
+        if self.crop is None or not self.with_images:
             return batch
         _, height, width, _ = batch.images.shape
         crops = draw_crops(self.batch_size, height, width, self.crop, seeded(self.seed, 1, number))

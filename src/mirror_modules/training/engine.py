@@ -124,6 +124,7 @@ class PhaseRun:
             was.
         recipe: The phase's steps and batch size.
         trainees: Networks whose step sizes are logged.
+        with_images: Whether the steps look at images.
     """
 
     def __init__(
@@ -133,10 +134,12 @@ class PhaseRun:
         state: PhaseState,
         recipe: MatchingRecipe | CaptionerRecipe | AdversarialRecipe,
         trainees: dict[str, Trainee],
+        *,
+        with_images: bool = True,
     ) -> None:
         self.run, self.phase, self.state, self.recipe, self.trainees = run, phase, state, recipe, trainees
         self.engine, self.world, self.steps = run.recipe.engine, run.world, recipe.steps
-        self.source = make_batches(run, phase, recipe)
+        self.source = make_batches(run, phase, recipe, with_images=with_images)
         self.checkpoints = Checkpoints(run.folder.checkpoints, phase, self.engine.checkpoints_kept)
         self.best: dict[str, Any] = {}
         device = self.world.device
@@ -350,7 +353,7 @@ class PhaseRun:
 
 
 def make_batches(
-    run: Run, phase: str, recipe: MatchingRecipe | CaptionerRecipe | AdversarialRecipe
+    run: Run, phase: str, recipe: MatchingRecipe | CaptionerRecipe | AdversarialRecipe, *, with_images: bool = True
 ) -> RepeatableBatches:
     """The batches of a phase for this rank.
 
@@ -379,6 +382,7 @@ def make_batches(
         crop=resolution if captions.images.shape[1] > resolution else None,
         rank=world.rank,
         ranks=world.size,
+        with_images=with_images,
     )
 
 

@@ -162,7 +162,7 @@ def train_stream(run: Run) -> nn.Module:
             cache = Cache.plan(len(captions), eye.image_dim, run.recipe.engine.cached_features_mib)
             seen = cached_images(eye, captions, run.world.device) if cache.fits else None
     state = start_pretraining(Reader(captioner, seen), recipe, run.recipe.engine, run.world)
-    with PhaseRun(run, "stream", state, recipe, {"stream": state.trainee}) as steps:
+    with PhaseRun(run, "stream", state, recipe, {"stream": state.trainee}, with_images=seen is None) as steps:
         if seen is not None:
             steps.log.say(f"{len(captions)} image features kept, {cache.mebibytes:.1f} MiB")
         for batch in steps.batches():
