@@ -157,14 +157,17 @@ def use_published_attention(model: MirrorGAN) -> MirrorGAN:
 
 def realism(discriminator: PairedDiscriminator, features: Tensor) -> Tensor:
     """Probability of a photograph, (B,)."""
-    return torch.sigmoid(discriminator.realism_head(features)).view(-1)
+    head = discriminator.realism_head
+    return torch.sigmoid(F.conv2d(features, head.weight, head.bias)).view(-1)
 
 
 def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: Tensor) -> Tensor:
     """Probability that image and sentence belong together, (B,)."""
     sentence_map = sentence.view(len(sentence), -1, 1, 1).repeat(1, 1, *features.shape[2:])
-    joint = discriminator.joint(torch.cat((features, sentence_map), dim=1))
-    return torch.sigmoid(discriminator.consistency_head(joint)).view(-1)
+    convolution, norm, activation = discriminator.joint
+    joint = F.conv2d(torch.cat((features, sentence_map), dim=1), convolution.weight, padding=1)
+    head = discriminator.consistency_head
+    return torch.sigmoid(F.conv2d(activation(norm(joint)), head.weight, head.bias)).view(-1)
 
 
 def published_discriminator_loss(

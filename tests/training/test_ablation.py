@@ -117,7 +117,7 @@ def test_a_cell_in_a_process_of_its_own_that_fails_is_said(recipe, tmp_path, cap
     with pytest.raises(
         TrainingError, match=r"a process of the ablation ended with status 1; .* the same command goes on"
     ):
-        ablation._in_processes(run_cell, [(CELLS[0], recipe, tmp_path, 0, "cpu", 1)], 1)
+        ablation._in_processes(run_cell, [(CELLS[0], recipe, tmp_path, 0, "cpu")], 1)
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 

@@ -7,6 +7,7 @@ and goes on where it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -119,8 +120,7 @@ def ablate(
     if jobs < 1:
         raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")
     _begin(folder, recipe)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    tasks = [(recipe, folder, seed, device, threads) for seed in seeds]
+    tasks = [(recipe, folder, seed, device) for seed in seeds]
     # Before the processes, which would each train one.
     _attribute_judge(recipe, folder)
     shared = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
@@ -144,9 +144,8 @@ def ablate(
     return content
 
 
-def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
+def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> None:
     """Train one cell with one seed, measure it, and keep the figures in its result.json."""
-    torch.set_num_threads(threads)
     run = RunFolder(_cell_folder(out, cell, seed))
     recipe = dataclasses.replace(Recipe.from_dict(cell.fields, recipe), seed=seed)
     shared = RunFolder(_shared_folder(out, seed))
@@ -155,16 +154,16 @@ def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str, thre
     for phase in SHARED_PHASES:
         if not run.weights(phase).exists():
             shutil.copyfile(shared.weights(phase), run.weights(phase))
-    sys.stderr = open(run.path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-    train(recipe, run.path, phases=["glam"], device=device, resume=True)
+    # Cells that are trained at the same time would write their progress over each other.
+    with (run.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        train(recipe, run.path, phases=["glam"], device=device, resume=True)
     model = MirrorGAN.from_pretrained(run.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     write_json(run.path / "result.json", measure(recipe, run, splits, device, _attribute_judge(recipe, out), model))
 
 
-def train_shared(recipe: Recipe, out: Path, seed: int, device: str, threads: int) -> None:
+def train_shared(recipe: Recipe, out: Path, seed: int, device: str) -> None:
     """Train what all cells of a seed share, and measure the real images, which are their ceiling."""
-    torch.set_num_threads(threads)
     run, recipe = RunFolder(_shared_folder(out, seed)), dataclasses.replace(recipe, seed=seed)
     run.path.mkdir(parents=True, exist_ok=True)
     train(recipe, run.path, phases=SHARED_PHASES, device=device, resume=True)
@@ -362,11 +361,12 @@ def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], j
         return
     context = multiprocessing.get_context("spawn")
     waiting, running = list(tasks)[::-1], list[Any]()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     with tqdm(total=len(tasks), desc=work.__name__.strip("_"), unit=" runs", dynamic_ncols=True) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(context.Process(target=_do, args=(work, waiting.pop())))
+                    running.append(context.Process(target=_do, args=(work, waiting.pop(), threads)))
                     running[-1].start()
                 connection.wait([process.sentinel for process in running])
                 for process in [process for process in running if not process.is_alive()]:
@@ -385,12 +385,12 @@ def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], j
                 process.join()
 
 
-def _do(work: Callable[..., None], task: tuple[Any, ...]) -> None:
-    printed = sys.stderr
+def _do(work: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
     try:
         work(*task)
     except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
-        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=printed)
+        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
 
 
