@@ -118,11 +118,32 @@ def test_a_folder_is_inspected(capsys, tmp_path):
         assert sheet.width == 4 * 128 + 3 * 12
 
 
+def test_preparing_shows_every_option_with_its_default(capsys):
+    status, out, _ = run(capsys, "data", "prepare", "--help")
+    assert status == 0
+    for name in ("resolution", "source", "on-error", "shard-size"):
+        assert f"--{name} " in out
+    assert out.count("default:") == 3
+
+
+def test_a_folder_is_prepared(capsys, tmp_path):
+    root = make_coco(tmp_path / "data", training=23)
+    (root / "train2017" / "000000000002.jpg").write_bytes(b"")
+    words = ("data", "prepare", root, tmp_path / "cache", "--resolution", 13)
+    assert_refused(run(capsys, *words), "000000000002.jpg cannot be read as an image (it is empty); mend it, or leave")
+    status, out, _ = run(capsys, *words, "--on-error", "skip", "--shard-size", 7)
+    assert status == 0
+    assert f"{tmp_path / 'cache'}: 22 train, 3 validation images of 13 x 13 pixels, from 'coco'" in out
+    assert f"left out: 1, listed in {tmp_path / 'cache' / 'prepared.json'}" in out
+    assert len(list((tmp_path / "cache").glob("train-*.npy"))) == 4
+    assert_refused(run(capsys, *words), "was prepared with other settings or from other originals; remove it")
+
+
 @pytest.mark.parametrize(
     ("words", "needle"),
     [
-        ([], "expected inspect, but got nothing; write `mirror-modules data inspect PATH`"),
-        (["clean"], "expected inspect, but got 'clean'"),
+        ([], "expected inspect or prepare, but got nothing; write `mirror-modules data inspect PATH`"),
+        (["clean"], "expected inspect or prepare, but got 'clean'"),
         (["inspect", "nowhere"], "there is no folder nowhere"),
         (["inspect", "."], "has no format that is known"),
         (["inspect", ".", "--resolution", "0"], "resolution must be a whole number of at least 1, but it is 0"),

@@ -7,6 +7,8 @@ from mirror_modules.data.cub_birds import CubBirds
 from mirror_modules.data.damage import DamagedSample, ErrorReport, Skipped
 from mirror_modules.data.flowers_synthetic import SyntheticFlowers
 from mirror_modules.data.oxford_flowers import OxfordFlowers
+from mirror_modules.data.prepared import PreparedCaptions
+from mirror_modules.data.preparing import Prepared, prepare_captions
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages
 from mirror_modules.data.sources import open_captions
 from mirror_modules.data.synthetic_attributes import ATTRIBUTES, class_id_of
@@ -27,6 +29,8 @@ __all__ = [
     "ErrorReport",
     "InMemoryCaptions",
     "OxfordFlowers",
+    "Prepared",
+    "PreparedCaptions",
     "RepeatableBatches",
     "Skipped",
     "SyntheticFlowers",
@@ -36,6 +40,7 @@ __all__ = [
     "image_pyramid",
     "measured_colors",
     "open_captions",
+    "prepare_captions",
     "random_crop_flip",
     "to_bytes",
     "to_float",

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.damage import DamagedSample, ErrorReport
+from mirror_modules.data.prepared import PreparedCaptions
 from mirror_modules.data.sample import CaptionedImages
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 from mirror_modules.stem.vocabulary import Vocabulary
@@ -42,6 +43,9 @@ class CaptionBatch(NamedTuple):
 
 class InMemoryCaptions:
     """Draws or decodes each sample once, encodes each caption once, and keeps them.
+
+    Images of `PreparedCaptions` that lie in one file, at the resolution asked for, are not copied: they stay on disk,
+    mapped into memory, and nothing may be written into `images`.
 
     Args:
         dataset: The samples, with images of one size and at least one caption each.
@@ -108,6 +112,9 @@ class InMemoryCaptions:
         owner, size, damaged = "InMemoryCaptions", len(dataset), 0
         if size == 0:
             raise ValueError(f"{owner}: the data set is empty; it needs at least one sample.")
+        if isinstance(dataset, PreparedCaptions) and (stored := dataset.stored_images()) is not None:
+            self._map(dataset, stored, progress)
+            return
         class_ids = []
         self.attributes, self.captions = [], []
         for i in range(size):
@@ -138,6 +145,16 @@ class InMemoryCaptions:
             raise ValueError(f"{owner}: none of the {size} samples can be read: {report.listing()}.")
         self.images = self.images[: len(self.captions)]
         self.class_ids = torch.tensor(class_ids)
+
+    def _map(self, dataset: PreparedCaptions, images: Tensor, progress: Callable[[int, int], None] | None) -> None:
+        """Take the captions, and leave the images where they lie."""
+        self.images = images
+        self.class_ids = torch.tensor([entry.class_id for entry in dataset.entries])
+        self.captions = [entry.captions for entry in dataset.entries]
+        self.attributes = [{} for _ in dataset.entries]
+        for i in range(len(dataset)):
+            if progress is not None:
+                progress(i + 1, len(dataset))
 
     def _encode_long(self, captions: list[str], max_words: int) -> dict[int, Tensor]:
         if self.word_mask.shape[1] < max_words:

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.damage import DamagedSample, ErrorReport
-from mirror_modules.data.images import Box, import_pillow, read_square
+from mirror_modules.data.images import Box, image_size, import_pillow, read_square
 from mirror_modules.data.sample import CaptionedImage
 
 SPLITS = ("train", "validation")
@@ -73,7 +76,15 @@ class CaptionedFiles:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self._owner}: index {index} is outside the {len(self)} samples.")
         entry = self.entries[index]
-        return CaptionedImage(read_square(entry.image, self.resolution, entry.box), entry.captions, entry.class_id, {})
+        return CaptionedImage(self._read_image(index % len(self)), entry.captions, entry.class_id, {})
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image that can be read, as it is stored."""
+        return image_size(self.entries[index].image)
+
+    def _read_image(self, index: int) -> NDArray[np.uint8]:
+        entry = self.entries[index]
+        return read_square(entry.image, self.resolution, entry.box)
 
     @property
     def _owner(self) -> str:

@@ -94,6 +94,13 @@ def surroundings(box: Box, width: int, height: int) -> tuple[int, int, int, int]
     return left, top, right, bottom
 
 
+def shrink(pixels: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
+    """Resize a square of bytes (H, W, 3), antialiased, as `read_square` does."""
+    from PIL import Image
+
+    return np.array(Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
 def import_pillow() -> None:
     """Say how to install Pillow, if it is missing."""
     try:

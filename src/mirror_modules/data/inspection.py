@@ -10,7 +10,6 @@ from typing import NamedTuple
 from mirror_modules._checks import check_positive
 from mirror_modules.data.damage import DamagedSample, ErrorReport, Skipped
 from mirror_modules.data.files import CaptionedFiles
-from mirror_modules.data.images import image_size
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.stem.vocabulary import split_words
 
@@ -80,7 +79,7 @@ def inspect_split(
     for i, entry in enumerate(dataset.entries):
         try:
             sample = dataset[i]
-            sizes.append(image_size(entry.image))
+            sizes.append(dataset.stored_size(i))
             entries.append(entry)
         except DamagedSample as error:
             damaged.add("inspect_split", *error.skipped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -83,13 +83,14 @@ def _load(
     is_training = vocabulary is None
     what, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
-    subset: torch.utils.data.Subset[Any] = torch.utils.data.Subset(
-        cast(Any, dataset), [i * len(dataset) // count for i in range(count)]
-    )
+    wanted: Any = dataset
+    # All of a data set is handed on as it is: one that was prepared need not be copied.
+    if count < len(dataset):
+        # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
+        wanted = torch.utils.data.Subset(wanted, [i * len(dataset) // count for i in range(count)])
     with tqdm(total=count, desc=f"{what} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
         loaded = InMemoryCaptions(
-            subset,
+            wanted,
             vocabulary,
             max_words=model.max_words,
             min_count=recipe.min_count,

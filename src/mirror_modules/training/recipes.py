@@ -27,8 +27,11 @@ def _harmless(default: Any) -> Any:
 class DataRecipe:
     """The captioned images."""
 
-    source: Literal["synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "auto"] = "synthetic-flowers"
-    """Embedded synthetic flowers, or the format of the folder `path`, which auto recognizes."""
+    source: Literal["synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "prepared", "auto"] = (
+        "synthetic-flowers"
+    )
+    """Embedded synthetic flowers, or the format of the folder `path`, which auto recognizes; prepared is the cache that
+    `mirror-modules data prepare` writes."""
     path: str | None = _harmless(None)
     """Folder of the photographs; not used for synthetic flowers."""
     training_images: int | None = 4096
