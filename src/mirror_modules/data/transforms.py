@@ -19,7 +19,8 @@ def to_float(images: Tensor) -> Tensor:
         ValueError: The images are not uint8 (B, H, W, 3).
     """
     check_bytes("to_float", images)
-    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    # In place: this is a good part of what a small network's loader does.
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def to_bytes(images: Tensor) -> Tensor:
