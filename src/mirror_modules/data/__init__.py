@@ -16,6 +16,7 @@ from mirror_modules.data.synthetic_captions import attributes_named, write_capti
 from mirror_modules.data.synthetic_colors import measured_colors
 from mirror_modules.data.synthetic_drawing import draw_flower
 from mirror_modules.data.transforms import image_pyramid, random_crop_flip, to_bytes, to_float
+from mirror_modules.data.web_captions import WebDatasetCaptions
 
 __all__ = [
     "ATTRIBUTES",
@@ -34,6 +35,7 @@ __all__ = [
     "RepeatableBatches",
     "Skipped",
     "SyntheticFlowers",
+    "WebDatasetCaptions",
     "attributes_named",
     "class_id_of",
     "draw_flower",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,22 +49,22 @@ def read_square(path: Path, resolution: int, around: Box | None = None) -> NDArr
         ValueError: The file cannot be read as an image; the message names it and says why.
         ImportError: Pillow is missing.
     """
-    import_pillow()
-    from PIL import Image, UnidentifiedImageError
+    return _read("read_square", path, path, lambda: path.stat().st_size, resolution, around)
 
-    try:
-        with warnings.catch_warnings():
-            # Of many pixels and odd metadata, which are dealt with here.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                return _to_square(image, resolution, around)
-    except UnidentifiedImageError as error:
-        why = f"it is not of the formats {', '.join(FORMATS)}" if path.stat().st_size else "it is empty"
-        raise DamagedSample("read_square", path, f"cannot be read as an image ({why})") from error
-    # Decoders meet damaged bytes with errors of every kind.
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DamagedSample("read_square", path, f"cannot be read as an image ({why})") from error
+
+def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint8]:
+    """The same as `read_square`, of the bytes of an image file.
+
+    Args:
+        content: The bytes.
+        name: What to call them in a message.
+        resolution: Height and width of the result.
+
+    Raises:
+        ValueError: The bytes cannot be read as an image; the message says why.
+        ImportError: Pillow is missing.
+    """
+    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -107,6 +109,32 @@ def import_pillow() -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("Reading images needs Pillow: pip install 'mirror-modules[train]'.") from error
+
+
+def _read(
+    owner: str,
+    name: str | Path,
+    file: Path | BytesIO,
+    size: Callable[[], int],
+    resolution: int,
+    around: Box | None,
+) -> NDArray[np.uint8]:
+    import_pillow()
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Of many pixels and odd metadata, which are dealt with here.
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                return _to_square(image, resolution, around)
+    except UnidentifiedImageError as error:
+        why = f"it is not of the formats {', '.join(FORMATS)}" if size() else "it is empty"
+        raise DamagedSample(owner, name, f"cannot be read as an image ({why})") from error
+    # Decoders meet damaged bytes with errors of every kind.
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedSample(owner, name, f"cannot be read as an image ({why})") from error
 
 
 def _to_square(image: PillowImage, resolution: int, around: Box | None) -> NDArray[np.uint8]:
