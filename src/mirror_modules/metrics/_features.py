@@ -27,3 +27,19 @@ def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewes
             )
     if not bool(features.isfinite().all()):
         raise ValueError(f"{owner}: {name} hold NaN or infinite values; look at what made them.")
+
+
+def check_pairs(owner: str, images: Tensor, sentences: Tensor) -> None:
+    """Require finite features (N, D) of images and of their own captions.
+
+    Raises:
+        ValueError: Shapes disagree, or a feature is NaN or infinite.
+    """
+    if images.ndim != 2 or images.shape != sentences.shape:
+        raise ValueError(
+            f"{owner}: images and sentences must both be (N, D), but they are {shape_of(images)} and "
+            f"{shape_of(sentences)}."
+        )
+    # NaN is never smaller than anything: a diverged generator would rank first everywhere.
+    if not bool(images.isfinite().all() and sentences.isfinite().all()):
+        raise ValueError(f"{owner}: images or sentences hold NaN or infinite features; look at what made them.")

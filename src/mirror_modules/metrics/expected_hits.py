@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import shape_of
+from mirror_modules.metrics._features import check_pairs
 
 
 def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -> Tensor:
@@ -32,13 +32,7 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
         ValueError: Shapes disagree, a feature is not finite, or there are too few captions.
     """
     owner = "expected_hits"
-    if images.ndim != 2 or images.shape != sentences.shape:
-        raise ValueError(
-            f"{owner}: images and sentences must both be (N, D), but they are {shape_of(images)} and "
-            f"{shape_of(sentences)}."
-        )
-    if not bool(images.isfinite().all() and sentences.isfinite().all()):
-        raise ValueError(f"{owner}: images or sentences hold NaN or infinite features; look at what made them.")
+    check_pairs(owner, images, sentences)
     others, drawn = len(images) - 1, candidates - 1
     if not 1 <= drawn <= others:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._checks import check_positive, shape_of
+from mirror_modules.metrics._features import check_pairs
 
 # Scores that are held at once: 30,000 images with as many captions would need 7 GB in one piece.
 LARGEST_BLOCK = 2**24
@@ -134,14 +135,7 @@ def _hits(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Probability that each image has its own caption among its first k, k = 1, 2, 3: (N, 3). 0 or 1 without ties."""
-    if images.ndim != 2 or images.shape != sentences.shape:
-        raise ValueError(
-            f"{owner}: images and sentences must both be (N, D), but they are {shape_of(images)} and "
-            f"{shape_of(sentences)}."
-        )
-    # NaN is never smaller than anything: a diverged generator would rank first everywhere.
-    if not bool(images.isfinite().all() and sentences.isfinite().all()):
-        raise ValueError(f"{owner}: images or sentences hold NaN or infinite features; look at what made them.")
+    check_pairs(owner, images, sentences)
     count = images.shape[0]
     for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):
         if ids is not None and ids.shape != (count,):
