@@ -260,16 +260,18 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         # As long as the longest caption of all ranks, so that their words can be put together.
         rows = self.captions.caption_rows(indices, choices)
         longest = int(self.captions.word_mask[rows].sum(dim=1).max())
+        crop = self.crop if self.with_images else None
         batch = self.captions.batch(
-            self._mine(indices), self._mine(choices), words=longest, with_images=self.with_images
+            self._mine(indices), self._mine(choices), words=longest, with_images=self.with_images and crop is None
         )
         self._subsample(batch, number)
-        if self.crop is None or not self.with_images:
+        if crop is None:
             return batch
-        _, height, width, _ = batch.images.shape
-        crops = draw_crops(self.batch_size, height, width, self.crop, seeded(self.seed, 1, number))
+        _, height, width, _ = self.captions.images.shape
+        crops = draw_crops(self.batch_size, height, width, crop, seeded(self.seed, 1, number))
         crops = crops._replace(mirrored=crops.mirrored & ~self.captions.tells_sides[rows].unsqueeze(1))
-        return batch._replace(images=crop_flip(batch.images, self.crop, Crops(*map(self._mine, crops))))
+        mine = Crops(*map(self._mine, crops))
+        return batch._replace(images=crop_flip(self.captions.images, batch.image_rows, crop, mine))
 
     def _subsample(self, batch: CaptionBatch, number: int) -> None:
         """Let long captions keep random words, in place: which ones depends on the batch and the caption alone."""

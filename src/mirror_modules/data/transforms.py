@@ -19,8 +19,9 @@ def to_float(images: Tensor) -> Tensor:
         ValueError: The images are not uint8 (B, H, W, 3).
     """
     check_bytes("to_float", images)
-    # In place: this is a good part of what a small network's loader does.
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    # One copy, and the rest in place: this is a good part of what a small network's loader does.
+    floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.div_(127.5).sub_(1)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def random_crop_flip(
     crops = draw_crops(batch, height, width, resolution, generator)
     if not flip:
         crops = crops._replace(mirrored=torch.zeros_like(crops.mirrored))
-    return crop_flip(images, resolution, crops)
+    return crop_flip(images, torch.arange(batch), resolution, crops)
 
 
 class Crops(NamedTuple):
@@ -85,14 +86,14 @@ def draw_crops(batch: int, height: int, width: int, resolution: int, generator: 
     )
 
 
-def crop_flip(images: Tensor, resolution: int, crops: Crops) -> Tensor:
-    """Cut squares out of bytes (B, H, W, 3) at the given places: bytes (B, resolution, resolution, 3)."""
-    steps = torch.arange(resolution)
-    rows, columns = crops.top + steps, crops.left + steps
-    columns = torch.where(crops.mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    each = torch.arange(len(images), device=images.device)
-    return images[each[:, None, None], rows[:, :, None], columns[:, None, :]]
+def crop_flip(images: Tensor, rows: Tensor, resolution: int, crops: Crops) -> Tensor:
+    """Cut a square out of each of the images (N, H, W, 3) in `rows` (B,): bytes (B, resolution, resolution, 3)."""
+    squares = images.new_empty(len(rows), resolution, resolution, 3)
+    # One by one: to gather whole images first, and then their pixels, takes several times as long.
+    for i, (row, top, left, mirrored) in enumerate(zip(rows.tolist(), *(part[:, 0].tolist() for part in crops))):
+        square = images[row, top : top + resolution, left : left + resolution]
+        squares[i] = square.flip(1) if mirrored else square
+    return squares
 
 
 def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:

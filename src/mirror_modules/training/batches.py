@@ -119,6 +119,8 @@ def load_batches(
         sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin_memory,
+        # There is nothing to convert, and to look for it in every caption takes a while.
+        collate_fn=_as_it_is,
         # Otherwise it draws from the global source of random numbers, and a resumed run differs.
         generator=torch.Generator(),
         worker_init_fn=_outlive_signals,
@@ -129,6 +131,10 @@ def load_batches(
         if "DataLoader worker" not in str(error):
             raise
         raise TrainingError(f"a process that prepares batches has died ({error}).") from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _outlive_signals(worker: int) -> None:
