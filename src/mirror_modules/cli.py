@@ -209,13 +209,18 @@ class EvaluateOptions:
     """Where to compute; auto takes a GPU if there is one."""
     fit_judge: bool = False
     """Train the networks that FID, KID, Inception Score and diversity need, and the attributes of synthetic flowers."""
+    inception: bool = False
+    """Take torchvision's Inception v3 for FID, KID, Inception Score and diversity; its weights are fetched."""
 
 
 def _evaluate(arguments: list[str]) -> None:
     from mirror_modules.training.evaluation import evaluate
 
     options = _parse(EvaluateOptions, arguments, "mirror-modules evaluate", positional=("run_dir",))
-    _print_metrics(evaluate(options.run_dir, device=_device(options.device), fit_judge=options.fit_judge))
+    metrics = evaluate(
+        options.run_dir, device=_device(options.device), fit_judge=options.fit_judge, inception=options.inception
+    )
+    _print_metrics(metrics)
     print(f"Open {options.run_dir / 'report.html'}")
 
 

@@ -56,3 +56,42 @@ def test_a_judge_of_other_classes_is_named(tmp_path):
     fit_class_extractor(path, make(), seed=0, steps=2)
     with pytest.raises(ValueError, match=r"classes\.safetensors.*ClassJudge|ClassJudge.*classes\.safetensors"):
         fit_class_extractor(path, make((3, 8)), seed=0)
+
+
+def test_inception_sees_what_torchvisions_own_network_sees(monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    get_model, made = torchvision.models.get_model, []
+
+    def quick(name, **arguments):
+        torch.manual_seed(0)
+        made.append(get_model(name, **arguments))
+        return made[-1]
+
+    monkeypatch.setattr(torchvision.models, "get_model", quick)
+    extractor = extractors.inception_extractor(weights=None)
+    (ours,) = made
+    images = torch.rand(3, 3, 299, 299, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    # Torchvision's way: normalized with ImageNet's statistics, which its network undoes.
+    theirs = get_model("inception_v3", weights=None, init_weights=False, transform_input=True).eval()
+    theirs.load_state_dict({**ours.state_dict(), "fc.weight": torch.eye(1000, 2048), "fc.bias": torch.zeros(1000)})
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = theirs(((images + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    features = extractor.features(images)
+    assert features.shape == (3, 2048)
+    torch.testing.assert_close(features[:, :1000], expected, rtol=1e-3, atol=1e-4)
+    assert extractor.logits(images[:, :, ::7, ::7]).shape == (3, 1000)
+    assert "Inception v3 (given by hand)" in extractor.name
+
+
+def test_inception_without_a_network_says_where_its_weights_go(monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+
+    def offline(name, **arguments):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(
+        OSError, match=r"no route to host\); put https://.*inception_v3.*pth into .*checkpoints, or use"
+    ):
+        extractors.inception_extractor()

@@ -23,7 +23,12 @@ from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import write_json
 from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge, measure_attributes
 from mirror_modules.training.batches import Splits, load_splits
-from mirror_modules.training.extractors import Extractor, attribute_extractor, fit_class_extractor
+from mirror_modules.training.extractors import (
+    Extractor,
+    attribute_extractor,
+    fit_class_extractor,
+    inception_extractor,
+)
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
 from mirror_modules.training.loop import load_pair
@@ -51,7 +56,9 @@ class Judges(NamedTuple):
     attributes: AttributeJudge | None = None
 
 
-def evaluate(out: str | Path, *, device: str = "cpu", fit_judge: bool = False) -> dict[str, Any]:
+def evaluate(
+    out: str | Path, *, device: str = "cpu", fit_judge: bool = False, inception: bool = False
+) -> dict[str, Any]:
     """Measure a finished run; writes evaluation.json, the pictures and report.html.
 
     Each validation image has one caption, which no training image has. Images are generated from these captions and
@@ -64,6 +71,7 @@ def evaluate(out: str | Path, *, device: str = "cpu", fit_judge: bool = False) -
         device: "cpu" or "cuda".
         fit_judge: Train the networks that FID, KID, Inception Score, diversity and the attributes of synthetic flowers
             need, and keep them in the folder; once they are there they are used.
+        inception: Take torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
 
     Returns:
         The content of evaluation.json.
@@ -72,6 +80,7 @@ def evaluate(out: str | Path, *, device: str = "cpu", fit_judge: bool = False) -
         FileNotFoundError: The folder is not a run, or a phase is missing.
         ValueError: A file is damaged, or there are too few captions.
         TrainingError: A judge that was asked for cannot be trained on this data.
+        OSError: The weights of Inception are not there and cannot be fetched.
     """
     folder = RunFolder(out)
     recipe = folder.read_recipe()
@@ -82,6 +91,8 @@ def evaluate(out: str | Path, *, device: str = "cpu", fit_judge: bool = False) -
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     pair = load_pair(folder, "judge", recipe, splits).to(device)
     judges = load_judges(folder, recipe, splits, fit_judge)
+    if inception:
+        judges = judges._replace(extractor=inception_extractor(device=device))
 
     unseen = unseen_pairs(splits, recipe.model.max_words)
     real, generated = to_float(unseen.images), generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)

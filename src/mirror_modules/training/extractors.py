@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ BATCH_SIZE, STEPS, LEARNING_RATE = 64, 1_500, 3e-3
 # Every tenth training image is held out, to say how well the classes are told.
 HELD_OUT = 10
 CHUNK = 100
+INCEPTION_PIXELS = 299
 
 
 class Extractor(NamedTuple):
@@ -61,6 +62,46 @@ def attribute_extractor(judge: AttributeJudge) -> Extractor:
         "convolutional network trained on drawn flowers; classes: colors of the petals",
         lambda images: _in_chunks(lambda some: judge.backbone(some).image, images),
         lambda images: _in_chunks(lambda some: judge(some)[color], images),
+    )
+
+
+def inception_extractor(weights: Any = "DEFAULT", *, device: str = "cpu") -> Extractor:
+    """Torchvision's Inception v3; its features are the last block's mean, (N, 2048), its classes ImageNet's.
+
+    Images of any size are resized to 299 pixels. Other programs use other weights of this network and resize otherwise:
+    their figures do not compare with these.
+
+    Args:
+        weights: As in torchvision; "DEFAULT" are the best published ones, fetched by torchvision where it has none yet.
+        device: "cpu" or "cuda".
+
+    Raises:
+        OSError: The weights are not there and cannot be fetched.
+    """
+    from torchvision import models
+
+    chosen = models.get_model_weights("inception_v3")[weights] if isinstance(weights, str) else weights
+    try:
+        network = models.get_model("inception_v3", weights=chosen, init_weights=False)
+    except OSError as error:
+        raise OSError(
+            f"the weights of torchvision's inception_v3 cannot be fetched ({error}); put {chosen.url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or use --fit-judge."
+        ) from error
+    head, network.fc = network.fc.to(device), nn.Identity()
+    # It expects ImageNet's normalization and undoes it: what it computes with is in [-1, 1], as ours.
+    network.transform_input = False
+    network.to(device).eval()
+
+    def features(images: Tensor) -> Tensor:
+        size = (INCEPTION_PIXELS, INCEPTION_PIXELS)
+        return network(F.interpolate(images.to(device), size, mode="bilinear", antialias=True))
+
+    named = getattr(chosen, "name", "given by hand")
+    return Extractor(
+        f"torchvision's Inception v3 ({named}), images resized to {INCEPTION_PIXELS} pixels",
+        lambda images: _in_chunks(lambda some: features(some).cpu(), images),
+        lambda images: _in_chunks(lambda some: head(features(some)).cpu(), images),
     )
 
 
