@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +125,29 @@ def test_a_cell_in_a_process_of_its_own_that_fails_is_said(recipe, tmp_path, cap
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 
+def test_processes_end_with_one_that_is_killed(tmp_path):
+    pid = tmp_path / "pid"
+    work = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)"
+    start = f"from mirror_modules.training.ablation import _in_processes; _in_processes(exec, [({work!r},)], 1)"
+    guarded = f"if __name__ == '__main__':\n    {start}\n"
+    (tmp_path / "start.py").write_text(guarded, encoding="utf-8")
+    parent = subprocess.Popen([sys.executable, tmp_path / "start.py"], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: pid.exists() and pid.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    child = int(pid.read_text())
+    wait_for(lambda: not (Path("/proc") / str(child)).exists())
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
 def test_summaries_are_means_over_seeds_and_pairs():
     results = {
         "weight 0": [{"r_precision": [0.0, 0.5]}, {"r_precision": [0.5, 0.5]}],
@@ -153,8 +180,9 @@ def test_an_interval_covers_what_seeds_and_captions_leave_open():
     assert bootstrap_interval([rng.normal(size=9)], seed=1) != bootstrap_interval([rng.normal(size=9)], seed=2)
 
 
-def test_an_interval_holds_the_truth_as_often_as_it_says():
+def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
     """With many seeds. With three it holds it less often, as its docstring says."""
+    monkeypatch.setattr(ablation, "RESAMPLES", 500)
     rng = np.random.default_rng(1)
     held = 0
     for i in range(60):

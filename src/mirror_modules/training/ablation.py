@@ -12,7 +12,9 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
@@ -276,16 +278,10 @@ def bootstrap_interval(differences: Sequence[np.ndarray[Any, Any]], *, seed: int
         Its lower and its upper end.
     """
     rng = np.random.default_rng(seed)
-    means = np.empty((len(differences), RESAMPLES))
-    for row, values in zip(means, differences):
-        for start in range(0, RESAMPLES, 500):
-            drawn = rng.integers(len(values), size=(500, len(values)))
-            row[start : start + 500] = values[drawn].mean(axis=1)
-    chosen = rng.integers(len(differences), size=(len(differences), RESAMPLES))
+    seeds = rng.integers(len(differences), size=(RESAMPLES, len(differences)))
     # A seed that is drawn twice has captions of its own each time.
-    shuffled = rng.permuted(np.broadcast_to(means, (len(differences), *means.shape)), axis=2)
-    resampled = np.stack([shuffled[i, row, np.arange(RESAMPLES)] for i, row in enumerate(chosen)]).mean(axis=0)
-    low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    means = [np.mean([rng.choice(differences[i], len(differences[i])).mean() for i in drawn]) for drawn in seeds]
+    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
     return float(low), float(high)
 
 
@@ -385,7 +381,16 @@ def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], j
                 process.join()
 
 
+def _end_with_parent() -> None:
+    """A parent that was killed leaves its processes alone, and they would be in the way of the next one's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _do(work: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         work(*task)
