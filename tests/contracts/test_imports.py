@@ -16,7 +16,7 @@ IMPORT_AND_USE = """
 import sys
 import torch
 
-HEAVY = {"torchvision", "triton", "tyro", "tqdm", "matplotlib", "safetensors", "jinja2", "PIL"}
+HEAVY = {"torchvision", "triton", "tyro", "tqdm", "matplotlib", "safetensors", "jinja2", "PIL", "sacrebleu", "webdataset"}
 refused = []
 
 class Refuse:
