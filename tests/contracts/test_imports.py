@@ -16,7 +16,8 @@ IMPORT_AND_USE = """
 import sys
 import torch
 
-HEAVY = {"torchvision", "triton", "tyro", "tqdm", "matplotlib", "safetensors", "jinja2", "PIL", "sacrebleu", "webdataset"}
+HEAVY = {"torchvision", "triton", "tyro", "tqdm", "matplotlib", "safetensors", "jinja2", "PIL"}
+HEAVY |= {"sacrebleu", "webdataset"}
 refused = []
 
 class Refuse:

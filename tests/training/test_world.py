@@ -132,6 +132,10 @@ STEPS = {
     "paint-batch-norm": (paint, {"normalization": "batch", "class_ids": ALL_DIFFER}),
     "paint-batch-norm-few-pairs": (paint, {"normalization": "batch", "class_ids": (0, 0, 0, 0, 2, 1)}),
     "paint-r1": (paint, {"normalization": "batch", "class_ids": ALL_DIFFER, "r1_weight": 0.5, "r1_every": 1}),
+    "paint-in-balance": (
+        paint,
+        {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_ratio": 0.3},
+    ),
     "paint-in-parts": (
         paint,
         {"normalization": "none", "class_ids": ONE_DIFFERS, "evaluating": True, "accumulate": 3},

@@ -122,6 +122,9 @@ class AdversarialRecipe:
     """Longer gradients of each network are shortened to this; None leaves them."""
     redescription_weight: float = 20.0
     """lambda, the weight of the redescription loss (20 in the paper, for a sum); 0 leaves the captioner out."""
+    redescription_ratio: float | None = None
+    """Let the weight follow, so that the norm of the loss's gradient at the finest images is this share of the
+    adversarial one's; None keeps the weight."""
     redescription_reduction: Literal["word", "sentence"] = "word"
     """Mean over words, or sum over each caption's words."""
     kl_weight: float = 1.0
@@ -147,11 +150,21 @@ class AdversarialRecipe:
             owner, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, r1_every=self.r1_every
         )
         _check_above_zero(
-            owner, self, "generator_learning_rate", "discriminator_learning_rate", "largest_gradient_norm"
+            owner,
+            self,
+            "generator_learning_rate",
+            "discriminator_learning_rate",
+            "largest_gradient_norm",
+            "redescription_ratio",
         )
         _check_not_negative(owner, self, "redescription_weight", "kl_weight", "r1_weight", "average_decay")
         if self.average_decay >= 1:
             raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
+        if self.redescription_ratio is not None and self.redescription_weight == 0:
+            raise ValueError(
+                f"{owner}: redescription_ratio={self.redescription_ratio:g} needs a redescription_weight above 0 to "
+                "begin with; 1 will do."
+            )
         if self.adversarial_weighting == "release" and not self.mismatched_pairs:
             raise ValueError(
                 "AdversarialRecipe: adversarial_weighting='release' averages over mismatched pairs too; keep them."

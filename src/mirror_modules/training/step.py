@@ -89,8 +89,12 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                     painting = paint(state, part)
                 terms = {"kl": kl_divergence(painting.mean, painting.log_variance)}
                 total = recipe.kl_weight * terms["kl"]
+                images = painting.images
+                if redescription is not None:
+                    judged, read = state.balance.watch(images[-1])
+                    images = [*images[:-1], judged]
                 with autocast(state.engine, state.world.device):
-                    for discriminator, resolution, image in zip(state.discriminators, resolutions, painting.images):
+                    for discriminator, resolution, image in zip(state.discriminators, resolutions, images):
                         loss = generator_loss(
                             discriminator(image, part.sentence),
                             weighting=recipe.adversarial_weighting,
@@ -99,11 +103,11 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                         terms[f"generator_{resolution}"] = loss
                         total = total + loss
                     if redescription is not None:
-                        loss = redescription(painting.images[-1], *append_end(part.tokens, part.word_mask))
+                        loss = redescription(read, *append_end(part.tokens, part.word_mask))
                         # A mean over words, of which the parts of a batch have different numbers.
                         share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
                         terms["redescription"] = share * loss
-                        total = total + recipe.redescription_weight * terms["redescription"]
+                        total = total + state.balance.weight * terms["redescription"]
                 terms["generator_total"] = total
                 painter.backward(total / len(parts))
             for name, term in terms.items():
@@ -117,6 +121,9 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
 
     # Average.
     whole = torch.stack(finite).all()
+    if redescription is not None:
+        losses["redescription_weight"] = state.balance.weight
+        losses["redescription_ratio"] = state.balance.follow(whole)
     state.average.update(painter.module, whole)
     state.steps_done += 1
     return Outcome(losses, whole)
