@@ -1,12 +1,15 @@
 """Small data sets on disk, made by the tests: noise for images, and captions that tell which image they are of."""
 
+import io
 import json
 import pickle
+import tarfile
 
 import numpy as np
 
 COLORS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown", "orange", "purple")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SHARD_SUFFIXES = ("jpg", "png", "webp")
 
 
 def captions_of(number, count=3):
@@ -96,6 +99,54 @@ def make_folder(root, training=6, validation=3, style="txt"):
         if style == "csv":
             (root / name / "captions.csv").write_text("file,caption,class\n" + "\n".join(lines) + "\n")
     return root
+
+
+def make_shards(root, training=6, validation=3):
+    """Two shards for each split; their images lie in images/ too."""
+    root.mkdir(parents=True, exist_ok=True)
+    for split, numbers in (("train", range(training)), ("validation", range(training, training + validation))):
+        half = len(numbers) // 2
+        write_shard(root / f"{split}-000.tar", numbers[:half])
+        write_shard(root / f"{split}-001.tar", numbers[half:])
+    return root
+
+
+def write_shard(path, numbers, change=lambda number, files: files):
+    """Samples with captions, and by turns without a class as txt, and with that of their number as json."""
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            suffix = SHARD_SUFFIXES[number % 3]
+            image = write_image(path.parent / "images" / f"{number}.{suffix}", number).read_bytes()
+            said = {"txt": "\n".join(captions_of(number)).encode()}
+            if number % 2:
+                said = {"json": json.dumps({"captions": captions_of(number), "class": number}).encode()}
+            for end, content in change(number, {suffix: image} | said).items():
+                add_file(tar, f"{number:04}.{end}", content)
+    return path
+
+
+def add_file(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def damaged_sample(number, files):
+    """For `write_shard`: every way in which a sample can be damaged, from sample 50 to 59."""
+    image, said = list(files.items())
+    ways = {
+        50: {"jpg": b"", "txt": b"a red thing"},
+        51: {"jpg": image[1][:40], "txt": b"a red thing"},
+        52: dict([image]),
+        53: dict([said]),
+        54: dict([image, ("txt", b"\xff\xfe")]),
+        55: dict([image, ("txt", b" \n ?\n")]),
+        56: dict([image, ("json", b"{")]),
+        57: dict([image, ("json", b'{"captions": "red"}')]),
+        58: dict([image, ("json", b'{"captions": ["red"], "class": "bird"}')]),
+        59: dict([image, ("json", b'{"captions": []}')]),
+    }
+    return ways.get(number, files)
 
 
 def write_pickle(path, content):

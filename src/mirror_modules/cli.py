@@ -230,7 +230,7 @@ class InspectOptions:
 
     path: Path
     """Folder of the data set."""
-    source: Literal["auto", "oxford-flowers", "birds", "coco", "folder", "prepared"] = "auto"
+    source: Literal["auto", "oxford-flowers", "birds", "coco", "folder", "webdataset", "prepared"] = "auto"
     """Its format; auto recognizes it."""
     out: Path = Path("contact.png")
     """PNG file to write: some images of both splits, each with a caption."""
@@ -252,7 +252,7 @@ class PrepareOptions:
     """Folder to make."""
     resolution: int
     """Height and width of the images; 19/16 of the model's leaves the room that data.augment needs."""
-    source: Literal["auto", "oxford-flowers", "birds", "coco", "folder"] = "auto"
+    source: Literal["auto", "oxford-flowers", "birds", "coco", "folder", "webdataset"] = "auto"
     """Its format; auto recognizes it."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a damaged file does: end the command, or be left out and listed, as long as at most 5 % are."""

@@ -8,7 +8,7 @@ import pytest
 
 from mirror_modules.data import InMemoryCaptions, open_captions
 from mirror_modules.stem.vocabulary import split_words
-from tests.layouts import make_birds, make_coco, make_flowers, make_folder
+from tests.layouts import make_birds, make_coco, make_flowers, make_folder, make_shards
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -161,12 +161,13 @@ LISTS = {
     "coco": (make_coco, ["annotations/captions_train2017.json"]),
     "jsonl": (lambda root: make_folder(root, style="jsonl"), ["train/captions.jsonl"]),
     "csv": (lambda root: make_folder(root, style="csv"), ["train/captions.csv"]),
+    "shards": (make_shards, ["train-000.tar"]),
 }
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_damaged_lists(tmp_path, name):
-    """40 of each list, 360 in all: what fits is read, and what does not is named."""
+    """40 of each list, 400 in all: what fits is read, and what does not is named."""
     make, files = LISTS[name]
     root, random = make(tmp_path), np.random.default_rng(2)
     for file in files:

@@ -13,9 +13,10 @@ from mirror_modules.data import (
     ErrorReport,
     InMemoryCaptions,
     OxfordFlowers,
+    ShardFolder,
     open_captions,
 )
-from tests.layouts import captions_of, make_birds, make_coco, make_flowers, make_folder
+from tests.layouts import captions_of, make_birds, make_coco, make_flowers, make_folder, make_shards
 
 pytest.importorskip("PIL.Image")
 
@@ -24,6 +25,7 @@ FORMATS = {
     "birds": (make_birds, CubBirds),
     "coco": (make_coco, CocoCaptions),
     "folder": (make_folder, CaptionFolder),
+    "webdataset": (make_shards, ShardFolder),
 }
 
 

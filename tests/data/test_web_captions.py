@@ -1,7 +1,6 @@
 """Shards give each sample once, to whatever ranks and workers, and go on where they were stopped."""
 
 import builtins
-import io
 import json
 import tarfile
 from collections import Counter
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from mirror_modules.data import ErrorReport, WebDatasetCaptions
 from mirror_modules.data.images import read_square
 from mirror_modules.data.web_captions import FEW_SAMPLES, _Turns
-from tests.layouts import captions_of, write_image
+from tests.layouts import SHARD_SUFFIXES, add_file, captions_of, damaged_sample, write_image, write_shard
 
 pytest.importorskip("PIL.Image")
 pytest.importorskip("webdataset")
@@ -23,27 +22,6 @@ pytest.importorskip("webdataset")
 # Samples of each shard.
 SIZES = (5, 1, 3, 7, 2, 4, 1)
 TOTAL, R = sum(SIZES), 13
-SUFFIXES = ("jpg", "png", "webp")
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def write_shard(path, numbers, change=lambda number, files: files):
-    """Samples with one caption each and the class of their number, as txt or as json by turns."""
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            suffix = SUFFIXES[number % 3]
-            image = write_image(path.parent / "images" / f"{number}.{suffix}", number).read_bytes()
-            said = {"txt": "\n".join(captions_of(number)).encode()}
-            if number % 2:
-                said = {"json": json.dumps({"captions": captions_of(number), "class": number}).encode()}
-            for end, content in change(number, {suffix: image} | said).items():
-                add(tar, f"{number:04}.{end}", content)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +54,7 @@ def test_samples_are_what_was_written(shards):
     samples = list(WebDatasetCaptions(shards, R, seed=None))
     assert numbers(samples) == list(range(TOTAL))
     for number, sample in enumerate(samples):
-        path = shards[0].parent / "images" / f"{number}.{SUFFIXES[number % 3]}"
+        path = shards[0].parent / "images" / f"{number}.{SHARD_SUFFIXES[number % 3]}"
         assert np.array_equal(sample.image, read_square(path, R))
         assert sample.captions == tuple(captions_of(number))
         if number % 2:
@@ -186,24 +164,6 @@ def test_a_position_is_small_and_checked(shards):
 # Damage.
 
 
-def damaged(number, files):
-    """Every way in which a sample can be damaged, from sample 50 on."""
-    image, said = list(files.items())
-    ways = {
-        50: {"jpg": b"", "txt": b"a red thing"},
-        51: {"jpg": image[1][:40], "txt": b"a red thing"},
-        52: dict([image]),
-        53: dict([said]),
-        54: dict([image, ("txt", b"\xff\xfe")]),
-        55: dict([image, ("txt", b" \n ?\n")]),
-        56: dict([image, ("json", b"{")]),
-        57: dict([image, ("json", b'{"captions": "red"}')]),
-        58: dict([image, ("json", b'{"captions": ["red"], "class": "bird"}')]),
-        59: dict([image, ("json", b'{"captions": []}')]),
-    }
-    return ways.get(number, files)
-
-
 REASONS = {
     50: "cannot be read as an image (it is empty)",
     51: "cannot be read as an image",
@@ -220,7 +180,7 @@ REASONS = {
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_samples_are_listed_once_and_the_others_read(tmp_path, workers):
-    shard = write_shard(tmp_path / "a.tar", range(47, 63), damaged)
+    shard = write_shard(tmp_path / "a.tar", range(47, 63), damaged_sample)
     captions = WebDatasetCaptions(shard, R, seed=None, on_error="list")
     for _ in range(2):
         assert numbers(captions.read(workers)) == [47, 48, 49, 60, 61, 62]
@@ -232,7 +192,7 @@ def test_damaged_samples_are_listed_once_and_the_others_read(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_damaged_sample_stops(tmp_path, workers):
-    shards = [write_shard(tmp_path / f"{i}.tar", range(48 + 8 * i, 56 + 8 * i), damaged) for i in range(2)]
+    shards = [write_shard(tmp_path / f"{i}.tar", range(48 + 8 * i, 56 + 8 * i), damaged_sample) for i in range(2)]
     with pytest.raises(
         ValueError, match=r"WebDatasetCaptions: .*\.tar/00.. .*; mend it, or leave it out with on_error"
     ):
@@ -242,7 +202,7 @@ def test_the_first_damaged_sample_stops(tmp_path, workers):
 
 
 def test_few_damaged_samples_are_left_out_and_the_stream_goes_on_behind_them(tmp_path):
-    shard = write_shard(tmp_path / "a.tar", range(48, 53), damaged)
+    shard = write_shard(tmp_path / "a.tar", range(48, 53), damaged_sample)
     assert FEW_SAMPLES == 100
     captions = WebDatasetCaptions(shard, R, seed=None, on_error="skip")
     assert numbers(captions) == [48, 49]
@@ -297,7 +257,7 @@ def test_the_torn_end_of_a_shard_does_not_meet_the_next_one(tmp_path):
     for name, files in (("a", {"0.png": image}), ("b", {"0.txt": b"a red thing"})):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for file, content in files.items():
-                add(tar, file, content)
+                add_file(tar, file, content)
     captions = WebDatasetCaptions([tmp_path / "a.tar", tmp_path / "b.tar"], R, seed=None, on_error="list")
     assert list(captions) == []
     assert [skipped.reason[:14] for skipped in captions.report.skipped] == ["has no caption", "has no image; "]
@@ -307,7 +267,7 @@ def test_a_name_that_occurs_twice_is_listed(tmp_path):
     image = write_image(tmp_path / "x.png", 0).read_bytes()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for file, content in (("0.png", image), ("0.png", image), ("0.txt", captions_of(0)[0].encode())):
-            add(tar, file, content)
+            add_file(tar, file, content)
     captions = WebDatasetCaptions(tmp_path / "a.tar", R, on_error="list")
     assert numbers(captions) == [0]
     assert "duplicate file name" in captions.report.skipped[0].reason

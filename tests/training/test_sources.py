@@ -9,9 +9,15 @@ from mirror_modules.training.batches import load_splits
 from mirror_modules.training.evaluation import evaluate
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Recipe, differences
-from tests.layouts import make_birds, make_coco, make_flowers, make_folder
+from tests.layouts import make_birds, make_coco, make_flowers, make_folder, make_shards
 
-MAKERS = {"oxford-flowers": make_flowers, "birds": make_birds, "coco": make_coco, "folder": make_folder}
+MAKERS = {
+    "oxford-flowers": make_flowers,
+    "birds": make_birds,
+    "coco": make_coco,
+    "folder": make_folder,
+    "webdataset": make_shards,
+}
 
 
 def on_disk(recipe, root, **changes):
@@ -29,7 +35,7 @@ def split_sizes(recipe):
     return len(splits.training), len(splits.validation)
 
 
-@pytest.mark.parametrize("source", ["birds", "coco", "folder"])
+@pytest.mark.parametrize("source", ["birds", "coco", "folder", "webdataset"])
 def test_every_source_is_trained_on_and_evaluated(tiny_recipe, tmp_path, source):
     root = MAKERS[source](tmp_path / "data", training=21, validation=7)
     # Captions of the made data have ten words.

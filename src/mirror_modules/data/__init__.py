@@ -10,6 +10,7 @@ from mirror_modules.data.oxford_flowers import OxfordFlowers
 from mirror_modules.data.prepared import PreparedCaptions
 from mirror_modules.data.preparing import Prepared, prepare_captions
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages
+from mirror_modules.data.shard_folder import ShardFolder
 from mirror_modules.data.sources import open_captions
 from mirror_modules.data.synthetic_attributes import ATTRIBUTES, class_id_of
 from mirror_modules.data.synthetic_captions import attributes_named, write_captions
@@ -33,6 +34,7 @@ __all__ = [
     "Prepared",
     "PreparedCaptions",
     "RepeatableBatches",
+    "ShardFolder",
     "Skipped",
     "SyntheticFlowers",
     "WebDatasetCaptions",

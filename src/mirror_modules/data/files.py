@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
@@ -13,13 +14,27 @@ from numpy.typing import NDArray
 
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.damage import DamagedSample, ErrorReport
-from mirror_modules.data.images import Box, image_size, import_pillow, read_square
+from mirror_modules.data.images import Box, decode_square, image_size, import_pillow, read_square
 from mirror_modules.data.sample import CaptionedImage
 
 SPLITS = ("train", "validation")
 # Control characters and halves of surrogate pairs; the latter come out of JSON and can be written nowhere.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _WORD = re.compile(r"[^\W_]")
+
+
+class Part(NamedTuple):
+    """Bytes of a larger file."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes. The file is opened for them alone, so that processes share no position in it."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 class Entry(NamedTuple):
@@ -30,6 +45,8 @@ class Entry(NamedTuple):
     class_id: int
     box: Box | None = None
     """What is cut out of the image; None takes all of it."""
+    part: Part | None = None
+    """Where its bytes are, if `image` only names a file in an archive."""
 
 
 class CaptionedFiles:
@@ -80,11 +97,18 @@ class CaptionedFiles:
 
     def stored_size(self, index: int) -> tuple[int, int]:
         """Width and height of an image that can be read, as it is stored."""
-        return image_size(self.entries[index].image)
+        entry = self.entries[index]
+        return image_size(entry.image if entry.part is None else BytesIO(entry.part.read()))
 
     def _read_image(self, index: int) -> NDArray[np.uint8]:
         entry = self.entries[index]
-        return read_square(entry.image, self.resolution, entry.box)
+        if entry.part is None:
+            return read_square(entry.image, self.resolution, entry.box)
+        try:
+            content = entry.part.read()
+        except OSError as error:
+            raise DamagedSample(self._owner, entry.image, f"cannot be read ({error.strerror})") from error
+        return decode_square(content, str(entry.image), self.resolution)
 
     @property
     def _owner(self) -> str:

@@ -67,13 +67,13 @@ def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint
     return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(file: Path | BytesIO) -> tuple[int, int]:
     """Width and height as they are stored; the file must be one that `read_square` reads."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return image.size
 
 

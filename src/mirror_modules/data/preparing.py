@@ -224,7 +224,7 @@ def _digest(splits: list[CaptionedFiles], settings: list[object]) -> str:
     digest = hashlib.sha256(json.dumps(settings).encode())
     for dataset in splits:
         for entry in dataset.entries:
-            file = entry.image.stat()
+            file = (entry.image if entry.part is None else entry.part.file).stat()
             said = [_line(entry, dataset.root), entry.box, file.st_size, file.st_mtime_ns]
             digest.update(json.dumps(said).encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from mirror_modules.data.cub_birds import CubBirds
 from mirror_modules.data.files import SPLITS, CaptionedFiles
 from mirror_modules.data.oxford_flowers import OxfordFlowers
 from mirror_modules.data.prepared import PREPARED, PreparedCaptions
+from mirror_modules.data.shard_folder import ShardFolder, find_shards
 
 
 class Format(NamedTuple):
@@ -50,6 +51,11 @@ FORMATS: dict[str, Format] = {
         CaptionFolder,
         "captions.jsonl, captions.csv, or an image with a .txt of its name, here or in train/ and validation/",
         _is_caption_folder,
+    ),
+    "webdataset": Format(
+        ShardFolder,
+        "train-*.tar or validation-*.tar",
+        lambda root: any(find_shards(root, split) for split in SPLITS),
     ),
     "prepared": Format(PreparedCaptions, PREPARED, lambda root: (root / PREPARED).is_file()),
 }
@@ -92,8 +98,8 @@ def open_captions(
         path: Its folder.
         split: "train" or "validation".
         resolution: Height and width of its images in pixels.
-        source: "oxford-flowers", "birds", "coco", "folder", or "prepared" for what `prepare_captions` wrote; "auto"
-            sees it from the folder.
+        source: "oxford-flowers", "birds", "coco", "folder", "webdataset" for shards, or "prepared" for what
+            `prepare_captions` wrote; "auto" sees it from the folder.
         on_error: "stop" raises an error for the first damaged sample, "skip" leaves it out as long as few are damaged
             (5 %), "list" leaves out any number; `report` of the result holds them.
 

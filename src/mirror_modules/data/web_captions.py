@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -211,36 +211,61 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
     def _decode(self, raw: _Raw) -> CaptionedImage | DamagedSample:
         place = f"{raw.shard}/{raw.key}"
         try:
-            suffix = next((suffix for suffix in IMAGES if suffix in raw.files), None)
-            if suffix is None:
-                raise DamagedSample(self._owner, place, f"has no image; expected one of {', '.join(IMAGES)}")
-            captions, class_id = self._read_captions(raw, place)
+            suffix = image_suffix(self._owner, place, raw.files)
+            captions, class_id = read_captions(self._owner, place, raw.files)
             image = decode_square(raw.files[suffix], f"{place}.{suffix}", self.resolution)
         except DamagedSample as error:
             return error
-        return CaptionedImage(image, captions, class_id, {})
+        return CaptionedImage(image, captions, own_class(place) if class_id is None else class_id, {})
 
-    def _read_captions(self, raw: _Raw, place: str) -> tuple[tuple[str, ...], int]:
-        try:
-            if "json" in raw.files:
-                lines, class_id = _from_json(json.loads(raw.files["json"]))
-            elif "txt" in raw.files:
-                lines, class_id = raw.files["txt"].decode("utf-8-sig").split("\n"), None
-            else:
-                raise DamagedSample(self._owner, place, "has no captions; expected a txt or a json")
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, DamagedSample):
-                raise
-            raise DamagedSample(self._owner, place, f"has captions that cannot be read ({error})") from error
-        captions = clean_captions(lines)
-        if not captions:
-            raise DamagedSample(self._owner, place, "has no caption that says anything")
-        if class_id is None:
-            # The same in every process, and in every epoch.
-            class_id = (
-                int.from_bytes(hashlib.sha256(place.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
-            )
-        return captions, class_id
+
+def image_suffix(owner: str, place: str, suffixes: Container[str]) -> str:
+    """Which file of a sample is its image.
+
+    Raises:
+        ValueError: None is.
+    """
+    for suffix in IMAGES:
+        if suffix in suffixes:
+            return suffix
+    raise DamagedSample(owner, place, f"has no image; expected one of {', '.join(IMAGES)}")
+
+
+def read_captions(owner: str, place: str, files: Mapping[str, bytes]) -> tuple[tuple[str, ...], int | None]:
+    """Captions and class of a sample, out of its json or its txt; the class may be missing.
+
+    Raises:
+        ValueError: They cannot be read, or no caption says anything.
+    """
+    class_id = None
+    try:
+        if "json" in files:
+            lines, class_id = _from_json(json.loads(files["json"]))
+        elif "txt" in files:
+            lines = files["txt"].decode("utf-8-sig").split("\n")
+        else:
+            raise DamagedSample(owner, place, "has no captions; expected a txt or a json")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DamagedSample):
+            raise
+        raise DamagedSample(owner, place, f"has captions that cannot be read ({error})") from error
+    captions = clean_captions(lines)
+    if not captions:
+        raise DamagedSample(owner, place, "has no caption that says anything")
+    return captions, class_id
+
+
+def own_class(name: str) -> int:
+    """A class for the sample of this name alone: the same in every process, and in every epoch."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without the objects that webdataset adds to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error.args[0]) if error.args else ""
+    return " ".join(said.split(" @ ")[0].split()) or type(error).__name__
 
 
 class _Raw(NamedTuple):
@@ -295,7 +320,7 @@ def _read_shard(owner: str, name: str) -> Iterator[_Raw | DamagedSample]:
 
     def noted() -> Iterator[DamagedSample]:
         if errors:
-            why = _reason(errors[0])
+            why = reason_of(errors[0])
             errors.clear()
             yield DamagedSample(owner, name, f"cannot be read as a whole ({why})")
 
@@ -305,14 +330,6 @@ def _read_shard(owner: str, name: str) -> Iterator[_Raw | DamagedSample]:
         files = {suffix: content for suffix, content in sample.items() if isinstance(content, bytes)}
         yield _Raw(name, sample["__key__"], files)
     yield from noted()
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, without the objects that webdataset adds to it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    said = str(error.args[0]) if error.args else ""
-    return " ".join(said.split(" @ ")[0].split()) or type(error).__name__
 
 
 def _mix(items: Iterator[_T], size: int, random: torch.Generator) -> Iterator[_T]:

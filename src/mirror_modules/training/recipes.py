@@ -27,9 +27,9 @@ def _harmless(default: Any) -> Any:
 class DataRecipe:
     """The captioned images."""
 
-    source: Literal["synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "prepared", "auto"] = (
-        "synthetic-flowers"
-    )
+    source: Literal[
+        "synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "webdataset", "prepared", "auto"
+    ] = "synthetic-flowers"
     """Embedded synthetic flowers, or the format of the folder `path`, which auto recognizes; prepared is the cache that
     `mirror-modules data prepare` writes."""
     path: str | None = _harmless(None)
