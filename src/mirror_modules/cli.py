@@ -317,11 +317,11 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _ablate(arguments: list[str]) -> None:
-    from mirror_modules.training.ablation import ablate, paper_cells
+    from mirror_modules.training.ablation import ablate, ablation_cells
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ablation"
     options = _parse(AblateOptions, arguments, f"mirror-modules ablate {name}", default=AblateOptions(get_recipe(name)))
-    cells = {cell.name: cell for cell in paper_cells()}
+    cells = {cell.name: cell for cell in ablation_cells()}
     for wanted in options.cells:
         if wanted not in cells:
             close = get_close_matches(wanted, cells, n=1)

@@ -16,16 +16,17 @@ from mirror_modules.training import ablation
 from mirror_modules.training.ablation import (
     PAIRS,
     ablate,
+    ablation_cells,
     as_markdown,
     bootstrap_interval,
-    paper_cells,
     run_cell,
     summarize,
 )
 from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import Recipe, get_recipe
 
-CELLS = [cell for cell in paper_cells() if cell.name in ("weight 0", "weight 20")]
+CELLS = [cell for cell in ablation_cells() if cell.name in ("weight 0", "weight 20")]
 
 
 @pytest.fixture
@@ -50,12 +51,14 @@ def without_processes(monkeypatch):
 
 
 def test_the_cells_differ_in_what_their_names_say():
-    cells = {cell.name: Recipe.from_dict(cell.fields, get_recipe("ablation")) for cell in paper_cells()}
-    assert len(cells) == 12
+    cells = {cell.name: Recipe.from_dict(cell.fields, get_recipe("ablation")) for cell in ablation_cells()}
+    assert len(cells) == 18
     for name, recipe in cells.items():
         assert recipe.glam.mismatched_pairs == ("no mismatched" not in name)
         assert recipe.model.attention == ("word" if "word" in name else "global-local")
-        assert recipe.glam.redescription_weight == float(name.rsplit(" ", 1)[1])
+        kind, number = name.split(" ")[-2:]
+        weight, ratio = (float(number), None) if kind == "weight" else (1.0, float(number))
+        assert (recipe.glam.redescription_weight, recipe.glam.redescription_ratio) == (weight, ratio)
     assert {name for pair in PAIRS for name in pair} == set(cells)
 
 
@@ -87,7 +90,8 @@ def test_cells_share_what_comes_before_and_go_on(recipe, tmp_path, without_proce
     before = (tmp_path / "out" / "ablation.json").read_bytes()
     shutil.rmtree(tmp_path / "out" / "cells" / "weight-20" / "seed-3")
     without_processes.clear()
-    ablate(recipe, tmp_path / "out", cells=CELLS, seeds=(0, 3))
+    # The table keeps what it had.
+    ablate(recipe, tmp_path / "out", cells=CELLS[1:], seeds=(0, 3))
     assert [(task[0].name, task[3]) for task in without_processes] == [("weight 20", 3)]
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
 
@@ -99,6 +103,9 @@ def test_other_settings_are_refused(recipe, tmp_path, without_processes):
         ValueError, match=r"holds an ablation with other settings \(glam\.kl_weight is .* and 7\.0 now\)"
     ):
         ablate(changed, tmp_path / "out", cells=CELLS[:1], seeds=(0,))
+    RunFolder(tmp_path / "run").begin(recipe)
+    with pytest.raises(ValueError, match=r"config\.json is not that of an ablation; choose another --out"):
+        ablate(recipe, tmp_path / "run", cells=CELLS, seeds=(0,))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not empty and holds no ablation"):
@@ -108,10 +115,15 @@ def test_other_settings_are_refused(recipe, tmp_path, without_processes):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"seeds": ()}, "seeds must be"), ({"seeds": (1, 1)}, "different"), ({"jobs": 0}, "jobs must be at least 1")],
+    [
+        ({"seeds": ()}, "ablate: seeds must be"),
+        ({"seeds": (1, 1)}, "ablate: .* different"),
+        ({"seeds": (0, -1)}, "seed must be a whole number from 0"),
+        ({"jobs": 0}, "ablate: jobs must be at least 1"),
+    ],
 )
 def test_errors(recipe, tmp_path, options, message):
-    with pytest.raises(ValueError, match="ablate: .*" + message):
+    with pytest.raises(ValueError, match=message):
         ablate(recipe, tmp_path / "out", cells=CELLS, **options)
     assert not (tmp_path / "out").exists()
 

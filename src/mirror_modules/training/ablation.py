@@ -42,6 +42,7 @@ from mirror_modules.training.validation import (
 )
 
 SHARED_PHASES = ("stem", "stream", "judge")
+KIND = "ablation"
 RESAMPLES = 10_000
 INTERVAL = 0.95
 
@@ -55,14 +56,15 @@ class Cell(NamedTuple):
     """What differs from the recipe, as `Recipe.from_dict` takes it."""
 
 
-def paper_cells() -> list[Cell]:
-    """The questions of the paper's ablation (Sec. 4.2), on both sides of the switch for mismatched pairs.
+def ablation_cells() -> list[Cell]:
+    """The questions of the paper's ablation (Sec. 4.2), on both sides of the switch for mismatched pairs, and one more.
 
-    Word attention alone, with the global attention too, and weights of the redescription loss from 0 to 20.
+    Word attention alone, with the global attention too, and weights of the redescription loss from 0 to 20; then
+    weights that follow the norms of gradients (see `AdversarialRecipe.redescription_ratio`).
     """
     cells = [
-        Cell("word attention, weight 0", _fields(0.0, mismatched=True, attention="word")),
-        Cell("word attention, weight 1", _fields(1.0, mismatched=True, attention="word")),
+        Cell("word attention, weight 0", _fields(0.0, attention="word")),
+        Cell("word attention, weight 1", _fields(1.0, attention="word")),
     ]
     for mismatched in (True, False):
         side = "" if mismatched else "no mismatched pairs, "
@@ -70,14 +72,19 @@ def paper_cells() -> list[Cell]:
             Cell(f"{side}weight {weight:g}", _fields(weight, mismatched=mismatched))
             for weight in (0.0, 1.0, 5.0, 10.0, 20.0)
         ]
-    return cells
+    cells += [Cell(f"ratio {ratio:g}", _fields(1.0, ratio)) for ratio in (0.1, 0.25, 0.5, 1.0)]
+    return [
+        *cells,
+        Cell("word attention, ratio 0.25", _fields(1.0, 0.25, attention="word")),
+        Cell("no mismatched pairs, ratio 0.25", _fields(1.0, 0.25, mismatched=False)),
+    ]
 
 
-def _fields(weight: float, *, mismatched: bool, attention: str = "global-local") -> dict[str, Any]:
-    return {
-        "model": {"attention": attention},
-        "glam": {"redescription_weight": weight, "mismatched_pairs": mismatched},
-    }
+def _fields(
+    weight: float, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
+) -> dict[str, Any]:
+    glam = {"redescription_weight": weight, "redescription_ratio": ratio, "mismatched_pairs": mismatched}
+    return {"model": {"attention": attention}, "glam": glam}
 
 
 # Each cell against the one that lacks what it adds.
@@ -87,6 +94,10 @@ PAIRS = (
     *((f"weight {weight}", "weight 0") for weight in (1, 5, 10, 20)),
     *((f"no mismatched pairs, weight {weight}", "no mismatched pairs, weight 0") for weight in (1, 5, 10, 20)),
     *((f"no mismatched pairs, weight {weight}", f"weight {weight}") for weight in (0, 20)),
+    *((f"ratio {ratio}", "weight 0") for ratio in ("0.1", "0.25", "0.5", "1")),
+    ("ratio 0.25", "weight 1"),
+    ("word attention, ratio 0.25", "word attention, weight 0"),
+    ("no mismatched pairs, ratio 0.25", "no mismatched pairs, weight 0"),
 )
 
 
@@ -119,6 +130,8 @@ def ablate(
     folder = Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"ablate: seeds must be one or more different numbers, but they are {list(seeds)}.")
+    for seed in seeds:
+        dataclasses.replace(recipe, seed=seed)
     if jobs < 1:
         raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")
     _begin(folder, recipe)
@@ -134,12 +147,18 @@ def ablate(
         if not (_cell_folder(folder, cell, task[2]) / "result.json").exists()
     ]
     _in_processes(run_cell, todo, jobs)
-    results = {
-        cell.name: [read_json(_cell_folder(folder, cell, seed) / "result.json") for seed in seeds] for cell in cells
-    }
+    # Cells of an earlier call are not left out of the table.
+    known = {cell.name: cell for cell in [*ablation_cells(), *cells]}
+    files = {name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for name, cell in known.items()}
+    files = {name: paths for name, paths in files.items() if all(path.exists() for path in paths)}
+    results = {name: [read_json(path) for path in paths] for name, paths in files.items()}
     results["real images"] = [read_json(path) for path in shared.values()]
     content = summarize(results, seeds)
-    content |= {"recipe": recipe.to_dict(), "cells": {cell.name: cell.fields for cell in cells}, "versions": versions()}
+    content |= {
+        "recipe": recipe.to_dict(),
+        "cells": {name: known[name].fields for name in files},
+        "versions": versions(),
+    }
     write_json(folder / "ablation.json", content)
     write_whole(folder / "ablation.md", lambda path: path.write_text(as_markdown(content), encoding="utf-8"))
     draw(content, folder / "ablation.png")
@@ -245,7 +264,7 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], se
         figures[name] = {}
         for figure in runs[0]:
             values = [float(np.mean(run[figure])) for run in runs]
-            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             figures[name][figure] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
     compared = []
     for name, baseline in PAIRS:
@@ -305,7 +324,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in figures.items():
-        cells = [f"{100 * row[each]['mean']:.1f} ± {100 * row[each]['deviation']:.1f}" for each in columns]
+        cells = [_mean_and_deviation(row[each]["mean"], row[each]["deviation"]) for each in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -321,6 +340,10 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     for (name, baseline), row in by_pair.items():
         lines.append(f"| {name} | {baseline} | " + " | ".join(row[each] for each in columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(mean: float, deviation: float | None) -> str:
+    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
@@ -411,11 +434,10 @@ def _begin(out: Path, recipe: Recipe) -> None:
     """Require that the folder is new or holds an ablation of this recipe; nothing is lost otherwise."""
     config = out / "config.json"
     if config.exists():
-        found = [
-            words
-            for words, harmless in differences(Recipe.from_dict(read_json(config)["recipe"]), recipe)
-            if not harmless
-        ]
+        content = read_json(config)
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise ValueError(f"{config} is not that of an ablation; choose another --out.")
+        found = [words for words, harmless in differences(RunFolder(out).read_recipe(), recipe) if not harmless]
         if found:
             raise ValueError(
                 f"{out} holds an ablation with other settings ({'; '.join(found)}); choose another --out, or remove it."
@@ -423,4 +445,4 @@ def _begin(out: Path, recipe: Recipe) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no ablation; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(config, {"recipe": recipe.to_dict(), "versions": versions()})
+    write_json(config, {"kind": KIND, "recipe": recipe.to_dict(), "versions": versions()})
