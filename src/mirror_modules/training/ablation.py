@@ -380,7 +380,7 @@ def _in_processes(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], j
         return
     context = multiprocessing.get_context("spawn")
     waiting, running = list(tasks)[::-1], list[Any]()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     with tqdm(total=len(tasks), desc=work.__name__.strip("_"), unit=" runs", dynamic_ncols=True) as bar:
         try:
             while waiting or running:
