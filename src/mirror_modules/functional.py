@@ -13,9 +13,10 @@ from mirror_modules.metrics.kernel_distance import kernel_distance
 from mirror_modules.metrics.r_precision import r_precision, r_precision_folds
 from mirror_modules.stem.conditioning import kl_divergence
 from mirror_modules.stem.matching import choose_similarity, matching_loss, word_region_similarity
-from mirror_modules.stream.redescription import redescription_loss
+from mirror_modules.stream.redescription import balance_gradients, redescription_loss
 
 __all__ = [
+    "balance_gradients",
     "discriminator_loss",
     "diversity",
     "explain",

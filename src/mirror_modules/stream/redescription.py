@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mirror_modules._checks import (
     at_least_float32,
     check_batch,
     check_choice,
     check_images,
+    check_number,
     check_tokens,
     check_word_mask,
     shape_of,
@@ -123,3 +126,48 @@ class RedescriptionLoss(nn.Module):
         return redescription_loss(
             self.captioner(images, tokens, word_mask), tokens, word_mask, reduction=self.reduction
         )
+
+
+def balance_gradients(images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Let a loss pull at each image `ratio` times as hard as another one does, whatever their weights are.
+
+        g_i = a_i + ratio * |a_i| * b_i / |b_i|
+
+    The same images are given back twice. a_i is the gradient that comes back at image i through the first ones, b_i
+    through the second ones, and g_i is what the generator gets. A redescription loss of a fixed weight pulls several
+    times as hard at one image as at another, most of all at those of which its captioner is sure for no good reason.
+
+        judged, read = balance_gradients(images, 0.25)
+        loss = adversarial_loss(judged) + redescription(read, tokens)
+
+    Args:
+        images: Generated images (B, ...).
+        ratio: Norm of the second loss's gradient, as a share of the first one's; 0 leaves the second loss out.
+
+    Returns:
+        Two tensors that equal `images`. Backward works once; second derivatives are refused by torch.
+
+    Raises:
+        ValueError: `ratio` is negative or no finite number.
+    """
+    check_number("balance_gradients", ratio=ratio)
+    if ratio < 0:
+        raise ValueError(f"balance_gradients: ratio must be 0 or more, but it is {ratio!r}.")
+    return cast(tuple[Tensor, Tensor], _Balance.apply(images, ratio))
+
+
+class _Balance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        ctx.ratio = ratio
+        return images.view_as(images), images.view_as(images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # In float32: the squares of half precision, and of scaled losses, leave its range.
+        first, second = (at_least_float32(gradient).flatten(1) for gradient in gradients)
+        # Where the second one is silent it has no direction.
+        second = F.normalize(second, dim=1, eps=torch.finfo(second.dtype).tiny)
+        pull = ctx.ratio * torch.linalg.vector_norm(first, dim=1, keepdim=True) * second
+        return (first + pull).view(gradients[0].shape).to(gradients[0].dtype), None

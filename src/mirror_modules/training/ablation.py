@@ -60,7 +60,7 @@ def ablation_cells() -> list[Cell]:
     """The questions of the paper's ablation (Sec. 4.2), on both sides of the switch for mismatched pairs, and one more.
 
     Word attention alone, with the global attention too, and weights of the redescription loss from 0 to 20; then
-    weights that follow the norms of gradients (see `AdversarialRecipe.redescription_ratio`).
+    a balance of gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
     """
     cells = [
         Cell("word attention, weight 0", _fields(0.0, attention="word")),

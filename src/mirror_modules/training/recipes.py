@@ -123,8 +123,8 @@ class AdversarialRecipe:
     redescription_weight: float = 20.0
     """lambda, the weight of the redescription loss (20 in the paper, for a sum); 0 leaves the captioner out."""
     redescription_ratio: float | None = None
-    """Let the weight follow, so that the norm of the loss's gradient at the finest images is this share of the
-    adversarial one's; None keeps the weight."""
+    """Instead of a weight: norm of the redescription loss's gradient at each finest image, as a share of the
+    adversarial one's. With None the weight counts, which otherwise only says whether there is the loss."""
     redescription_reduction: Literal["word", "sentence"] = "word"
     """Mean over words, or sum over each caption's words."""
     kl_weight: float = 1.0
@@ -162,8 +162,8 @@ class AdversarialRecipe:
             raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
         if self.redescription_ratio is not None and self.redescription_weight == 0:
             raise ValueError(
-                f"{owner}: redescription_ratio={self.redescription_ratio:g} needs a redescription_weight above 0 to "
-                "begin with; 1 will do."
+                f"{owner}: redescription_ratio={self.redescription_ratio:g} needs a redescription_weight "
+                "above 0, which says that there is the loss; 1 will do."
             )
         if self.adversarial_weighting == "release" and not self.mismatched_pairs:
             raise ValueError(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mirror_modules.adversarial import PairedDiscriminator, PairedLogits, r1_penalty
 from mirror_modules.models import MirrorGAN
 from mirror_modules.stream import RedescriptionLoss
-from mirror_modules.training.balance import GradientBalance
 from mirror_modules.training.features import FrozenFeatures, frozen_text
 from mirror_modules.training.recipes import EngineRecipe, Recipe
 from mirror_modules.training.trainee import MovingAverage, Trainee, enroll
@@ -88,8 +87,6 @@ class AdversarialState:
     average: MovingAverage
     judges: list[Trainee]
     redescription: RedescriptionLoss | None
-    balance: GradientBalance
-    """The weight of the redescription loss."""
     random: torch.Generator
     """The same on all ranks: each draw is made for the whole batch."""
     world: World
@@ -118,7 +115,6 @@ class AdversarialState:
             "average": self.average.state_dict(),
             "random": self.random.get_state(),
             "steps_done": self.steps_done,
-            "redescription_weight": self.balance.weight,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,7 +124,6 @@ class AdversarialState:
         self.average.load_state_dict(state["average"])
         self.random.set_state(state["random"])
         self.steps_done = state["steps_done"]
-        self.balance.weight = state["redescription_weight"].to(self.world.device)
 
 
 def start(
@@ -185,7 +180,6 @@ def start(
             enroll(judge, world, engine, learning_rate=glam.discriminator_learning_rate, **common) for judge in judges
         ],
         redescription=redescription,
-        balance=GradientBalance(glam.redescription_weight, glam.redescription_ratio, world),
         random=random,
         world=world,
         engine=engine,

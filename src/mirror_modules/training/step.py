@@ -10,7 +10,7 @@ from torch import Tensor
 from mirror_modules.adversarial import discriminator_loss, generator_loss, mismatch
 from mirror_modules.data import CaptionBatch, image_pyramid
 from mirror_modules.stem import kl_divergence
-from mirror_modules.stream import append_end
+from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.recipes import AdversarialRecipe
 from mirror_modules.training.state import AdversarialState, Painting
 from mirror_modules.training.trainee import Outcome, autocast, untouched_unless
@@ -89,12 +89,12 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                     painting = paint(state, part)
                 terms = {"kl": kl_divergence(painting.mean, painting.log_variance)}
                 total = recipe.kl_weight * terms["kl"]
-                images = painting.images
-                if redescription is not None:
-                    judged, read = state.balance.watch(images[-1])
-                    images = [*images[:-1], judged]
+                *coarser, finest = painting.images
+                judged, read = finest, finest
+                if redescription is not None and recipe.redescription_ratio is not None:
+                    judged, read = balance_gradients(finest, recipe.redescription_ratio)
                 with autocast(state.engine, state.world.device):
-                    for discriminator, resolution, image in zip(state.discriminators, resolutions, images):
+                    for discriminator, resolution, image in zip(state.discriminators, resolutions, [*coarser, judged]):
                         loss = generator_loss(
                             discriminator(image, part.sentence),
                             weighting=recipe.adversarial_weighting,
@@ -107,7 +107,7 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                         # A mean over words, of which the parts of a batch have different numbers.
                         share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
                         terms["redescription"] = share * loss
-                        total = total + state.balance.weight * terms["redescription"]
+                        total = total + recipe.redescription_weight * terms["redescription"]
                 terms["generator_total"] = total
                 painter.backward(total / len(parts))
             for name, term in terms.items():
@@ -121,9 +121,6 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
 
     # Average.
     whole = torch.stack(finite).all()
-    if redescription is not None:
-        losses["redescription_weight"] = state.balance.weight
-        losses["redescription_ratio"] = state.balance.follow(whole)
     state.average.update(painter.module, whole)
     state.steps_done += 1
     return Outcome(losses, whole)

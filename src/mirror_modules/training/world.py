@@ -74,16 +74,10 @@ class World:
             times mean, over all parts and ranks, is the mean over all values.
         """
         counts = counts.to(self.device, torch.float32, non_blocking=True)
-        total = self.sum(counts.sum())
+        total = counts.sum()
+        if self.size > 1:
+            dist.all_reduce(total)
         return counts * (len(counts) * self.size) / total.clamp(min=1)
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of all ranks' values, without a gradient."""
-        if self.size == 1:
-            return value
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total
 
     def all(self, flag: Tensor) -> Tensor:
         """Is a flag set on every rank? A device is not waited for."""
