@@ -102,6 +102,39 @@ def test_the_total_is_the_sum_of_its_terms(vocabulary, tiny_recipe):
     torch.testing.assert_close(losses["generator_total"], expected)
 
 
+def painter_gradients(vocabulary, tiny_recipe, **options):
+    glam = dataclasses.replace(tiny_recipe.glam, **options)
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+    adversarial_step(state, make_batch(vocabulary), glam)
+    return {name: weight.grad for name, weight in state.painter.module.named_parameters()}
+
+
+def test_in_balance_the_weight_has_no_influence_and_the_ratio_has(vocabulary, tiny_recipe):
+    one, other, more, none = (
+        painter_gradients(vocabulary, tiny_recipe, redescription_weight=weight, redescription_ratio=ratio)
+        for weight, ratio in ((1.0, 0.5), (1e3, 0.5), (1.0, 1.0), (0.0, None))
+    )
+    for name, expected in one.items():
+        torch.testing.assert_close(other[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+        # Backward is linear: what the captioner adds is twice as much.
+        added, twice = expected - none[name], more[name] - none[name]
+        torch.testing.assert_close(twice, 2 * added, rtol=1e-3, atol=1e-6, msg=name)
+    assert any((one[name] - none[name]).abs().max() > 1e-5 for name in one)
+
+
+def test_parts_in_balance_make_the_step_of_the_whole(vocabulary, tiny_recipe):
+    steps = []
+    for accumulate in (1, 5):
+        glam = dataclasses.replace(tiny_recipe.glam, accumulate=accumulate, redescription_ratio=0.5)
+        state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+        for trainee in state.trainees().values():
+            trainee.module.eval()
+        adversarial_step(state, make_batch(vocabulary), glam)
+        steps.append(state.painter.module)
+    for mine, theirs in zip(steps[0].parameters(), steps[1].parameters()):
+        torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_mismatched_pairs_are_a_term_of_the_judges(vocabulary, tiny_recipe):
     without = dataclasses.replace(tiny_recipe.glam, mismatched_pairs=False)
     first = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam)
