@@ -1,5 +1,6 @@
 """Evaluation: unseen captions, a judge of its own, and files that say what was measured."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,11 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from mirror_modules import MirrorGAN
 from mirror_modules.data import ATTRIBUTES
+from mirror_modules.data.images import shrink
 from mirror_modules.data.transforms import to_float
-from mirror_modules.metrics import r_precision_folds
+from mirror_modules.metrics import frechet_distance, inception_score, kernel_distance, r_precision_folds
 from mirror_modules.training import attributes, evaluation
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.evaluation import _cases, _derangement, evaluate
+from mirror_modules.training.evaluation import _cases, _derangement, _feature_figures, evaluate
+from mirror_modules.training.extractors import Extractor
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.validation import word_accuracy
@@ -184,6 +187,49 @@ def test_no_figure_of_the_judges_is_of_a_network_that_the_generator_learned_from
     assert after["r_precision"] == before["r_precision"]
     judge, stem = (load_file(tiny) for tiny in (run_copy.weights("judge"), run_copy.weights("stem")))
     assert not [name for name in judge if judge[name].is_floating_point() and torch.equal(judge[name], stem[name])]
+
+
+def test_real_images_are_compared_at_the_models_size_and_were_not_learned_from(tiny_recipe):
+    """Training images are larger where random crops are taken from them."""
+    splits = load_splits(dataclasses.replace(tiny_recipe.data, augment=True), tiny_recipe.model, tiny_recipe.seed)
+    assert splits.training.images.shape[1] == 19
+    real = to_float(splits.validation.images)
+    images, seen = {"generated": -real, "real": real}, []
+
+    def look(some):
+        seen.append(some)
+        return some.mean(dim=(2, 3))
+
+    extractor = Extractor("means", look, lambda some: some.mean(dim=(2, 3)), slice(None, None, 4))
+    figures = _feature_figures(extractor, splits.training.images, images, seed=0)
+    reference, generated, photographs = seen
+    assert torch.equal(reference, real)
+    expected = [to_float(torch.from_numpy(shrink(image.numpy(), 16))[None]) for image in splits.training.images[::4]]
+    assert sorted(photographs.flatten(1).tolist()) == sorted(torch.cat(expected).flatten(1).tolist())
+    # As many of each: distances of few images are larger.
+    assert len(generated) == len(photographs) == figures["real"]["distance_images"] == 11
+    drawn = images["generated"].flatten(1).tolist()
+    assert all(image in drawn for image in generated.flatten(1).tolist())
+    assert figures["real"]["frechet_distance"] == frechet_distance(photographs.mean((2, 3)), real.mean((2, 3)))
+    random = torch.Generator().manual_seed(0)
+    kernel_distance(photographs.mean((2, 3)), real.mean((2, 3)), subsets=10, subset_size=11, generator=random)
+    score = inception_score(real.mean((2, 3)), splits=10, generator=random)
+    assert figures["real"]["inception_score"] == score.mean
+
+
+def test_captions_that_have_changed_since_are_refused(run_copy, monkeypatch):
+    """Every word would be read as another one."""
+
+    def load_others(data, *arguments):
+        return load_splits(dataclasses.replace(data, training_images=5), *arguments)
+
+    monkeypatch.setattr(evaluation, "load_splits", load_others)
+    with pytest.raises(ValueError, match=r"vocabulary\.json is not the vocabulary of the training captions"):
+        evaluate(run_copy.path)
+    run_copy.vocabulary.unlink()
+    with pytest.raises(ValueError, match=r"model has another vocabulary than today's training captions"):
+        evaluate(run_copy.path)
+    assert not run_copy.evaluation.exists()
 
 
 def test_best_and_worst_are_the_ends_of_the_order():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mirror_modules.data import (
@@ -20,6 +21,7 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
+from mirror_modules.data.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.errors import TrainingError
@@ -103,6 +105,13 @@ def _load(
     if report.skipped and is_first:
         print(f"{what} images: {len(report.skipped)} left out, {len(loaded)} read: {report.listing()}")
     return loaded
+
+
+def at_resolution(images: Tensor, resolution: int) -> Tensor:
+    """Whole square images, bytes (B, H, H, 3), at the size of the model's where they are larger for random crops."""
+    if images.shape[1] == resolution:
+        return images
+    return torch.stack([torch.from_numpy(shrink(image, resolution)) for image in images.numpy()])
 
 
 def load_batches(

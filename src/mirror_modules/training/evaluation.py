@@ -22,7 +22,7 @@ from mirror_modules.metrics import (
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import write_json
 from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge, measure_attributes
-from mirror_modules.training.batches import Splits, load_splits
+from mirror_modules.training.batches import Splits, at_resolution, load_splits
 from mirror_modules.training.extractors import (
     Extractor,
     attribute_extractor,
@@ -35,6 +35,7 @@ from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
 from mirror_modules.training.report import Case, Showcase, write_report
 from mirror_modules.training.validation import (
+    CHUNK,
     Unseen,
     generate_images,
     image_features,
@@ -78,7 +79,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
-        ValueError: A file is damaged, or there are too few captions.
+        ValueError: A file is damaged, there are too few captions, or the training captions are not those of the run.
         TrainingError: A judge that was asked for cannot be trained on this data.
         OSError: The weights of Inception are not there and cannot be fetched.
     """
@@ -89,6 +90,12 @@ def evaluate(
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
     model = MirrorGAN.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    folder.check_vocabulary(splits.vocabulary)
+    if splits.vocabulary != model.vocabulary:
+        raise ValueError(
+            f"{folder.model} has another vocabulary than today's training captions, so that its words would be read as "
+            "others: restore the data set that it was trained on, or train anew."
+        )
     pair = load_pair(folder, "judge", recipe, splits).to(device)
     judges = load_judges(folder, recipe, splits, fit_judge)
     if inception:
@@ -135,7 +142,7 @@ def load_judges(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) ->
     if _is_synthetic(recipe):
         judge = fit_attribute_judge(path, recipe.model.resolutions[-1])
         return Judges(attribute_extractor(judge), judge)
-    return Judges(fit_class_extractor(path, splits.training, recipe.seed))
+    return Judges(fit_class_extractor(path, splits.training, recipe.model.resolutions[-1], recipe.seed))
 
 
 def _is_synthetic(recipe: Recipe) -> bool:
@@ -164,30 +171,47 @@ def _judged(
         }
     extractor = judges.extractor
     if extractor is not None:
-        random = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(splits.training), generator=random)[: len(unseen.images)]
-        # Photographs of the training split against those of the validation split: what no generator need beat.
-        sets = {"generated": images["generated"], "real": to_float(splits.training.images[rows])}
-        reference = extractor.features(images["real"])
         figures["extractor"] = extractor.name
-        figures["features"] = {
-            name: _feature_figures(extractor, image, reference, seed) for name, image in sets.items()
-        }
+        figures["features"] = _feature_figures(extractor, splits.training.images, images, seed)
         figures["features"]["generated"]["diversity"] = _diversity(extractor, model, unseen, seed)
     return figures
 
 
-def _feature_figures(extractor: Extractor, images: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
-    features, size = extractor.features(images), min(1000, len(images), len(reference))
+def _feature_figures(
+    extractor: Extractor, training: Tensor, images: dict[str, Tensor], seed: int
+) -> dict[str, dict[str, float]]:
+    """Distances from the validation images, and Inception Scores, of generated images and of real ones.
+
+    Real images that are at a distance from those of validation are training images that the extractor has not learned
+    from, at the same size. Distances of few images are too large: as many generated ones as real ones are taken.
+    """
     random = torch.Generator().manual_seed(seed)
-    kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
-    score = inception_score(extractor.logits(images), splits=min(FOLDS, len(images) // 2), generator=random)
-    return {
-        "frechet_distance": frechet_distance(features, reference),
-        "kernel_distance": kernel.mean,
-        "inception_score": score.mean,
-        "inception_score_deviation": score.standard_deviation,
+    reference = extractor.features(images["real"])
+    rows = torch.arange(len(training))[extractor.unlearned]
+    rows = rows[torch.randperm(len(rows), generator=random)[: len(reference)]]
+    some = torch.randperm(len(reference), generator=random)[: len(rows)]
+    resolution = images["real"].shape[2]
+    compared = {
+        "generated": extractor.features(images["generated"][some]),
+        "real": torch.cat(
+            [extractor.features(to_float(at_resolution(training[few], resolution))) for few in rows.split(CHUNK)]
+        ),
     }
+    figures = {}
+    for name, features in compared.items():
+        random = torch.Generator().manual_seed(seed)
+        size = min(1000, len(features))
+        kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
+        logits = extractor.logits(images[name])
+        score = inception_score(logits, splits=min(FOLDS, len(logits) // 2), generator=random)
+        figures[name] = {
+            "distance_images": len(features),
+            "frechet_distance": frechet_distance(features, reference),
+            "kernel_distance": kernel.mean,
+            "inception_score": score.mean,
+            "inception_score_deviation": score.standard_deviation,
+        }
+    return figures
 
 
 def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> float:
