@@ -57,10 +57,17 @@ def test_larger_images_are_brought_to_the_size_of_those_that_are_judged(tmp_path
     assert sizes == {(3, 16, 16)}
 
 
+def test_a_judge_takes_no_random_numbers_from_others(tmp_path):
+    before = torch.get_rng_state()
+    for _ in ("trained", "loaded"):
+        fit_class_extractor(tmp_path / "classes.safetensors", make(), 16, seed=0, steps=2)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_judge_that_is_there_is_taken(tmp_path, monkeypatch):
     captions, path = make(), tmp_path / "classes.safetensors"
     first = fit_class_extractor(path, captions, 16, seed=0, steps=3)
-    monkeypatch.setattr(extractors, "_train", None)
+    monkeypatch.setattr(extractors, "fit_network", None)
     again, images = fit_class_extractor(path, captions, 16, seed=5), to_float(captions.images)
     assert torch.equal(again.logits(images), first.logits(images))
 
@@ -68,7 +75,7 @@ def test_a_judge_that_is_there_is_taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("classes", [(3,), tuple(range(20))])
 def test_without_classes_there_is_no_judge(tmp_path, classes):
     captions = make(classes, each=5)
-    with pytest.raises(TrainingError, match=rf"training images have {len(classes)}; leave --fit-judge out"):
+    with pytest.raises(TrainingError, match=rf"training images have {len(classes)}; --inception needs no classes"):
         fit_class_extractor(tmp_path / "classes.safetensors", captions, 16, seed=0)
     assert not list(tmp_path.iterdir())
 
