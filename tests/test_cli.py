@@ -396,6 +396,28 @@ def test_steps_are_those_of_phases_whose_own_are_not_given(monkeypatch, capsys, 
     )
 
 
+def test_what_was_not_measured_and_what_was_left_out_is_said(capsys, monkeypatch, tmp_path):
+    metrics = {
+        "candidates": 5,
+        "chance": 0.2,
+        "r_precision": {},
+        "word_accuracy": {},
+        "not_measured": "there are no classes",
+        "left_out": {"training": 1234, "validation": 0},
+    }
+    monkeypatch.setattr("mirror_modules.training.evaluation.evaluate", lambda *_, **__: metrics)
+    status, out, _ = run(capsys, "evaluate", tmp_path)
+    assert status == 0
+    assert "Not measured is what --fit-judge adds: there are no classes" in out
+    assert "Damaged samples left out: 1,234 of the training split, 0 of the validation split" in out
+    del metrics["not_measured"]
+    metrics["left_out"] = {"training": 0, "validation": 0}
+    assert run(capsys, "evaluate", tmp_path)[1].splitlines()[-2:] == [
+        "Words that the captioner predicts rightly:",
+        f"Open {tmp_path / 'report.html'}",
+    ]
+
+
 def test_a_settings_file_that_is_not_there_is_named(capsys, tmp_path):
     assert_refused(
         run(capsys, "train", "demo", "--config", tmp_path / "no.json"), "--config", "no.json", "no such file"

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What is wrong is said in one line, with exit status 2."""
+"""The command line: parse, call, print. What is wrong is said in one line, or in tyro's box, with exit status 2."""
 
 from __future__ import annotations
 
@@ -414,6 +414,11 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
                 f"  {name:<10} "
                 + ", ".join(f"{figure.replace('_', ' ')} {value:.4g}" for figure, value in figures.items())
             )
+    if "not_measured" in metrics:
+        print(f"Not measured is what --fit-judge adds: {metrics['not_measured']}")
+    if any(metrics["left_out"].values()):
+        counts = ", ".join(f"{count:,} of the {split} split" for split, count in metrics["left_out"].items())
+        print(f"Damaged samples left out: {counts}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -58,6 +58,12 @@ def test_lengths_of_features_do_not_matter():
     assert tuple(diversity(scaled)) == pytest.approx(tuple(diversity(features)), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
+def test_tiny_and_enormous_features_are_no_exception(scale):
+    features = torch.randn(C, S, D, dtype=torch.float64)
+    assert tuple(diversity(features * scale)) == pytest.approx(tuple(diversity(features)))
+
+
 def test_a_small_angle_is_not_lost():
     angle = 1e-6
     pair = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
@@ -82,6 +88,7 @@ def test_any_precision_is_summed_in_full(dtype):
             r"features\[2, 4\] is zero, which has no direction",
             (torch.arange(C * S) != 14).view(C, S, 1) * torch.ones(D),
         ),
+        (r"features must be a tensor, but it is a ndarray; torch\.as_tensor makes one", torch.ones(C, S, D).numpy()),
         (r"features hold NaN or infinite values", torch.full((C, S, D), torch.nan)),
         (r"features hold NaN or infinite values", torch.full((C, S, D), torch.inf)),
     ],

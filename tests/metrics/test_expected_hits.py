@@ -1,5 +1,6 @@
 """The expected R-precision of each image, against all draws there are."""
 
+import importlib
 from itertools import combinations
 
 import pytest
@@ -44,6 +45,39 @@ def test_the_mean_is_what_draws_come_to():
     assert sum(draws) / len(draws) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize("block", [1, 200, 2**24])
+def test_blocks_of_images_come_to_the_same(monkeypatch, block):
+    images, sentences = torch.randn(97, 5), torch.randn(97, 5)[torch.arange(97) % 31]
+    expected = expected_hits(images, sentences, candidates=11)
+    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.expected_hits"), "LARGEST_BLOCK", block)
+    torch.testing.assert_close(expected_hits(images, sentences, candidates=11), expected)
+
+
+def test_no_more_than_a_block_of_scores_is_held(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.expected_hits"), "LARGEST_BLOCK", 200)
+    sizes, isclose = [], torch.isclose
+
+    def watch(scores, own, **options):
+        sizes.append(scores.numel())
+        return isclose(scores, own, **options)
+
+    monkeypatch.setattr(torch, "isclose", watch)
+    expected_hits(torch.randn(97, 5), torch.randn(97, 5), candidates=11)
+    assert max(sizes) <= 200
+
+
+def test_features_that_require_gradients_are_measured_as_they_are():
+    features = torch.randn(N, D, requires_grad=True)
+    assert not expected_hits(features, features, candidates=M).requires_grad
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
+def test_lengths_of_features_do_not_matter(scale):
+    images, sentences = torch.randn(N, D, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
+    scaled = expected_hits(images * scale, sentences * scale, candidates=M)
+    torch.testing.assert_close(scaled, expected_hits(images, sentences, candidates=M))
+
+
 def test_known_answers():
     features = torch.randn(211, 5)
     torch.testing.assert_close(expected_hits(features, features), torch.ones(211, dtype=torch.float64))
@@ -58,9 +92,13 @@ def test_known_answers():
     ("images", "sentences", "candidates", "message"),
     [
         (torch.ones(5, 3), torch.ones(5, 2), 2, r"must both be \(N, D\), but they are \(5, 3\) and \(5, 2\)"),
-        (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "NaN or infinite features"),
+        (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "images hold NaN or infinite values"),
         (torch.ones(5, 3), torch.ones(5, 3), 6, "candidates must be from 2 to the number of captions, 5, but it is 6"),
         (torch.ones(5, 3), torch.ones(5, 3), 1, "candidates must be from 2"),
+        (torch.ones(5, 3), torch.ones(5, 3), 4.5, r"candidates must be a whole number of at least 1, but it is 4\.5"),
+        (torch.ones(5, 3).int(), torch.ones(5, 3), 2, "images must be floating point, but they are torch.int32"),
+        (torch.ones(5, 3), torch.ones(5, 3).bool(), 2, "sentences must be floating point, but they are torch.bool"),
+        ([[1.0]], torch.ones(5, 3), 2, "images must be a tensor, but it is a list; torch.as_tensor makes one"),
     ],
 )
 def test_errors(images, sentences, candidates, message):

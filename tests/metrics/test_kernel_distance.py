@@ -140,12 +140,24 @@ def test_any_precision_is_summed_in_full(dtype):
             lambda: kernel_distance(torch.ones(M, D), torch.ones(N, D), subset_size=12),
         ),
         (
-            r"subsets must be at least 1 and subset_size at least 2, but they are 100 and 1",
+            r"subset_size must be at least 2, but it is 1",
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subset_size=1),
         ),
         (
-            r"subsets must be at least 1 and subset_size at least 2, but they are 0 and 1000",
+            r"subsets must be a whole number of at least 1, but it is 0",
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subsets=0),
+        ),
+        (
+            r"subsets must be a whole number of at least 1, but it is 3\.5",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subsets=3.5),
+        ),
+        (
+            r"subset_size must be a whole number of at least 1, but it is 5\.0",
+            lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D), subset_size=5.0),
+        ),
+        (
+            r"features_a must be a tensor, but it is a list",
+            lambda: kernel_distance([[1.0, 2.0]], torch.ones(M, D)),
         ),
     ],
 )

@@ -128,6 +128,14 @@ def test_lengths_of_features_do_not_matter():
     assert tuple(scaled) == tuple(r_precision(images, sentences, candidates=N))
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
+def test_tiny_and_enormous_features_are_no_exception(scale):
+    images, sentences = torch.randn(N, D, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
+    expected = r_precision(images, sentences, candidates=N)
+    assert tuple(r_precision(images * scale, sentences, candidates=N)) == tuple(expected)
+    assert tuple(r_precision(images, sentences * scale, candidates=N)) == tuple(expected)
+
+
 def test_candidates_of_the_own_class_are_left_out():
     # Caption i equals the caption of its class; only a candidate of the own class can tie.
     classes = torch.arange(N) % 3
@@ -174,6 +182,26 @@ def test_half_precision_features_are_ranked_in_full():
             lambda: r_precision(torch.ones(N, D), torch.ones(N, D), candidates=1),
         ),
         (
+            r"candidates must be a whole number of at least 1, but it is 4\.0",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), candidates=4.0),
+        ),
+        (
+            r"images must be floating point, but they are torch\.int64",
+            lambda: r_precision(torch.ones(N, D).long(), torch.ones(N, D)),
+        ),
+        (
+            r"sentences must be floating point, but they are torch\.complex64",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D, dtype=torch.complex64)),
+        ),
+        (
+            r"images must be a tensor, but it is a ndarray; torch\.as_tensor makes one",
+            lambda: r_precision(torch.ones(N, D).numpy(), torch.ones(N, D)),
+        ),
+        (
+            r"class_ids must be a tensor, but it is a list; torch\.as_tensor makes one",
+            lambda: r_precision(torch.ones(N, D), torch.ones(N, D), [0] * N),
+        ),
+        (
             r"candidates=100 needs 99 mismatched captions for each image, but one of the 13 images has 12;",
             lambda: r_precision(torch.ones(N, D), torch.ones(N, D)),
         ),
@@ -181,7 +209,10 @@ def test_half_precision_features_are_ranked_in_full():
             r"candidates=11 needs 10 mismatched captions .* has 8; evaluate more captions, or lower candidates",
             lambda: r_precision(torch.ones(N, D), torch.ones(N, D), torch.arange(N) % 3, candidates=11),
         ),
-        (r"one of the 0 images has 0", lambda: r_precision(torch.ones(0, D), torch.ones(0, D), candidates=2)),
+        (
+            r"images must be \(N, D\) with N at least 1, but they are \(0, 5\)",
+            lambda: r_precision(torch.ones(0, D), torch.ones(0, D), candidates=2),
+        ),
         (
             r"class_ids must be \(13,\), one per image, but are \(7,\)",
             lambda: r_precision(torch.ones(N, D), torch.ones(N, D), torch.zeros(7), candidates=2),
@@ -206,7 +237,7 @@ def test_errors_say_what_is_wrong(message, call):
 def test_a_feature_that_is_no_number_is_never_a_hit(which, value):
     features = [torch.randn(N, D), torch.randn(N, D)]
     features[which][3, 2] = value
-    with pytest.raises(ValueError, match=r"r_precision: images or sentences hold NaN or infinite features"):
+    with pytest.raises(ValueError, match=rf"r_precision: {('images', 'sentences')[which]} hold NaN or infinite values"):
         r_precision(*features, candidates=5)
 
 
@@ -301,7 +332,7 @@ def test_features_that_require_gradients_are_measured_as_they_are(dtype):
             lambda: r_precision_folds(torch.ones(N, D), torch.ones(N, D)),
         ),
         (
-            r"hold NaN or infinite features",
+            r"images hold NaN or infinite values",
             lambda: r_precision_folds(torch.full((N, D), torch.nan), torch.ones(N, D)),
         ),
     ],

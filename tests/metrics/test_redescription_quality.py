@@ -4,6 +4,7 @@ import math
 import random
 import sys
 
+import numpy as np
 import pytest
 
 from mirror_modules.metrics import redescription_quality, words_in_place
@@ -105,6 +106,14 @@ def test_words_in_place_are_as_known(description, share):
 
 def test_long_captions_weigh_more():
     assert words_in_place(["red", "no"], ["red", "a small red flower"]) == 1 / 5
+
+
+@pytest.mark.parametrize("measure", [redescription_quality, words_in_place])
+def test_texts_come_in_any_container(measure):
+    described, wanted = ["a red flower", "a small blue one"], ["a red flower", "a large blue flower"]
+    expected = measure(described, wanted)
+    assert measure((text for text in described), (text for text in wanted)) == expected
+    assert measure(np.array(described), np.array(wanted)) == expected
 
 
 def test_bleu_is_not_smoothed():

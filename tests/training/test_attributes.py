@@ -86,10 +86,18 @@ def test_a_judge_that_is_there_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(attributes, "ENOUGH", 0.0)
     path = tmp_path / "new" / "judge.safetensors"
     first = fit_attribute_judge(path, RESOLUTION, steps=2, images=70)
-    monkeypatch.setattr(attributes, "_train", None)
+    monkeypatch.setattr(attributes, "fit_network", None)
     again = fit_attribute_judge(path, RESOLUTION)
     assert not again.training
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_a_judge_takes_no_random_numbers_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(attributes, "ENOUGH", 0.0)
+    before = torch.get_rng_state()
+    for _ in ("trained", "loaded"):
+        fit_attribute_judge(tmp_path / "judge.safetensors", RESOLUTION, steps=2, images=70)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_damaged_judge_is_named(tmp_path):

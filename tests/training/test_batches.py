@@ -1,6 +1,7 @@
 """Splits and training batches: what a recipe asks for is what arrives, the same each time."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mirror_modules.data import ErrorReport, RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.transforms import to_float
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.batches import load_batches, load_splits, to_device
+from tests.layouts import make_coco, make_flowers
 
 CPU = torch.device("cpu")
 
@@ -55,7 +57,7 @@ def test_a_part_of_the_photographs_is_spread_over_all_classes(tiny_recipe, monke
 
     def open_sorted(path, split, resolution, source, *, on_error):
         flowers = SyntheticFlowers(23, resolution=resolution, split=split)
-        flowers.report = ErrorReport(on_error)
+        flowers.report, flowers.entries = ErrorReport(on_error), ()
         return flowers
 
     monkeypatch.setattr("mirror_modules.training.batches.open_captions", open_sorted)
@@ -64,6 +66,21 @@ def test_a_part_of_the_photographs_is_spread_over_all_classes(tiny_recipe, monke
     whole = SyntheticFlowers(23, resolution=16)
     assert [tuple(captions) for captions in part.training.captions] == [whole[i].captions for i in (0, 4, 9, 13, 18)]
     assert len(part.validation) == 23
+
+
+def test_a_photograph_of_both_splits_is_refused(tiny_recipe, tmp_path):
+    root = make_flowers(tmp_path, training=6, validation=3)
+    shutil.copy(root / "text_c10/class_00001/image_00002.txt", root / "text_c10/class_00007")
+    with pytest.raises(ValueError, match=r"1 image files are in .* such as .*image_00002\.jpg: what is measured would"):
+        splits_of(tiny_recipe, source="oxford-flowers", path=str(root), training_images=None, validation_images=None)
+
+
+def test_what_is_damaged_is_counted(tiny_recipe, tmp_path):
+    root = make_coco(tmp_path, training=41, validation=7)
+    for number in (3, 11):
+        (root / "train2017" / f"{number:012}.jpg").write_bytes(b"")
+    splits = splits_of(tiny_recipe, source="coco", path=str(root), on_error="skip", validation_images=5)
+    assert splits.left_out == {"training": 2, "validation": 0}
 
 
 def test_photographs_need_a_folder(tiny_recipe, tmp_path):

@@ -11,12 +11,12 @@ from mirror_modules.training.extractors import fit_class_extractor
 COLORS = {3: (230, 20, 20), 8: (20, 230, 20), 11: (20, 20, 230)}
 
 
-def make(classes=tuple(COLORS), each=20):
+def make(classes=tuple(COLORS), each=20, size=16):
     random = torch.Generator().manual_seed(0)
     samples = []
     for i in range(each):
         for class_id in classes:
-            noise = torch.randint(-20, 20, (16, 16, 3), generator=random)
+            noise = torch.randint(-20, 20, (size, size, 3), generator=random)
             image = (torch.tensor(COLORS.get(class_id, (9 * i, 0, 0))) + noise).clamp(0, 255).to(torch.uint8)
             samples.append(CaptionedImage(image.numpy(), (f"color {class_id}",), class_id, {}))
     return InMemoryCaptions(samples, max_words=5)
@@ -24,7 +24,7 @@ def make(classes=tuple(COLORS), each=20):
 
 def test_classes_are_learned_whatever_their_numbers(tmp_path):
     captions, path = make(), tmp_path / "classes.safetensors"
-    extractor = fit_class_extractor(path, captions, seed=0, steps=60)
+    extractor = fit_class_extractor(path, captions, 16, seed=0, steps=60)
     assert "the 3 training classes, which tells 100.0% of the held-out training images" in extractor.name
     images = to_float(captions.images)
     told = extractor.logits(images).argmax(1)
@@ -35,27 +35,56 @@ def test_classes_are_learned_whatever_their_numbers(tmp_path):
     assert not features.requires_grad
 
 
+def test_held_out_images_are_not_learned_from(tmp_path):
+    captions, changed = make(), make()
+    changed.images[::10] = 255 - changed.images[::10]
+    extractor = fit_class_extractor(tmp_path / "one.safetensors", captions, 16, seed=0, steps=20)
+    fit_class_extractor(tmp_path / "other.safetensors", changed, 16, seed=0, steps=20)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    assert torch.arange(60)[extractor.unlearned].tolist() == [0, 10, 20, 30, 40, 50]
+
+
+def test_larger_images_are_brought_to_the_size_of_those_that_are_judged(tmp_path, monkeypatch):
+    sizes = set()
+    forward = extractors.ClassJudge.forward
+
+    def watch(judge, images):
+        sizes.add(tuple(images.shape[1:]))
+        return forward(judge, images)
+
+    monkeypatch.setattr(extractors.ClassJudge, "forward", watch)
+    fit_class_extractor(tmp_path / "classes.safetensors", make(size=19), 16, seed=0, steps=2)
+    assert sizes == {(3, 16, 16)}
+
+
+def test_a_judge_takes_no_random_numbers_from_others(tmp_path):
+    before = torch.get_rng_state()
+    for _ in ("trained", "loaded"):
+        fit_class_extractor(tmp_path / "classes.safetensors", make(), 16, seed=0, steps=2)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_judge_that_is_there_is_taken(tmp_path, monkeypatch):
     captions, path = make(), tmp_path / "classes.safetensors"
-    first = fit_class_extractor(path, captions, seed=0, steps=3)
-    monkeypatch.setattr(extractors, "_train", None)
-    again, images = fit_class_extractor(path, captions, seed=5), to_float(captions.images)
+    first = fit_class_extractor(path, captions, 16, seed=0, steps=3)
+    monkeypatch.setattr(extractors, "fit_network", None)
+    again, images = fit_class_extractor(path, captions, 16, seed=5), to_float(captions.images)
     assert torch.equal(again.logits(images), first.logits(images))
 
 
 @pytest.mark.parametrize("classes", [(3,), tuple(range(20))])
 def test_without_classes_there_is_no_judge(tmp_path, classes):
     captions = make(classes, each=5)
-    with pytest.raises(TrainingError, match=rf"training images have {len(classes)}; leave --fit-judge out"):
-        fit_class_extractor(tmp_path / "classes.safetensors", captions, seed=0)
+    with pytest.raises(TrainingError, match=rf"training images have {len(classes)}; --inception needs no classes"):
+        fit_class_extractor(tmp_path / "classes.safetensors", captions, 16, seed=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_judge_of_other_classes_is_named(tmp_path):
     path = tmp_path / "classes.safetensors"
-    fit_class_extractor(path, make(), seed=0, steps=2)
+    fit_class_extractor(path, make(), 16, seed=0, steps=2)
     with pytest.raises(ValueError, match=r"classes\.safetensors.*ClassJudge|ClassJudge.*classes\.safetensors"):
-        fit_class_extractor(path, make((3, 8)), seed=0)
+        fit_class_extractor(path, make((3, 8)), 16, seed=0)
 
 
 def test_inception_sees_what_torchvisions_own_network_sees(monkeypatch):

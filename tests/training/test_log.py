@@ -70,7 +70,10 @@ def test_a_phase_without_lines_changes_nothing(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "3", "{}", "", '{"phase": "glam", "step": 1}'])
+WAITED_WORDS = '{"phase": "glam", "step": 1, "seconds": 1, "images": 1, "waited": "long"}'
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "3", "{}", "", '{"phase": "glam", "step": 1}', WAITED_WORDS])
 def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, damage):
     path = tmp_path / "log"
     text = f"{json.dumps(line('stem'))}\n{damage}\n{json.dumps(line('glam'))}\n"

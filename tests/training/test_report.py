@@ -20,6 +20,7 @@ from mirror_modules.training.report import (
     Showcase,
     attention_maps,
     draw_losses,
+    feature_rows,
     flatten,
     mark_words,
     phase_rows,
@@ -32,7 +33,7 @@ from mirror_modules.training.report import (
 CAPTIONS = ["a red flower", 'white & "blue" <script>alert(1)</script> ütterly', "five petals", "a leaf", "more green"]
 WORDS = [["a", "red", "flower"], ["white", "<unknown>"], ["five", "petals"], ["a", "leaf"], ["more", "green"]]
 N, L, C = len(CAPTIONS), 3, 7
-PRECISION = {"top1": 0.617, "top2": 0.75, "top3": 0.8125, "standard_error": 0.0154}
+PRECISION = {"top1": 0.617, "top2": 0.75, "top3": 0.8125, "standard_errors": [0.0154, 0.0123, 0.0111]}
 METRICS = {"r_precision": {"generated": PRECISION}}
 FULL = {
     "r_precision": {"generated": PRECISION, "real": {**PRECISION, "top1": 0.918}, "shuffled": {**PRECISION, "top1": 0}},
@@ -258,7 +259,7 @@ def test_pictures_lie_beside_the_page(full_run):
 
 def test_numbers_are_percentages_with_chance_beside(full_page):
     assert "R-precision, top 1 61.7% ± 1.5 91.8% ± 1.5 0.0% ± 1.5 1.0%" in full_page.text
-    assert "R-precision, top 3 81.2% 81.2% 81.2% 3.0%" in full_page.text
+    assert "R-precision, top 3 81.2% ± 1.1 81.2% ± 1.1 81.2% ± 1.1 3.0%" in full_page.text
     assert "Word accuracy 71.1% 74.4% 52.2% –" in full_page.text
     assert "tells the caption of 61.7% of the generated images from 99 others" in full_page.text
     assert "glam Generator and discriminators" in full_page.text
@@ -289,8 +290,17 @@ def test_score_rows():
         "Word accuracy",
     ]
     assert rows[0].errors == [0.0154, 0.0154]
-    assert rows[1].errors == [None, None]
+    assert rows[1].errors == [0.0123, 0.0123]
     assert rows[3].values == [None, 0.5]
+
+
+def test_a_figure_stands_with_its_error_where_there_is_one():
+    figures = {"frechet_distance": 2.5, "diversity": 0.25, "diversity_standard_error": 0.0125}
+    rows = feature_rows({"features": {"generated": figures, "real": {"frechet_distance": 1.5}}})
+    assert rows == [
+        ["Fréchet distance (FID)", "2.5", "1.5"],
+        ["Diversity of one caption's images", "0.25 ± 0.0125", "–"],
+    ]
 
 
 def test_phase_rows_name_the_steps_of_the_recipe():

@@ -55,7 +55,7 @@ def test_auto_reads_what_the_name_reads(tiny_recipe, tmp_path, source):
         load_splits(recipe.data, recipe.model, recipe.seed)
         for recipe in (on_disk(tiny_recipe, root, source=each) for each in (source, "auto"))
     )
-    for one, other in zip(named, found):
+    for one, other in ((named.training, found.training), (named.validation, found.validation)):
         assert torch.equal(one.images, other.images)
         assert one.captions == other.captions
     assert named.training.images.shape == (5, 19, 19, 3)

@@ -14,7 +14,7 @@ from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import load_pair, train
 from mirror_modules.training.pretrain import EncoderPair
 from mirror_modules.training.state import start
-from mirror_modules.training.validation import draw_samples, measure_captioner, measure_pair, unseen_pairs
+from mirror_modules.training.validation import Unseen, draw_samples, measure_captioner, measure_pair, unseen_pairs
 
 
 def validated(folder):
@@ -53,6 +53,15 @@ def test_validation_measures_every_phase_and_changes_none(tiny_run, tiny_recipe,
         ("judge", 2): ["validation_r_precision"],
     }
     assert validated(tiny_run) == []
+
+
+def test_a_few_pairs_are_of_all_parts_of_a_data_set():
+    rows = torch.arange(11)
+    unseen = Unseen([f"caption {i}" for i in range(11)], rows, rows, rows)
+    few = unseen.spread(4)
+    assert few.captions == ["caption 0", "caption 2", "caption 5", "caption 8"]
+    assert few.images.tolist() == few.tokens.tolist() == few.word_mask.tolist() == [0, 2, 5, 8]
+    assert unseen.spread(12).captions == unseen.captions
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

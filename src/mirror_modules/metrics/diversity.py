@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules.metrics._features import check_measurable
+from mirror_modules.metrics._features import check_measurable, directions
 
 
 class Diversity(NamedTuple):
@@ -37,13 +37,12 @@ def diversity(features: Tensor) -> Diversity:
         ValueError: Not (C, S, D), fewer than two captions or samples, or a feature is not finite or zero.
     """
     check_measurable("diversity", "features", features, "(C, S, D)", (2, 2))
-    features = features.double()
-    lengths = torch.linalg.vector_norm(features, dim=2, keepdim=True)
-    if bool((lengths == 0).any()):
-        caption, sample = (lengths.squeeze(2) == 0).nonzero()[0].tolist()
+    is_zero = (features == 0).all(dim=2)
+    if bool(is_zero.any()):
+        caption, sample = is_zero.nonzero()[0].tolist()
         raise ValueError(
             f"diversity: features[{caption}, {sample}] is zero, which has no direction; look at what made it."
         )
     # The mean of half the squared distances of all pairs is the variance, which takes no pairs.
-    per_caption = (features / lengths).var(dim=1, correction=1).sum(dim=1)
+    per_caption = directions(features).var(dim=1, correction=1).sum(dim=1)
     return Diversity(float(per_caption.mean()), float(per_caption.std(correction=1)) / len(per_caption) ** 0.5)

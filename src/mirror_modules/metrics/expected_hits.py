@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules.metrics._features import check_pairs
+from mirror_modules._checks import check_positive
+from mirror_modules.metrics._features import check_pairs, directions
+from mirror_modules.metrics.r_precision import LARGEST_BLOCK
 
 
+@torch.no_grad()
 def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -> Tensor:
     """The probability that an image ranks its own caption first, over all ways to draw the mismatched ones.
 
@@ -33,17 +35,21 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
     """
     owner = "expected_hits"
     check_pairs(owner, images, sentences)
+    check_positive(owner, candidates=candidates)
     others, drawn = len(images) - 1, candidates - 1
     if not 1 <= drawn <= others:
         raise ValueError(
             f"{owner}: candidates must be from 2 to the number of captions, {len(images)}, but it is {candidates}."
         )
-    similarity = F.normalize(images.double(), dim=1) @ F.normalize(sentences.double(), dim=1).mT
-    own = similarity.diagonal().unsqueeze(1)
-    # Equal captions have equal features, yet a matrix product may round their scores apart.
-    tied = torch.isclose(similarity, own, rtol=0.0, atol=1e-9)
-    better = ((similarity > own) & ~tied).sum(1).cpu()
-    ties = (tied.sum(1) - 1).cpu()
+    counts = []
+    image_directions, sentence_directions = directions(images), directions(sentences)
+    for rows in torch.arange(len(images), device=images.device).split(max(1, LARGEST_BLOCK // len(images))):
+        similarity = image_directions[rows] @ sentence_directions.mT
+        own = similarity.gather(1, rows.unsqueeze(1))
+        # Equal captions have equal features, yet a matrix product may round their scores apart.
+        tied = torch.isclose(similarity, own, rtol=0.0, atol=1e-9)
+        counts.append(torch.stack((((similarity > own) & ~tied).sum(1), tied.sum(1) - 1)).cpu())
+    better, ties = torch.cat(counts, dim=1)
     chances = torch.zeros(len(images), dtype=torch.float64)
     for k in range(int(ties.max()) + 1):
         within = (k <= ties) & (k <= drawn) & (drawn - k <= others - better - ties)

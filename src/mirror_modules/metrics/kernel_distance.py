@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import shape_of
+from mirror_modules._checks import check_positive, shape_of
 from mirror_modules.metrics._features import check_measurable
 
 
@@ -56,11 +56,9 @@ def kernel_distance(
             f"kernel_distance: features_a are {shape_of(features_a)} and features_b {shape_of(features_b)}; both "
             "need the same number of features, from the same extractor."
         )
-    if subsets < 1 or subset_size < 2:
-        raise ValueError(
-            f"kernel_distance: subsets must be at least 1 and subset_size at least 2, but they are {subsets} and "
-            f"{subset_size}."
-        )
+    check_positive("kernel_distance", subsets=subsets, subset_size=subset_size)
+    if subset_size < 2:
+        raise ValueError("kernel_distance: subset_size must be at least 2, but it is 1.")
     smaller = min(len(features_a), len(features_b))
     if smaller < subset_size:
         raise ValueError(

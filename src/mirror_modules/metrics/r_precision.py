@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._checks import check_positive, shape_of
-from mirror_modules.metrics._features import check_pairs
+from mirror_modules.metrics._features import check_pairs, check_tensors, directions
 
 # Scores that are held at once: 30,000 images with as many captions would need 7 GB in one piece.
 LARGEST_BLOCK = 2**24
@@ -112,11 +111,11 @@ def r_precision_folds(
     check_positive("r_precision_folds", folds=folds)
     if folds < 2:
         raise ValueError("r_precision_folds: folds must be at least 2, but it is 1; r_precision has no folds.")
-    if images.ndim and len(images) < folds:
-        raise ValueError(
-            f"r_precision_folds: folds={folds} needs as many images, but there are {len(images)}; lower folds."
-        )
     hits = _hits("r_precision_folds", images, sentences, class_ids, image_ids, candidates, generator)
+    if len(hits) < folds:
+        raise ValueError(
+            f"r_precision_folds: folds={folds} needs as many images, but there are {len(hits)}; lower folds."
+        )
     order = torch.randperm(len(hits), generator=generator, device=None if generator is None else generator.device)
     shares = torch.stack([fold.mean(dim=0) for fold in hits[order.to(hits.device)].tensor_split(folds)])
     top1, top2, top3 = shares.mean(dim=0).tolist()
@@ -138,12 +137,16 @@ def _hits(
     check_pairs(owner, images, sentences)
     count = images.shape[0]
     for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):
-        if ids is not None and ids.shape != (count,):
+        if ids is None:
+            continue
+        check_tensors(owner, **{name: ids})
+        if ids.shape != (count,):
             raise ValueError(f"{owner}: {name} must be ({count},), one per image, but are {shape_of(ids)}.")
+    check_positive(owner, candidates=candidates)
     if candidates < 2:
         raise ValueError(f"{owner}: candidates must be at least 2, but it is {candidates}.")
-    blocks = torch.arange(count, device=images.device).split(max(1, LARGEST_BLOCK // max(1, count)))
-    most = max(int(_excluded(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks) if count else 0
+    blocks = torch.arange(count, device=images.device).split(max(1, LARGEST_BLOCK // count))
+    most = max(int(_excluded(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
     fewest = count - most
     if fewest < candidates - 1:
         raise ValueError(
@@ -151,13 +154,13 @@ def _hits(
             f"of the {count} images has {fewest}; evaluate more captions, or lower candidates."
         )
     device = images.device if generator is None else generator.device
-    directions = F.normalize(images.double(), dim=1), F.normalize(sentences.double(), dim=1)
+    image_directions, sentence_directions = directions(images), directions(sentences)
     hits = []
     for rows in blocks:
         lottery = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
         lottery.masked_fill_(_excluded(rows, count, class_ids, image_ids), float("-inf"))
         drawn = lottery.topk(candidates - 1, dim=1).indices
-        similarity = directions[0][rows] @ directions[1].mT
+        similarity = image_directions[rows] @ sentence_directions.mT
         own_score = similarity.gather(1, rows.unsqueeze(1))
         others = similarity.gather(1, drawn)
         # Equal captions have equal features, yet a matrix product may round their scores apart.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mirror_modules.stem.vocabulary import split_words
@@ -19,7 +19,7 @@ class RedescriptionQuality(NamedTuple):
     """Share of the captions' words that stand at the same place of the description."""
 
 
-def words_in_place(descriptions: Sequence[str], captions: Sequence[str]) -> float:
+def words_in_place(descriptions: Iterable[str], captions: Iterable[str]) -> float:
     """Share of the captions' words that the descriptions repeat at the same place.
 
         share = sum_n |{ t < L_n : description_n[t] = caption_n[t] }| / sum_n L_n,    L_n words in caption n
@@ -41,7 +41,7 @@ def words_in_place(descriptions: Sequence[str], captions: Sequence[str]) -> floa
     return _share_in_place(described, wanted)
 
 
-def redescription_quality(descriptions: Sequence[str], captions: Sequence[str]) -> RedescriptionQuality:
+def redescription_quality(descriptions: Iterable[str], captions: Iterable[str]) -> RedescriptionQuality:
     """Compare descriptions with the captions that the images were drawn from (MirrorGAN, Sec. 3.3).
 
         bleu4 = min(1, exp(1 - r/d)) (p_1 p_2 p_3 p_4)^(1/4),    chrf = 5 P R / (4 P + R)
@@ -83,10 +83,9 @@ def _share_in_place(described: list[list[str]], wanted: list[list[str]]) -> floa
     return right / sum(map(len, wanted))
 
 
-def _split(owner: str, descriptions: Sequence[str], captions: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
-    for name, texts in (("descriptions", descriptions), ("captions", captions)):
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{owner}: {name} must be a list of strings, one for each image; wrap a single one.")
+def _split(owner: str, descriptions: Iterable[str], captions: Iterable[str]) -> tuple[list[list[str]], list[list[str]]]:
+    descriptions = _listed(owner, "descriptions", descriptions)
+    captions = _listed(owner, "captions", captions)
     if not captions or len(descriptions) != len(captions):
         raise ValueError(
             f"{owner}: descriptions and captions must be as many, at least one, but there are {len(descriptions)} and "
@@ -97,3 +96,10 @@ def _split(owner: str, descriptions: Sequence[str], captions: Sequence[str]) -> 
         if not words:
             raise ValueError(f"{owner}: caption {i} ({captions[i]!r}) holds no word to be repeated; leave it out.")
     return [split_words(description) for description in descriptions], wanted
+
+
+def _listed(owner: str, name: str, texts: Iterable[str]) -> list[str]:
+    listed = [] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{owner}: {name} must be a list of strings, one for each image; wrap a single one.")
+    return listed

@@ -7,9 +7,9 @@ Colors are measured in the pixels as well, without any network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ TRAINING_IMAGES, HELD_OUT_IMAGES = 12_000, 1_000
 BATCH_SIZE, STEPS, LEARNING_RATE = 64, 2_500, 3e-3
 ENOUGH = 0.99
 CHUNK = 100
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class AttributeJudge(nn.Module):
@@ -125,13 +127,17 @@ def fit_attribute_judge(
         TrainingError: It reads some attribute of held-out flowers in fewer than 99 % of the cases.
         ValueError: The file is not that of an attribute judge of this resolution.
     """
-    judge = AttributeJudge(resolution)
+    judge = with_seed(SEED, lambda: AttributeJudge(resolution))
     if path.exists():
         load_weights(judge, path)
         return judge.eval()
-    torch.manual_seed(SEED)
-    judge = AttributeJudge(resolution)
-    _train(judge, steps, images)
+    drawn, values = _draw(images, resolution, "train")
+
+    def loss(rows: Tensor, random: torch.Generator) -> Tensor:
+        logits = judge(to_float(drawn[rows]))
+        return torch.stack([F.cross_entropy(each, values[rows, i]) for i, each in enumerate(logits)]).sum()
+
+    fit_network("attribute judge", judge, images, loss, steps, SEED)
     flowers, truth = _draw(HELD_OUT_IMAGES, resolution, "validation")
     read = judge.eval().read(to_float(flowers))
     names = list(ATTRIBUTES)
@@ -148,19 +154,43 @@ def fit_attribute_judge(
     return judge
 
 
-def _train(judge: AttributeJudge, steps: int, images: int) -> None:
+def with_seed(seed: int, make: Callable[[], Network]) -> Network:
+    """A new network whose first weights a seed decides; what others draw stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def fit_network(
+    what: str,
+    network: nn.Module,
+    count: int,
+    loss: Callable[[Tensor, torch.Generator], Tensor],
+    steps: int,
+    seed: int,
+    *,
+    weight_decay: float = 0.0,
+) -> None:
+    """Train a judge, with a progress bar.
+
+    Args:
+        what: Its name on the bar.
+        network: The judge.
+        count: Images to learn from.
+        loss: From the numbers of a batch's images, below `count`, and a source of random numbers to what is descended.
+        steps: Optimizer steps.
+        seed: Decides the batches.
+        weight_decay: That of the optimizer.
+    """
     from tqdm import tqdm
 
-    flowers, truth = _draw(images, judge.resolution, "train")
-    optimizer = torch.optim.Adam(judge.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    random = torch.Generator().manual_seed(SEED)
-    for _ in tqdm(range(steps), desc="attribute judge", unit=" steps", dynamic_ncols=True, disable=None):
-        rows = torch.randint(len(flowers), (BATCH_SIZE,), generator=random)
-        logits = judge(to_float(flowers[rows]))
-        loss = torch.stack([F.cross_entropy(each, truth[rows, i]) for i, each in enumerate(logits)]).sum()
+    random = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(steps), desc=what, unit=" steps", dynamic_ncols=True, disable=None):
+        rows = torch.randint(count, (BATCH_SIZE,), generator=random)
         optimizer.zero_grad()
-        loss.backward()
+        loss(rows, random).backward()
         optimizer.step()
         schedule.step()
 

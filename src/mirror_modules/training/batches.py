@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mirror_modules.data import (
@@ -20,6 +21,9 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
+from mirror_modules.data.damage import printable
+from mirror_modules.data.files import CaptionedFiles
+from mirror_modules.data.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.errors import TrainingError
@@ -36,6 +40,8 @@ class Splits(NamedTuple):
     """Every phase is trained on these."""
     validation: InMemoryCaptions
     """What is measured is measured on these."""
+    left_out: Mapping[str, int] = {}
+    """How many samples of "training" and of "validation" are damaged, and not among them."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -47,12 +53,12 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
     """Draw or decode both splits, with a progress bar.
 
     Raises:
-        ValueError: The recipe's source needs a path, or its files are not as expected.
+        ValueError: The recipe's source needs a path, its files are not as expected, or a file is in both splits.
     """
     resolution = model.resolutions[-1]
     larger = round(resolution * CROP_MARGIN) if recipe.augment else resolution
-    training: CaptionedImages
-    validation: CaptionedImages
+    training: SyntheticFlowers | CaptionedFiles
+    validation: SyntheticFlowers | CaptionedFiles
     reports = ErrorReport(), ErrorReport()
     if recipe.source == "synthetic-flowers":
         training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, seed=seed)
@@ -65,9 +71,21 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
         training = open_captions(recipe.path, "train", larger, recipe.source, on_error=recipe.on_error)
         validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
         reports = training.report, validation.report
+        _check_disjoint(training, validation)
     in_training = _load(training, recipe, model, reports[0])
     in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
-    return Splits(in_training, in_validation)
+    left_out = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
+    return Splits(in_training, in_validation, left_out)
+
+
+def _check_disjoint(training: CaptionedFiles, validation: CaptionedFiles) -> None:
+    learned = {entry.image for entry in training.entries}
+    shared = [entry.image for entry in validation.entries if entry.image in learned]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} image files are in the training and in the validation split of {training.root}, such as "
+            f"{printable(shared[0])}: what is measured would have been trained on. Take them out of one of the two."
+        )
 
 
 def _load(
@@ -103,6 +121,13 @@ def _load(
     if report.skipped and is_first:
         print(f"{what} images: {len(report.skipped)} left out, {len(loaded)} read: {report.listing()}")
     return loaded
+
+
+def at_resolution(images: Tensor, resolution: int) -> Tensor:
+    """Whole square images, bytes (B, H, H, 3), at the size of the model's where they are larger for random crops."""
+    if images.shape[1] == resolution:
+        return images
+    return torch.stack([torch.from_numpy(shrink(image, resolution)) for image in images.numpy()])
 
 
 def load_batches(

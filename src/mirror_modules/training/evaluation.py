@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mirror_modules.data.transforms import to_float
 from mirror_modules.metrics import (
+    Diversity,
     diversity,
     expected_hits,
     frechet_distance,
@@ -22,7 +23,8 @@ from mirror_modules.metrics import (
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import write_json
 from mirror_modules.training.attributes import AttributeJudge, fit_attribute_judge, measure_attributes
-from mirror_modules.training.batches import Splits, load_splits
+from mirror_modules.training.batches import Splits, at_resolution, load_splits
+from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.extractors import (
     Extractor,
     attribute_extractor,
@@ -35,6 +37,7 @@ from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import PHASES, Recipe
 from mirror_modules.training.report import Case, Showcase, write_report
 from mirror_modules.training.validation import (
+    CHUNK,
     Unseen,
     generate_images,
     image_features,
@@ -54,6 +57,8 @@ class Judges(NamedTuple):
 
     extractor: Extractor | None = None
     attributes: AttributeJudge | None = None
+    missing: str = ""
+    """Why one that was asked for could not be trained."""
 
 
 def evaluate(
@@ -70,7 +75,8 @@ def evaluate(
         out: The run's folder, with phases `stream`, `glam` and `judge` trained.
         device: "cpu" or "cuda".
         fit_judge: Train the networks that FID, KID, Inception Score, diversity and the attributes of synthetic flowers
-            need, and keep them in the folder; once they are there they are used.
+            need, and keep them in the folder; once they are there they are used. Where the data allow none, the reason
+            is kept as `not_measured`.
         inception: Take torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
 
     Returns:
@@ -78,8 +84,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
-        ValueError: A file is damaged, or there are too few captions.
-        TrainingError: A judge that was asked for cannot be trained on this data.
+        ValueError: A file is damaged, there are too few captions, or the training captions are not those of the run.
         OSError: The weights of Inception are not there and cannot be fetched.
     """
     folder = RunFolder(out)
@@ -89,13 +94,25 @@ def evaluate(
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
     model = MirrorGAN.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    folder.check_vocabulary(splits.vocabulary)
+    if splits.vocabulary != model.vocabulary:
+        raise ValueError(
+            f"{folder.model} has another vocabulary than today's training captions, so that its words would be read as "
+            "others: restore the data set that it was trained on, or train anew."
+        )
     pair = load_pair(folder, "judge", recipe, splits).to(device)
-    judges = load_judges(folder, recipe, splits, fit_judge)
+    # Classes are told for the extractor's sake alone, and Inception is one.
+    judges = Judges() if inception and not _is_synthetic(recipe) else load_judges(folder, recipe, splits, fit_judge)
     if inception:
         judges = judges._replace(extractor=inception_extractor(device=device))
 
     unseen = unseen_pairs(splits, recipe.model.max_words)
     real, generated = to_float(unseen.images), generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+    if not bool(generated.isfinite().all()):
+        raise ValueError(
+            f"the generator in {folder.model} draws images that hold NaN or infinite values, of which nothing can be "
+            "measured: its training has diverged. Train phase 'glam' anew, for instance with a lower learning rate."
+        )
     # Every image meets another image's caption. At random: neighbors in a data set are often of one class.
     others = _derangement(len(generated), recipe.seed)
     images = {"generated": generated, "real": real, "shuffled": generated[others]}
@@ -116,41 +133,44 @@ def evaluate(
         "images": len(generated),
         "candidates": candidates,
         "judge": "an encoder pair trained on the same training split with another seed; no other phase used it",
+        "left_out": dict(splits.left_out),
         **_judged(judges, model, splits, unseen, images, recipe.seed),
         **_speed(folder),
     }
     hits = expected_hits(features["generated"], sentences, candidates=candidates)
     cases = _cases(hits, unseen.captions, generated, unseen.images)
     write_json(folder.evaluation, evaluation)
-    write_report(folder, recipe, _showcase(model, unseen.images, unseen.captions, recipe, cases), evaluation)
+    write_report(folder, recipe, _showcase(model, unseen, recipe, cases), evaluation)
     return evaluation
 
 
 def load_judges(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> Judges:
-    """The judges that lie in a run's folder, or that are trained into it."""
+    """The judges that lie in a run's folder, or that are trained into it as far as its data allow."""
     path = folder.path / "judges" / ("attributes.safetensors" if _is_synthetic(recipe) else "classes.safetensors")
     if not fit and not path.exists():
         return Judges()
-    path.parent.mkdir(exist_ok=True)
-    if _is_synthetic(recipe):
-        judge = fit_attribute_judge(path, recipe.model.resolutions[-1])
-        return Judges(attribute_extractor(judge), judge)
-    return Judges(fit_class_extractor(path, splits.training, recipe.seed))
+    try:
+        if _is_synthetic(recipe):
+            judge = fit_attribute_judge(path, recipe.model.resolutions[-1])
+            return Judges(attribute_extractor(judge), judge)
+        return Judges(fit_class_extractor(path, splits.training, recipe.model.resolutions[-1], recipe.seed))
+    except TrainingError as error:
+        return Judges(missing=str(error))
 
 
 def _is_synthetic(recipe: Recipe) -> bool:
     return recipe.data.source == "synthetic-flowers"
 
 
-def _precision(features: Tensor, sentences: Tensor, candidates: int, seed: int) -> dict[str, float]:
+def _precision(features: Tensor, sentences: Tensor, candidates: int, seed: int) -> dict[str, Any]:
     found = r_precision_folds(
         features,
         sentences,
         candidates=candidates,
-        folds=min(FOLDS, len(features) // 2),
+        folds=max(2, min(FOLDS, len(features) // 2)),
         generator=torch.Generator().manual_seed(seed),
     )
-    return {"top1": found.top1, "top2": found.top2, "top3": found.top3, "standard_error": found.standard_errors[0]}
+    return {"top1": found.top1, "top2": found.top2, "top3": found.top3, "standard_errors": [*found.standard_errors]}
 
 
 def _judged(
@@ -162,42 +182,63 @@ def _judged(
         figures["attributes"] = {
             name: measure_attributes(image, unseen.captions, judges.attributes) for name, image in images.items()
         }
+    if judges.missing:
+        figures["not_measured"] = judges.missing
     extractor = judges.extractor
     if extractor is not None:
-        random = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(splits.training), generator=random)[: len(unseen.images)]
-        # Photographs of the training split against those of the validation split: what no generator need beat.
-        sets = {"generated": images["generated"], "real": to_float(splits.training.images[rows])}
-        reference = extractor.features(images["real"])
         figures["extractor"] = extractor.name
-        figures["features"] = {
-            name: _feature_figures(extractor, image, reference, seed) for name, image in sets.items()
+        figures["features"] = _feature_figures(extractor, splits.training.images, images, seed)
+        spread = _diversity(extractor, model, unseen, seed)
+        figures["features"]["generated"] |= {
+            "diversity": spread.mean,
+            "diversity_standard_error": spread.standard_error,
         }
-        figures["features"]["generated"]["diversity"] = _diversity(extractor, model, unseen, seed)
     return figures
 
 
-def _feature_figures(extractor: Extractor, images: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
-    features, size = extractor.features(images), min(1000, len(images), len(reference))
+def _feature_figures(
+    extractor: Extractor, training: Tensor, images: dict[str, Tensor], seed: int
+) -> dict[str, dict[str, float]]:
+    """Distances from the validation images, and Inception Scores, of generated images and of real ones.
+
+    Real images that are at a distance from those of validation are training images that the extractor has not learned
+    from, at the same size. Distances of few images are too large: as many generated ones as real ones are taken.
+    """
     random = torch.Generator().manual_seed(seed)
-    kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
-    score = inception_score(extractor.logits(images), splits=min(FOLDS, len(images) // 2), generator=random)
-    return {
-        "frechet_distance": frechet_distance(features, reference),
-        "kernel_distance": kernel.mean,
-        "inception_score": score.mean,
-        "inception_score_deviation": score.standard_deviation,
+    reference = extractor.features(images["real"])
+    rows = torch.arange(len(training))[extractor.unlearned]
+    rows = rows[torch.randperm(len(rows), generator=random)[: len(reference)]]
+    some = torch.randperm(len(reference), generator=random)[: len(rows)]
+    resolution = images["real"].shape[2]
+    compared = {
+        "generated": extractor.features(images["generated"][some]),
+        "real": torch.cat(
+            [extractor.features(to_float(at_resolution(training[few], resolution))) for few in rows.split(CHUNK)]
+        ),
     }
+    figures = {}
+    for name, features in compared.items():
+        random = torch.Generator().manual_seed(seed)
+        size = min(1000, len(features))
+        kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
+        logits = extractor.logits(images[name])
+        score = inception_score(logits, splits=min(FOLDS, len(logits) // 2), generator=random)
+        figures[name] = {
+            "distance_images": len(features),
+            "frechet_distance": frechet_distance(features, reference),
+            "kernel_distance": kernel.mean,
+            "inception_score": score.mean,
+            "inception_score_deviation": score.standard_deviation,
+        }
+    return figures
 
 
-def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> float:
+def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> Diversity:
     """How much the images of one caption differ, which have other noise each."""
-    captions = min(DIVERSE_CAPTIONS, len(unseen.captions))
-    tokens, word_mask = (
-        rows[:captions].repeat_interleave(IMAGES_PER_CAPTION, dim=0) for rows in (unseen.tokens, unseen.word_mask)
-    )
+    few = unseen.spread(DIVERSE_CAPTIONS)
+    tokens, word_mask = (rows.repeat_interleave(IMAGES_PER_CAPTION, dim=0) for rows in (few.tokens, few.word_mask))
     features = extractor.features(generate_images(model, tokens, word_mask, seed))
-    return diversity(features.unflatten(0, (captions, IMAGES_PER_CAPTION))).mean
+    return diversity(features.unflatten(0, (len(few.captions), IMAGES_PER_CAPTION)))
 
 
 def _cases(hits: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:
@@ -219,19 +260,16 @@ def _derangement(count: int, seed: int) -> Tensor:
     return partner
 
 
-def _showcase(
-    model: MirrorGAN, real: Tensor, captions: list[str], recipe: Recipe, cases: dict[str, list[Case]]
-) -> Showcase:
-    count = min(recipe.evaluation.report_images, len(captions))
-    shown = to_float(real[:count])
+def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:
+    few = unseen.spread(recipe.evaluation.report_images)
+    captions, shown = few.captions, to_float(few.images)
     with warnings.catch_warnings():
         # Nobody wrote these captions just now: a rare word of the data set is no mistake.
         warnings.filterwarnings("ignore", message="unknown words")
-        generated = model.generate(captions[:count], seed=recipe.seed, need_weights=True)
-    tokens, word_mask = model.vocabulary.encode(captions[:count], max_words=recipe.model.max_words, warn_unknown=False)
-    words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
+        generated = model.generate(captions, seed=recipe.seed, need_weights=True)
+    words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(few.tokens, few.word_mask)]
     return Showcase(
-        captions=captions[:count],
+        captions=captions,
         words=words,
         real=shown,
         generated=generated,
@@ -242,7 +280,7 @@ def _showcase(
 
 
 def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:
-    # Lines of a validation say nothing of waiting.
+    # Only lines of the training itself say how long it waited.
     last = {entry["phase"]: entry for entry in read_log(folder.log) if "waited" in entry}
     seconds = {phase: max(entry["seconds"], 1e-9) for phase, entry in last.items()}
     return {

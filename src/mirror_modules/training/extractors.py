@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from mirror_modules.data import ATTRIBUTES, InMemoryCaptions, to_float
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stem.image_encoder import ConvBackbone
-from mirror_modules.training.attributes import AttributeJudge
+from mirror_modules.training.attributes import AttributeJudge, fit_network, with_seed
+from mirror_modules.training.batches import at_resolution
 from mirror_modules.training.errors import TrainingError
 
-BATCH_SIZE, STEPS, LEARNING_RATE = 64, 1_500, 3e-3
+STEPS = 1_500
 # Every tenth training image is held out, to say how well the classes are told.
 HELD_OUT = 10
 CHUNK = 100
@@ -36,6 +37,8 @@ class Extractor(NamedTuple):
     """(N, D)"""
     logits: Callable[[Tensor], Tensor]
     """Of its classes, (N, K)."""
+    unlearned: slice = slice(None)
+    """Which of the training images it has not learned from."""
 
 
 class ClassJudge(nn.Module):
@@ -105,60 +108,56 @@ def inception_extractor(weights: Any = "DEFAULT", *, device: str = "cpu") -> Ext
     )
 
 
-def fit_class_extractor(path: Path, captions: InMemoryCaptions, seed: int, *, steps: int = STEPS) -> Extractor:
+def fit_class_extractor(
+    path: Path, captions: InMemoryCaptions, resolution: int, seed: int, *, steps: int = STEPS
+) -> Extractor:
     """A classifier of the training classes: trained and kept, or the one that is there.
 
     Args:
         path: Where it lies, a safetensors file.
-        captions: The training split.
+        captions: The training split. Its images may be larger than the model's, for random crops.
+        resolution: Height and width of the images that it is to judge: those of the model.
         seed: Decides its first weights and its batches.
         steps: Optimizer steps.
 
     Raises:
-        TrainingError: There are fewer than two classes, or as many as images.
+        TrainingError: There are fewer than two classes, or too few images of them.
         ValueError: The file is not that of a classifier of these classes.
     """
     classes, class_ids = captions.class_ids.unique(return_inverse=True)
     if not 2 <= len(classes) <= len(captions) // HELD_OUT:
         raise TrainingError(
             f"a judge of classes needs at least 2 of them, with {HELD_OUT} images each on average, but the "
-            f"{len(captions)} training images have {len(classes)}; leave --fit-judge out."
+            f"{len(captions)} training images have {len(classes)}; --inception needs no classes."
         )
-    held_out = torch.arange(len(captions)) % HELD_OUT == 0
-    torch.manual_seed(seed)
-    judge = ClassJudge(len(classes))
+    held_out = slice(None, None, HELD_OUT)
+    judge = with_seed(seed, lambda: ClassJudge(len(classes)))
     if path.exists():
         load_weights(judge, path)
     else:
-        _train(judge, captions.images[~held_out], class_ids[~held_out], steps, seed)
+        learned = (torch.arange(len(captions)) % HELD_OUT).nonzero()[:, 0]
+
+        def loss(rows: Tensor, random: torch.Generator) -> Tensor:
+            images = to_float(at_resolution(captions.images[learned[rows]], resolution))
+            if bool(torch.rand((), generator=random) < 0.5):
+                images = images.flip(3)
+            return F.cross_entropy(judge(images), class_ids[learned[rows]], label_smoothing=0.1)
+
+        fit_network("judge of classes", judge, len(learned), loss, steps, seed, weight_decay=1e-4)
+        path.parent.mkdir(exist_ok=True)
         save_weights(judge, path)
     judge.eval()
-    said = _in_chunks(judge, to_float(captions.images[held_out])).argmax(1)
+    said = _in_chunks(lambda some: judge(to_float(at_resolution(some, resolution))), captions.images[held_out]).argmax(
+        1
+    )
     accuracy = float((said == class_ids[held_out]).float().mean())
     return Extractor(
         f"convolutional network trained on the {len(classes)} training classes, which tells {accuracy:.1%} of the "
         "held-out training images",
         lambda images: _in_chunks(lambda some: judge.backbone(some).image, images),
         lambda images: _in_chunks(judge, images),
+        held_out,
     )
-
-
-def _train(judge: ClassJudge, images: Tensor, class_ids: Tensor, steps: int, seed: int) -> None:
-    from tqdm import tqdm
-
-    optimizer = torch.optim.Adam(judge.parameters(), LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    random = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(steps), desc="judge of classes", unit=" steps", dynamic_ncols=True, disable=None):
-        rows = torch.randint(len(images), (BATCH_SIZE,), generator=random)
-        batch = to_float(images[rows])
-        if bool(torch.rand((), generator=random) < 0.5):
-            batch = batch.flip(3)
-        loss = F.cross_entropy(judge(batch), class_ids[rows], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
 
 
 @torch.no_grad()

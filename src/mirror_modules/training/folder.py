@@ -113,6 +113,8 @@ class RunFolder:
         content = read_json(self.config)
         if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
             raise ValueError(f"{self.config} holds no recipe; expected the config.json of a run.")
+        if not isinstance(content.get("versions", {}), dict):
+            raise ValueError(f"{self.config} is damaged: versions must be an object of names; remove that field.")
         try:
             return Recipe.from_dict(content["recipe"])
         except ValueError as error:

@@ -193,7 +193,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_logged(entry: dict[str, Any]) -> bool:
-    numbers = [entry.get(name) for name in ("step", "seconds", "images")]
+    # Lines of a validation say nothing of waiting.
+    numbers = [entry.get(name) for name in ("step", "seconds", "images")] + [entry.get("waited", 0)]
     return isinstance(entry.get("phase"), str) and all(
         isinstance(number, int | float) and not isinstance(number, bool) and number >= 0 for number in numbers
     )

@@ -334,7 +334,7 @@ def score_rows(metrics: dict[str, Any]) -> list[Score]:
     sources = [metrics["r_precision"][name] for name in SOURCES if name in metrics["r_precision"]]
     rows = []
     for k in (1, 2, 3):
-        errors = [source.get("standard_error") if k == 1 else None for source in sources]
+        errors = [source.get("standard_errors", [None] * 3)[k - 1] for source in sources]
         chance = k * metrics["chance"] if "chance" in metrics else None
         rows.append(Score(f"R-precision, top {k}", [source.get(f"top{k}") for source in sources], errors, chance))
     if "word_accuracy" in metrics:
@@ -363,10 +363,15 @@ def feature_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Figures of the extractor's features, of generated images and of real ones."""
     measured = metrics.get("features", {})
     return [
-        [title, *(show(measured[source].get(figure)) for source in ("generated", "real") if source in measured)]
+        [title, *(_with_error(measured[source], figure) for source in ("generated", "real") if source in measured)]
         for figure, title in FIGURES.items()
         if figure in measured.get("generated", {})
     ]
+
+
+def _with_error(figures: dict[str, float], name: str) -> str:
+    value, error = figures.get(name), figures.get(f"{name}_standard_error")
+    return show(value) if error is None else f"{show(value)} ± {show(error)}"
 
 
 def _share(figure: dict[str, float] | None) -> str:

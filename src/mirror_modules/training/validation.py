@@ -35,6 +35,13 @@ class Unseen(NamedTuple):
     tokens: Tensor
     word_mask: Tensor
 
+    def spread(self, count: int) -> Unseen:
+        """At most so many of them, evenly spaced: neighbors in a data set are often of one class."""
+        every = len(self.captions)
+        count = min(count, every)
+        rows = [i * every // count for i in range(count)]
+        return Unseen([self.captions[i] for i in rows], self.images[rows], self.tokens[rows], self.word_mask[rows])
+
 
 def unseen_pairs(splits: Splits, max_words: int) -> Unseen:
     """What is measured on."""
