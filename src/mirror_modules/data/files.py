@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -78,7 +79,7 @@ class CaptionedFiles:
         self.report.check(self._owner, count, total)
         self.report.share_at_opening = count / max(total, 1)
         if not self.entries and on_error != "list":
-            raise ValueError(f"{self._owner}: {self._whence()} no photograph; the folder must hold {self.layout}.")
+            raise ValueError(f"{self._owner}: {self._whence()} no photograph; {self._expected()}.")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -116,6 +117,9 @@ class CaptionedFiles:
 
     def _whence(self) -> str:
         return f"the {self.split} split of {self.root} has"
+
+    def _expected(self) -> str:
+        return f"the folder must hold {self.layout}"
 
     def _read_entries(self) -> Iterator[Entry]:
         raise NotImplementedError
@@ -156,6 +160,9 @@ def read_lines(owner: str, path: Path) -> list[str]:
         ValueError: It cannot be read, or is not UTF-8.
     """
     try:
+        # A pipe among the files would be waited for without end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DamagedSample(owner, path, "is no regular file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedSample(owner, path, f"is not UTF-8 text ({error})") from error
