@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.data.damage import DamagedSample, ErrorReport
+from mirror_modules.data.damage import DamagedSample, ErrorReport, printable
 from mirror_modules.data.images import Box, decode_square, image_size, import_pillow, read_square
 from mirror_modules.data.sample import CaptionedImage
 
@@ -145,6 +145,20 @@ class CaptionedFiles:
             yield Entry(image, captions, class_id, box)
         else:
             self._leave_out(source, f"holds no caption of {image.name}")
+
+
+def check_apart(owner: str, *splits: CaptionedFiles) -> None:
+    """Require that no image is in more than one of the splits.
+
+    Raises:
+        ValueError: One is.
+    """
+    shared = set.intersection(*({entry.image for entry in dataset.entries} for dataset in splits))
+    if shared:
+        raise ValueError(
+            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; what is trained on "
+            "says nothing in validation: take them out of one of them."
+        )
 
 
 def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
