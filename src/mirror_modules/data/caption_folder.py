@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from mirror_modules.data.damage import DamagedSample
-from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, is_inside, read_lines
+from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, class_of, is_inside, read_lines
 
 LISTS = ("captions.jsonl", "captions.csv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -116,7 +116,7 @@ class CaptionFolder(CaptionedFiles):
                     self._leave_out(place, said)
                 continue
             own = f"file {path.parent.relative_to(self.root) / said.file}"
-            class_id = _class_id(own if said.group is None else f"class {said.group}")
+            class_id = class_of(own if said.group is None else f"class {said.group}")
             listed = images.setdefault(said.file, _Listed(number, class_id, []))
             listed.captions.append(said.caption if listed.class_id == class_id else None)
         for file, listed in images.items():
@@ -144,11 +144,6 @@ class CaptionFolder(CaptionedFiles):
                 "add images, or divide them into train/ and validation/"
             )
         return super()._expected()
-
-
-def _class_id(name: str) -> int:
-    """A number that depends on the name alone: both splits give it to the same class."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
 
 
 class _Listed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -165,6 +166,11 @@ def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
     """The lines that hold a word, without control characters and the space around them."""
     captions = (_UNPRINTABLE.sub(" ", line).strip() for line in lines)
     return tuple(caption for caption in captions if _WORD.search(caption))
+
+
+def class_of(name: str) -> int:
+    """The class of this name: the same in every process, and in both splits."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
 
 
 def read_lines(owner: str, path: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing_extensions import Self
 from mirror_modules._checks import check_positive
 from mirror_modules.data.batching import seeded
 from mirror_modules.data.damage import DamagedSample, ErrorReport
-from mirror_modules.data.files import clean_captions
+from mirror_modules.data.files import class_of, clean_captions
 from mirror_modules.data.images import decode_square, import_pillow
 from mirror_modules.data.sample import CaptionedImage
 
@@ -220,7 +219,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
             image = decode_square(raw.files[suffix], f"{place}.{suffix}", self.resolution)
         except DamagedSample as error:
             return error
-        return CaptionedImage(image, captions, own_class(place) if class_id is None else class_id, {})
+        return CaptionedImage(image, captions, class_of(place) if class_id is None else class_id, {})
 
 
 def image_suffix(owner: str, place: str, suffixes: Container[str]) -> str:
@@ -257,11 +256,6 @@ def read_captions(owner: str, place: str, files: Mapping[str, bytes]) -> tuple[t
     if not captions:
         raise DamagedSample(owner, place, "has no caption that says anything")
     return captions, class_id
-
-
-def own_class(name: str) -> int:
-    """A class for the sample of this name alone: the same in every process, and in every epoch."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
 
 
 def reason_of(error: Exception) -> str:
