@@ -1,7 +1,10 @@
 """The command line: what it prints, what it writes, and that a mistake costs one line and status 2."""
 
 import dataclasses
+import io
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from PIL import Image
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary, cli
 from mirror_modules.cli import main
 from mirror_modules.training.recipes import demo
-from tests.layouts import make_coco
+from tests.layouts import make_coco, make_folder
 
 CAPTION = "a red flower"
 
@@ -116,6 +119,56 @@ def test_a_folder_is_inspected(capsys, tmp_path):
     assert f"Open {tmp_path / 'new' / 'sheet.png'}" in out
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         assert sheet.width == 4 * 128 + 3 * 12
+
+
+def test_what_a_folder_holds_is_said_without_a_sheet(capsys, tmp_path):
+    root = make_coco(tmp_path / "data", 1, 1)
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    status, out, _ = run(capsys, "data", "inspect", root, "--out", tmp_path / "sheet.png")
+    assert status == 0
+    assert "damaged: 2 of 2" in out
+    assert "Open" not in out
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_before_files_are_read(capsys, tmp_path, monkeypatch):
+    root = make_coco(tmp_path / "data")
+    (tmp_path / "file").write_text("mine")
+    for out, needle in (("data", "is a folder; name a PNG file"), ("file/x/sheet.png", "nothing can be written into")):
+        result = run(capsys, "data", "inspect", root, "--out", tmp_path / out)
+        assert_refused(result, needle)
+        assert "images" not in result[1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device", ".sheet.png.x1y2z3")
+
+    monkeypatch.setattr("mirror_modules.training.pictures.write_png", full)
+    result = run(capsys, "data", "inspect", root, "--out", tmp_path / "sheet.png")
+    assert_refused(result, f"--out {tmp_path / 'sheet.png'} cannot be written (No space left on device).")
+    assert "images" in result[1]
+
+
+def test_a_prepared_folder_of_small_images_is_inspected(capsys, tmp_path):
+    root = make_coco(tmp_path / "data")
+    assert run(capsys, "data", "prepare", root, tmp_path / "cache", "--resolution", 13)[0] == 0
+    status, out, _ = run(capsys, "data", "inspect", tmp_path / "cache", "--out", tmp_path / "sheet.png")
+    assert status == 0
+    assert f"Open {tmp_path / 'sheet.png'}" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
+def test_names_that_cannot_be_printed_are_written_in_ascii(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / os.fsdecode("한".encode() + b"\xff"))
+    (root / "train" / "image0.png").rename(root / "train" / os.fsdecode(b"\xff.png"))
+    for encoding in ("ascii", "utf-8"):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
+        assert main(["data", "inspect", str(root), "--out", str(tmp_path / "sheet.png")]) == 0
+        sys.stdout.flush()
+        said = printed.getvalue().decode(encoding)
+        assert ("한" in said) == (encoding == "utf-8")
+        assert r"\udcff.png has no captions beside it" in said
 
 
 def test_preparing_shows_every_option_with_its_default(capsys):
@@ -307,6 +360,11 @@ def test_an_interruption_is_said_in_one_line(capsys, model, monkeypatch):
     monkeypatch.setattr(MirrorGAN, "from_pretrained", interrupt)
     status, _, err = run(capsys, "generate", model, CAPTION)
     assert (status, len(err.strip().splitlines())) == (130, 1)
+    assert "interrupted." in err
+    monkeypatch.setattr("mirror_modules.data.prepare_captions", interrupt)
+    status, _, err = run(capsys, "data", "prepare", "data", "cache", "--resolution", 8)
+    assert status == 130
+    assert "interrupted; finished files are kept, and the same command goes on with them." in err
 
 
 # A whole run of two steps, on few and small images.

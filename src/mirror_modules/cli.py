@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -28,6 +29,13 @@ usage: mirror-modules COMMAND ...
 
 Device = Literal["auto", "cpu", "cuda"]
 
+# What remains of an interrupted command.
+_KEPT = {
+    "train": "; finished phases and checkpoints are kept",
+    "ablate": "; finished phases and checkpoints are kept",
+    "data prepare": "; finished files are kept, and the same command goes on with them",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -46,15 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in commands:
         print(f"mirror-modules: unknown command {words[0]!r}; there are {', '.join(commands)}.", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and captions may hold what the terminal, or any text, cannot.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             commands[words[0]](words[1:])
         except (ValueError, OSError, ImportError, NotImplementedError, MemoryError, OverflowError) as error:
-            print(f"mirror-modules {words[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            reason = str(error) or "there is not enough memory"
+            print(f"mirror-modules {words[0]}: {' '.join(reason.splitlines())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"mirror-modules {words[0]}: interrupted; finished phases and checkpoints are kept.", file=sys.stderr)
+            kept = _KEPT.get(" ".join(words[:2] if words[0] == "data" else words[:1]), "")
+            print(f"mirror-modules {words[0]}: interrupted{kept}.", file=sys.stderr)
             return 130
         except RuntimeError as error:
             # Imported late: most commands need nothing of the training.
@@ -234,8 +247,8 @@ class InspectOptions:
     """Its format; auto recognizes it."""
     out: Path = Path("contact.png")
     """PNG file to write: some images of both splits, each with a caption."""
-    resolution: int = 64
-    """Height and width of the images in it."""
+    resolution: int | None = None
+    """Height and width of the images in it; 64 if not given, or less if the folder was prepared at less."""
     max_words: int = 18
     """Captions of more words are counted as long."""
     min_count: int = 1
@@ -302,17 +315,29 @@ def _prepare(arguments: list[str]) -> None:
 def _inspect(arguments: list[str]) -> None:
     options = _parse(InspectOptions, arguments, "mirror-modules data inspect", positional=("path",))
     from mirror_modules.training.inspection import inspect_folder
+    from mirror_modules.training.pictures import write_png
 
-    print(
-        inspect_folder(
-            options.path,
-            options.out,
-            source=options.source,
-            resolution=options.resolution,
-            max_words=options.max_words,
-            min_count=options.min_count,
-        )
+    # Before all files are read, which may take long.
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a PNG file.")
+    above = next(folder for folder in options.out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {options.out}: nothing can be written into {above}; name another file.")
+    found = inspect_folder(
+        options.path,
+        source=options.source,
+        resolution=options.resolution,
+        max_words=options.max_words,
+        min_count=options.min_count,
     )
+    print(found.text)
+    if found.sheet is None:
+        return
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_png(found.sheet, options.out)
+    except OSError as error:
+        raise OSError(f"--out {options.out} cannot be written ({error.strerror or error}).") from error
     print(f"Open {options.out}")
 
 

@@ -131,7 +131,7 @@ def test_what_tells_left_from_right_is_not_mirrored():
         "a bird on the left",
         "its right_wing",
         "LEFT, then right!",
-        "a bright bird, lefthanded",
+        "a bright bird, leftover",
         "an outright cleft",
         "two birds",
     ]
@@ -147,6 +147,25 @@ def test_what_tells_left_from_right_is_not_mirrored():
             mirrored[row] += int(image[0, 0, 0] > image[0, -1, 0])
     assert [mirrored[row] for row in range(3)] == [0, 0, 0]
     assert all(8 < mirrored[row] < 32 for row in range(3, 6))
+
+
+@pytest.mark.parametrize(
+    ("word", "is_side"),
+    [
+        *((word, True) for word in ("Leftmost", "right-hand", "lefthand", "righthanded", "leftward", "rightwards")),
+        *((word, False) for word in ("leftover", "upright", "rightful", "bright", "cleft")),
+    ],
+)
+def test_words_that_tell_a_side(word, is_side):
+    sample = CaptionedImage(np.zeros((H, W, 3), np.uint8), (f"its {word} wing",), 0, {})
+    assert InMemoryCaptions([sample], max_words=18).tells_sides.tolist() == [is_side]
+
+
+def test_mirrored_images_and_numbers_of_numpy_are_taken():
+    image = np.arange(H * W * 3, dtype=np.uint8).reshape(H, W, 3)
+    data = InMemoryCaptions([CaptionedImage(image[:, ::-1], ["a bird"], np.int64(3), {})], max_words=18)
+    assert np.array_equal(data.images[0].numpy(), image[:, ::-1])
+    assert data.class_ids.tolist() == [3]
 
 
 class Counting(Numbered):
@@ -217,6 +236,22 @@ def test_errors(data):
         InMemoryCaptions(Numbered(0), max_words=18)
     with pytest.raises(ValueError, match=r"image 3 is \(4, 4, 3\), but the first is \(5, 7, 3\)"):
         InMemoryCaptions(Broken(image=np.zeros((4, 4, 3), dtype=np.uint8)), max_words=18)
+    for image, found in (
+        (np.full((H, W, 3), 0.9, np.float32), r"float32 \(5, 7, 3\)"),
+        (np.zeros((3, H, W), np.uint8), r"uint8 \(3, 5, 7\)"),
+        (np.zeros((H, W), np.uint8), r"uint8 \(5, 7\)"),
+        (torch.zeros(H, W, 3, dtype=torch.uint8), "of type Tensor"),
+    ):
+        with pytest.raises(ValueError, match=rf"image 3 is {found}; expected a numpy array, uint8 \(H, W, 3\)"):
+            InMemoryCaptions(Broken(image=image), max_words=18)
+    for captions in ("abc", (b"a",), None):
+        with pytest.raises(ValueError, match=r"sample 3 has the captions .*; expected a tuple of texts"):
+            InMemoryCaptions(Broken(captions=captions), max_words=18)
+    for class_id in (None, 1.5, -1, 10**30, True):
+        with pytest.raises(
+            ValueError, match=r"sample 3 has the class .*; expected a whole number from 0, below 2\*\*63"
+        ):
+            InMemoryCaptions(Broken(class_id=class_id), max_words=18)
     with pytest.raises(ValueError, match="sample 3 has no caption"):
         InMemoryCaptions(Broken(captions=()), max_words=18)
     with pytest.raises(ValueError, match="max_words must be a whole number of at least 1, but it is 0"):
@@ -227,6 +262,13 @@ def test_errors(data):
         RepeatableBatches(data, 12, 0)
     with pytest.raises(ValueError, match="batch_size=5 must be a multiple of ranks=2"):
         RepeatableBatches(data, 5, 0, ranks=2)
+    for rank in (-1, 2, 0.5):
+        with pytest.raises(ValueError, match=f"rank must be from 0 to 1 with ranks=2, but it is {rank}"):
+            RepeatableBatches(data, 4, 0, rank=rank, ranks=2)
+    with pytest.raises(ValueError, match="crop must be a whole number of at least 1, but it is 0"):
+        RepeatableBatches(data, 3, 0, crop=0)
+    with pytest.raises(ValueError, match="crop=6 exceeds the images of 7 x 5 pixels"):
+        RepeatableBatches(data, 3, 0, crop=6)
     with pytest.raises(IndexError, match="batches are counted from 0, and -1 was asked for"):
         RepeatableBatches(data, 3, 0)[-1]
 

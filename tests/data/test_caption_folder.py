@@ -1,9 +1,13 @@
 import json
+import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
 
 from mirror_modules.data import CaptionFolder
+from mirror_modules.data.files import read_lines
 from tests.layouts import captions_of, make_folder, write_image
 
 pytest.importorskip("PIL.Image")
@@ -33,7 +37,22 @@ def test_samples_belong_to_their_files(tmp_path, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_classes_come_from_a_list_or_are_as_many_as_images(tmp_path, style):
     classes = [sample.class_id for sample in CaptionFolder(make_folder(tmp_path, style=style))]
-    assert classes == ([0, 1, 2, 3, 4, 5] if style == "txt" else [0, 1, 2, 0, 1, 2])
+    assert [classes.index(each) for each in classes] == ([0, 1, 2, 3, 4, 5] if style == "txt" else [0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize("style", ["jsonl", "csv"])
+def test_a_class_is_the_same_in_both_splits(tmp_path, style):
+    """Images 0 to 5 are of the classes 0, 1, 2, 0, 1, 2, and 6 and 7 of 0 and 1."""
+    root = make_folder(tmp_path, validation=2, style=style)
+    training = [entry.class_id for entry in CaptionFolder(root).entries]
+    assert [entry.class_id for entry in CaptionFolder(root, split="validation").entries] == training[:2]
+    assert all(0 <= class_id < 2**63 for class_id in training)
+    for split in ("train", "validation"):
+        (root / split / "captions.csv").unlink(missing_ok=True)
+        (root / split / "captions.jsonl").write_text('{"file": "image.png", "caption": "x"}')
+        write_image(root / split / "image.png", 0)
+    own = [CaptionFolder(root, split=split).entries[0].class_id for split in ("train", "validation")]
+    assert len({*own, *training}) == 5
 
 
 def test_without_a_class_an_image_is_a_class_of_its_own(tmp_path):
@@ -43,7 +62,9 @@ def test_without_a_class_an_image_is_a_class_of_its_own(tmp_path):
     (tmp_path / "validation").mkdir()
     lines = ["class,caption,file", *(f"{group},some words,{file}" for file, group in rows)]
     (tmp_path / "train" / "captions.csv").write_text("\n".join(lines))
-    assert [sample.class_id for sample in CaptionFolder(tmp_path)] == [0, 1, 0, 2]
+    a, b, c, d = (sample.class_id for sample in CaptionFolder(tmp_path))
+    assert a == c
+    assert len({a, b, d}) == 3
 
 
 def test_a_tenth_is_for_validation_and_stays_there(tmp_path):
@@ -122,6 +143,13 @@ def test_lines_that_do_not_fit(tmp_path, row, message):
         (b"file,caption\na.png,a red, round one\n", "line 2 has 3 columns instead of 2; put captions with commas into"),
         (b"file,caption\na.png\n", "line 2 has 1 columns instead of 2"),
         (b'file,caption\na.png,"' + b"x" * 200_000 + b'"\n', r"line 2 is not CSV \(field larger than"),
+        (
+            b'file,caption\na.png,x\na.png,"a 12 bird\na.png,y\n',
+            r"line 3 is not CSV \(unexpected end of data\); double a",
+        ),
+        (b'file,caption\na.png,"x\ny"\na.png,"x\ny",z\n', "line 4 has 3 columns instead of 2"),
+        (b"file,caption,caption\na.png,x,y\n", "the first line must name the columns file and caption, once each"),
+        (b"file;caption\na.png;x\n", r"begins with \['file;caption'\]; .* and with commas between them"),
         (b"file,caption\na.png,\xff\n", "captions.csv is not UTF-8 text .*; save it as UTF-8"),
     ],
 )
@@ -133,6 +161,21 @@ def test_tables_that_do_not_fit(tmp_path, content, message):
         CaptionFolder(tmp_path)
 
 
+def test_a_quotation_mark_that_is_left_open_costs_its_row_alone(tmp_path):
+    lines = ["file,caption", *(f"image{i}.png,a red bird number {i}" for i in range(40))]
+    lines[10] = 'image9.png,"a 12 bird'
+    lines[20] = 'image19.png,"a ""red"", round bird"'
+    for i in range(40):
+        write_image(tmp_path / "train" / f"image{i}.png", i, (3, 3))
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "train" / "captions.csv").write_text("\n".join(lines))
+    folder = CaptionFolder(tmp_path, on_error="skip")
+    assert [entry.image.name for entry in folder.entries] == [f"image{i}.png" for i in range(40) if i != 9]
+    assert folder[18].captions == ('a "red", round bird',)
+    (skipped,) = folder.report.skipped
+    assert skipped.file.endswith("captions.csv line 11")
+
+
 def test_files_without_their_partner(tmp_path):
     root = make_folder(tmp_path)
     (root / "train" / "image3.txt").unlink()
@@ -141,13 +184,48 @@ def test_files_without_their_partner(tmp_path):
     (root / "train" / "image4.png").unlink()
     (root / "train" / "image5.txt").write_bytes(b"\xff\xfe\x00")
     write_image(root / "train" / "image0.bmp", 0)
+    (root / "train" / "image1.TXT").write_text("another thing")
     folder = CaptionFolder(root, on_error="list")
     assert len(folder) == 3
     reasons = {skipped.file.rsplit("/")[-1]: skipped.reason for skipped in folder.report.skipped}
-    assert reasons.keys() == {"image3.png", "image4.txt", "image5.txt", "image0.png"}
+    assert reasons.keys() == {"image3.png", "image4.txt", "image5.txt", "image0.png", "image1.txt"}
+    assert reasons["image1.txt"] == "has the name of image1.TXT; put all captions into one of them"
     assert reasons["image4.txt"] == "has no image of its name beside it"
     assert reasons["image5.txt"].startswith("is not UTF-8 text")
     assert reasons["image0.png"] == "has the name of image0.bmp, and the same captions; rename one of them"
+
+
+def test_a_tenth_of_few_images_may_be_none(tmp_path):
+    make_undivided(tmp_path, 3)
+    assert len(CaptionFolder(tmp_path)) == 3
+    with pytest.raises(
+        ValueError,
+        match=r"validation split of .* has no photograph; a tenth, chosen by their names, is for validation, and all 3 "
+        r"went to the other split: add images, or divide them into train/ and validation/\.",
+    ):
+        CaptionFolder(tmp_path, split="validation")
+    assert len(CaptionFolder(tmp_path, split="validation", on_error="list")) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        read_lines("reader", tmp_path / "pipe")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
+@pytest.mark.parametrize("on_error", ["stop", "list"])
+def test_names_that_are_not_unicode_can_be_written(tmp_path, on_error):
+    root = make_folder(tmp_path)
+    for suffix in (b".png", b".jpg"):
+        shutil.copy(root / "train" / "image0.png", os.fsencode(root / "train") + b"/\xff" + suffix)
+    try:
+        reported = str(CaptionFolder(root, on_error=on_error).report.skipped)
+    except OSError as error:
+        reported = str(error)
+    assert "\\udcff.jpg" in reported
+    assert reported.encode()
 
 
 def test_layouts_that_are_unclear(tmp_path):

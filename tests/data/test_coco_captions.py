@@ -24,6 +24,17 @@ def test_samples_belong_to_their_files(tmp_path, year):
         assert all(sample.image.shape == (13, 13, 3) and sample.image.dtype == np.uint8 for sample in coco)
 
 
+def test_both_splits_are_of_one_year(root):
+    """Those of 2014 hold photographs of the splits of 2017."""
+    make_coco(root, year="2014")
+    (root / "annotations" / "captions_val2017.json").unlink()
+    for split in ("train", "validation"):
+        assert all("2014" in entry.image.parent.name for entry in CocoCaptions(root, split=split).entries)
+    (root / "annotations" / "captions_train2014.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no annotations/captions_val2017.json"):
+        CocoCaptions(root, split="validation")
+
+
 @pytest.mark.parametrize("part", ["annotations/captions_train2017.json", "train2017"])
 def test_wrong_layout(root, part):
     (root / part).rename(root / "elsewhere")

@@ -58,9 +58,12 @@ def test_captions_out_of_a_pickle(tmp_path):
     [
         ({"a": 1}, r"captions.pickle must be a list of training captions, test captions, words by number"),
         ([[], [], [], []], r"captions.pickle must be a list of training captions"),
-        ([[[1]] * 59, [], {1: "x"}, {}], r"has 59 captions of split 'train'; expected 10 for each of the 6 images"),
+        (
+            [[[1] for _ in range(59)], [], {1: "x"}, {}],
+            r"has 59 captions of split 'train'; expected 10 for each of the 6 images",
+        ),
         ([3, [], {1: "x"}, {}], r"has no list \(int\) captions of split 'train'"),
-        ([[[2, "x", None]] * 60, [], {1: "x"}, {}], r"captions.pickle holds no caption of Wren_0000.jpg"),
+        ([[[2, "x", None] for _ in range(60)], [], {1: "x"}, {}], r"captions.pickle holds no caption of Wren_0000.jpg"),
         ([[7] * 60, [], {1: "x"}, {}], r"captions.pickle holds no caption of Wren_0000.jpg"),
     ],
 )
@@ -91,6 +94,22 @@ def test_wrong_layout(root, part):
     (root / part).rename(root / "elsewhere")
     with pytest.raises(FileNotFoundError, match=f"has no {part}; the folder must hold CUB_200_2011/ with images/"):
         CubBirds(root)
+
+
+@pytest.mark.parametrize("value", [-1, 2**31, 10**6000, [[1]], 1.0], ids=lambda value: type(value).__name__)
+def test_a_class_that_is_none_is_left_out_whatever_it_is(root, value):
+    write_pickle(root / "train" / "class_info.pickle", [1, 2, value, 1, 2, 1])
+    with pytest.raises(ValueError, match=r"class_info.pickle entry 2 is of type (int|list|float); expected the number"):
+        CubBirds(root)
+    birds = CubBirds(root, on_error="list")
+    assert (len(birds), len(birds.report.skipped)) == (5, 1)
+
+
+def test_a_class_of_both_splits_is_refused(root):
+    write_pickle(root / "test" / "class_info.pickle", [3, 2, 4])
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=r"class 2 is in class_info.pickle of both train and test in .*: take it"):
+            CubBirds(root, split=split, on_error="list")
 
 
 def test_classes_that_do_not_fit(root):

@@ -157,6 +157,16 @@ def test_images_that_would_fill_the_memory_are_refused(tmp_path):
         read_square(tmp_path / "bomb.png", 8)
 
 
+def test_a_full_memory_is_no_damaged_image(tmp_path, monkeypatch):
+    def full(image):
+        raise MemoryError
+
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    monkeypatch.setattr(images, "_as_bytes", full)
+    with pytest.raises(MemoryError):
+        read_square(path, 8)
+
+
 def test_what_is_no_image_is_named(tmp_path):
     def refused(name, content):
         path = tmp_path / name

@@ -42,7 +42,7 @@ def test_a_split_is_counted(root):
     assert (facts.shorter_side, facts.longer_side) == ((10, 10.5, 11), (29, 29.5, 30))
     assert facts.caption_words == (1, 4, 5)
     assert facts.words == Counter({"red": 3, **dict.fromkeys(["a", "bird", "one", "two", "three", "four", "five"], 1)})
-    assert facts.classes == {0, 1}
+    assert len(facts.classes) == 2
     assert [skipped.reason for skipped in facts.damaged] == ["holds no caption of c.png"]
     assert [sample.captions[0] for sample in facts.pictures] == ["A red, red bird.", "red"]
 
@@ -100,6 +100,9 @@ def test_only_so_many_damaged_files_are_listed(tmp_path):
 def test_classes_are_compared_where_there_are_some(tmp_path):
     root = make_folder(tmp_path, training=9, validation=6, style="csv")
     assert "classes in both splits: 3" in describe_splits(facts_of(root, "train"), facts_of(root, "validation"))
+    table = root / "validation" / "captions.csv"
+    table.write_text(table.read_text().replace(",red", ",violet").replace(",green", ",gold"))
+    assert "classes in both splits: 1" in describe_splits(facts_of(root, "train"), facts_of(root, "validation"))
     plain = make_folder(tmp_path / "plain")
     assert "in both splits" not in describe_splits(facts_of(plain, "train"), facts_of(plain, "validation"))
 

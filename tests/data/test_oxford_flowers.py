@@ -108,6 +108,27 @@ def test_a_class_that_is_listed_twice_is_read_once(root):
     assert len(OxfordFlowers(root)) == 3
 
 
+def test_a_class_of_both_splits_is_refused(root):
+    (root / "valclasses.txt").write_text("class_00007\nclass_00010\n")
+    for split in ("train", "validation"):
+        with pytest.raises(
+            ValueError, match=r"class_00010 is in both .*trainclasses.txt and .*valclasses.txt; .*: take"
+        ):
+            OxfordFlowers(root, split=split, on_error="list")
+
+
+def test_a_photograph_of_two_classes_is_read_once(root):
+    text = root / "text_c10" / "class_00010" / "image_00001.txt"
+    text.write_text("a flower")
+    with pytest.raises(
+        ValueError, match=r"class_00010/image_00001.txt describes .*jpg, which another class has already"
+    ):
+        OxfordFlowers(root)
+    flowers = OxfordFlowers(root, on_error="list")
+    assert [sample.class_id for sample in flowers] == [4, 4, 10]
+    assert [skipped.file for skipped in flowers.report.skipped] == [str(text)]
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; it must hold jpg/, text_c10/"):
         OxfordFlowers(tmp_path / "nowhere")

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import json
+import os
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -304,7 +306,9 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(made, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(preparing, "_write_header", full)
-    with pytest.raises(OSError, match=r"cache cannot be written \(No space left on device\); it needs about 0 MiB"):
+    with pytest.raises(
+        OSError, match=r"cache cannot be written \(No space left on device\); it needs about 0 MiB.*room"
+    ):
         prepare_captions(made[0], tmp_path / "cache", resolution=R)
     assert not (tmp_path / "cache").exists()
     (unfinished,) = tmp_path.iterdir()
@@ -314,9 +318,80 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(made, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+def test_what_is_no_full_disk_asks_for_no_room(made, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    calls = []
+    with pytest.raises(OSError, match=r"file/cache cannot be written \(Not a directory\)\.$"):
+        prepare_captions(made[0], tmp_path / "file" / "cache", resolution=R, progress=lambda *done: calls.append(done))
+    assert not calls
+
+
+def test_links_lead_to_the_folder(made, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        made_here = prepare_captions(made[0], tmp_path / f"to-{name}", resolution=R, shard_size=SHARD)
+        assert made_here.folder == tmp_path / name
+        assert files_of(tmp_path / f"to-{name}") == files_of(made[1])
+
+
+def test_a_folder_is_prepared_by_one_process_at_a_time(made, tmp_path):
+    """A call within the progress of another stands for a second process."""
+    pytest.importorskip("fcntl")
+
+    def second(*_):
+        with pytest.raises(ValueError, match=r"another process prepares .*cache from the same originals; wait for it"):
+            prepare_captions(made[0], tmp_path / "cache", resolution=R)
+        raise Killed
+
+    with pytest.raises(Killed):
+        prepare_captions(made[0], tmp_path / "cache", resolution=R, progress=second)
+
+    def other(*_):
+        if not (tmp_path / "cache").exists():
+            prepare_captions(made[0], tmp_path / "cache", resolution=11)
+
+    # Of two that differ, the first to end stays, and the other keeps what it has done.
+    with pytest.raises(OSError, match=r"cache cannot be written \(Directory not empty\)"):
+        prepare_captions(made[0], tmp_path / "cache", resolution=R, progress=other)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert PreparedCaptions(tmp_path / "cache", resolution=11)
+
+
+def test_an_image_of_both_splits_is_refused(made, tmp_path):
+    root = shutil.copytree(made[0], tmp_path / "originals")
+    shutil.copy(root / "text_c10" / "class_00001" / "image_00002.txt", root / "text_c10" / "class_00007")
+    with pytest.raises(
+        ValueError, match=r"prepare_captions: 1 images are in both splits, such as .*image_00002.jpg; what"
+    ):
+        prepare_captions(root, tmp_path / "cache", resolution=R)
+
+
+def test_a_finished_folder_that_lacks_a_part_is_refused(made, cache):
+    change_facts(cache, lambda facts: facts.pop("source"))
+    with pytest.raises(
+        ValueError, match=r"prepared.json lacks a part \('source'\); remove the folder and write it again"
+    ):
+        prepare_captions(made[0], cache, resolution=R, shard_size=SHARD)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
+def test_names_that_are_not_unicode_are_listed(tmp_path):
+    root = make_folder(tmp_path / "originals", 41, VALIDATION)
+    for suffix in (b".png", b".jpg"):
+        shutil.copy(root / "train" / "image0.png", os.fsencode(root / "train") + b"/\xff" + suffix)
+    (root / "train" / "image0.txt").rename(root / "train" / os.fsdecode(b"\xff.txt"))
+    (root / "train" / "image0.png").unlink()
+    result = prepare_captions(root, tmp_path / "cache", resolution=R, on_error="skip")
+    (skipped,) = result.skipped
+    assert skipped.reason.startswith(r"has the name of \udcff.jpg, and the same captions")
+    assert r"\udcff.jpg" in (tmp_path / "cache" / "train.jsonl").read_text()
+
+
 def test_arguments_are_checked(made, tmp_path):
     for changes, message in (
         ({"resolution": 0}, "prepare_captions: resolution must be a whole number of at least 1, but it is 0"),
+        ({"resolution": 8193}, "prepare_captions: resolution=8193 exceeds 8192, which is as large as images may be"),
         ({"shard_size": 0}, "prepare_captions: shard_size must be a whole number of at least 1, but it is 0"),
         ({"on_error": "list"}, "on_error must be one of 'stop', 'skip', but it is 'list'"),
         ({"source": "imagenet"}, "source must be one of 'auto', 'oxford-flowers'"),
@@ -351,6 +426,23 @@ def test_a_truncated_shard_is_refused(cache, left):
     with pytest.raises(ValueError, match=r"train-00001.npy cannot be read; it was cut short or is no array .*; remove"):
         open_captions(cache, resolution=R, on_error="skip")
     assert len(open_captions(cache, "validation", R)) == VALIDATION
+
+
+@pytest.mark.parametrize("place", range(8, 80, 3))
+def test_a_damaged_header_is_refused(cache, place):
+    path = cache / "train-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[place : place + 3] = b"(('"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00001.npy (cannot be read|holds).*; remove the folder and write"):
+        open_captions(cache, resolution=R)
+
+
+def test_a_file_that_holds_more_is_refused(cache):
+    with (cache / "train-00001.npy").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"train-00001.npy holds more than its images; remove the folder"):
+        open_captions(cache, resolution=R)
 
 
 @pytest.mark.parametrize(
@@ -392,9 +484,10 @@ def test_lines_that_are_missing_or_damaged_are_refused(cache):
         path.write_text("".join([*lines[:2], line + "\n", *lines[3:]]))
         with pytest.raises(ValueError, match=r"train.jsonl line 3 does not hold what it should .*; remove the folder"):
             open_captions(cache, resolution=R)
-    for change in ({"captions": []}, {"captions": "red"}, {"captions": [3]}, {"class_id": True}, {"file": None}):
+    captions = ({"captions": []}, {"captions": "red"}, {"captions": [3]})
+    for change in (*captions, {"class_id": True}, {"class_id": 10**30}, {"class_id": -1}, {"file": None}):
         path.write_text("".join([*lines[:2], json.dumps(row | change) + "\n", *lines[3:]]))
-        with pytest.raises(ValueError, match=r"train.jsonl line 3 needs a file, captions and a class_id"):
+        with pytest.raises(ValueError, match=r"train.jsonl line 3 needs a file, captions and a class_id from 0, below"):
             open_captions(cache, resolution=R)
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"train.jsonl is not UTF-8 text"):

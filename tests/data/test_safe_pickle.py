@@ -115,6 +115,65 @@ def test_damaged_files_are_named(tmp_path, content):
         read_pickle(written(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps([shared := [1, 2], shared], protocol=2),
+        b"\x80\x02)\x85q\x000h\x00h\x00\x86.",  # a tuple, remembered after its making
+        b"\x80\x02)\x85X\x01\x00\x00\x00x0q\x000h\x00.",  # text is made and thrown away before
+        b"\x80\x02]" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01s.",
+    ],
+    ids=range(4),
+)
+def test_what_is_shared_could_grow_without_end(tmp_path, content):
+    with pytest.raises(ValueError, match=r"damaged: .* \(a list, tuple or dict stands at several places in it\)"):
+        read_pickle(written(tmp_path, content))
+
+
+def test_text_and_numbers_may_be_shared(tmp_path):
+    word, number = "word", np.int64(7)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        content = [{1: word}, {word: 1}, number, number, np.int64(8)]
+        assert read_pickle(written(tmp_path, pickle.dumps(content, protocol=protocol))) == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", b"\x80\x02}K\x01" + b"\x85" * 10**6 + b"K\x01s."],
+    ids=["lists", "tuples"],
+)
+def test_what_is_nested_too_deep_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r"damaged: .* \(it is nested more than 100 deep\)"):
+        read_pickle(written(tmp_path, content))
+
+
+def test_long_lists_are_not_deep(tmp_path):
+    content = [list(range(3000)), {i: str(i) for i in range(3000)}]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert read_pickle(written(tmp_path, pickle.dumps(content, protocol=protocol))) == content
+
+
+def test_sets_of_tuples_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a set in it holds more than text and numbers"):
+        read_pickle(written(tmp_path, pickle.dumps({(1, 2)}, protocol=2)))
+
+
+@pytest.mark.parametrize("name", ["numpy.core.multiarray\nscalar", "numpy\ndtype", "_codecs\nencode", "builtins\nset"])
+@pytest.mark.parametrize("state", [b"}", b"N}X\x0c\0\0\0__defaults__K\x01K\x02\x86s\x86"], ids=["state", "slots"])
+def test_what_is_called_keeps_its_defaults(tmp_path, name, state):
+    with pytest.raises(ValueError, match=r"damaged: .* .it gives a function a state"):
+        read_pickle(written(tmp_path, b"\x80\x02c" + name.encode() + b"\n" + state + b"b."))
+    assert read_pickle(written(tmp_path, pickle.dumps(np.int64(7), protocol=2))) == 7
+
+
+@pytest.mark.parametrize(
+    "content", [b"cnumpy\ndtype\n.", b"(lcnumpy\ndtype\n(S'i4'\ntRa.", b"(dI1\nc_codecs\nencode\ns."]
+)
+def test_what_is_left_of_numpy_is_no_data(tmp_path, content):
+    with pytest.raises(ValueError, match=r"damaged: .* .it holds something of type _(Call|ScalarType)"):
+        read_pickle(written(tmp_path, content))
+
+
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_pickle(tmp_path / "nowhere.pickle")

@@ -181,6 +181,7 @@ BROKEN = {
     "cut in a header": (lambda c: cut(c, headers(c)[6] + 7), TORN, 3),
     "cut between files": (lambda c: cut(c, headers(c)[6]), TORN, 3),
     "cut behind all": (lambda c: cut(c, headers(c)[-1]), TORN, 5),
+    "zeros": (lambda c: c[: headers(c)[6]] + bytes(1024) + c[headers(c)[6] + 1024 :], "zeros in the middle of it", 3),
     "damaged header": (lambda c: flipped(c, headers(c)[4]), TORN, 2),
     "negative size": (negative_size, "", 1),
     "empty": (lambda c: b"", "empty file", 0),

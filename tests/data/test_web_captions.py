@@ -1,6 +1,7 @@
 """Shards give each sample once, to whatever ranks and workers, and go on where they were stopped."""
 
 import builtins
+import gzip
 import json
 import tarfile
 from collections import Counter
@@ -250,6 +251,69 @@ def test_of_a_shard_that_is_cut_the_cut_is_told_first(tmp_path):
         "cannot be read as a ",
         "has no captions; exp",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda content, place: content.__setitem__(place + 300, content[place + 300] ^ 1),
+            "a header in it is damaged",
+        ),
+        (
+            lambda content, place: content.__setitem__(slice(place, place + 512), b"x" * 512),
+            "a header in it is damaged",
+        ),
+        (lambda content, place: content.__setitem__(slice(place, place + 1024), bytes(1024)), "zeros in the middle of"),
+        (lambda content, place: content.__delitem__(slice(place + 200, None)), "a header in it is damaged: truncated"),
+        (lambda content, place: content.__delitem__(slice(place, None)), "its end is missing"),
+    ],
+    ids=["bit", "block", "zeros", "cut", "end"],
+)
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path, change, reason, ending):
+    shard = write_shard(tmp_path / "a.tar", range(9))
+    content = bytearray(shard.read_bytes())
+    change(content, content.find(b"0004."))
+    damaged_shard = tmp_path / f"damaged.{ending}"
+    damaged_shard.write_bytes(gzip.compress(content) if ending == "tar.gz" else content)
+    with pytest.raises(ValueError, match=rf"damaged.{ending} cannot be read as a whole \({reason}.*\); mend it"):
+        list(WebDatasetCaptions(damaged_shard, R, seed=None))
+    captions = WebDatasetCaptions(damaged_shard, R, seed=None, on_error="list")
+    assert numbers(captions) == [0, 1, 2, 3]
+    assert [skipped.file for skipped in captions.report.skipped] == [str(damaged_shard)]
+
+
+def test_a_compressed_shard_is_read_and_one_that_is_cut_is_told(tmp_path):
+    content = gzip.compress(write_shard(tmp_path / "a.tar", range(9)).read_bytes())
+    shard = tmp_path / "a.tar.gz"
+    shard.write_bytes(content)
+    assert numbers(WebDatasetCaptions(shard, R, seed=None)) == list(range(9))
+    for left in (1000, len(content) // 2):
+        shard.write_bytes(content[:left])
+        captions = WebDatasetCaptions(shard, R, seed=None, on_error="list")
+        assert len(list(captions)) < 9
+        assert captions.report.skipped[0].file == str(shard)
+
+
+def test_a_shard_of_nothing_is_told(tmp_path):
+    tarfile.open(tmp_path / "a.tar", "w").close()
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a whole \(there is no sample in it\)"):
+        list(WebDatasetCaptions(tmp_path / "a.tar", R))
+
+
+def test_a_name_that_looks_remote_may_be_a_file(tmp_path, monkeypatch):
+    write_shard(tmp_path / "run:b.tar", range(3))
+    monkeypatch.chdir(tmp_path)
+    assert numbers(WebDatasetCaptions("run:b.tar", R, seed=None)) == [0, 1, 2]
+
+
+def test_commands_are_read_and_fail_by_their_status(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", range(3))
+    assert numbers(WebDatasetCaptions(f"pipe:cat {shard}", R, seed=None)) == [0, 1, 2]
+    assert len(list(islice(WebDatasetCaptions(f"pipe:cat {shard}", R, seed=None), 1))) == 1
+    with pytest.raises(ValueError, match=r"cannot be read as a whole \(.*: exit 7 "):
+        list(WebDatasetCaptions("pipe:exit 7", R))
 
 
 def test_the_torn_end_of_a_shard_does_not_meet_the_next_one(tmp_path):

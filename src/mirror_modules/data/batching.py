@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.damage import DamagedSample, ErrorReport
 from mirror_modules.data.prepared import PreparedCaptions
-from mirror_modules.data.sample import CaptionedImages
+from mirror_modules.data.sample import CaptionedImage, CaptionedImages
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 from mirror_modules.stem.vocabulary import Vocabulary
 
-# A mirror image would make a lie of these words.
-_SIDES = re.compile(r"(?<![^\W_])(left|right)(?![^\W_])", re.IGNORECASE)
+# A mirror image would make a lie of these words. Only English ones are known.
+_SIDES = re.compile(r"(?<![^\W_])(left|right)(most|wards?|hand(ed)?)?(?![^\W_])", re.IGNORECASE)
 
 
 class CaptionBatch(NamedTuple):
@@ -59,8 +59,9 @@ class InMemoryCaptions:
             the first one.
 
     Raises:
-        ValueError: The data set is empty, its images differ in size, a sample has no caption, or samples are damaged
-            and `report` is None, or refuses the first one or so many.
+        ValueError: The data set is empty, its images differ in size, a sample has no caption, or is no
+            `CaptionedImage` of bytes, text and a class from 0, or samples are damaged and `report` is None, or refuses
+            the first one or so many.
     """
 
     images: Tensor
@@ -124,6 +125,7 @@ class InMemoryCaptions:
                 report.add(owner, *error.skipped)
                 damaged += 1
             else:
+                _check_sample(owner, i, sample)
                 kept = len(self.captions)
                 if kept == 0:
                     self.images = torch.empty((size, *sample.image.shape), dtype=torch.uint8)
@@ -132,10 +134,9 @@ class InMemoryCaptions:
                         f"{owner}: image {i} is {sample.image.shape}, but the first is "
                         f"{tuple(self.images.shape[1:])}; all must have one size."
                     )
-                if not sample.captions:
-                    raise ValueError(f"{owner}: sample {i} has no caption; each needs at least one.")
-                self.images[kept] = torch.from_numpy(sample.image)
-                class_ids.append(sample.class_id)
+                # A copy of what is mirrored or turned, which torch does not take.
+                self.images[kept] = torch.from_numpy(np.ascontiguousarray(sample.image))
+                class_ids.append(int(sample.class_id))
                 self.attributes.append(sample.attributes)
                 self.captions.append(tuple(sample.captions))
             report.check(owner, damaged, size)
@@ -205,6 +206,22 @@ class InMemoryCaptions:
         return self._first[indices] + choices
 
 
+def _check_sample(owner: str, i: int, sample: CaptionedImage) -> None:
+    image, captions, class_id = sample.image, sample.captions, sample.class_id
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"of type {type(image).__name__}"
+        raise ValueError(f"{owner}: image {i} is {found}; expected a numpy array, uint8 (H, W, 3).")
+    if not isinstance(captions, tuple | list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{owner}: sample {i} has the captions {captions!r}; expected a tuple of texts.")
+    if not captions:
+        raise ValueError(f"{owner}: sample {i} has no caption; each needs at least one.")
+    is_whole = isinstance(class_id, int | np.integer) and not isinstance(class_id, bool)
+    if not is_whole or not 0 <= class_id < 2**63:
+        raise ValueError(
+            f"{owner}: sample {i} has the class {class_id!r}; expected a whole number from 0, below 2**63."
+        )
+
+
 class RepeatableBatches(Dataset[CaptionBatch]):
     """Shuffled epochs without end, a random caption for each image each time: `batches[n]` is batch number n.
 
@@ -224,7 +241,8 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         with_images: Whether the images are wanted; see `InMemoryCaptions.batch`.
 
     Raises:
-        ValueError: `batch_size` is not from 1 to the number of samples, or not a multiple of `ranks`.
+        ValueError: `batch_size` is not from 1 to the number of samples, or not a multiple of `ranks`, `rank` is none of
+            them, or `crop` exceeds the images.
     """
 
     def __init__(
@@ -244,6 +262,13 @@ class RepeatableBatches(Dataset[CaptionBatch]):
             raise ValueError(f"{owner}: batch_size={batch_size} exceeds the {len(captions)} samples.")
         if batch_size % ranks:
             raise ValueError(f"{owner}: batch_size={batch_size} must be a multiple of ranks={ranks}.")
+        if not isinstance(rank, int) or not 0 <= rank < ranks:
+            raise ValueError(f"{owner}: rank must be from 0 to {ranks - 1} with ranks={ranks}, but it is {rank!r}.")
+        if crop is not None:
+            check_positive(owner, crop=crop)
+            height, width = captions.images.shape[1:3]
+            if crop > min(height, width):
+                raise ValueError(f"{owner}: crop={crop} exceeds the images of {width} x {height} pixels.")
         self.captions, self.batch_size, self.seed, self.crop = captions, batch_size, seed, crop
         self.rank, self.ranks, self.with_images = rank, ranks, with_images
         self._epoch = -1

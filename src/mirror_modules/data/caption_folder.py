@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from mirror_modules.data.damage import DamagedSample
-from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, is_inside, read_lines
+from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, class_of, is_inside, read_lines
 
 LISTS = ("captions.jsonl", "captions.csv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -65,6 +65,7 @@ class CaptionFolder(CaptionedFiles):
         if divided:
             self._require(*SPLITS)
         folder = self.root / self.split if divided else self.root
+        self._others = 0
         lists = [name for name in LISTS if (folder / name).is_file()]
         if len(lists) > 1:
             raise ValueError(f"{self._owner}: {folder} has both {' and '.join(lists)}; keep one of them.")
@@ -76,7 +77,13 @@ class CaptionFolder(CaptionedFiles):
     def _read_pairs(self, folder: Path, divided: bool) -> Iterator[Entry]:
         """Images with text files beside them; each image is a class of its own."""
         files = sorted(path for path in folder.iterdir() if path.is_file())
-        texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+        texts: dict[str, Path] = {}
+        for path in files:
+            if path.suffix.lower() != ".txt":
+                continue
+            first = texts.setdefault(path.stem, path)
+            if first != path and (divided or self._is_mine(path.stem)):
+                self._leave_out(path, f"has the name of {first.name}; put all captions into one of them")
         described: dict[str, Path] = {}
         for class_id, image in enumerate(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES):
             first = described.setdefault(image.stem, image)
@@ -99,7 +106,6 @@ class CaptionFolder(CaptionedFiles):
             self._leave_out(*error.skipped)
 
     def _read_list(self, path: Path, divided: bool) -> Iterator[Entry]:
-        classes: dict[tuple[str, str], int] = {}
         images: dict[str, _Listed] = {}
         rows = _json_rows(self._owner, path) if path.suffix == ".jsonl" else _csv_rows(self._owner, path)
         for number, said in rows:
@@ -109,8 +115,8 @@ class CaptionFolder(CaptionedFiles):
                 if divided or self._is_mine(f"line {number}"):
                     self._leave_out(place, said)
                 continue
-            key = ("file", said.file) if said.group is None else ("class", said.group)
-            class_id = classes.setdefault(key, len(classes))
+            own = f"file {path.parent.relative_to(self.root) / said.file}"
+            class_id = class_of(own if said.group is None else f"class {said.group}")
             listed = images.setdefault(said.file, _Listed(number, class_id, []))
             listed.captions.append(said.caption if listed.class_id == class_id else None)
         for file, listed in images.items():
@@ -127,7 +133,17 @@ class CaptionFolder(CaptionedFiles):
         """Does what has this name belong to the split?"""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode("utf-8", "backslashreplace")).digest()
         is_validation = int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
-        return is_validation == (self.split == "validation")
+        is_mine = is_validation == (self.split == "validation")
+        self._others += not is_mine
+        return is_mine
+
+    def _expected(self) -> str:
+        if self._others:
+            return (
+                f"a tenth, chosen by their names, is for validation, and all {self._others} went to the other split: "
+                "add images, or divide them into train/ and validation/"
+            )
+        return super()._expected()
 
 
 class _Listed(NamedTuple):
@@ -172,28 +188,40 @@ def _json_rows(owner: str, path: Path) -> Iterator[tuple[int, _Said | str]]:
 
 
 def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Said | str]]:
-    """Number and content of each row, or what is wrong with it."""
-    reader = csv.reader(StringIO(_read_text(owner, path), newline=""))
-    header: list[str] = []
+    """Number of its first line and content of each row, or what is wrong with it."""
+    lines = list(StringIO(_read_text(owner, path), newline=""))
+    done, header = 0, list[str]()
+
+    def following() -> Iterator[str]:
+        nonlocal done
+        while done < len(lines):
+            done += 1
+            yield lines[done - 1]
+
+    reader = csv.reader(following(), strict=True)
     while True:
+        first = done + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, f"is not CSV ({error})"
+            yield first, f"is not CSV ({error}); double a quotation mark that is part of a caption"
+            # The lines that an open quotation mark has swallowed are rows of their own.
+            done = first
+            reader = csv.reader(following(), strict=True)
             continue
         if not header:
             header = [name.strip() for name in row or []]
-            if not {"file", "caption"} <= set(header):
+            if header.count("file") != 1 or header.count("caption") != 1 or header.count("class") > 1:
                 raise ValueError(
-                    f"{owner}: {path} begins with {header}; the first line must name the columns file and caption."
+                    f"{owner}: {path} begins with {header}; the first line must name the columns file and caption, "
+                    "once each and with commas between them."
                 )
         elif row is None:
             return
         elif len(row) == len(header):
-            yield reader.line_num, _said(dict(zip(header, row)))
+            yield first, _said(dict(zip(header, row)))
         elif row:
-            wrong = f"has {len(row)} columns instead of {len(header)}; put captions with commas into double quotes"
-            yield reader.line_num, wrong
+            yield first, f"has {len(row)} columns instead of {len(header)}; put captions with commas into double quotes"
 
 
 def _read_text(owner: str, path: Path) -> str:

@@ -37,7 +37,8 @@ class CocoCaptions(CaptionedFiles):
 
     def _read_entries(self) -> Iterator[Entry]:
         name = _NAMES[self.split]
-        year = next((y for y in _YEARS if self._annotations(name, y).is_file()), _YEARS[0])
+        # Of both splits, so that they are never of two years, which share images.
+        year = max(_YEARS, key=lambda y: sum(self._annotations(each, y).is_file() for each in _NAMES.values()))
         path = self._annotations(name, year)
         self._require(str(path.relative_to(self.root)), f"{name}{year}")
         content = self._read_json(path)

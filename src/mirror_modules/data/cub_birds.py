@@ -47,15 +47,22 @@ class CubBirds(CaptionedFiles):
 
     def _read_entries(self) -> Iterator[Entry]:
         images, folder = Path("CUB_200_2011"), _FOLDERS[self.split]
-        lists = (f"{folder}/filenames.pickle", f"{folder}/class_info.pickle")
+        lists = [f"{each}/{name}.pickle" for each in _FOLDERS.values() for name in ("filenames", "class_info")]
         self._require(*map(str, (images / "images", images / "images.txt", images / "bounding_boxes.txt")), *lists)
-        names_file, classes_file = (self.root / each for each in lists)
+        names_file, classes_file = (self.root / folder / f"{name}.pickle" for name in ("filenames", "class_info"))
         names = [_text(name) for name in _read_list(names_file)]
         classes = _read_list(classes_file)
         if len(classes) != len(names):
             raise ValueError(
                 f"{self._owner}: {classes_file} has {len(classes)} classes, but {names_file} has {len(names)} images; "
                 "they must belong together."
+            )
+        of_splits = [_read_list(self.root / each / "class_info.pickle") for each in _FOLDERS.values()]
+        in_both = set.intersection(*({number for number in each if _is_class(number)} for each in of_splits))
+        if in_both:
+            raise ValueError(
+                f"{self._owner}: class {min(in_both)} is in class_info.pickle of both train and test in {self.root}; "
+                f"images that are trained on say nothing in validation: take it out of one of them."
             )
         boxes = self._read_boxes(self.root / images)
         pickled = self._read_pickled_captions(names)
@@ -65,9 +72,11 @@ class CubBirds(CaptionedFiles):
         for i, (name, class_id) in enumerate(zip(names, classes)):
             source = f"{names_file} entry {i}"
             if name is None or not is_inside(name):
-                self._leave_out(source, f"is {name!r}; expected the name of an image, such as 001.Wren/Wren_0001")
-            elif not isinstance(class_id, int) or not 0 <= class_id < 2**31:
-                self._leave_out(f"{classes_file} entry {i}", f"is {class_id!r}; expected the number of a class")
+                self._leave_out(source, f"is {_shown(name)}; expected the name of an image, such as 001.Wren/Wren_0001")
+            elif not _is_class(class_id):
+                self._leave_out(
+                    f"{classes_file} entry {i}", f"is {_shown(class_id)}; expected the number of a class, below 2**31"
+                )
             elif name in seen:
                 self._leave_out(source, f"names {name} a second time")
             else:
@@ -125,6 +134,15 @@ class CubBirds(CaptionedFiles):
         listed = {number: _text(word) or "" for number, word in words.items()}
         spoken = [_spoken(caption, listed) for caption in captions]
         return [spoken[i : i + _CAPTIONS_EACH] for i in range(0, len(spoken), _CAPTIONS_EACH)]
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**31
+
+
+def _shown(value: Any) -> str:
+    """What a message says of something out of a pickle: a number or a list may be endless."""
+    return repr(value) if value is None or isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _read_list(path: Path) -> list[Any]:

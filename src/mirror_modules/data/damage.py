@@ -31,7 +31,7 @@ class DamagedSample(ValueError):
     """
 
     def __init__(self, owner: str, file: str | Path, reason: str) -> None:
-        super().__init__(owner, printable(file), reason)
+        super().__init__(owner, printable(file), printable(reason))
 
     @property
     def skipped(self) -> Skipped:
@@ -81,8 +81,8 @@ class ErrorReport:
         """
         if self.on_error == "stop":
             kind = FileNotFoundError if missing else ValueError
-            raise kind(f"{owner}: {printable(file)} {reason}; {remedy}.")
-        self.skipped.append(Skipped(printable(file), reason))
+            raise kind(printable(f"{owner}: {file} {reason}; {remedy}."))
+        self.skipped.append(Skipped(printable(file), printable(reason)))
 
     def check(self, owner: str, count: int, total: int) -> None:
         """Refuse to go on if `count` of `total` samples, beside those missing from the start, are too many.
@@ -105,6 +105,6 @@ class ErrorReport:
         return "; ".join(lines) + (f"; and {more} more" if more else "")
 
 
-def printable(file: str | Path) -> str:
-    """A file name as text that can be written anywhere: names on disk need not be Unicode."""
-    return str(file).encode("utf-8", "backslashreplace").decode("utf-8")
+def printable(said: str | Path) -> str:
+    """Text that UTF-8 can hold, out of what names files: names on disk need not be Unicode."""
+    return str(said).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.data.damage import DamagedSample, ErrorReport
+from mirror_modules.data.damage import DamagedSample, ErrorReport, printable
 from mirror_modules.data.images import Box, decode_square, image_size, import_pillow, read_square
 from mirror_modules.data.sample import CaptionedImage
 
@@ -78,7 +80,7 @@ class CaptionedFiles:
         self.report.check(self._owner, count, total)
         self.report.share_at_opening = count / max(total, 1)
         if not self.entries and on_error != "list":
-            raise ValueError(f"{self._owner}: {self._whence()} no photograph; the folder must hold {self.layout}.")
+            raise ValueError(f"{self._owner}: {self._whence()} no photograph; {self._expected()}.")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -117,6 +119,9 @@ class CaptionedFiles:
     def _whence(self) -> str:
         return f"the {self.split} split of {self.root} has"
 
+    def _expected(self) -> str:
+        return f"the folder must hold {self.layout}"
+
     def _read_entries(self) -> Iterator[Entry]:
         raise NotImplementedError
 
@@ -143,10 +148,29 @@ class CaptionedFiles:
             self._leave_out(source, f"holds no caption of {image.name}")
 
 
+def check_apart(owner: str, *splits: CaptionedFiles) -> None:
+    """Require that no image is in more than one of the splits.
+
+    Raises:
+        ValueError: One is.
+    """
+    shared = set.intersection(*({entry.image for entry in dataset.entries} for dataset in splits))
+    if shared:
+        raise ValueError(
+            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; what is trained on "
+            "says nothing in validation: take them out of one of them."
+        )
+
+
 def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
     """The lines that hold a word, without control characters and the space around them."""
     captions = (_UNPRINTABLE.sub(" ", line).strip() for line in lines)
     return tuple(caption for caption in captions if _WORD.search(caption))
+
+
+def class_of(name: str) -> int:
+    """The class of this name: the same in every process, and in both splits."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
 
 
 def read_lines(owner: str, path: Path) -> list[str]:
@@ -156,6 +180,9 @@ def read_lines(owner: str, path: Path) -> list[str]:
         ValueError: It cannot be read, or is not UTF-8.
     """
     try:
+        # A pipe among the files would be waited for without end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DamagedSample(owner, path, "is no regular file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedSample(owner, path, f"is not UTF-8 text ({error})") from error

@@ -48,6 +48,7 @@ def read_square(path: Path, resolution: int, around: Box | None = None) -> NDArr
     Raises:
         ValueError: The file cannot be read as an image; the message names it and says why.
         ImportError: Pillow is missing.
+        MemoryError: There is not enough memory for it.
     """
     return _read("read_square", path, path, lambda: path.stat().st_size, resolution, around)
 
@@ -128,6 +129,8 @@ def _read(
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 return _to_square(image, resolution, around)
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:
         why = f"it is not of the formats {', '.join(FORMATS)}" if size() else "it is empty"
         raise DamagedSample(owner, name, f"cannot be read as an image ({why})") from error

@@ -50,18 +50,30 @@ class OxfordFlowers(CaptionedFiles):
         return f"the classes in {self.root / _CLASS_LISTS[self.split]} have"
 
     def _read_entries(self) -> Iterator[Entry]:
-        self._require("jpg", "text_c10", _CLASS_LISTS[self.split])
-        class_list = self.root / _CLASS_LISTS[self.split]
-        names = read_lines(self._owner, class_list)
+        self._require("jpg", "text_c10", *_CLASS_LISTS.values())
+        lists = {split: self.root / name for split, name in _CLASS_LISTS.items()}
+        class_list, names = lists[self.split], read_lines(self._owner, lists[self.split])
         for name in names:
             if not re.fullmatch(r"class_\d{1,9}", name, re.ASCII):
                 raise ValueError(f"{self._owner}: {class_list} lists {name!r}; each line must be a folder class_XXXXX.")
+        in_both = set.intersection(*(set(read_lines(self._owner, each)) for each in lists.values()))
+        if in_both:
+            raise ValueError(
+                f"{self._owner}: {min(in_both)} is in both {' and '.join(map(str, lists.values()))}; images that are "
+                "trained on say nothing in validation: take it out of one of them."
+            )
+        seen: set[Path] = set()
         for name in dict.fromkeys(names):
             folder = self.root / "text_c10" / name
             if not folder.is_dir():
                 raise FileNotFoundError(f"{self._owner}: {class_list} lists {name}, but there is no folder {folder}.")
             for text in sorted(folder.glob("image_*.txt")):
-                yield from self._read_entry(text, int(name.removeprefix("class_")))
+                for entry in self._read_entry(text, int(name.removeprefix("class_"))):
+                    if entry.image in seen:
+                        self._leave_out(text, f"describes {entry.image}, which another class has already")
+                    else:
+                        seen.add(entry.image)
+                        yield entry
 
     def _read_entry(self, text: Path, class_id: int) -> Iterator[Entry]:
         try:

@@ -122,12 +122,17 @@ class PreparedCaptions(CaptionedFiles):
         path, expected = self.root / name, (count, self._stored_resolution, self._stored_resolution, 3)
         try:
             images: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            why = " ".join(str(error).split())
+        except OSError:
+            raise
+        # A header is a program, which fails in many ways when it is damaged.
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
             raise self._damaged(path, f"cannot be read; it was cut short or is no array ({why})") from error
         if not isinstance(images, np.memmap) or images.dtype != np.uint8 or images.shape != expected:
             found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
             raise self._damaged(path, f"holds {found}, but {PREPARED} says uint8 {expected}")
+        if path.stat().st_size != images.offset + images.nbytes:
+            raise self._damaged(path, "holds more than its images")
         # Not a memmap, each of whose rows would be one, at ten times the cost of a plain view.
         return np.asarray(images)
 
@@ -137,10 +142,12 @@ class PreparedCaptions(CaptionedFiles):
             file, captions, class_id = row["file"], row["captions"], row["class_id"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(place, f"does not hold what it should ({type(error).__name__}: {error})") from error
-        is_sound = isinstance(file, str) and type(class_id) is int and isinstance(captions, list)
+        is_sound = (
+            isinstance(file, str) and type(class_id) is int and 0 <= class_id < 2**63 and isinstance(captions, list)
+        )
         captions = clean_captions(captions) if is_sound and all(isinstance(each, str) for each in captions) else ()
         if not captions:
-            raise self._damaged(place, "needs a file, captions and a class_id")
+            raise self._damaged(place, "needs a file, captions and a class_id from 0, below 2**63")
         return Entry(Path(file), captions, class_id)
 
     def _read_text(self, path: Path) -> str:

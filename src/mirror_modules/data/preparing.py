@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,13 +18,15 @@ import numpy as np
 
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.damage import DamagedSample, Skipped, printable
-from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry
-from mirror_modules.data.prepared import FORMAT, PREPARED, PreparedCaptions
+from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, check_apart
+from mirror_modules.data.images import MOST_PIXELS
+from mirror_modules.data.prepared import AGAIN, FORMAT, PREPARED, PreparedCaptions
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.sources import open_captions, recognize
 from mirror_modules.models.pretrained import flush_to_disk, read_json, write_json, write_whole
 
 OWNER = "prepare_captions"
+LARGEST = math.isqrt(MOST_PIXELS)
 
 
 class Prepared(NamedTuple):
@@ -71,41 +76,50 @@ def prepare_captions(
         FileExistsError: `out` holds something else.
         FileNotFoundError: `path`, or a part of its layout, is missing.
         ValueError: An argument is unknown or out of its range, `path` has no format that is known or is a prepared
-            folder, or samples are damaged.
+            folder, an image is in both splits, samples are damaged, or another process prepares the same.
         OSError: A file cannot be written, for instance because the disk is full.
     """
     check_positive(OWNER, resolution=resolution, shard_size=shard_size)
+    if resolution > LARGEST:
+        raise ValueError(f"{OWNER}: resolution={resolution} exceeds {LARGEST}, which is as large as images may be.")
     check_choice(OWNER, "on_error", on_error, ("stop", "skip"))
-    out = Path(os.path.abspath(out))
+    # Where a link leads: a folder cannot take the place of the link itself.
+    out = Path(os.path.realpath(out))
     name = recognize(path) if source == "auto" else source
     if name == "prepared":
         raise ValueError(
             f"{OWNER}: {path} is prepared already, and images lose by being resized twice; name originals."
         )
     splits = [open_captions(path, split, resolution, name, on_error=on_error) for split in SPLITS]
+    check_apart(OWNER, *splits)
     digest = _digest(splits, [FORMAT, name, resolution, on_error, shard_size])
     if _is_done(out, digest):
         return _summary(out)
     unfinished = out.with_name(f".{out.name}.{digest[:16]}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        contents = [_write_split(unfinished, dataset, shard_size, progress) for dataset in splits]
-        facts = {
-            "format": FORMAT,
-            "source": name,
-            "resolution": resolution,
-            "splits": {dataset.split: content.facts() for dataset, content in zip(splits, contents)},
-            "skipped": [list(skipped) for dataset in splits for skipped in dataset.report.skipped],
-            "digest": digest,
-        }
-        write_json(unfinished / PREPARED, facts)
-        _publish(unfinished, out)
+        with _locked(unfinished) as is_mine:
+            if not is_mine:
+                raise ValueError(f"{OWNER}: another process prepares {out} from the same originals; wait for it.")
+            contents = [_write_split(unfinished, dataset, shard_size, progress) for dataset in splits]
+            facts = {
+                "format": FORMAT,
+                "source": name,
+                "resolution": resolution,
+                "splits": {dataset.split: content.facts() for dataset, content in zip(splits, contents)},
+                "skipped": [list(skipped) for dataset in splits for skipped in dataset.report.skipped],
+                "digest": digest,
+            }
+            write_json(unfinished / PREPARED, facts)
+            _publish(unfinished, out)
     except OSError as error:
-        raise OSError(
-            f"{OWNER}: {out} cannot be written ({error.strerror or error}); it needs about "
-            f"{sum(map(len, splits)) * resolution**2 * 3 / 2**20:.0f} MiB. What is done is kept in {unfinished}: make "
-            "room, and the same call goes on with it."
-        ) from error
+        message = f"{OWNER}: {out} cannot be written ({error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += (
+                f"; it needs about {sum(map(len, splits)) * resolution**2 * 3 / 2**20:.0f} MiB. What is done is kept "
+                f"in {unfinished}: make room, and the same call goes on with it"
+            )
+        raise OSError(f"{message}.") from error
     return _summary(out)
 
 
@@ -262,17 +276,39 @@ def _publish(unfinished: Path, out: Path) -> None:
     os.replace(unfinished, out)
     flush_to_disk(out.parent)
     for other in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 16}"):
-        shutil.rmtree(other, ignore_errors=True)
+        with _locked(other) as is_mine:
+            if is_mine:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder; False if another process does. Systems without such a lock hold nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has none.
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_mine = True
+    except BlockingIOError:
+        is_mine = False
+    try:
+        yield is_mine
+    finally:
+        os.close(handle)
 
 
 def _summary(out: Path) -> Prepared:
     # Opened, so that what is reported can be read.
     splits = {split: PreparedCaptions(out, split=split, resolution=1) for split in SPLITS}
     facts = read_json(out / PREPARED)
-    return Prepared(
-        folder=out,
-        source=facts["source"],
-        resolution=facts["resolution"],
-        images={split: len(dataset) for split, dataset in splits.items()},
-        skipped=tuple(Skipped(*each) for each in facts["skipped"]),
-    )
+    try:
+        source, resolution = facts["source"], facts["resolution"]
+        skipped = tuple(Skipped(*each) for each in facts["skipped"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{OWNER}: {out / PREPARED} lacks a part ({error}); {AGAIN}.") from error
+    return Prepared(out, source, resolution, {split: len(dataset) for split, dataset in splits.items()}, skipped)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from mirror_modules.data.damage import DamagedSample
-from mirror_modules.data.files import CaptionedFiles, Entry, Part
-from mirror_modules.data.web_captions import image_suffix, own_class, read_captions, reason_of
+from mirror_modules.data.files import CaptionedFiles, Entry, Part, class_of
+from mirror_modules.data.web_captions import check_end, image_suffix, read_captions, reason_of
 
 # As webdataset divides names, and leaves out what is said of the shard itself.
 _NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)$")
@@ -75,6 +75,7 @@ class ShardFolder(CaptionedFiles):
                     file.seek(tar.offset)
                     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                         raise tarfile.ReadError(f"at byte {tar.offset} is neither a file nor the end of the shard")
+                    check_end(file)
         # Numbers in damaged headers may be none, or too large to go there.
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             self._leave_out(shard, f"cannot be read as a whole ({reason_of(error)})")
@@ -94,7 +95,7 @@ class ShardFolder(CaptionedFiles):
             self._leave_out(*error.skipped)
         else:
             # By the shard's name alone, so that the folder may be moved.
-            class_id = own_class(f"{shard.name}/{key}") if class_id is None else class_id
+            class_id = class_of(f"{shard.name}/{key}") if class_id is None else class_id
             yield Entry(Path(f"{place}.{suffix}"), captions, class_id, part=files[suffix].part)
 
 

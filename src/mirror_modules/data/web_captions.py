@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+import tarfile
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from typing_extensions import Self
 
 from mirror_modules._checks import check_positive
 from mirror_modules.data.batching import seeded
 from mirror_modules.data.damage import DamagedSample, ErrorReport
-from mirror_modules.data.files import clean_captions
+from mirror_modules.data.files import class_of, clean_captions
 from mirror_modules.data.images import decode_square, import_pillow
 from mirror_modules.data.sample import CaptionedImage
 
@@ -25,6 +26,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 # Fewer samples say little of the share that is damaged.
 FEW_SAMPLES = 100
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_META = re.compile(r"__[^/]*__($|/)")
 _T = TypeVar("_T")
 
 
@@ -51,7 +53,8 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         rank: Which part of the shards is wanted, from 0.
         ranks: Into how many parts the shards are divided.
         on_error: What a damaged sample does: "stop", "skip" or "list", see `ErrorReport`; few are 5 % of those seen,
-            and up to five. What follows in a shard that is cut short is lost, and counts as one.
+            and up to five. What follows a damaged place of a shard is lost, and counts as one, beside the sample that
+            is cut through.
 
     Raises:
         FileNotFoundError: A shard without a scheme does not exist.
@@ -216,7 +219,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
             image = decode_square(raw.files[suffix], f"{place}.{suffix}", self.resolution)
         except DamagedSample as error:
             return error
-        return CaptionedImage(image, captions, own_class(place) if class_id is None else class_id, {})
+        return CaptionedImage(image, captions, class_of(place) if class_id is None else class_id, {})
 
 
 def image_suffix(owner: str, place: str, suffixes: Container[str]) -> str:
@@ -253,11 +256,6 @@ def read_captions(owner: str, place: str, files: Mapping[str, bytes]) -> tuple[t
     if not captions:
         raise DamagedSample(owner, place, "has no caption that says anything")
     return captions, class_id
-
-
-def own_class(name: str) -> int:
-    """A class for the sample of this name alone: the same in every process, and in every epoch."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
 
 
 def reason_of(error: Exception) -> str:
@@ -324,12 +322,72 @@ def _read_shard(owner: str, name: str) -> Iterator[_Raw | DamagedSample]:
             errors.clear()
             yield DamagedSample(owner, name, f"cannot be read as a whole ({why})")
 
+    is_empty = True
     # Shard by shard, so that a file at the torn end of one never meets another of its name in the next.
-    for sample in webdataset.tarfile_samples([{"url": name}], handler=note):
+    for sample in webdataset.tariterators.group_by_keys(_read_files(name, note), handler=note):
         yield from noted()
         files = {suffix: content for suffix, content in sample.items() if isinstance(content, bytes)}
         yield _Raw(name, sample["__key__"], files)
+        is_empty = False
+    if is_empty and not errors:
+        errors.append(ValueError("there is no sample in it"))
     yield from noted()
+
+
+def _read_files(name: str, note: Callable[[Exception], object]) -> Iterator[dict[str, Any]]:
+    """The files of a shard in webdataset's form, up to the first place that cannot be read, which is noted.
+
+    webdataset's own reader takes a damaged header for the end, and what follows is lost without a word.
+    """
+    try:
+        with _open(name) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
+            while (member := tar.next()) is not None:
+                # It keeps a list of all that it has met.
+                tar.members = []  # type: ignore[attr-defined]
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is not None and not _META.match(member.name):
+                    yield {"fname": member.name, "data": content.read(), "__url__": name}
+            check_end(tar.fileobj)
+    # What opens and decompresses a shard fails in many ways.
+    except Exception as error:  # noqa: BLE001
+        note(error)
+
+
+def check_end(file: Any) -> None:
+    """Require that nothing but zeros is left of a tar file.
+
+    Raises:
+        ReadError: There is more.
+    """
+    while rest := file.read(2**16):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("zeros in the middle of it")
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar file; one that is damaged or cut is an error, where tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf:
+                raise tarfile.ReadError("its end is missing") from error
+            if buf.strip(b"\0"):
+                raise tarfile.ReadError(f"a header in it is damaged: {error}") from error
+            raise
+
+
+def _open(name: str) -> Any:
+    if os.path.isfile(name):
+        return open(name, "rb")
+    from webdataset.gopen import gopen, set_options
+
+    stream = gopen(name)
+    # A command that is not listened to any more has not failed: 23 is curl's word for it, the others are SIGPIPE.
+    set_options(stream, ignore_status=[0, 23, 141, -13])
+    return stream
 
 
 def _mix(items: Iterator[_T], size: int, random: torch.Generator) -> Iterator[_T]:
