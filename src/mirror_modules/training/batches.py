@@ -21,8 +21,7 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
-from mirror_modules.data.damage import printable
-from mirror_modules.data.files import CaptionedFiles
+from mirror_modules.data.files import CaptionedFiles, check_apart
 from mirror_modules.data.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
@@ -71,21 +70,11 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
         training = open_captions(recipe.path, "train", larger, recipe.source, on_error=recipe.on_error)
         validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
         reports = training.report, validation.report
-        _check_disjoint(training, validation)
+        check_apart("load_splits", training, validation)
     in_training = _load(training, recipe, model, reports[0])
     in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
     left_out = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
     return Splits(in_training, in_validation, left_out)
-
-
-def _check_disjoint(training: CaptionedFiles, validation: CaptionedFiles) -> None:
-    learned = {entry.image for entry in training.entries}
-    shared = [entry.image for entry in validation.entries if entry.image in learned]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} image files are in the training and in the validation split of {training.root}, such as "
-            f"{printable(shared[0])}: what is measured would have been trained on. Take them out of one of the two."
-        )
 
 
 def _load(

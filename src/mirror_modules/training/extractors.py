@@ -147,10 +147,8 @@ def fit_class_extractor(
         path.parent.mkdir(exist_ok=True)
         save_weights(judge, path)
     judge.eval()
-    said = _in_chunks(lambda some: judge(to_float(at_resolution(some, resolution))), captions.images[held_out]).argmax(
-        1
-    )
-    accuracy = float((said == class_ids[held_out]).float().mean())
+    logits = _in_chunks(lambda some: judge(to_float(at_resolution(some, resolution))), captions.images[held_out])
+    accuracy = float((logits.argmax(1) == class_ids[held_out]).float().mean())
     return Extractor(
         f"convolutional network trained on the {len(classes)} training classes, which tells {accuracy:.1%} of the "
         "held-out training images",

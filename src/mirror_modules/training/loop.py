@@ -27,6 +27,7 @@ from mirror_modules.training.recipes import PHASES, MatchingRecipe, Recipe
 from mirror_modules.training.state import AdversarialState, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
+    SAMPLES,
     Unseen,
     draw_samples,
     measure_captioner,
@@ -190,7 +191,7 @@ def train_glam(run: Run) -> nn.Module:
         for batch in steps.batches():
             steps.record(adversarial_step(state, batch, recipe.glam))
             if steps.samples_due:
-                _show_samples(steps, state, run.unseen)
+                _show_samples(steps, state, run.unseen.spread(SAMPLES))
             if steps.validation_due:
                 figures = measure_generator(
                     state, pair.to(run.world.device), run.unseen, recipe.evaluation.candidates, seed
