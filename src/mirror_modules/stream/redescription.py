@@ -134,8 +134,8 @@ def balance_gradients(images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         g_i = a_i + ratio * |a_i| * b_i / |b_i|
 
     The same images are given back twice. a_i is the gradient that comes back at image i through the first ones, b_i
-    through the second ones, and g_i is what the generator gets. A redescription loss of a fixed weight pulls several
-    times as hard at one image as at another, most of all at those of which its captioner is sure for no good reason.
+    through the second ones, and g_i is what the generator gets. A redescription loss of a fixed weight pulls tens of
+    times as hard at one image as at another, so that a few of them decide what it says.
 
         judged, read = balance_gradients(images, 0.25)
         loss = adversarial_loss(judged) + redescription(read, tokens)
