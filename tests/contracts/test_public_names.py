@@ -30,6 +30,7 @@ PUBLIC_NAMES = [
     "functional",
 ]
 FUNCTIONS = [
+    "balance_gradients",
     "discriminator_loss",
     "diversity",
     "explain",
