@@ -177,6 +177,11 @@ def test_summaries_are_means_over_seeds_and_pairs():
     table = as_markdown(content)
     assert "| weight 0 | 37.5 ± 17.7 |" in table
     assert "| weight 1 | weight 0 | +25.0 (" in table
+    alone = as_markdown(
+        summarize({name: [{"words": [runs[0]["r_precision"][1]]}] for name, runs in results.items()}, (4,))
+    )
+    assert "| weight 0 | 50.0 |" in alone
+    assert "| weight 1 | weight 0 | +0.0 |" in alone
 
 
 def test_an_interval_covers_what_seeds_and_captions_leave_open():

@@ -335,7 +335,10 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     ]
     by_pair: dict[tuple[str, str], dict[str, str]] = {}
     for each in content["differences"]:
-        words = f"{100 * each['mean']:+.1f} ({100 * each['low']:+.1f} to {100 * each['high']:+.1f})"
+        words = f"{100 * each['mean']:+.1f}"
+        # A single number of a single seed has no interval.
+        if each["low"] < each["high"]:
+            words += f" ({100 * each['low']:+.1f} to {100 * each['high']:+.1f})"
         by_pair.setdefault((each["cell"], each["against"]), {})[each["figure"]] = words
     for (name, baseline), row in by_pair.items():
         lines.append(f"| {name} | {baseline} | " + " | ".join(row[each] for each in columns) + " |")
