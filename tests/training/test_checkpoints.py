@@ -146,6 +146,25 @@ def test_an_error_at_any_moment_leaves_the_last_good_one(kept, monkeypatch, plac
     assert os.listdir(kept.folder) == [path.name]
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(kept, monkeypatch, within):
+    """Torch says it by a signal: before its own writer, or in the middle of it."""
+    path = kept.save(3, CONTENT)
+
+    def fail(*_):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+        except RuntimeError:
+            if within:
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+            raise
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid 7\)"):
+        kept.save(4, CONTENT)
+    assert os.listdir(kept.folder) == [path.name]
+
+
 def test_a_read_only_folder_is_an_error_in_words():
     # pytest's folders are for their owner alone.
     folder = Path(tempfile.mkdtemp())

@@ -25,7 +25,7 @@ from mirror_modules.data.files import CaptionedFiles, check_apart
 from mirror_modules.data.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
-from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.errors import TrainingError, is_dead_worker
 from mirror_modules.training.recipes import DataRecipe
 
 # Random crops are taken from images larger by this factor, as in the published code.
@@ -142,7 +142,7 @@ def load_batches(
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_dead_worker(error):
             raise
         raise TrainingError(f"a process that prepares batches has died ({error}).") from error
 

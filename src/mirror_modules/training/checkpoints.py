@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mirror_modules.models.pretrained import flush_to_disk
+from mirror_modules.training.errors import is_dead_worker
 
 DIGITS = 16
 
@@ -60,6 +61,8 @@ class Checkpoints:
                 with temporary.open("wb") as file:
                     torch.save(state, file)
             except RuntimeError as error:
+                if is_dead_worker(error):
+                    raise
                 # How torch says that a write failed, or that something else was raised in the middle of it.
                 raise error.__context__ or OSError(str(error)) from None
             path = self.folder / f"{self.phase}-{step:08}-{checksum(temporary)}.pt"

@@ -26,7 +26,7 @@ from mirror_modules.data import CaptionBatch, RepeatableBatches
 from mirror_modules.data.batching import seeded
 from mirror_modules.training.batches import Splits, load_batches, to_device
 from mirror_modules.training.checkpoints import Checkpoints, is_whole, load_checkpoint
-from mirror_modules.training.errors import Interrupted, TrainingError, is_out_of_memory
+from mirror_modules.training.errors import Interrupted, TrainingError, is_dead_worker, is_out_of_memory
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog, read_figures
 from mirror_modules.training.recipes import (
@@ -329,8 +329,7 @@ class PhaseRun:
         except OSError as unwritten:
             # What could not be written to a full disk is tried once more when the file is closed.
             error = error or unwritten
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            # torch says it by a signal, which may come anywhere in the step.
+        if is_dead_worker(error):
             raise TrainingError(
                 f"phase {self.phase}: after step {self.step} a process that prepares batches has died ({error}); "
                 f"{self._last_good()}. Go on with --resume, or without engine.loader_workers."

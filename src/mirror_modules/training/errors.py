@@ -32,3 +32,8 @@ class Interrupted(TrainingError):
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Does an error of torch say that memory, of a GPU or of the machine, was not enough?"""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_dead_worker(error: BaseException | None) -> bool:
+    """Does torch say that a process of a loader has died? It says so by a signal, in the middle of anything."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
