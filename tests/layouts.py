@@ -151,3 +151,12 @@ def damaged_sample(number, files):
 
 def write_pickle(path, content):
     path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+MAKERS = {
+    "oxford-flowers": make_flowers,
+    "birds": make_birds,
+    "coco": make_coco,
+    "folder": make_folder,
+    "webdataset": make_shards,
+}

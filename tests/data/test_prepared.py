@@ -23,17 +23,10 @@ from mirror_modules.data import (
 )
 from mirror_modules.data.inspection import inspect_split
 from mirror_modules.data.preparing import _write_array
-from tests.layouts import make_birds, make_coco, make_flowers, make_folder, make_shards
+from tests.layouts import MAKERS, make_coco, make_flowers, make_folder
 
 pytest.importorskip("PIL.Image")
 
-MAKERS = {
-    "oxford-flowers": make_flowers,
-    "birds": make_birds,
-    "coco": make_coco,
-    "folder": make_folder,
-    "webdataset": make_shards,
-}
 TRAINING, VALIDATION, SHARD, R = 11, 3, 5, 13
 
 

@@ -9,15 +9,7 @@ from mirror_modules.training.batches import load_splits
 from mirror_modules.training.evaluation import evaluate
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Recipe, differences
-from tests.layouts import make_birds, make_coco, make_flowers, make_folder, make_shards
-
-MAKERS = {
-    "oxford-flowers": make_flowers,
-    "birds": make_birds,
-    "coco": make_coco,
-    "folder": make_folder,
-    "webdataset": make_shards,
-}
+from tests.layouts import MAKERS, make_coco, make_folder
 
 
 def on_disk(recipe, root, **changes):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from typing_extensions import Self
 
 from mirror_modules._checks import check_positive
 from mirror_modules.data.batching import seeded
@@ -368,7 +367,7 @@ class _Member(tarfile.TarInfo):
     """A header of a tar file; one that is damaged or cut is an error, where tarfile takes it for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
