@@ -460,6 +460,7 @@ def test_what_was_not_measured_and_what_was_left_out_is_said(capsys, monkeypatch
         "chance": 0.2,
         "r_precision": {},
         "word_accuracy": {},
+        "image_information": {"real": 0.104},
         "not_measured": "there are no classes",
         "left_out": {"training": 1234, "validation": 0},
     }
@@ -470,8 +471,9 @@ def test_what_was_not_measured_and_what_was_left_out_is_said(capsys, monkeypatch
     assert "Damaged samples left out: 1,234 of the training split, 0 of the validation split" in out
     del metrics["not_measured"]
     metrics["left_out"] = {"training": 0, "validation": 0}
-    assert run(capsys, "evaluate", tmp_path)[1].splitlines()[-2:] == [
-        "Words that the captioner predicts rightly:",
+    assert run(capsys, "evaluate", tmp_path)[1].splitlines()[-3:] == [
+        "What the image tells the captioner, nats per word:",
+        "  real         0.10",
         f"Open {tmp_path / 'report.html'}",
     ]
 

@@ -424,6 +424,9 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     print("Words that the captioner predicts rightly:")
     for name, value in metrics["word_accuracy"].items():
         print(f"  {name:<10} {value:6.1%}")
+    print("What the image tells the captioner, nats per word:")
+    for name, value in metrics["image_information"].items():
+        print(f"  {name:<10} {value:6.2f}")
     for reader, title in (("judge", "by the judge"), ("measured_colors", "colors, as measured")):
         shares = {
             name: each[reader]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if reader in each

@@ -25,11 +25,11 @@ from mirror_modules.stem.vocabulary import split_words
 from mirror_modules.training import attributes, evaluation
 from mirror_modules.training.attributes import fit_attribute_judge
 from mirror_modules.training.batches import load_splits, unseen_captions
-from mirror_modules.training.evaluation import _cases, _derangement, _diversity, _feature_figures, _precision, evaluate
+from mirror_modules.training.evaluation import _cases, _diversity, _feature_figures, _precision, evaluate
 from mirror_modules.training.extractors import Extractor
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
-from mirror_modules.training.validation import unseen_pairs, word_accuracy
+from mirror_modules.training.validation import derangement, unseen_pairs, word_accuracy
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ def test_measures_and_writes(run_copy):
         assert len(figures["standard_errors"]) == 3
         assert all(error >= 0 for error in figures["standard_errors"])
     assert all(0 <= share <= 1 for share in metrics["word_accuracy"].values())
+    assert set(metrics["image_information"]) == set(metrics["r_precision"])
     assert set(metrics["seconds"]) == set(metrics["images_per_second"]) == {"stem", "stream", "glam", "judge"}
     assert metrics["images"] == 31
     assert metrics["candidates"] == 11
@@ -131,7 +132,7 @@ def test_the_config_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("count", [2, 3, 31])
 def test_shuffled_images_all_meet_another_caption(count):
-    partner = _derangement(count, seed=0)
+    partner = derangement(count, seed=0)
     assert sorted(partner.tolist()) == list(range(count))
     assert all(partner[i] != i for i in range(count))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import load_pair, train
 from mirror_modules.training.pretrain import EncoderPair
 from mirror_modules.training.state import start
-from mirror_modules.training.validation import Unseen, draw_samples, measure_captioner, measure_pair, unseen_pairs
+from mirror_modules.training.validation import (
+    Unseen,
+    draw_samples,
+    image_information,
+    measure_captioner,
+    measure_pair,
+    unseen_pairs,
+)
 
 
 def validated(folder):
@@ -48,7 +56,7 @@ def test_validation_measures_every_phase_and_changes_none(tiny_run, tiny_recipe,
     }
     assert named == {
         ("stem", 2): ["validation_r_precision"],
-        ("stream", 2): ["validation_cross_entropy", "validation_word_accuracy"],
+        ("stream", 2): ["validation_cross_entropy", "validation_image_information", "validation_word_accuracy"],
         ("glam", 2): ["validation_r_precision", "validation_redescription"],
         ("judge", 2): ["validation_r_precision"],
     }
@@ -94,7 +102,7 @@ def test_a_captioner_is_measured_word_by_word(tiny_run, tiny_recipe, splits):
     captioner = MirrorGAN.from_pretrained(tiny_run.model).captioner
     unseen = unseen_pairs(splits, tiny_recipe.model.max_words)
     right = total = words = 0.0
-    measured = measure_captioner(captioner.train(), unseen)
+    measured = measure_captioner(captioner.train(), unseen, 5)
     assert captioner.training
     captioner.eval()
     for image, tokens, mask in zip(unseen.images, unseen.tokens, unseen.word_mask):
@@ -108,6 +116,31 @@ def test_a_captioner_is_measured_word_by_word(tiny_run, tiny_recipe, splits):
             words += 1
     assert measured["cross_entropy"] == pytest.approx(total / words, rel=1e-4)
     assert measured["word_accuracy"] == pytest.approx(right / words)
+
+
+class Teller(torch.nn.Module):
+    """Predicts with probability 0.7 the word whose number is the brightness of the image's first pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 1)
+
+    def forward(self, images, tokens, word_mask):
+        told = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        probabilities = torch.full((*tokens.shape, 4), 0.1)
+        probabilities[torch.arange(len(images)), :, told] = 0.7
+        return probabilities.log()
+
+
+def test_an_images_information_is_what_another_image_lacks():
+    tokens = torch.tensor([[2], [3], [2]])
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    images = torch.zeros(3, 3, 2, 2) + (tokens.view(3, 1, 1, 1) / 127.5 - 1)
+    # In a round of three, image 1 meets caption 0 or 2, and its own caption another 2: one of three pairs still agrees.
+    # End tokens are never told rightly, at whichever image.
+    expected = 2 / 3 * math.log(7) / 2
+    assert image_information(Teller(), images, tokens, mask, 0) == pytest.approx(expected, rel=1e-5)
+    assert image_information(Teller(), images[:1].expand(3, -1, -1, -1), tokens, mask, 0) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_evaluations_judge_is_never_asked(tiny_recipe, tmp_path, monkeypatch):

@@ -39,8 +39,10 @@ from mirror_modules.training.report import Case, Showcase, write_report
 from mirror_modules.training.validation import (
     CHUNK,
     Unseen,
+    derangement,
     generate_images,
     image_features,
+    image_information,
     sentence_features,
     unseen_pairs,
     word_accuracy,
@@ -69,7 +71,8 @@ def evaluate(
     Each validation image has one caption, which no training image has. Images are generated from these captions and
     ranked against other captions of the validation split. The same figures for the real images are the ceiling, for
     images generated from other captions (shuffled) the floor. The captioner's word accuracy is the share of words and
-    end tokens that it predicts rightly, given the words before.
+    end tokens that it predicts rightly, given the words before; the image's information is what seeing the image is
+    worth to it, in nats per word.
 
     Args:
         out: The run's folder, with phases `stream`, `glam` and `judge` trained.
@@ -114,7 +117,7 @@ def evaluate(
             "measured: its training has diverged. Train phase 'glam' anew, for instance with a lower learning rate."
         )
     # Every image meets another image's caption. At random: neighbors in a data set are often of one class.
-    others = _derangement(len(generated), recipe.seed)
+    others = derangement(len(generated), recipe.seed)
     images = {"generated": generated, "real": real, "shuffled": generated[others]}
     features = {name: image_features(pair, image) for name, image in images.items()}
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
@@ -124,6 +127,10 @@ def evaluate(
         "chance": 1 / candidates,
         "word_accuracy": {
             name: word_accuracy(model.captioner, image, unseen.tokens, unseen.word_mask)[0]
+            for name, image in images.items()
+        },
+        "image_information": {
+            name: image_information(model.captioner, image, unseen.tokens, unseen.word_mask, recipe.seed)
             for name, image in images.items()
         },
         "redescription": {
@@ -250,14 +257,6 @@ def _cases(hits: Tensor, captions: list[str], generated: Tensor, real: Tensor) -
         name: [Case(captions[i], generated[i], to_float(real[i : i + 1])[0], float(hits[i])) for i in some]
         for name, some in rows.items()
     }
-
-
-def _derangement(count: int, seed: int) -> Tensor:
-    """A random order in which nothing stays where it was."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)
-    return partner
 
 
 def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:

@@ -169,7 +169,7 @@ def train_stream(run: Run) -> nn.Module:
         for batch in steps.batches():
             steps.record(captioning_step(state, batch, recipe))
             if steps.validation_due:
-                steps.validated(measure_captioner(captioner, run.unseen))
+                steps.validated(measure_captioner(captioner, run.unseen, run.recipe.seed))
         steps.take_best()
     return captioner.eval()
 

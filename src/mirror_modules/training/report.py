@@ -48,6 +48,7 @@ PHASES = {
 SHOWN = (
     "r_precision",
     "word_accuracy",
+    "image_information",
     "redescription",
     "attributes",
     "features",
