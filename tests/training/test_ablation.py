@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirror_modules.training import ablation
-from mirror_modules.training.ablation import (
-    PAIRS,
-    ablate,
-    ablation_cells,
-    as_markdown,
-    bootstrap_interval,
-    run_cell,
-    summarize,
-)
+from mirror_modules.training import ablation, ablation_table
+from mirror_modules.training.ablation import ablate, ablation_cells, run_cell
+from mirror_modules.training.ablation_table import PAIRS, as_markdown, bootstrap_interval, summarize
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import Recipe, get_recipe
@@ -199,7 +192,7 @@ def test_an_interval_covers_what_seeds_and_captions_leave_open():
 
 def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
     """With many seeds. With three it holds it less often, as its docstring says."""
-    monkeypatch.setattr(ablation, "RESAMPLES", 500)
+    monkeypatch.setattr(ablation_table, "RESAMPLES", 500)
     rng = np.random.default_rng(1)
     held = 0
     for i in range(60):
