@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from mirror_modules.data.damage import DamagedSample
 from mirror_modules.data.files import CaptionedFiles, Entry, Part, class_of
-from mirror_modules.data.web_captions import check_end, image_suffix, read_captions, reason_of
+from mirror_modules.data.shards import Member, check_end, find_shards, image_suffix, read_captions, reason_of
 
 # As webdataset divides names, and leaves out what is said of the shard itself.
 _NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)$")
@@ -60,7 +60,7 @@ class ShardFolder(CaptionedFiles):
                 if _COMPRESSED.match(file.read(10)):
                     raise tarfile.ReadError("it is compressed; unpack it, for images are read from their place in it")
                 file.seek(0)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
+                with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
                     for member in tar:
                         if not member.isreg():
                             continue
@@ -71,10 +71,6 @@ class ShardFolder(CaptionedFiles):
                             stored = tar.extractfile(member) if suffix in ("json", "txt") else None
                             content = b"" if stored is None else stored.read()
                             yield _File(name[1], suffix, Part(shard, member.offset_data, member.size), content)
-                    # A header that is damaged or missing ends the loop as well, and nothing is said of it.
-                    file.seek(tar.offset)
-                    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                        raise tarfile.ReadError(f"at byte {tar.offset} is neither a file nor the end of the shard")
                     check_end(file)
         # Numbers in damaged headers may be none, or too large to go there.
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
@@ -109,9 +105,3 @@ class _File(NamedTuple):
     part: Part
     content: bytes
     """Of a text; empty for others."""
-
-
-def find_shards(root: Path, split: str) -> list[Path]:
-    """The shards of a split in a folder, in their order; compressed ones too, so that they are not overlooked."""
-    pattern = rf"{split}-.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)"
-    return sorted(path for path in root.iterdir() if re.fullmatch(pattern, path.name))

@@ -13,7 +13,8 @@ from mirror_modules.data.cub_birds import CubBirds
 from mirror_modules.data.files import SPLITS, CaptionedFiles
 from mirror_modules.data.oxford_flowers import OxfordFlowers
 from mirror_modules.data.prepared import PREPARED, PreparedCaptions
-from mirror_modules.data.shard_folder import ShardFolder, find_shards
+from mirror_modules.data.shard_folder import ShardFolder
+from mirror_modules.data.shards import find_shards
 
 
 class Format(NamedTuple):

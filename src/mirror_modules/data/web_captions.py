@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,11 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mirror_modules._checks import check_positive
 from mirror_modules.data.batching import seeded
 from mirror_modules.data.damage import DamagedSample, ErrorReport
-from mirror_modules.data.files import class_of, clean_captions
+from mirror_modules.data.files import class_of
 from mirror_modules.data.images import decode_square, import_pillow
 from mirror_modules.data.sample import CaptionedImage
+from mirror_modules.data.shards import Member, check_end, image_suffix, read_captions, reason_of
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 # Fewer samples say little of the share that is damaged.
 FEW_SAMPLES = 100
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -221,50 +220,6 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         return CaptionedImage(image, captions, class_of(place) if class_id is None else class_id, {})
 
 
-def image_suffix(owner: str, place: str, suffixes: Container[str]) -> str:
-    """Which file of a sample is its image.
-
-    Raises:
-        ValueError: None is.
-    """
-    for suffix in IMAGES:
-        if suffix in suffixes:
-            return suffix
-    raise DamagedSample(owner, place, f"has no image; expected one of {', '.join(IMAGES)}")
-
-
-def read_captions(owner: str, place: str, files: Mapping[str, bytes]) -> tuple[tuple[str, ...], int | None]:
-    """Captions and class of a sample, out of its json or its txt; the class may be missing.
-
-    Raises:
-        ValueError: They cannot be read, or no caption says anything.
-    """
-    class_id = None
-    try:
-        if "json" in files:
-            lines, class_id = _from_json(json.loads(files["json"]))
-        elif "txt" in files:
-            lines = files["txt"].decode("utf-8-sig").split("\n")
-        else:
-            raise DamagedSample(owner, place, "has no captions; expected a txt or a json")
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DamagedSample):
-            raise
-        raise DamagedSample(owner, place, f"has captions that cannot be read ({error})") from error
-    captions = clean_captions(lines)
-    if not captions:
-        raise DamagedSample(owner, place, "has no caption that says anything")
-    return captions, class_id
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, without the objects that webdataset adds to it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    said = str(error.args[0]) if error.args else ""
-    return " ".join(said.split(" @ ")[0].split()) or type(error).__name__
-
-
 class _Raw(NamedTuple):
     """A sample as it lies in a shard."""
 
@@ -339,7 +294,7 @@ def _read_files(name: str, note: Callable[[Exception], object]) -> Iterator[dict
     webdataset's own reader takes a damaged header for the end, and what follows is lost without a word.
     """
     try:
-        with _open(name) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
+        with _open(name) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
             while (member := tar.next()) is not None:
                 # It keeps a list of all that it has met.
                 tar.members = []  # type: ignore[attr-defined]
@@ -350,32 +305,6 @@ def _read_files(name: str, note: Callable[[Exception], object]) -> Iterator[dict
     # What opens and decompresses a shard fails in many ways.
     except Exception as error:  # noqa: BLE001
         note(error)
-
-
-def check_end(file: Any) -> None:
-    """Require that nothing but zeros is left of a tar file.
-
-    Raises:
-        ReadError: There is more.
-    """
-    while rest := file.read(2**16):
-        if rest.strip(b"\0"):
-            raise tarfile.ReadError("zeros in the middle of it")
-
-
-class _Member(tarfile.TarInfo):
-    """A header of a tar file; one that is damaged or cut is an error, where tarfile takes it for the end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if not buf:
-                raise tarfile.ReadError("its end is missing") from error
-            if buf.strip(b"\0"):
-                raise tarfile.ReadError(f"a header in it is damaged: {error}") from error
-            raise
 
 
 def _open(name: str) -> Any:
@@ -404,21 +333,6 @@ def _mix(items: Iterator[_T], size: int, random: torch.Generator) -> Iterator[_T
             yield draw()
     while held:
         yield draw()
-
-
-def _from_json(content: Any) -> tuple[list[str], int | None]:
-    """Captions and class.
-
-    Raises:
-        ValueError: They are not as expected.
-    """
-    captions = content.get("captions") if isinstance(content, dict) else None
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError('expected {"captions": ["...", ...], "class": 3}')
-    class_id = content.get("class")
-    if class_id is not None and (type(class_id) is not int or not 0 <= class_id < 2**63):
-        raise ValueError(f"the class must be a whole number from 0, but it is {class_id!r}")
-    return captions, class_id
 
 
 def _expand(shards: str | Path | Sequence[str | Path]) -> list[str]:
