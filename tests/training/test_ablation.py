@@ -50,7 +50,7 @@ def test_the_cells_differ_in_what_their_names_say():
         assert recipe.glam.mismatched_pairs == ("no mismatched" not in name)
         assert recipe.model.attention == ("word" if "word" in name else "global-local")
         kind, number = name.split(" ")[-2:]
-        weight, ratio = (float(number), None) if kind == "weight" else (1.0, float(number))
+        weight, ratio = (float(number), None) if kind == "weight" else (None, float(number))
         assert (recipe.glam.redescription_weight, recipe.glam.redescription_ratio) == (weight, ratio)
     assert {name for pair in PAIRS for name in pair} == set(cells)
 

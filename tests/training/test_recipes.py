@@ -62,10 +62,10 @@ def test_a_part_that_is_missing_has_its_defaults_or_those_of_a_base():
         ({"engine": {"compile": True}, "glam": {"r1_weight": 1}}, r"glam\.r1_weight needs second derivatives"),
         ({"glam": {"average_decay": 1.0}}, r"average_decay must be below 1"),
         ({"glam": {"largest_gradient_norm": 0}}, r"largest_gradient_norm must be above 0"),
-        ({"glam": {"redescription_ratio": 0}}, r"redescription_ratio must be above 0"),
+        ({"glam": {"redescription_ratio": 0, "redescription_weight": None}}, r"redescription_ratio must be above 0"),
         (
-            {"glam": {"redescription_ratio": 0.25, "redescription_weight": 0}},
-            r"redescription_ratio=0\.25 needs a redescription_weight above 0",
+            {"glam": {"redescription_ratio": 0.25, "redescription_weight": 5}},
+            r"redescription_weight is 5 and redescription_ratio 0\.25, but one .* exactly one of them to None",
         ),
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
     ],

@@ -77,7 +77,7 @@ def test_measuring_leaves_the_captioner_alone(tiny_recipe, tmp_path, weight):
     """Its statistics too, and also where no loss asks it."""
     recipe = dataclasses.replace(
         tiny_recipe,
-        glam=dataclasses.replace(tiny_recipe.glam, redescription_weight=weight),
+        glam=dataclasses.replace(tiny_recipe.glam, redescription_weight=weight, redescription_ratio=None),
         logging=dataclasses.replace(tiny_recipe.logging, validate_every=1),
     )
     folder = train(recipe, tmp_path / "run", phases=["stem", "stream", "glam"])

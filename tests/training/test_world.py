@@ -134,7 +134,7 @@ STEPS = {
     "paint-r1": (paint, {"normalization": "batch", "class_ids": ALL_DIFFER, "r1_weight": 0.5, "r1_every": 1}),
     "paint-in-balance": (
         paint,
-        {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_ratio": 0.3},
+        {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_weight": None, "redescription_ratio": 0.3},
     ),
     "paint-in-parts": (
         paint,

@@ -70,16 +70,16 @@ def ablation_cells() -> list[Cell]:
             Cell(f"{side}weight {weight:g}", _fields(weight, mismatched=mismatched))
             for weight in (0.0, 1.0, 5.0, 10.0, 20.0)
         ]
-    cells += [Cell(f"ratio {ratio:g}", _fields(1.0, ratio)) for ratio in (0.1, 0.25, 0.5, 1.0)]
+    cells += [Cell(f"ratio {ratio:g}", _fields(None, ratio)) for ratio in (0.1, 0.25, 0.5, 1.0)]
     return [
         *cells,
-        Cell("word attention, ratio 0.25", _fields(1.0, 0.25, attention="word")),
-        Cell("no mismatched pairs, ratio 0.25", _fields(1.0, 0.25, mismatched=False)),
+        Cell("word attention, ratio 0.25", _fields(None, 0.25, attention="word")),
+        Cell("no mismatched pairs, ratio 0.25", _fields(None, 0.25, mismatched=False)),
     ]
 
 
 def _fields(
-    weight: float, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
+    weight: float | None, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
 ) -> dict[str, Any]:
     glam = {"redescription_weight": weight, "redescription_ratio": ratio, "mismatched_pairs": mismatched}
     return {"model": {"attention": attention}, "glam": glam}

@@ -143,7 +143,8 @@ def start(
     for frozen in (model.text_encoder, model.captioner):
         frozen.requires_grad_(False).eval()
     redescription = None
-    if glam.redescription_weight > 0:
+    # None goes with a ratio.
+    if glam.redescription_weight != 0:
         redescription = RedescriptionLoss(model.captioner, reduction=glam.redescription_reduction)
         if engine.channels_last:
             redescription.to(memory_format=torch.channels_last)

@@ -107,7 +107,9 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                         # A mean over words, of which the parts of a batch have different numbers.
                         share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
                         terms["redescription"] = share * loss
-                        total = total + recipe.redescription_weight * terms["redescription"]
+                        # In balance, the ratio decides whatever the weight is.
+                        weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
+                        total = total + weight * terms["redescription"]
                 terms["generator_total"] = total
                 painter.backward(total / len(parts))
             for name, term in terms.items():
