@@ -426,7 +426,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         print(f"  {name:<10} {value:6.1%}")
     print("What the image tells the captioner, nats per word:")
     for name, value in metrics["image_information"].items():
-        print(f"  {name:<10} {value:6.2f}")
+        # Without the sign of a zero.
+        print(f"  {name:<10} {round(value, 2) + 0.0:6.2f}")
     for reader, title in (("judge", "by the judge"), ("measured_colors", "colors, as measured")):
         shares = {
             name: each[reader]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if reader in each

@@ -181,11 +181,13 @@ BROKEN = {
     "cut in a header": (lambda c: cut(c, headers(c)[6] + 7), TORN, 3),
     "cut between files": (lambda c: cut(c, headers(c)[6]), "its end is missing", 3),
     "cut behind all": (lambda c: cut(c, headers(c)[-1]), "its end is missing", 5),
-    "zeros": (lambda c: c[: headers(c)[6]] + bytes(1024) + c[headers(c)[6] + 1024 :], "zeros in the middle of it", 3),
+    "zeros": (lambda c: c[: headers(c)[6]] + bytes(1024) + c[headers(c)[6] + 1024 :], "something follows the zeros", 3),
+    "zeros to its end": (lambda c: c[: headers(c)[6]] + bytes(2**21), "it ends in more than 1 MiB of zeros", 3),
+    "no sample": (lambda c: bytes(10240), "there is no sample in it", 0),
     "damaged header": (lambda c: flipped(c, headers(c)[4]), TORN, 2),
     "negative size": (negative_size, "", 1),
-    "empty": (lambda c: b"", "its end is missing", 0),
-    "no tar": (lambda c: b"no tar file" * 100, "", 0),
+    "empty": (lambda c: b"", "empty file", 0),
+    "no tar": (lambda c: b"no tar file" * 100, "a header in it is damaged, or it is no tar file", 0),
     "gzip": (gzip.compress, "it is compressed; unpack it, for images are read from their place in it", 0),
     "bzip2": (bz2.compress, "it is compressed; unpack it", 0),
     "xz": (lzma.compress, "it is compressed; unpack it", 0),
@@ -305,7 +307,7 @@ def test_a_split_that_is_missing_is_named(tmp_path):
     ):
         open_captions(tmp_path, "validation")
     (tmp_path / "validation-0.tar").write_bytes(tar_of([]))
-    with pytest.raises(ValueError, match=r"the validation split of .* has no photograph; the folder must hold"):
+    with pytest.raises(ValueError, match=r"validation-0\.tar cannot be read as a whole \(there is no sample in it\)"):
         open_captions(tmp_path, "validation")
 
 

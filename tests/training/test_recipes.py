@@ -65,7 +65,11 @@ def test_a_part_that_is_missing_has_its_defaults_or_those_of_a_base():
         ({"glam": {"redescription_ratio": 0, "redescription_weight": None}}, r"redescription_ratio must be above 0"),
         (
             {"glam": {"redescription_ratio": 0.25, "redescription_weight": 5}},
-            r"redescription_weight is 5 and redescription_ratio 0\.25, but one .* exactly one of them to None",
+            r"redescription_weight=5 and redescription_ratio=0\.25 are both given.*; set the other one to None",
+        ),
+        (
+            {"glam": {"redescription_ratio": None}},
+            r"are both None; give one of them a number, or redescription_weight=0",
         ),
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
     ],

@@ -262,7 +262,7 @@ def test_numbers_are_percentages_with_chance_beside(full_page):
     assert "R-precision, top 1 61.7% ± 1.5 91.8% ± 1.5 0.0% ± 1.5 1.0%" in full_page.text
     assert "R-precision, top 3 81.2% ± 1.1 81.2% ± 1.1 81.2% ± 1.1 3.0%" in full_page.text
     assert "Word accuracy 71.1% 74.4% 52.2% –" in full_page.text
-    assert "in nats per word: generated 0.87, real images 1.30, shuffled -0.00." in full_page.text
+    assert "in nats per word: generated 0.87, real images 1.30, shuffled 0.00." in full_page.text
     assert "tells the caption of 61.7% of the generated images from 99 others" in full_page.text
     assert "glam Generator and discriminators" in full_page.text
     assert "1,402.4 55.7" in full_page.text

@@ -49,14 +49,20 @@ class ShardFolder(CaptionedFiles):
         if not shards:
             self._require(f"{self.split}-*.tar")
         for shard in shards:
+            is_empty, known = True, len(self.report.skipped)
             for key, files in groupby(self._read_files(shard), lambda file: file.key):
                 yield from self._read_sample(shard, key, files)
+                is_empty = False
+            if is_empty and len(self.report.skipped) == known:
+                self._leave_out(shard, "cannot be read as a whole (there is no sample in it)")
 
     def _read_files(self, shard: Path) -> Iterator[_File]:
         """What a shard holds, up to where it cannot be read."""
         try:
             with shard.open("rb") as file:
                 length = shard.stat().st_size
+                if length == 0:
+                    raise tarfile.ReadError("empty file")
                 if _COMPRESSED.match(file.read(10)):
                     raise tarfile.ReadError("it is compressed; unpack it, for images are read from their place in it")
                 file.seek(0)

@@ -13,6 +13,8 @@ from mirror_modules.data.damage import DamagedSample
 from mirror_modules.data.files import clean_captions
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+# Programs fill a tar file up with zeros to a multiple of some size, rarely above 10 KiB.
+MOST_ZEROS = 2**20
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -96,16 +98,20 @@ class Member(tarfile.TarInfo):
             if not buf:
                 raise tarfile.ReadError("its end is missing") from error
             if buf.strip(b"\0"):
-                raise tarfile.ReadError(f"a header in it is damaged: {error}") from error
+                raise tarfile.ReadError(f"a header in it is damaged, or it is no tar file: {error}") from error
             raise
 
 
 def check_end(file: Any) -> None:
-    """Require that nothing but zeros is left of a tar file.
+    """Require that nothing but some zeros is left of a tar file.
 
     Raises:
-        ReadError: There is more.
+        ReadError: There is more, or so many zeros that the file seems to have been reserved and not written to its end.
     """
+    zeros = 0
     while rest := file.read(2**16):
+        zeros += len(rest)
         if rest.strip(b"\0"):
-            raise tarfile.ReadError("zeros in the middle of it")
+            raise tarfile.ReadError("something follows the zeros that should be its end")
+        if zeros > MOST_ZEROS:
+            raise tarfile.ReadError("it ends in more than 1 MiB of zeros, as if it was not written to its end")

@@ -71,8 +71,8 @@ def evaluate(
     Each validation image has one caption, which no training image has. Images are generated from these captions and
     ranked against other captions of the validation split. The same figures for the real images are the ceiling, for
     images generated from other captions (shuffled) the floor. The captioner's word accuracy is the share of words and
-    end tokens that it predicts rightly, given the words before; the image's information is what seeing the image is
-    worth to it, in nats per word.
+    end tokens that it predicts rightly, given the words before; the image's information is how much better it predicts
+    them at their own image than at another, in nats per word.
 
     Args:
         out: The run's folder, with phases `stream`, `glam` and `judge` trained.
@@ -121,16 +121,16 @@ def evaluate(
     images = {"generated": generated, "real": real, "shuffled": generated[others]}
     features = {name: image_features(pair, image) for name, image in images.items()}
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    read = {
+        name: word_accuracy(model.captioner, image, unseen.tokens, unseen.word_mask) for name, image in images.items()
+    }
     candidates = recipe.evaluation.candidates
     evaluation = {
         "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
         "chance": 1 / candidates,
-        "word_accuracy": {
-            name: word_accuracy(model.captioner, image, unseen.tokens, unseen.word_mask)[0]
-            for name, image in images.items()
-        },
+        "word_accuracy": {name: accuracy for name, (accuracy, _) in read.items()},
         "image_information": {
-            name: image_information(model.captioner, image, unseen.tokens, unseen.word_mask, recipe.seed)
+            name: image_information(model.captioner, image, unseen.tokens, unseen.word_mask, read[name][1], recipe.seed)
             for name, image in images.items()
         },
         "redescription": {

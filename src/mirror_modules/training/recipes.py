@@ -158,14 +158,18 @@ class AdversarialRecipe:
             "largest_gradient_norm",
             "redescription_ratio",
         )
-        if (self.redescription_weight is None) == (self.redescription_ratio is None):
+        _check_not_negative(owner, self, "redescription_weight", "kl_weight", "r1_weight", "average_decay")
+        weight, ratio = self.redescription_weight, self.redescription_ratio
+        if weight is not None and ratio is not None:
             raise ValueError(
-                f"{owner}: redescription_weight is {self.redescription_weight} and redescription_ratio "
-                f"{self.redescription_ratio}, but one stands in place of the other; set exactly one of them to None."
+                f"{owner}: redescription_weight={weight:g} and redescription_ratio={ratio:g} are both given, but one "
+                "stands in place of the other; set the other one to None (null in JSON)."
             )
-        _check_not_negative(owner, self, "kl_weight", "r1_weight", "average_decay")
-        if self.redescription_weight is not None:
-            _check_not_negative(owner, self, "redescription_weight")
+        if weight is None and ratio is None:
+            raise ValueError(
+                f"{owner}: redescription_weight and redescription_ratio are both None; give one of them a number, or "
+                "redescription_weight=0 to leave redescription out."
+            )
         if self.average_decay >= 1:
             raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
         if self.adversarial_weighting == "release" and not self.mismatched_pairs:
@@ -380,6 +384,8 @@ def _check_above_zero(owner: str, record: Any, *names: str) -> None:
 def _check_not_negative(owner: str, record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
+        if value is None:
+            continue
         check_number(owner, **{name: value})
         if value < 0:
             raise ValueError(f"{owner}: {name} must be 0 or more, but it is {value!r}.")
@@ -419,7 +425,7 @@ def demo() -> Recipe:
 
 
 def flowers_64() -> Recipe:
-    """The Oxford-102 photographs at 64 pixels, in about an hour on two CPU cores."""
+    """The Oxford-102 photographs at 64 pixels, in one to two hours on two CPU cores."""
     base = demo()
     return dataclasses.replace(
         base,

@@ -107,7 +107,7 @@ def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: Adver
                         # A mean over words, of which the parts of a batch have different numbers.
                         share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
                         terms["redescription"] = share * loss
-                        # In balance, the ratio decides whatever the weight is.
+                        # With a ratio, balance_gradients has scaled it.
                         weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
                         total = total + weight * terms["redescription"]
                 terms["generator_total"] = total

@@ -98,18 +98,28 @@ def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
     return right / float(word_mask.sum()), entropy / float(word_mask.sum())
 
 
-def image_information(captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor, seed: int) -> float:
-    """What an image tells a captioner, in nats per word and end token: cross entropy at others' images less at its own.
+def image_information(
+    captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor, own: float, seed: int
+) -> float:
+    """Nats per word and end token by which a captioner predicts a caption better at its own image than at another.
 
-    Near zero the captioner writes from the words before alone, and a generator has nothing to learn from it.
+    Near zero, what it sees does not tell this image from others, and a generator can learn little from it.
+
+    Args:
+        captioner: In evaluation mode.
+        images: At least two of them.
+        tokens: Their captions.
+        word_mask: True for words.
+        own: The cross entropy at their own images, from `word_accuracy`.
+        seed: Decides which other image each caption meets.
     """
-    _, own = word_accuracy(captioner, images, tokens, word_mask)
-    _, other = word_accuracy(captioner, images[derangement(len(images), seed)], tokens, word_mask)
-    return other - own
+    # The inverse: of images in the order of this seed, it would put every caption back to its own.
+    others = derangement(len(images), seed).argsort()
+    return word_accuracy(captioner, images, tokens[others], word_mask[others])[1] - own
 
 
 def derangement(count: int, seed: int) -> Tensor:
-    """A random order in which nothing stays where it was."""
+    """A random order of two or more in which nothing stays where it was."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)
@@ -128,7 +138,7 @@ def measure_captioner(captioner: Captioner, unseen: Unseen, seed: int) -> dict[s
     pairs = unseen.images, unseen.tokens, unseen.word_mask
     with evaluating(captioner):
         accuracy, entropy = word_accuracy(captioner, *pairs)
-        information = image_information(captioner, *pairs, seed)
+        information = image_information(captioner, *pairs, entropy, seed)
     return {"cross_entropy": entropy, "word_accuracy": accuracy, "image_information": information}
 
 
