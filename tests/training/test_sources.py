@@ -1,6 +1,8 @@
 """Each format of data on disk is trained on and evaluated, damaged files and all."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,20 @@ def test_auto_reads_what_the_name_reads(tiny_recipe, tmp_path, source):
         assert one.captions == other.captions
     assert named.training.images.shape == (5, 19, 19, 3)
     assert named.validation.images.shape == (3, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["oxford_flowers", "birds", "coco_mini"])
+def test_real_samples_are_trained_on_and_evaluated(tiny_recipe, tmp_path, name):
+    """Where MIRROR_MODULES_TEST_DATA names a folder that holds them."""
+    root = Path(os.environ.get("MIRROR_MODULES_TEST_DATA", "")) / name
+    if not (os.environ.get("MIRROR_MODULES_TEST_DATA") and root.is_dir()):
+        pytest.skip(f"MIRROR_MODULES_TEST_DATA names no folder with {name}/")
+    data = DataRecipe(source="auto", path=str(root), training_images=24, validation_images=16, augment=True)
+    recipe = dataclasses.replace(tiny_recipe, data=data)
+    train(recipe, tmp_path / "run")
+    metrics = evaluate(tmp_path / "run")
+    assert metrics["left_out"] == {"training": 0, "validation": 0}
+    assert 0 <= metrics["r_precision"]["generated"]["top1"] <= 1
 
 
 def test_a_damaged_file_ends_the_loading_or_is_counted(tiny_recipe, tmp_path, capsys):
