@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,14 @@ def device():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=["oxford_flowers", "birds", "coco_mini"])
+def real_sample(request):
+    """The folder of a real data set, where MIRROR_MODULES_TEST_DATA names the folder that holds it."""
+    folder = os.environ.get("MIRROR_MODULES_TEST_DATA")
+    if not folder:
+        pytest.skip("MIRROR_MODULES_TEST_DATA names no folder with real samples")
+    if not (Path(folder) / request.param).is_dir():
+        pytest.skip(f"{folder} has no {request.param}/")
+    return Path(folder) / request.param

@@ -3,9 +3,6 @@
 MIRROR_MODULES_TEST_DATA names a folder that holds oxford_flowers/, birds/ and coco_mini/, of any number of images.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,21 +15,11 @@ SOURCES = {"oxford_flowers": "OxfordFlowers", "birds": "CubBirds", "coco_mini": 
 RESOLUTION = 38
 
 
-@pytest.fixture(params=SOURCES)
-def root(request):
-    folder = os.environ.get("MIRROR_MODULES_TEST_DATA")
-    if not folder:
-        pytest.skip("MIRROR_MODULES_TEST_DATA names no folder with real samples")
-    if not (Path(folder) / request.param).is_dir():
-        pytest.skip(f"{folder} has no {request.param}/")
-    return Path(folder) / request.param
-
-
-def test_every_file_is_read(root):
+def test_every_file_is_read(real_sample):
     classes = []
     for split in ("train", "validation"):
-        captions = open_captions(root, split, RESOLUTION)
-        assert type(captions).__name__ == SOURCES[root.name]
+        captions = open_captions(real_sample, split, RESOLUTION)
+        assert type(captions).__name__ == SOURCES[real_sample.name]
         # At most some hundreds, spread over all classes.
         for i in range(0, len(captions), max(len(captions) // 300, 1)):
             sample = captions[i]
@@ -42,12 +29,12 @@ def test_every_file_is_read(root):
             assert 1 <= len(sample.captions) <= 12
         classes.append({entry.class_id for entry in captions.entries})
         assert not captions.report.skipped
-    if root.name != "coco_mini":
+    if real_sample.name != "coco_mini":
         assert not classes[0] & classes[1]
 
 
-def test_batches_of_real_images(root):
-    captions = open_captions(root, "validation", RESOLUTION)
+def test_batches_of_real_images(real_sample):
+    captions = open_captions(real_sample, "validation", RESOLUTION)
     some = torch.utils.data.Subset(captions, range(min(len(captions), 70)))
     loaded = InMemoryCaptions(some, max_words=18, long_captions="subsample")
     batch = RepeatableBatches(loaded, 8, 0, crop=32)[3]
