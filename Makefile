@@ -1,4 +1,4 @@
-# Everything from a fresh checkout with Python 3.10+ and make. `make PYTHON=python3.12 train` picks the interpreter.
+# All tasks, from a fresh checkout with Python 3.10+ and make. `make PYTHON=python3.12 train` selects the interpreter.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -8,16 +8,16 @@ BIN := .venv/bin
 
 help:
 	@echo "make train   install, train the demo on drawn flowers, evaluate, write runs/demo/report.html"
-	@echo "make test    install everything, run all tests and the examples of the documentation"
-	@echo "make lint    ruff and the layer contracts        make format  let ruff mend what it can"
+	@echo "make test    install, run all tests and the examples of the documentation"
+	@echo "make lint    ruff and the import contracts       make format  apply ruff's fixes and formatter"
 	@echo "make types   mypy                                make docs    build the documentation into site/"
 	@echo "make bench   measure speed and memory            make clean   remove builds and caches"
-	@echo "make bench-report   write docs/benchmarks.md out of what was measured"
+	@echo "make bench-report   write docs/benchmarks.md from the recorded measurements"
 
 train: .venv/installed-train
 	$(BIN)/mirror-modules train demo --out runs/demo --resume $(ARGS)
 
-# One torch thread per worker: more of them fight over the same cores.
+# One torch thread per worker: more threads compete for the same cores.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --markdown-docs docs README.md
@@ -47,7 +47,7 @@ clean:
 	rm -rf build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps make a second call start at once; a changed pyproject.toml installs again.
+# Stamp files skip the installation in later calls; a changed pyproject.toml triggers it again.
 .venv/installed-train: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --editable '.[train]'
 	@touch $@
@@ -58,5 +58,5 @@ clean:
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Python 3.10 or newer is needed, but $(PYTHON) is `$(PYTHON) -V 2>&1`; try make PYTHON=python3.12"; exit 1; }
+		{ echo "Python 3.10 or newer is required, but $(PYTHON) is `$(PYTHON) -V 2>&1`; try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

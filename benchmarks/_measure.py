@@ -1,4 +1,4 @@
-"""Time and memory of calls, on a CPU and on a GPU."""
+"""Time and peak memory of calls, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -21,64 +21,66 @@ T = TypeVar("T")
 Call = Callable[[], object]
 CUDA = torch.device("cuda")
 
-LOOK = 2.0
-"""Seconds for which the machine is looked at before a measurement."""
-PATIENCE = 1200.0
-"""Seconds after which waiting for a quiet machine is given up."""
+OBSERVATION = 2.0
+"""Seconds of observing the load of the machine before a measurement."""
+TIMEOUT = 1200.0
+"""Maximum seconds to wait for a quiet machine."""
 FLUSHED = 256 * 2**20
-"""Bytes that are written before a call on a GPU, so that none finds its data in the cache."""
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 50
+"""Bytes to write before each call on a GPU, to evict its inputs from the cache."""
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
 
 class Work(NamedTuple):
-    """A call, and what is made anew before each call without being measured."""
+    """A measured call, and the unmeasured preparation before each call."""
 
     run: Callable[..., object]
-    """What is measured; it gets what `prepare` returned as arguments."""
+    """The measured call; its arguments are the result of `prepare`."""
     prepare: Callable[[], tuple[Any, ...]] = tuple
+    """Called before each run; not measured."""
 
     def once(self) -> None:
-        """Prepare and run."""
+        """Prepare and run once."""
         self.run(*self.prepare())
 
 
 class BusyError(RuntimeError):
-    """Other programs left no quiet time to measure in."""
+    """The load of other programs stayed too high to measure."""
 
 
 def undisturbed(call: Callable[[], T], quiet: float = math.inf) -> tuple[T, float | None]:
-    """Wait until the machine is quiet, call, and do so again if it did not stay quiet meanwhile.
+    """Wait until the machine is quiet, then call; repeat the call if the machine did not stay quiet.
 
     Args:
-        call: What to measure.
-        quiet: Largest share of the processors that other programs may use.
+        call: The call to measure.
+        quiet: Maximum share of the processors that other programs may use.
 
     Returns:
-        What the call returned, and the share that other programs used meanwhile; None where the system does not tell.
+        The result of the call, and the share of the processors that other programs used during it; None if the system
+        does not report it.
 
     Raises:
-        BusyError: There was no quiet time for `PATIENCE` seconds.
+        BusyError: The machine was not quiet within `TIMEOUT` seconds.
     """
     if math.isinf(quiet):
-        return _with_share_of_others(call)
+        return _with_load_of_others(call)
     started = time.monotonic()
     while True:
-        _, share = _with_share_of_others(lambda: time.sleep(LOOK))
+        _, share = _with_load_of_others(lambda: time.sleep(OBSERVATION))
         if share is None or share <= quiet:
-            result, share = _with_share_of_others(call)
+            result, share = _with_load_of_others(call)
             if share is None or share <= quiet:
                 return result, share
-        if time.monotonic() - started > PATIENCE:
+        if time.monotonic() - started > TIMEOUT:
             raise BusyError(f"other programs use {share:.0%} of the processors, more than {quiet:.0%}")
 
 
-def time_in_turns(
+def time_interleaved(
     calls: dict[str, Call] | dict[str, Work], rounds: int, quiet: float = math.inf, repeats: int = 1
 ) -> tuple[dict[str, list[float]], float | None]:
-    """Seconds of each call in each round, after one round that does not count, and the share that others used.
+    """Seconds of each call in each round after a warm-up round, and the largest load of other programs.
 
-    The calls take turns, and each round begins with another one: what happens beside them meets all of them. In a
-    round, each is called `repeats` times and the seconds are added up.
+    The calls alternate, and each round starts with a different one, so that disturbances affect all of them equally. In
+    each round, a call is repeated `repeats` times and its seconds are summed.
     """
     names = list(calls)
     works = {name: call if isinstance(call, Work) else Work(call) for name, call in calls.items()}
@@ -98,7 +100,7 @@ def time_in_turns(
 
 
 def seconds_of(work: Work, repeats: int = 1) -> float:
-    """Seconds of so many calls, without their preparation."""
+    """Total seconds of `repeats` calls, without their preparation."""
     gc.collect()
     seconds = 0.0
     for _ in range(repeats):
@@ -109,7 +111,7 @@ def seconds_of(work: Work, repeats: int = 1) -> float:
     return seconds
 
 
-def _with_share_of_others(call: Callable[[], T]) -> tuple[T, float | None]:
+def _with_load_of_others(call: Callable[[], T]) -> tuple[T, float | None]:
     all_before, own_before, started = _processor_seconds(), time.process_time(), time.perf_counter()
     result = call()
     seconds, own, all_after = time.perf_counter() - started, time.process_time() - own_before, _processor_seconds()
@@ -119,7 +121,7 @@ def _with_share_of_others(call: Callable[[], T]) -> tuple[T, float | None]:
 
 
 def _processor_seconds() -> float | None:
-    """Seconds that all processors together have worked, for whomever."""
+    """Busy seconds of all processors, summed over all programs."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -128,30 +130,30 @@ def _processor_seconds() -> float | None:
 
 
 class PeakMemory(NamedTuple):
-    """Most memory in use at a time, in MiB; None where the system does not tell."""
+    """Peak memory in MiB; None if the system does not report it."""
 
     call: float | None
-    """Beyond what was there before the call: gradients, optimizer state, activations."""
+    """Peak of the call beyond the memory in use before it: gradients, optimizer state, activations."""
     process: float | None
-    """Of the whole process, libraries and weights included."""
+    """Peak of the whole process, libraries and weights included."""
 
 
 def peak_memory(build: Callable[..., Call], *arguments: Any, threads: int) -> PeakMemory:
-    """Memory of the call that `build(*arguments)` sets up, in a process of its own.
+    """Peak memory of the call that `build(*arguments)` returns, in a fresh process.
 
-    The call runs twice: from the second time on, the optimizers' moments are there beside the activations.
+    The call runs twice, because the optimizer state only coexists with the activations from the second step on.
     """
     return in_a_fresh_process(peak_memory_here, build, arguments, threads)
 
 
 def in_a_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """What the function returns in a process of its own, where no leftovers of earlier work hide anything."""
+    """Call the function in a fresh process, whose allocator holds no memory from earlier work."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def peak_memory_here(build: Callable[..., Call], arguments: tuple[Any, ...], threads: int) -> PeakMemory:
-    """The same in this process, where leftovers of earlier work can hide some of it."""
+    """`peak_memory` in this process, where memory retained from earlier work can hide part of the peak."""
     torch.set_num_threads(threads)
     call = build(*arguments)
 
@@ -163,13 +165,13 @@ def peak_memory_here(build: Callable[..., Call], arguments: tuple[Any, ...], thr
 
 
 def high_water(call: Call) -> PeakMemory:
-    """Memory of a call in this process."""
+    """Peak memory of a call in this process."""
     gc.collect()
     _return_free_memory()
     status, clear_refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
         return PeakMemory(None, None)
-    # 5 sets the high-water mark back to what is in use now.
+    # Writing 5 resets the high-water mark to the current usage.
     clear_refs.write_text("5")
     before = _mib(status, "VmHWM")
     call()
@@ -178,7 +180,7 @@ def high_water(call: Call) -> PeakMemory:
 
 
 def _return_free_memory() -> None:
-    """What the allocator has kept of earlier calls would hide as much of the next one (glibc alone)."""
+    """Return retained memory to the system (glibc only): it would hide part of the next peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
@@ -189,25 +191,25 @@ def _mib(status: Path, name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def milliseconds_in_turns(works: dict[str, Work], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call on the GPU in each round, after one round that does not count.
+def time_interleaved_on_gpu(works: dict[str, Work], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call on the GPU in each round, after a warm-up round.
 
-    The calls take turns, and each round begins with another one. Before each call the cache is flushed. What is timed
-    lies between two events on the GPU: launching counts where the GPU has to wait for it, as it does in use.
+    The calls alternate, and each round starts with a different one. The cache is flushed before each call. The time is
+    that between two events on the GPU: launch overhead counts if the GPU has to wait for it, as in practice.
 
     Args:
-        works: What to time, by name.
-        seconds: About so long may it take, with at least `FEWEST_ROUNDS` rounds.
+        works: The calls to time, by name.
+        seconds: Approximate time budget; at least `MIN_ROUNDS` rounds are measured.
     """
     names = list(works)
-    cache = _as_large_as_a_cache()
+    buffer = _flush_buffer()
 
     def one_round(order: list[str]) -> dict[str, float]:
         events = {}
         for name in order:
             arguments = works[name].prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            cache.zero_()
+            buffer.zero_()
             start.record()
             works[name].run(*arguments)
             end.record()
@@ -222,7 +224,7 @@ def milliseconds_in_turns(works: dict[str, Work], seconds: float) -> dict[str, l
     one_round(names)
     rounds = int(seconds / max(time.perf_counter() - started, 1e-6))
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)):
+    for turn in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
         first = turn % len(names)
         for name, time_of_call in one_round(names[first:] + names[:first]).items():
             milliseconds[name].append(time_of_call)
@@ -230,13 +232,13 @@ def milliseconds_in_turns(works: dict[str, Work], seconds: float) -> dict[str, l
 
 
 @functools.cache
-def _as_large_as_a_cache() -> torch.Tensor:
-    # Kept, so that a call which fits beside it once always does.
+def _flush_buffer() -> torch.Tensor:
+    # Cached, so that the memory available to the measured calls is always the same.
     return torch.empty(FLUSHED, dtype=torch.int8, device=CUDA)
 
 
 def peak_memory_on_gpu(work: Work) -> PeakMemory:
-    """Memory that a call allocates on the GPU: what it returns included, what was prepared for it not."""
+    """Peak memory that a call allocates on the GPU, including its results but not its prepared arguments."""
     arguments = work.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -247,15 +249,15 @@ def peak_memory_on_gpu(work: Work) -> PeakMemory:
 
 
 def copy_gb_per_s(size: int = 2**30) -> float:
-    """Gigabytes per second that a copy of so many bytes reads and writes on the GPU."""
+    """Bandwidth of copying `size` bytes on the GPU, counted as read and written, in gigabytes per second."""
     source = torch.zeros(size, dtype=torch.int8, device=CUDA)
     target = torch.empty_like(source)
-    times = milliseconds_in_turns({"copy": Work(lambda: target.copy_(source))}, seconds=0.5)
+    times = time_interleaved_on_gpu({"copy": Work(lambda: target.copy_(source))}, seconds=0.5)
     return round(2 * size / statistics.median(times["copy"]) / 1e6, 1)
 
 
 def matrix_tflops(dtype: torch.dtype, size: int = 8192) -> float:
-    """10^12 operations per second of a square matrix product on the GPU, with torch's settings for precision."""
+    """TFLOP/s of a square matrix product on the GPU, with torch's default precision settings."""
     left, right = (torch.randn(size, size, device=CUDA, dtype=dtype) for _ in range(2))
-    times = milliseconds_in_turns({"product": Work(lambda: left @ right)}, seconds=0.5)
+    times = time_interleaved_on_gpu({"product": Work(lambda: left @ right)}, seconds=0.5)
     return round(2 * size**3 / statistics.median(times["product"]) / 1e9, 3)

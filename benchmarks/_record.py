@@ -1,4 +1,4 @@
-"""Records: one measurement is one line of JSON, appended to a file of `results/` and never edited."""
+"""Records: each measurement is one line of JSON, appended to a file in `results/` and never edited."""
 
 from __future__ import annotations
 
@@ -21,65 +21,65 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured, on what, and what came out."""
+    """A measurement: the operation and its sizes, the machine, and the result."""
 
     op: str
     """The operation, such as "training_step"."""
     impl: str
-    """Whose implementation."""
+    """Name of the implementation, such as "published"."""
     direction: str
-    """What a call does: "forward" (without a graph), "backward" (its graph is there), "both", or in words."""
+    """The measured pass: "forward" (without a graph), "backward" (of an existing graph), "both", or a description."""
     shape: dict[str, Any]
     """All sizes, by name."""
     dtype: str
-    """Of weights and activations."""
+    """Precision of weights and activations."""
     quantity: str
-    """What median and spread are: "time / time of NAME", "ms" (on a GPU only), or a rate such as "images/s"."""
+    """The unit of median and spread: "time / time of NAME", "ms" (on a GPU only), or a rate such as "images/s"."""
     median: float
-    """Over the rounds."""
+    """Median over the rounds."""
     spread: tuple[float, float]
-    """Lowest and highest round."""
+    """The lowest and the highest round."""
     rounds: int
-    """Measured calls of each implementation, without the first, which warms up."""
+    """Number of measured rounds per implementation, without the warm-up."""
     peak_memory_mib: float | None
-    """Most memory in use at a time during a call, beyond weights and data; None where the system does not tell."""
+    """Peak memory of a call beyond weights and data; None if the system does not report it."""
     process_memory_mib: float | None
-    """The same of the whole process, libraries included."""
+    """Peak memory of the whole process, libraries included; None if the system does not report it."""
     shares: dict[str, float]
-    """Share of each part in the time, which sum to 1; empty if the parts were not measured."""
+    """Share of the time spent in each part, summing to 1; empty if parts were not measured."""
     device: str
-    """ "cpu", or the accelerator's name."""
+    """ "cpu", or the name of the accelerator."""
     cpu: str
-    """The processor's model."""
+    """Model name of the processor."""
     threads: int
-    """Threads of torch."""
+    """Number of torch threads."""
     versions: dict[str, str]
-    """Of this package, torch and Python, and of triton where it is there."""
+    """Versions of this package, torch and Python, and of triton if installed."""
     commit: str
-    """What was measured; "+changes" where the working tree differed from it."""
+    """The measured commit, with the suffix "+changes" if the working tree differed from it."""
     date: str
-    """UTC, ISO 8601. Implementations that took turns have the same."""
+    """UTC, ISO 8601; identical for implementations that were timed interleaved."""
     others: float | None = None
-    """Largest share of the processors that other programs used in a round; None where it was not measured."""
+    """Largest share of the processors that other programs used in a round; None if not measured."""
     least_bytes: int | None = None
-    """Bytes that every implementation must read or write."""
+    """Minimum bytes that any implementation must read and write."""
     least_operations: int | None = None
-    """Additions and multiplications of the matrix products that every implementation must make."""
+    """Minimum floating-point operations in matrix products (multiplications and additions) of any implementation."""
     bandwidth_share: float | None = None
-    """`least_bytes` per time of a call, as a share of `copy_gb_per_s`."""
+    """`least_bytes` divided by the time of a call, relative to `copy_gb_per_s`."""
     matrix_share: float | None = None
-    """`least_operations` per time of a call, as a share of `matrix_tflops`."""
+    """`least_operations` divided by the time of a call, relative to `matrix_tflops`."""
     error: float | None = None
-    """Distance to the definition in float64, as a share of its largest value: of the worst output or gradient."""
+    """Maximum error relative to the largest value of the definition in float64, for the worst output or gradient."""
     error_allowed: float | None = None
-    """The largest that was allowed there."""
+    """The tolerance for that output or gradient."""
     copy_gb_per_s: float | None = None
-    """Gigabytes (10^9) per second that a large copy read and wrote, on the same device in the same run."""
+    """Bandwidth of a large copy on the same device in the same run, read plus written, in 10^9 bytes per second."""
     matrix_tflops: float | None = None
-    """10^12 operations per second of a large matrix product in the same dtype, on the same device in the same run."""
+    """TFLOP/s of a large matrix product in the same dtype, on the same device in the same run."""
 
     def __post_init__(self) -> None:
-        # JSON has lists only.
+        # JSON turns tuples into lists.
         object.__setattr__(self, "spread", tuple(self.spread))
         low, high = self.spread
         if not 0 < low <= self.median <= high < math.inf:
@@ -89,11 +89,11 @@ class Record:
         if self.shares and not math.isclose(sum(self.shares.values()), 1, abs_tol=0.01):
             raise ValueError(f"Record: shares must sum to 1, but they sum to {sum(self.shares.values()):.3f}.")
         if self.error is not None and self.error_allowed is not None and not self.error <= self.error_allowed:
-            raise ValueError(f"Record: error {self.error} is more than the {self.error_allowed} that are allowed.")
+            raise ValueError(f"Record: error {self.error} exceeds the tolerance of {self.error_allowed}.")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The fields of a `Record` that say on what, and when, was measured."""
+    """The fields of a `Record` that describe the machine, the versions and the time of the measurement."""
     return {
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": _cpu_model(),
@@ -105,7 +105,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def append(record: Record, path: Path) -> None:
-    """Add one line to a file of results."""
+    """Append a record to a file of results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -153,7 +153,7 @@ def _commit() -> str:
     described = _git("rev-parse", "--short=12", "HEAD")
     if described is None:
         return "none"
-    # The results themselves grow with each run.
+    # Exclude the results: each run appends to them.
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return described + ("+changes" if changes else "")
 

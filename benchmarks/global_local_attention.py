@@ -1,4 +1,4 @@
-"""`functional.global_local_attention`: word and sentence attention of a stage, without the attention maps.
+"""Benchmark of `functional.global_local_attention`: word and sentence attention of a stage, without attention maps.
 
 Shape suffixes: B images, C channels, N = H * W positions, L words.
 """
@@ -34,7 +34,7 @@ SHAPES = (
 
 
 def make_inputs(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Features of unit variance, scores of variance 4, so that the softmax neither picks one word nor takes all."""
+    """Features of unit variance, scores of variance 4, so that the softmax is neither one-hot nor uniform."""
     batch, channels, words = sizes["batch"], sizes["channels"], sizes["words"]
     random = torch.Generator(device).manual_seed(0)
 
@@ -48,7 +48,7 @@ def make_inputs(sizes: dict[str, int], dtype: torch.dtype, device: torch.device)
 
 
 def word_mask(captions: int, words: int, device: torch.device) -> Tensor:
-    """Captions of a third to all of the words, the same ones each time; the first has all."""
+    """Mask of captions with a third to all of the words, from a fixed seed; the first has all words."""
     random = torch.Generator().manual_seed(1)
     lengths = torch.randint(max(1, words // 3), words + 1, (captions, 1), generator=random)
     lengths[0] = words
@@ -63,7 +63,7 @@ def definition(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Ten
 
 
 def published(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) -> tuple[Tensor, ...]:
-    """With the right masks for captions of different lengths, which the published order does not give."""
+    """The published formulation with correct masks; the published mask order is wrong for different lengths."""
     row_mask = word_mask.repeat_interleave(features.shape[2] * features.shape[3], dim=0)
     return published_attention(features, words, sentence, row_mask)[:2]
 
@@ -73,7 +73,7 @@ def ours(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor, *
 
 
 def plain(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) -> tuple[Tensor, ...]:
-    """What is compiled."""
+    """Plain PyTorch, to be compiled."""
     return (
         functional.word_attention(features, words, word_mask)[0],
         functional.sentence_attention(features, sentence)[0],
@@ -81,7 +81,7 @@ def plain(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) 
 
 
 def sdpa(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) -> tuple[Tensor, ...]:
-    """Positions are queries, words are keys and values.
+    """`scaled_dot_product_attention` with positions as queries and words as keys and values.
 
     The queries are copied, because the fused kernels need features last; the context is not copied back.
     """
@@ -91,7 +91,7 @@ def sdpa(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) -
 
 
 def flex(features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor) -> tuple[Tensor, ...]:
-    """The same by flex attention. It is compiled as a whole, the sentence's part and the copies included."""
+    """`flex_attention` for the words; the sentence attention and the copies are compiled with it."""
 
     def without_padding(score: Tensor, b: Tensor, head: Tensor, position: Tensor, word: Tensor) -> Tensor:
         return torch.where(word_mask[b, word], score, float("-inf"))
@@ -106,7 +106,7 @@ def implementations(device: str) -> dict[str, Implementation]:
     compiled = {"sdpa": sdpa, "compiled": torch.compile(plain, fullgraph=True, dynamic=False)}
     if device == "cpu":
         return on_both | compiled
-    # What takes long to compile comes last, in case that the time is used up.
+    # Slow compilation comes last, in case the time budget runs out.
     return (
         on_both
         | {"triton": partial(ours, impl="triton")}
@@ -116,8 +116,11 @@ def implementations(device: str) -> dict[str, Implementation]:
 
 
 def least_bytes(sizes: dict[str, int], direction: str, element: int) -> int:
-    """Forward reads the features and writes two contexts. Backward reads the features and the gradients of both
-    contexts and writes the gradient of the features. Each also reads the text, and backward writes its gradients.
+    """Minimum memory traffic.
+
+    Forward reads the features and writes two contexts. Backward reads the features and the gradients of both contexts
+    and writes the gradient of the features. Both also read words, sentence and mask; backward writes the gradients of
+    words and sentence.
     """
     if direction == "both":
         return least_bytes(sizes, "forward", element) + least_bytes(sizes, "backward", element)
@@ -128,7 +131,7 @@ def least_bytes(sizes: dict[str, int], direction: str, element: int) -> int:
 
 
 def least_operations(sizes: dict[str, int], direction: str) -> int:
-    """Two matrix products of words and positions forward, four backward; none that is computed anew counts."""
+    """Matrix products of words and positions: two forward, four backward; recomputation does not count."""
     products = {"forward": 2, "backward": 4, "both": 6}[direction]
     positions = sizes["batch"] * sizes["height"] * sizes["width"]
     return products * 2 * positions * sizes["words"] * sizes["channels"]

@@ -1,9 +1,9 @@
-"""Kill a training run again and again, go on each time, and compare the result with that of an unbroken run.
+"""Kill training runs repeatedly, resume them, and compare the results with those of an uninterrupted run.
 
     python benchmarks/kill_and_resume.py --kills 200
 
-Every second kill is a random moment, every other one the next save after a random moment. Weights must agree byte for
-byte, and so must all logged figures but the times.
+Kills alternate between a random moment and the first checkpoint save after a random moment. Weights must be equal byte
+for byte, and so must all logged values except times.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from mirror_modules.training.folder import LOCK, RunFolder
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import Recipe, demo
 
-# What a clock says is no result.
+# Fields that legitimately differ between runs.
 TIMES = ("seconds", "waited")
 
 
-class Outcome(NamedTuple):
-    """What became of the runs that were killed."""
+class KillResult(NamedTuple):
+    """Result of killing and resuming runs."""
 
     kills: int
     during_a_save: int
-    """So many of the kills left a file that had not got its name yet."""
+    """Number of kills that left a temporary file that was not yet renamed."""
     in_phases: dict[str, int]
-    """How many of the kills came in each phase; "" stands for the time before the first step."""
+    """Number of kills in each phase; the key "" counts kills before the first step."""
     runs: int
-    """Runs that were killed and came to their end."""
+    """Number of runs that finished after being killed."""
     different: list[str]
-    """What differs from the unbroken run, in words; empty if all is identical."""
+    """Descriptions of the differences from the uninterrupted run; empty if all is identical."""
 
 
-def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) -> Outcome:
-    """Kill runs of a recipe until they have been killed so often, let each come to its end, and compare.
+def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) -> KillResult:
+    """Kill runs of a recipe until `kills` is reached, let each finish, and compare it with an uninterrupted run.
 
     Args:
-        recipe: What is trained, with as many steps and checkpoints as it says.
-        folder: Where the runs lie; a new folder inside for each.
-        kills: How often, over all runs.
-        seed: Decides the moments.
+        recipe: The recipe to train, with the number of steps and the checkpoint interval.
+        folder: Parent folder; each run gets a new folder in it.
+        kills: Number of kills over all runs.
+        seed: Seed of the moments of the kills.
     """
     rng = random.Random(seed)
     unbroken = RunFolder(folder / "unbroken")
-    # The first child waits until torch is imported.
+    # The first child starts the fork server, which imports torch.
     start_child(time.sleep, 0).join()
     started = time.perf_counter()
     child = start_child(_train, recipe, unbroken.path)
     child.join()
     if child.exitcode != 0:
-        raise RuntimeError(f"the unbroken run ended with {child.exitcode}.")
-    # Kills come in every part of a run, and more than one to each.
+        raise RuntimeError(f"the uninterrupted run exited with {child.exitcode}.")
+    # Below the duration of a run, so that kills cover all parts of it and most runs are killed more than once.
     longest = 0.75 * (time.perf_counter() - started)
     count = during_a_save = runs = 0
     in_phases: Counter[str] = Counter()
@@ -87,33 +87,33 @@ def kill_and_resume(recipe: Recipe, folder: Path, kills: int, *, seed: int = 0) 
             during_a_save += bool(_unnamed(run.path) - left_before)
             in_phases[_phase_of(run)] += 1
         if child.exitcode != 0:
-            different.append(f"{run.path.name} ended with {child.exitcode}")
+            different.append(f"{run.path.name} exited with {child.exitcode}")
             break
         different += [f"{run.path.name}: {name}" for name in differing(unbroken, run)]
         runs += 1
-    return Outcome(count, during_a_save, dict(in_phases), runs, different)
+    return KillResult(count, during_a_save, dict(in_phases), runs, different)
 
 
 def differing(one: RunFolder, other: RunFolder) -> list[str]:
-    """Files of two runs whose content is not the same, times apart."""
+    """Names of the files that differ between two runs, ignoring times."""
     paths = [*one.path.glob("phases/*"), *one.path.glob("model/*"), one.vocabulary]
     names = [str(path.relative_to(one.path)) for path in paths]
-    found = [name for name in names if (one.path / name).read_bytes() != (other.path / name).read_bytes()]
+    different = [name for name in names if (one.path / name).read_bytes() != (other.path / name).read_bytes()]
     if figures(one) != figures(other):
-        found.append(one.log.name)
-    return found
+        different.append(one.log.name)
+    return different
 
 
 def figures(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
+    """The lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def start_child(target: Callable[..., None], *arguments: Any) -> Any:
-    """Start a process that has torch imported already."""
+    """Start a process by forking a server that has already imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mirror_modules.training.loop", "mirror_modules.training.report", "tqdm"])
+    context.set_forkserver_preload(["mirror_modules.training.loop", "mirror_modules.evaluation.report", "tqdm"])
     child = context.Process(target=target, args=arguments)
     child.start()
     return child
@@ -132,7 +132,7 @@ def _wait_for_save(child: Any, run: RunFolder) -> None:
 
 
 def _unnamed(folder: Path) -> set[tuple[Path, int]]:
-    """Files that have not got their names yet, with their times: the next run may leave one of the same name."""
+    """Temporary files that were not yet renamed, with their times, because a later run may reuse a name."""
     files = [path for path in folder.rglob(".*") if path.is_file() and path.name != LOCK]
     return {(path, path.stat().st_mtime_ns) for path in files}
 
@@ -143,8 +143,8 @@ def _phase_of(run: RunFolder) -> str:
 
 
 def small_recipe() -> Recipe:
-    """All phases, with all that is drawn at random, in seconds."""
-    phases = {phase: {"steps": 16, "batch_size": 7} for phase in ("stem", "stream", "judge")}
+    """All phases with all sources of randomness; trains in seconds."""
+    phases = {phase: {"steps": 16, "batch_size": 7} for phase in ("stem", "stream", "evaluator")}
     glam = {"steps": 16, "batch_size": 7, "r1_weight": 1.0, "r1_every": 3}
     sizes = {"channels": 3, "discriminator_channels": 3, "word_dim": 10, "noise_dim": 5, "condition_dim": 6}
     fields = {
@@ -161,22 +161,22 @@ def small_recipe() -> Recipe:
 
 
 def main() -> int:
-    """Print what came out in one line; status 1 if something differs."""
+    """Print the result in one line; exit status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = kill_and_resume(small_recipe(), Path(folder), options.kills, seed=options.seed)
-    phases = ", ".join(f"{name or 'at the start'} {count}" for name, count in outcome.in_phases.items())
+        result = kill_and_resume(small_recipe(), Path(folder), options.kills, seed=options.seed)
+    phases = ", ".join(f"{name or 'before the first step'} {count}" for name, count in result.in_phases.items())
+    is_identical = "no: " + ", ".join(result.different) if result.different else "yes"
     print(
-        f"{outcome.kills} kills, {outcome.during_a_save} of them during a save, in {outcome.runs} runs "
-        f"({phases}); identical to "
-        f"the unbroken run: {'no: ' + ', '.join(outcome.different) if outcome.different else 'yes'}; "
+        f"{result.kills} kills, {result.during_a_save} of them during a save, in {result.runs} runs "
+        f"({phases}); identical to the uninterrupted run: {is_identical}; "
         f"{platform.platform()}, {platform.machine()}, mirror_modules {mirror_modules.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
-    return 1 if outcome.different else 0
+    return 1 if result.different else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory of the process over many steps of the adversarial phase: it must not grow.
+"""Memory of the process over many steps of the adversarial phase, which must not grow.
 
 python benchmarks/memory_over_steps.py --steps 2000
 """
@@ -20,19 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.kill_and_resume import small_recipe
 from mirror_modules.training import engine
 from mirror_modules.training.loop import train
-from mirror_modules.training.trainee import Outcome
+from mirror_modules.training.network import StepResult
 
 WARM_UP_STEPS = 200
 
 
 def resident_mib() -> float:
-    """Memory of this process, as Linux counts it."""
+    """Resident set size of this process (Linux only)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
-    """Print the memory now and then, and by how much it grew after the first steps."""
+    """Print the memory every 100 steps, and its growth after the warm-up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
@@ -48,8 +48,8 @@ def main() -> None:
     measured: dict[int, float] = {}
     record = engine.PhaseRun.record
 
-    def measure(self: engine.PhaseRun, outcome: Outcome) -> None:
-        record(self, outcome)
+    def measure(self: engine.PhaseRun, result: StepResult) -> None:
+        record(self, result)
         if self.phase == "glam" and self.step % 100 == 0:
             measured[self.step] = resident_mib()
             print(f"step {self.step}: {measured[self.step]:.1f} MiB", flush=True)

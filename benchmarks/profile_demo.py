@@ -1,4 +1,4 @@
-"""The adversarial phase of the demo recipe: images per second, memory, and the share of each part in a step."""
+"""Profile of the adversarial phase of the demo recipe: images per second, memory, share of each part of a step."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ import torch
 from benchmarks import _measure, _record
 from mirror_modules import MirrorGAN
 from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers
-from mirror_modules.data.batching import CaptionBatch
+from mirror_modules.data.in_memory import CaptionBatch
 from mirror_modules.training.batches import load_batches, to_device
 from mirror_modules.training.features import cached_text
+from mirror_modules.training.network import StepResult
 from mirror_modules.training.recipes import Recipe, get_recipe
 from mirror_modules.training.state import AdversarialState, start
 from mirror_modules.training.step import adversarial_step
-from mirror_modules.training.trainee import Outcome
 
 WARM_UP_STEPS = 3
-# A step costs the same whatever the data set's size; drawing all of it would take longer than measuring.
+# The cost of a step does not depend on the size of the data set, and drawing all images takes longer than measuring.
 IMAGES = 512
 
 
 class Phase(NamedTuple):
-    """The adversarial phase, ready to go. Encoder and captioner are untrained, which costs the same."""
+    """The adversarial phase, ready to run; text encoder and captioner are untrained, which does not change the cost."""
 
     recipe: Recipe
     state: AdversarialState
     batches: Iterator[CaptionBatch]
 
-    def step(self) -> Outcome:
-        """One step on the next batch."""
+    def step(self) -> StepResult:
+        """Run one step on the next batch."""
         return adversarial_step(self.state, next(self.batches), self.recipe.glam)
 
 
 class Stopwatch(ExitStack):
-    """Adds up the seconds that parts of a step take, while it is entered."""
+    """Context manager that accumulates the seconds spent in each part of a step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def watch(self, part: str, owner: object, method: str) -> None:
-        """Count the calls of `owner.method` as a part's. Watched methods must not call each other."""
+        """Attribute the time of `owner.method` to a part. Watched methods must not call each other."""
         original = getattr(owner, method)
 
         @wraps(original)
@@ -65,7 +65,7 @@ class Stopwatch(ExitStack):
 
 
 def build_phase(name: str) -> Phase:
-    """Data, networks and optimizers of a recipe for synthetic flowers."""
+    """Set up data, networks and optimizers of a recipe for synthetic flowers."""
     torch.manual_seed(0)
     recipe = get_recipe(name)
     resolution = recipe.model.resolutions[-1]
@@ -80,25 +80,25 @@ def build_phase(name: str) -> Phase:
 
 
 def build_step(name: str) -> _measure.Call:
-    """The step of a recipe, as a call."""
+    """The step of a recipe as a callable."""
     return build_phase(name).step
 
 
 def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, float]]:
-    """Seconds of each step, and the share of each part in all of them."""
+    """Seconds of each step, and the share of each part in their sum."""
     state = phase.state
     with Stopwatch() as watch:
         watch.watch("text features", state, "text")
         watch.watch("conditioning", state.model.conditioning, "forward")
         watch.watch("generator, forward", state.model.generator, "forward")
-        for discriminator in state.discriminators:
+        for discriminator in state.paired_discriminators:
             watch.watch("discriminators, forward", discriminator, "features")
-            watch.watch("discriminators, forward", discriminator, "judge")
+            watch.watch("discriminators, forward", discriminator, "logits")
         if state.redescription is not None:
             watch.watch("captioner, forward", state.redescription, "forward")
         watch.watch("backward", torch.Tensor, "backward")
-        for trainee in state.trainees().values():
-            watch.watch("optimizers", trainee.optimizer, "step")
+        for network in state.networks().values():
+            watch.watch("optimizers", network.optimizer, "step")
         watch.watch("average", state.average, "update")
         seconds = []
         for _ in range(steps):
@@ -107,12 +107,12 @@ def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, f
             watch.seconds["data"] += time.perf_counter() - started
             adversarial_step(state, batch, phase.recipe.glam)
             seconds.append(time.perf_counter() - started)
-    shares = {part: spent / sum(seconds) for part, spent in watch.seconds.items()}
+    shares = {part: time_of_part / sum(seconds) for part, time_of_part in watch.seconds.items()}
     return seconds, {**shares, "everything else": 1 - sum(shares.values())}
 
 
 def measure(steps: int, threads: int, quiet: float, name: str = "demo") -> list[_record.Record]:
-    """Speed, memory and shares of a recipe's adversarial phase."""
+    """Measure speed, memory and shares of the adversarial phase of a recipe."""
     torch.set_num_threads(threads)
     phase = build_phase(name)
     for _ in range(WARM_UP_STEPS):
@@ -120,7 +120,7 @@ def measure(steps: int, threads: int, quiet: float, name: str = "demo") -> list[
     (seconds, shares), others = _measure.undisturbed(lambda: shares_of_a_step(phase, steps), quiet)
     environment = _record.environment()
     peak = _measure.peak_memory(build_step, name, threads=threads)
-    rates = [phase.recipe.glam.batch_size / spent for spent in seconds]
+    rates = [phase.recipe.glam.batch_size / duration for duration in seconds]
     return [
         _record.Record(
             op=f"{name}_step",

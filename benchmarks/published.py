@@ -1,19 +1,18 @@
-"""The published formulations, written down from their equations: two operations, and one adversarial training step.
+"""The published formulations, implemented from their equations: two operations and one adversarial training step.
 
-The operations and the step are the same mathematics as ours, on the same weights: the tests show equal results and
-gradients. They differ in how they get there:
+The operations and the step are mathematically equal to ours, with the same weights: the tests show equal results and
+gradients. They differ in the computation:
 
-- word attention: positions become rows (B * N, L), by transposed copies; in a training step, the captions' masks are
-  repeated for the rows in an order that gives rows other captions' masks (equal lengths hide it);
+- word attention: positions become rows (B * N, L) through transposed copies; in a training step, the caption masks are
+  repeated in an order that assigns masks of other captions to rows (hidden if all captions have equal lengths);
 - sentence attention: the sentence is repeated over all positions;
-- similarity of regions and words: one caption after the other, cut to its real words and repeated for all images;
-- discriminators: a probability from each head, judged term by term, with cross entropy on probabilities;
-- mismatched pairs: each real image but the last with the next caption;
-- generator: by default the backward pass goes on into the discriminators' weights, and what it leaves there is thrown
-  away. Holding them fixed is the stronger baseline, and `hold_discriminators` does it.
+- similarity of regions and words: a loop over captions, each cut to its real words and repeated for all images;
+- discriminators: a probability from each head, each loss term separately, with cross entropy on probabilities;
+- mismatched pairs: each real image except the last with the next caption;
+- generator: by default, the backward pass also computes gradients of the discriminators' weights, which are discarded.
+  Freezing the discriminators (`hold_discriminators`) is the stronger baseline.
 
-Left out of the step on both sides: the captioner, which is one and the same network, and the matching loss of the
-encoders.
+Neither side includes the captioner, which would be the same network on both, nor the matching loss of the encoders.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from torch import Tensor
 from mirror_modules import GlobalLocalAttention, GlobalLocalContext, MirrorGAN, PairedDiscriminator
 from mirror_modules.glam.stages import RefinementStage
 
-if TYPE_CHECKING:  # the operations are also measured where the packages of a training are not installed
-    from mirror_modules.data.batching import CaptionBatch
+if TYPE_CHECKING:  # the operations are also measured without the packages for training
+    from mirror_modules.data.in_memory import CaptionBatch
     from mirror_modules.training.recipes import AdversarialRecipe
     from mirror_modules.training.state import AdversarialState
 
@@ -41,16 +40,16 @@ def published_attention(
     *,
     score_matrix: Tensor | None = None,
 ) -> GlobalLocalContext:
-    """Both attentions of a stage, with all weights.
+    """Word and sentence attention of a stage, with all attention weights.
 
     Args:
         features: Image features, (B, C, H, W).
         words: Word features already projected to the image channels, (B, L, C).
         sentence: Sentence feature already projected to the image channels, (B, C).
-        row_mask: True for a real word, (B * H * W, L): a row for each position, those of the first image first. The
-            published code repeats the captions' masks in another order, `word_mask.repeat(H * W, 1)`, which is wrong
-            where captions differ in length; the right one is `word_mask.repeat_interleave(H * W, dim=0)`.
-        score_matrix: Mixes the scores of the sentence over channels before the softmax, (C, C).
+        row_mask: True for a real word, (B * H * W, L): one row per position, image by image. The published code repeats
+            the caption masks in another order, `word_mask.repeat(H * W, 1)`, which is wrong if captions differ in
+            length; the correct one is `word_mask.repeat_interleave(H * W, dim=0)`.
+        score_matrix: Mixes the sentence scores over channels before the softmax, (C, C).
     """
     batch, channels, height, width = features.shape
     positions, length = height * width, words.shape[1]
@@ -82,7 +81,7 @@ def published_similarity(
     gamma_word: float = 5.0,
     copies: bool = True,
 ) -> Tensor:
-    """Similarity of every image with every caption, (I, J): one caption after the other, each against all images.
+    """Similarity of every image with every caption, (I, J), in a loop over captions.
 
     Args:
         regions: Region features, (I, R, D).
@@ -90,15 +89,15 @@ def published_similarity(
         word_mask: True for a real word, (J, L); the real words come first.
         gamma_attention: Sharpness of the attention over regions.
         gamma_word: Weight of the best matching words.
-        copies: Transpose what a product or a row-wise step needs by copying it, for each caption anew, as it is
-            published; autograd keeps the copies. Without them the loop is the same, and a stronger baseline.
+        copies: Copy transposed tensors for each caption, as published; autograd retains the copies. Without copies the
+            loop is otherwise the same, and a stronger baseline.
     """
 
     def transposed(tensor: Tensor) -> Tensor:
         return tensor.mT.contiguous() if copies else tensor.mT
 
     images, count, _ = regions.shape
-    maps = regions.mT.contiguous() if copies else regions.mT  # (I, D, R), as the image encoder gives them
+    maps = regions.mT.contiguous() if copies else regions.mT  # (I, D, R), the layout of the image encoder
     columns = []
     for caption, length in zip(words, word_mask.sum(dim=1).tolist()):
         word = caption[:length].mT.repeat(images, 1, 1)
@@ -114,7 +113,7 @@ def published_similarity(
 
 
 class PublishedAttention(GlobalLocalAttention):
-    """`GlobalLocalAttention` in the published formulation, with the same parameters; it always returns the weights."""
+    """`GlobalLocalAttention` in the published formulation, with the same parameters; always returns the weights."""
 
     def forward(
         self,
@@ -131,14 +130,14 @@ class PublishedAttention(GlobalLocalAttention):
             features,
             word_values.mT,
             self.sentence_projection(condition),
-            # In the published order, see there.
+            # The published order of masks, see `published_attention`.
             None if word_mask is None else word_mask.repeat(positions, 1),
             score_matrix=None if self.score_projection is None else self.score_projection.weight,
         )
 
 
 def use_published_attention(model: MirrorGAN) -> MirrorGAN:
-    """Put `PublishedAttention`, with the same weights, into each stage of the model's generator."""
+    """Replace the attention of each generator stage by `PublishedAttention` with the same weights."""
     for stage in model.generator.refinements:
         if not isinstance(stage, RefinementStage) or not isinstance(stage.attention, GlobalLocalAttention):
             raise ValueError("use_published_attention: the model must be built with attention='global-local'.")
@@ -156,13 +155,13 @@ def use_published_attention(model: MirrorGAN) -> MirrorGAN:
 
 
 def realism(discriminator: PairedDiscriminator, features: Tensor) -> Tensor:
-    """Probability of a photograph, (B,)."""
+    """Probability that an image is real, (B,)."""
     head = discriminator.realism_head
     return torch.sigmoid(F.conv2d(features, head.weight, head.bias)).view(-1)
 
 
 def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: Tensor) -> Tensor:
-    """Probability that image and sentence belong together, (B,)."""
+    """Probability that image and sentence match, (B,)."""
     sentence_map = sentence.view(len(sentence), -1, 1, 1).repeat(1, 1, *features.shape[2:])
     convolution, norm, activation = discriminator.joint
     joint = F.conv2d(torch.cat((features, sentence_map), dim=1), convolution.weight, padding=1)
@@ -173,7 +172,7 @@ def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: 
 def published_discriminator_loss(
     discriminator: PairedDiscriminator, real: Tensor, fake: Tensor, sentence: Tensor
 ) -> Tensor:
-    """Half of the terms that should be accepted plus a third of those that should be rejected."""
+    """Mean of the two terms with target 1 plus mean of the three terms with target 0."""
     real_features, fake_features = discriminator.features(real), discriminator.features(fake)
     consistent_real = _accept(consistency(discriminator, real_features, sentence))
     consistent_fake = _reject(consistency(discriminator, fake_features, sentence))
@@ -199,19 +198,19 @@ def published_step(
     condition = model.conditioning(sentence, noise=condition_noise)
     images = model.generator(noise, condition.sample, words, batch.word_mask).images
 
-    optimizers = [judge.optimizer for judge in state.judges]
-    for discriminator, optimizer, real, image in zip(state.discriminators, optimizers, real_images, images):
+    optimizers = [network.optimizer for network in state.discriminators]
+    for discriminator, optimizer, real, image in zip(state.paired_discriminators, optimizers, real_images, images):
         optimizer.zero_grad()
         loss = published_discriminator_loss(discriminator, real, image.detach(), sentence)
         loss.backward()
         optimizer.step()
         losses[f"discriminator_{real.shape[2]}"] = loss.detach()
 
-    for discriminator in state.discriminators:
+    for discriminator in state.paired_discriminators:
         discriminator.requires_grad_(not hold_discriminators)
-    state.painter.optimizer.zero_grad()
+    state.generator.optimizer.zero_grad()
     total = torch.zeros(())
-    for discriminator, image in zip(state.discriminators, images):
+    for discriminator, image in zip(state.paired_discriminators, images):
         features = discriminator.features(image)
         loss = _accept(realism(discriminator, features)) + _accept(consistency(discriminator, features, sentence))
         losses[f"generator_{image.shape[2]}"] = loss.detach()
@@ -221,12 +220,12 @@ def published_step(
     losses["kl"] = kl.detach()
     total = total + recipe.kl_weight * kl
     total.backward()
-    state.painter.optimizer.step()
-    for discriminator in state.discriminators:
+    state.generator.optimizer.step()
+    for discriminator in state.paired_discriminators:
         discriminator.requires_grad_(True)
 
     with torch.no_grad():
-        for average, parameter in zip(state.average.module.parameters(), state.painter.module.parameters()):
+        for average, parameter in zip(state.average.module.parameters(), state.generator.module.parameters()):
             average.mul_(recipe.average_decay).add_(parameter, alpha=1 - recipe.average_decay)
     losses["generator_total"] = total.detach()
     return losses

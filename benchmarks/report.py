@@ -1,6 +1,6 @@
-"""`python -m benchmarks.report`: write `docs/benchmarks.md` and its pictures out of the operations' newest records.
+"""`python -m benchmarks.report`: write `docs/benchmarks.md` and its plots from the newest records of each operation.
 
-The page is generated as a whole: to change its words, change them here.
+The page is generated completely: to change its text, change it here.
 """
 
 from __future__ import annotations
@@ -27,89 +27,90 @@ SIZES = {"batch": "B", "channels": "C", "height": "H", "width": "W", "regions": 
 
 PAGE = """# Benchmarks
 
-How fast are the two operations that have more than one implementation, how much memory do they take, and how far are
-they from what the machine can do? This page is generated out of the records in `benchmarks/results`
-(`make bench-report`). A training step as a whole is on [another page](results.md#speed-and-memory).
+Speed and peak memory of the two operations with several implementations, and their distance from the limits of the
+hardware. This page is generated from the records in `benchmarks/results` (`make bench-report`). Benchmarks of complete
+training steps are on [the results page](results.md#speed-and-memory).
 
-## What is compared
+## Implementations
 
-- `published`: the formulation of the published code, written down from its equations. Attention: positions become rows
-  by transposed copies, and the sentence is repeated over all positions. Similarity: one caption after the other, each
+- `published`: the formulation of the published code, implemented from its equations. Attention: positions become rows
+  through transposed copies, and the sentence is repeated over all positions. Similarity: a loop over captions, each
   repeated for all images.
-- `loop` (similarity only): `published` without the copies of what it transposes; the fairer one to compare with.
+- `loop` (similarity only): `published` without the transposed copies; the fairer baseline.
 - `sdpa` (attention only): `scaled_dot_product_attention` for the words, plain PyTorch for the sentence.
-- `flex` (attention only, on a GPU only): compiled `flex_attention` for the words, the sentence compiled with it.
-- `compiled`: `torch.compile` of our plain PyTorch.
+- `flex` (attention only, GPU only): `flex_attention` for the words, compiled together with the sentence attention.
+- `compiled`: `torch.compile` of our plain PyTorch implementation.
 - `torch`: ours, `impl="torch"`.
-- `triton`: ours, `impl="triton"`, on a GPU only.
+- `triton`: ours, `impl="triton"`, GPU only.
 
-All get the same tensors, captions of a third of the words to all of them, and each caption's own mask. (The published
-code repeats the masks [in a wrong order](differences.md), which costs and saves no time; here it gets the right one.)
+All get the same tensors, with captions of one third to all of the words and the correct mask for each caption. (The
+published code repeats the masks [in a wrong order](differences.md); the order does not affect the time.)
 
-| Direction | What a call does |
+| Direction | Measured call |
 |---|---|
-| `forward` | outputs only, nothing is kept for a backward pass |
-| `backward` | gradients of all inputs, from a graph that is already there |
+| `forward` | outputs only, without a graph for a backward pass |
+| `backward` | gradients of all inputs, from an existing graph |
 | `both` | forward with a graph, then backward, as in training |
 
-## How to read it
+## How to read the tables
 
-- **Right first.** Before an implementation is timed, its outputs and all gradients are compared with the definition in
-  float64, at the size that is timed. It may be off by twice as much as the plain definition in the same precision.
-  What is further off gets no time.
-- **On a CPU: ratios.** 0.5 means half of the time of `published`, or of what the column *Against* names.
-  Implementations take turns in one process; the figure is the median over the rounds, in brackets are the lowest and
-  the highest round. If they enclose 1, no difference was shown.
-- **On a GPU: milliseconds,** medians between two events on the GPU, with the cache flushed before each call; in
-  brackets how many times as fast as `published` in the same run.
-- **Share of the machine.** Every implementation must read its inputs, write its outputs, and make two matrix products
-  forward and four backward. 100 % of the *copy rate* means: it took no longer than a copy that moves as many bytes;
-  of the *matrix rate*: no longer than one large matrix product with as many operations. The higher of the two says
-  how much is left to gain. Both rates are measured on the same GPU in the same run.
-- **Memory** is what a call takes beyond its inputs, its outputs or gradients included; of `backward`, beyond its
-  graph. What training needs is the one of `both`.
-- **A dash**: not measured. What could not run has no record; the run says why.
+- **Correctness first.** Before an implementation is timed, its outputs and all gradients are compared with the
+  definition in float64, at the measured size. The tolerance is twice the error of the plain definition in the same
+  precision. Implementations outside the tolerance are not timed.
+- **CPU: ratios.** 0.5 means half of the time of `published`, or of the baseline in the column *Baseline*.
+  Implementations are timed interleaved in one process; each entry is the median over rounds, with the lowest and
+  the highest round in parentheses. If these enclose 1, no difference is shown.
+- **GPU: milliseconds,** the median time between two events on the GPU, with the cache flushed before each call; the
+  speedup over `published` in the same run is in parentheses.
+- **Share of the hardware limit.** Every implementation must read its inputs, write its outputs, and compute two matrix
+  products forward and four backward. 100 % of the *copy rate* means as fast as a copy of the same number of bytes;
+  100 % of the *matrix rate* means as fast as one large matrix product with the same number of operations. The higher
+  of the two bounds the possible speedup. Both rates are measured on the same GPU in the same run.
+- **Memory** is the peak of a call beyond its inputs, including its outputs or gradients; for `backward`, beyond its
+  graph. The value for `both` is the one that matters in training.
+- **A dash** means not measured. Implementations that fail have no record; the run prints the reason.
 
-## How to repeat it
+## How to reproduce
 
 ```bash
 make bench ARGS=attention                     # on this machine's CPU; then ARGS=similarity
-python benchmarks/run.py --device cuda        # on a GPU: both, within nine minutes
-make bench ARGS="attention --quick"           # a small shape, to see that all runs
+python benchmarks/run.py --device cuda        # both operations on a GPU, within nine minutes
+make bench ARGS="attention --quick"           # smoke test with a small shape
 make bench-report                             # this page
 ```
 
-The second needs PyTorch and einops alone; without an installation, put `PYTHONPATH=src` before it. `--results DIR`
-writes elsewhere. `--budget SECONDS` ends earlier: the most important shapes come first, and what is left out is named.
-The rules, such as how quiet the machine has to be, and what each file measures are in `benchmarks/README.md`.
+The second command needs only PyTorch and einops; prefix it with `PYTHONPATH=src` if the package is not installed.
+`--results DIR` selects another output folder. `--budget SECONDS` limits the time: the most important shapes come first,
+and the run lists those that it skipped. `benchmarks/README.md` has the rules, such as the permitted load of the
+machine, and describes what each file measures.
 """
 
 
 class Target(NamedTuple):
-    """What an implementation of ours is to reach on a GPU."""
+    """A performance target of our implementation on a GPU."""
 
-    words: str
+    description: str
     op: str
     shape: str
     direction: str
-    figure: Callable[[dict[str, Record]], float | None]
-    """Of the records of that shape and direction in bfloat16, by implementation; None if one is missing."""
-    reached: Callable[[float], bool]
-    show: str
-    """Format of the figure."""
+    result: Callable[[dict[str, Record]], float | None]
+    """Result of the bfloat16 records of the shape and direction, by implementation. None if one is missing."""
+    is_reached: Callable[[float], bool]
+    format: str
+    """Format string of the result."""
 
 
 def _share(name: str) -> Callable[[dict[str, Record]], float | None]:
     return lambda records: getattr(records["triton"], name) if "triton" in records else None
 
 
-def _times_as_fast_as(*others: str) -> Callable[[dict[str, Record]], float | None]:
-    def figure(records: dict[str, Record]) -> float | None:
+def _speedup_over(*others: str) -> Callable[[dict[str, Record]], float | None]:
+    def speedup(records: dict[str, Record]) -> float | None:
         ours = records.get("triton")
-        theirs = [records[name].median for name in others if name in records and same_run(records[name], ours)]
-        return min(theirs) / ours.median if ours is not None and theirs else None
+        baselines = [records[name].median for name in others if name in records and same_run(records[name], ours)]
+        return min(baselines) / ours.median if ours is not None and baselines else None
 
-    return figure
+    return speedup
 
 
 def _gigabytes(records: dict[str, Record]) -> float | None:
@@ -141,11 +142,11 @@ TARGETS = (
             f"the same, {direction}: {least} times as fast as {name} or more",
             *ATTENTION,
             direction,
-            _times_as_fast_as(*others),
+            _speedup_over(*others),
             lambda x, least=least: x >= least,
             "{:.1f}",
         )
-        for least, name, others in ((8, "`published`", ("published",)), (1.5, "the best stock path", STOCK))
+        for least, name, others in ((8, "`published`", ("published",)), (1.5, "the best stock implementation", STOCK))
         for direction in ("forward", "both")
     ),
     Target(
@@ -153,7 +154,7 @@ TARGETS = (
         "word_region_similarity",
         "b48",
         "both",
-        _times_as_fast_as("published"),
+        _speedup_over("published"),
         lambda x: x >= 15,
         "{:.1f}",
     ),
@@ -179,25 +180,25 @@ TARGETS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and its pictures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Write the page of benchmarks.")
+    """Write the page and its plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Write docs/benchmarks.md.")
     parser.add_argument("--results", type=Path, default=_record.RESULTS, help="folder of the records")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
     options = parser.parse_args(arguments)
     records = newest(read_all(options.results))
-    pictures = draw(records, options.docs / "assets")
-    (options.docs / "benchmarks.md").write_text(render(records, pictures), encoding="utf-8")
+    plots = draw(records, options.docs / "assets")
+    (options.docs / "benchmarks.md").write_text(render(records, plots), encoding="utf-8")
     print(options.docs / "benchmarks.md")
 
 
 def read_all(folder: Path) -> list[Record]:
-    """All records of the operations."""
+    """Read all records of the operations."""
     paths = [folder / f"{op}.jsonl" for op in OPERATIONS]
     return [record for path in paths if path.exists() for record in _record.read(path)]
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each operation, implementation, direction, shape, precision and device."""
+    """The newest record of each operation, implementation, direction, shape, precision and device."""
     latest: dict[tuple[object, ...], Record] = {}
     for record in sorted(records, key=lambda record: record.date):
         latest[record.op, record.impl, record.direction, shape_key(record), record.dtype, record.device] = record
@@ -205,25 +206,25 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def shape_key(record: Record) -> tuple[tuple[str, object], ...]:
-    """The sizes, fit for a dictionary."""
+    """The sizes as a hashable key."""
     return tuple(sorted(record.shape.items()))
 
 
 def same_run(record: Record, other: Record | None) -> bool:
-    """Did they take turns? Otherwise their times do not compare."""
+    """Check that two records were timed interleaved; otherwise their times are not comparable."""
     return other is not None and record.date == other.date
 
 
-def render(records: Sequence[Record], pictures: dict[tuple[str, str], str] | None = None) -> str:
-    """The page."""
+def render(records: Sequence[Record], plots: dict[tuple[str, str], str] | None = None) -> str:
+    """Render the page."""
     gpus = sorted({record.device for record in records} - {"cpu"})
     parts = [PAGE, targets(records, gpus)]
     for gpu in gpus or [None]:
         parts.append(f"## On a GPU: {gpu or NOT_MEASURED}\n")
-        parts.append(section([record for record in records if record.device == gpu], gpu_tables, gpu, pictures or {}))
+        parts.append(section([record for record in records if record.device == gpu], gpu_tables, gpu, plots or {}))
     parts.append("## On a CPU\n")
     on_cpu = [record for record in records if record.device == "cpu"]
-    parts.append(section(on_cpu, cpu_tables, "cpu", pictures or {}))
+    parts.append(section(on_cpu, cpu_tables, "cpu", plots or {}))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -231,24 +232,24 @@ def section(
     records: Sequence[Record],
     tables: Callable[[list[Record]], str],
     device: str | None,
-    pictures: dict[tuple[str, str], str],
+    plots: dict[tuple[str, str], str],
 ) -> str:
-    """All operations on one device."""
+    """Render all operations on one device."""
     lines = [machine(records)] if records else []
     for op, title in OPERATIONS.items():
-        mine = [record for record in records if record.op == op]
+        of_operation = [record for record in records if record.op == op]
         lines.append(f"### {title}: `{op}`\n")
-        if not mine:
+        if not of_operation:
             lines.append(f"{NOT_MEASURED}\n")
             continue
-        if (op, device) in pictures:
-            lines.append(f"![{title}: time and memory of the implementations]({pictures[op, device]})\n")
-        lines.append(tables(mine))
+        if (op, device) in plots:
+            lines.append(f"![{title}: time and memory of the implementations]({plots[op, device]})\n")
+        lines.append(tables(of_operation))
     return "\n".join(lines)
 
 
 def machine(records: Sequence[Record]) -> str:
-    """On what was measured, and what it can do: a line for each combination that occurs."""
+    """List the machines and versions of the records, and the copy and matrix rates of each precision."""
     lines: dict[str, None] = {}
     for record in records:
         versions = ", ".join(f"{name} {record.versions[name]}" for name in sorted(record.versions))
@@ -262,48 +263,49 @@ def machine(records: Sequence[Record]) -> str:
 
 
 def targets(records: Sequence[Record], gpus: Sequence[str]) -> str:
-    """What is to be reached on a GPU, and what was."""
+    """Render the table of targets on a GPU, with the measured results."""
     lines = ["## Targets on a GPU\n"]
     lines.append(
-        "For `triton` in bfloat16, on one H100 or H200. The best stock path is the fastest of `sdpa`, `flex` and"
+        "For `triton` in bfloat16, on one H100 or H200. The best stock implementation is the fastest of `sdpa`, `flex`"
     )
-    lines.append("`compiled`.\n")
+    lines.append("and `compiled`.\n")
     lines.append(table_head(["Target", *(gpus or ["Measured"])]))
     for target in TARGETS:
         cells = []
         for gpu in gpus or [None]:
-            found = {
+            by_impl = {
                 record.impl: record
                 for record in records
                 if (record.device, record.dtype, record.op) == (gpu, "bfloat16", target.op)
                 and (record.shape["name"], record.direction) == (target.shape, target.direction)
             }
-            figure = target.figure(found)
-            if figure is None:
+            result = target.result(by_impl)
+            if result is None:
                 cells.append(NOT_MEASURED)
             else:
-                cells.append(f"{target.show.format(figure)}, {'reached' if target.reached(figure) else 'not reached'}")
-        lines.append(row([target.words, *cells]))
+                outcome = "reached" if target.is_reached(result) else "not reached"
+                cells.append(f"{target.format.format(result)}, {outcome}")
+        lines.append(row([target.description, *cells]))
     return "\n".join(lines) + "\n"
 
 
 def cpu_tables(records: list[Record]) -> str:
-    """Ratios and memory."""
+    """Tables of time ratios and of memory."""
 
     def ratio(record: Record, _: dict[str, Record]) -> str:
         low, high = record.spread
         return "1" if low == high == 1 else f"{record.median:.2f} ({low:.2f} to {high:.2f})"
 
-    def against(group: dict[str, Record]) -> str:
+    def baseline(group: dict[str, Record]) -> str:
         return "`" + next(iter(group.values())).quantity.removeprefix("time / time of ") + "`"
 
-    words = f"Time, float32. {shapes_of(records)}\n"
-    memory = "Memory, MiB:\n"
-    return "\n".join([words, table(records, ratio, ("Against", against)), memory, table(records, _memory_of_a_call)])
+    times = table(records, ratio, ("Baseline", baseline))
+    memory = table(records, _memory_of_a_call)
+    return "\n".join([f"Time, float32. {shapes_of(records)}\n", times, "Peak memory, MiB:\n", memory])
 
 
 def gpu_tables(records: list[Record]) -> str:
-    """Milliseconds, shares and memory, for each precision."""
+    """Tables of milliseconds, shares of the hardware limits, and memory, for each precision."""
 
     def milliseconds(record: Record, group: dict[str, Record]) -> str:
         published = group.get("published")
@@ -318,10 +320,10 @@ def gpu_tables(records: list[Record]) -> str:
 
     lines = [shapes_of(records) + "\n"]
     for dtype in dict.fromkeys(record.dtype for record in records):
-        mine = [record for record in records if record.dtype == dtype]
-        lines += [f"#### {dtype}\n", "Milliseconds:\n", table(mine, milliseconds)]
-        lines += ["Share of the copy rate / of the matrix rate:\n", table(mine, shares)]
-        lines += ["Memory, MiB:\n", table(mine, _memory_of_a_call)]
+        selected = [record for record in records if record.dtype == dtype]
+        lines += [f"#### {dtype}\n", "Milliseconds:\n", table(selected, milliseconds)]
+        lines += ["Share of the copy rate / of the matrix rate:\n", table(selected, shares)]
+        lines += ["Peak memory, MiB:\n", table(selected, _memory_of_a_call)]
     return "\n".join(lines)
 
 
@@ -334,7 +336,7 @@ def table(
     cell: Callable[[Record, dict[str, Record]], str],
     column: tuple[str, Callable[[dict[str, Record]], str]] | None = None,
 ) -> str:
-    """Shapes and directions down, implementations across, with one more column if given."""
+    """A table with a row per shape and direction and a column per implementation, plus an optional column."""
     impls = [impl for impl in IMPLEMENTATIONS if any(record.impl == impl for record in records)]
     extra = [] if column is None else [column[0]]
     lines = [table_head(["Shape", "Direction", *extra, *(f"`{impl}`" for impl in impls)])]
@@ -342,14 +344,14 @@ def table(
         for direction in DIRECTIONS:
             group = {r.impl: r for r in records if (shape_key(r), r.direction) == (shape, direction)}
             if group:
-                more = [] if column is None else [column[1](group)]
-                figures = [cell(group[impl], group) if impl in group else "–" for impl in impls]
-                lines.append(row([dict(shape)["name"], f"`{direction}`", *more, *figures]))
+                optional = [] if column is None else [column[1](group)]
+                cells = [cell(group[impl], group) if impl in group else "–" for impl in impls]
+                lines.append(row([dict(shape)["name"], f"`{direction}`", *optional, *cells]))
     return "\n".join(lines) + "\n"
 
 
 def in_order(records: Sequence[Record]) -> list[tuple[tuple[str, object], ...]]:
-    """The shapes that occur, in the order of the operation's file."""
+    """The shapes of the records, in the order of the operation's file."""
     operation: Operation = find(records[0].op)
     names = [shape.name for shape in (*operation.shapes, operation.quick)]
     keys = dict.fromkeys(shape_key(record) for record in records)
@@ -357,7 +359,7 @@ def in_order(records: Sequence[Record]) -> list[tuple[tuple[str, object], ...]]:
 
 
 def shapes_of(records: Sequence[Record]) -> str:
-    """What the names of the shapes mean."""
+    """The sizes of each named shape."""
     described = []
     for shape in in_order(records):
         sizes = ", ".join(f"{SIZES.get(name, name)} = {size}" for name, size in shape_items(dict(shape)))
@@ -366,35 +368,35 @@ def shapes_of(records: Sequence[Record]) -> str:
 
 
 def shape_items(shape: dict[str, object]) -> list[tuple[str, object]]:
-    """The sizes without the name, in the usual order."""
+    """The sizes without the name, in a fixed order."""
     return [(name, shape[name]) for name in SIZES if name in shape]
 
 
 def table_head(names: Sequence[str]) -> str:
-    """The first two lines of a table."""
+    """The header of a table and its separator."""
     return row(names) + "\n" + "|" + "---|" * len(names)
 
 
 def row(cells: Sequence[object]) -> str:
-    """A line of a table."""
+    """A row of a table."""
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def draw(records: Sequence[Record], folder: Path) -> dict[tuple[str, str], str]:
-    """A picture for each operation and device; returns where they are, as the page links to them."""
-    pictures = {}
+    """Draw a plot for each operation and device; returns their paths relative to the page."""
+    plots = {}
     for op in OPERATIONS:
         for device in sorted({record.device for record in records if record.op == op}):
-            mine = [record for record in records if (record.op, record.device) == (op, device)]
-            dtype = "bfloat16" if any(record.dtype == "bfloat16" for record in mine) else mine[0].dtype
+            selected = [record for record in records if (record.op, record.device) == (op, device)]
+            dtype = "bfloat16" if any(record.dtype == "bfloat16" for record in selected) else selected[0].dtype
             name = f"bench-{op.replace('_', '-')}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
-            _draw([record for record in mine if record.dtype == dtype], dtype, folder / name)
-            pictures[op, device] = f"assets/{name}"
-    return pictures
+            _draw([record for record in selected if record.dtype == dtype], dtype, folder / name)
+            plots[op, device] = f"assets/{name}"
+    return plots
 
 
 def _draw(records: Sequence[Record], dtype: str, path: Path) -> None:
-    """Time of `forward` and `both`, and memory of `both`, side by side: a row of points for each shape."""
+    """Plot the time of `forward` and `both` and the memory of `both` side by side, with a row of points per shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -406,26 +408,27 @@ def _draw(records: Sequence[Record], dtype: str, path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(12, 1.8 + 0.5 * len(shapes)), sharey=True, layout="constrained"
     )
-    for axis, (direction, what) in zip(axes, panels):
+    for axis, (direction, quantity) in zip(axes, panels):
         shown = [record for record in records if record.direction == direction]
         for position, impl in enumerate(impls):
-            mine = [record for record in shown if record.impl == impl]
-            if what == "memory":
-                mine = [record for record in mine if record.peak_memory_mib]
-            lines = [shapes.index(shape_key(record)) + 0.7 * (position + 0.5) / len(impls) - 0.35 for record in mine]
-            values = [record.peak_memory_mib if what == "memory" else record.median for record in mine]
-            spread = [[r.median - r.spread[0] for r in mine], [r.spread[1] - r.median for r in mine]]
+            of_impl = [record for record in shown if record.impl == impl]
+            if quantity == "memory":
+                of_impl = [record for record in of_impl if record.peak_memory_mib]
+            offset = 0.7 * (position + 0.5) / len(impls) - 0.35
+            heights = [shapes.index(shape_key(record)) + offset for record in of_impl]
+            values = [record.peak_memory_mib if quantity == "memory" else record.median for record in of_impl]
+            spread = [[r.median - r.spread[0] for r in of_impl], [r.spread[1] - r.median for r in of_impl]]
             axis.errorbar(
                 values,
-                lines,
-                xerr=None if what == "memory" else spread,
+                heights,
+                xerr=None if quantity == "memory" else spread,
                 fmt="o",
                 markersize=4,
                 color=f"C{IMPLEMENTATIONS.index(impl)}",
                 label=impl,
             )
-        unit = "MiB" if what == "memory" else " or ".join(sorted({record.quantity for record in shown}))
-        axis.set_title(f"{direction}: {what}, {unit}", fontsize=9)
+        unit = "MiB" if quantity == "memory" else " or ".join(sorted({record.quantity for record in shown}))
+        axis.set_title(f"{direction}: {quantity}, {unit}", fontsize=9)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))

@@ -1,6 +1,6 @@
 """`python benchmarks/run.py [attention | similarity | step | demo | all]`: measure and append to `results/`.
 
-The operations need torch and einops alone; `step` and `demo` need what a training needs.
+The operations need only torch and einops; `step` and `demo` also need the packages for training.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # a script sees only its own folder
+if str(ROOT) not in sys.path:  # the path of a script holds only its own folder
     sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
     from benchmarks._record import Record
 
-# Before torch is imported, which is part of what has to fit into the time.
+# Before torch is imported, so that the import counts toward the time budget.
 STARTED = time.monotonic()
 OPERATIONS = {"attention": "global_local_attention", "similarity": "word_region_similarity"}
 TRAINING = ("step", "demo")
@@ -30,14 +30,14 @@ SIZES_OF_STEP = ("batch", "words", "word_dim", "channels", "discriminator_channe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for.
+    """Run the benchmarks that the command line selects.
 
     Returns:
-        0, or 1 if an implementation computes something else than the definition.
+        0, or 1 if an implementation differs from the definition.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    chosen = [*OPERATIONS, *TRAINING] if options.what == "all" else [options.what]
+    selected = [*OPERATIONS, *TRAINING] if options.what == "all" else [options.what]
     if options.device == "cuda":
         if options.what in TRAINING:
             parser.error(f"{options.what!r} is measured on a CPU only")
@@ -49,29 +49,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what in TRAINING and options.quick:
         parser.error(f"--quick: {options.what!r} has no small shape; give it small sizes")
     if options.device == "cuda" or options.quick:
-        chosen = [name for name in chosen if name in OPERATIONS]
+        selected = [name for name in selected if name in OPERATIONS]
 
     from benchmarks._measure import BusyError
 
     wrong: list[str] = []
     try:
-        operations = [OPERATIONS[name] for name in chosen if name in OPERATIONS]
+        operations = [OPERATIONS[name] for name in selected if name in OPERATIONS]
         if operations:
             wrong = measure_operations(operations, options)
-        for name in chosen:
+        for name in selected:
             if name in TRAINING:
                 measure_training(name, options)
     except BusyError as error:
         raise SystemExit(
-            f"benchmarks: {error}, so no more is recorded; end them, or allow more with --quiet."
+            f"benchmarks: {error}, so measuring stopped; end those programs, or allow more with --quiet."
         ) from None
     for name in wrong:
-        print(f"benchmarks: {name} computes something else than the definition.")
+        print(f"benchmarks: {name} differs from the definition.")
     return 1 if wrong else 0
 
 
 def measure_operations(names: list[str], options: argparse.Namespace) -> list[str]:
-    """Measure operations; returns the implementations that are wrong."""
+    """Measure operations; returns the implementations that differ from the definition."""
     from benchmarks import _operation
 
     budget = options.budget
@@ -94,18 +94,18 @@ def measure_operations(names: list[str], options: argparse.Namespace) -> list[st
 
 
 def measure_training(name: str, options: argparse.Namespace) -> None:
-    """Measure training steps."""
+    """Measure a training step."""
     record, common = not options.no_record, {"threads": options.threads, "quiet": options.quiet}
     if record:
-        refuse_while_red()
+        require_passing_tests()
     if name == "step":
         from benchmarks import step
 
-        given: dict[str, Any] = {size: getattr(options, size) for size in SIZES_OF_STEP}
-        given = {size: value for size, value in given.items() if value is not None}
-        if "resolutions" in given:
-            given["resolutions"] = tuple(given["resolutions"])
-        records = step.measure(step.Sizes(**given), options.rounds, **common)
+        sizes: dict[str, Any] = {size: getattr(options, size) for size in SIZES_OF_STEP}
+        sizes = {size: value for size, value in sizes.items() if value is not None}
+        if "resolutions" in sizes:
+            sizes["resolutions"] = tuple(sizes["resolutions"])
+        records = step.measure(step.Sizes(**sizes), options.rounds, **common)
     else:
         from benchmarks import profile_demo
 
@@ -114,7 +114,7 @@ def measure_training(name: str, options: argparse.Namespace) -> None:
 
 
 def finish(name: str, records: list[Record], results: Path | None) -> None:
-    """Print records of training steps, and append them."""
+    """Print records of training steps and append them to the results."""
     from benchmarks import _record
 
     for entry in records:
@@ -122,57 +122,60 @@ def finish(name: str, records: list[Record], results: Path | None) -> None:
         memory = "?" if entry.peak_memory_mib is None else f"{entry.peak_memory_mib:.0f}"
         print(f"{entry.op}, {entry.impl}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB")
         if entry.others is not None:
-            print(f"    other programs used up to {entry.others:.1%} of the processors meanwhile")
+            print(f"    other programs used up to {entry.others:.1%} of the processors during the measurement")
         for part, share in sorted(entry.shares.items(), key=lambda item: -item[1]):
             print(f"    {share:6.1%}  {part}")
         if results is not None:
             _record.append(entry, results / f"{name}.jsonl")
 
 
-def refuse_while_red() -> None:
-    """A speed is worth nothing while the two sides compute different things."""
+def require_passing_tests() -> None:
+    """Require that the tests pass: the times of two sides that compute different things are meaningless."""
     if subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/benchmarks"], cwd=ROOT).returncode:
-        raise SystemExit("benchmarks: tests/benchmarks fail, so nothing is recorded; mend them, or use --no-record.")
+        raise SystemExit("benchmarks: tests/benchmarks fail, so nothing is recorded; fix them, or use --no-record.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/run.py",
-        description="Measure speed and memory; each result is appended to a file as soon as it is there.",
+        description="Measure speed and memory; each result is appended to a file as soon as it is available.",
     )
     parser.add_argument(
         "what",
         nargs="?",
         choices=["all", *OPERATIONS, *TRAINING],
         default="all",
-        help="'all' unless given; on a GPU, and if --quick, these are the operations",
+        help="'all' by default; on a GPU and with --quick, 'all' means the operations",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (%(default)s)")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to append to (benchmarks/results)"
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of the results (benchmarks/results)",
     )
     parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--rounds", type=int, default=6, help="measured rounds on a CPU, not of 'demo' (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="measured rounds on a CPU, except 'demo' (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (%(default)s)")
     parser.add_argument(
         "--quiet",
         type=float,
         default=0.05,
-        help="share of the processors that other programs may use; else it waits (%(default)s)",
+        help="wait until other programs use at most this share of the processors (%(default)s)",
     )
     operations = parser.add_argument_group("'attention' and 'similarity'")
     operations.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"begin nothing new after so many ({BUDGET_ON_GPU:.0f} on a GPU, no limit on a CPU)",
+        help=f"start no new measurement after this time ({BUDGET_ON_GPU:.0f} on a GPU, no limit on a CPU)",
     )
-    operations.add_argument("--quick", action="store_true", help="a small shape, to see that all runs; no record")
+    operations.add_argument("--quick", action="store_true", help="smoke test with a small shape; nothing is recorded")
     for name in ("shapes", "dtypes", "impls"):
-        operations.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help="only these")
+        operations.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help="measure only these")
     demo = parser.add_argument_group("'demo'")
     demo.add_argument("--steps", type=int, default=20, help="measured steps (%(default)s)")
-    step = parser.add_argument_group("sizes of 'step'; by default those of the published model for birds, batch 4")
+    step = parser.add_argument_group("sizes of 'step'; defaults are those of the published model for birds, batch 4")
     for size in SIZES_OF_STEP[:-1]:
         step.add_argument("--" + size.replace("_", "-"), type=int)
     step.add_argument("--resolutions", type=int, nargs="+", metavar="PIXELS")

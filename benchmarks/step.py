@@ -1,4 +1,4 @@
-"""One training step, generator and discriminators: ours against the published formulation, sizes and weights equal."""
+"""One training step of generator and discriminators against the published formulation, with equal sizes and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks import _measure, _record
 from benchmarks.published import published_step, use_published_attention
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
-from mirror_modules.data.batching import CaptionBatch
+from mirror_modules.data.in_memory import CaptionBatch
 from mirror_modules.training.recipes import AdversarialRecipe, Recipe
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = (OURS, PUBLISHED, PUBLISHED_HELD)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a step; by default those of the published model for birds, with a batch that fits small machines."""
+    """Sizes of a step; the defaults are those of the published model for birds, with a batch for small machines."""
 
     batch: int = 4
     words: int = 18
@@ -34,7 +34,7 @@ class Sizes:
 
 
 def build_step(impl: str, sizes: Sizes) -> _measure.Call:
-    """Set up networks, optimizers and a batch; the result makes one step with them each time that it is called."""
+    """Set up networks, optimizers and a batch; each call of the result runs one training step."""
     torch.manual_seed(0)
     config = MirrorGANConfig.release(
         word_dim=sizes.word_dim,
@@ -42,7 +42,7 @@ def build_step(impl: str, sizes: Sizes) -> _measure.Call:
         channels=sizes.channels,
         resolutions=sizes.resolutions,
         discriminator_channels=sizes.discriminator_channels,
-        # Neither side uses the captioner: the smallest there is.
+        # Neither side uses the captioner, so it is as small as possible.
         captioner_backbone="conv",
         captioner_embedding_dim=1,
         captioner_hidden_dim=1,
@@ -51,7 +51,7 @@ def build_step(impl: str, sizes: Sizes) -> _measure.Call:
     model = MirrorGAN(config, Vocabulary(["flower"]))
     if impl != OURS:
         use_published_attention(model)
-    torch.manual_seed(1)  # again, so that the discriminators too begin with equal weights
+    torch.manual_seed(1)  # again, so that the discriminators also start with equal weights
     state = start(model, Recipe("step", model=config, glam=recipe), torch.Generator().manual_seed(0))
     batch = make_batch(sizes, len(model.vocabulary))
     if impl == OURS:
@@ -60,7 +60,7 @@ def build_step(impl: str, sizes: Sizes) -> _measure.Call:
 
 
 def make_batch(sizes: Sizes, vocabulary_size: int) -> CaptionBatch:
-    """Noise for images, and captions of equal length: with others, the published masks are wrong."""
+    """Random images, and captions of equal length, because the published masks are wrong for different lengths."""
     finest = sizes.resolutions[-1]
     random = torch.Generator().manual_seed(1)
     images = 2 * torch.rand(sizes.batch, 3, finest, finest, generator=random) - 1
@@ -71,16 +71,16 @@ def make_batch(sizes: Sizes, vocabulary_size: int) -> CaptionBatch:
 
 
 def measure(sizes: Sizes, rounds: int, threads: int, quiet: float) -> list[_record.Record]:
-    """Time all implementations in turns, in one process, and the memory of each in a process of its own."""
+    """Time all implementations interleaved in one process, and measure the memory of each in a fresh process."""
     torch.set_num_threads(threads)
     steps = {impl: build_step(impl, sizes) for impl in IMPLEMENTATIONS}
-    seconds, others = _measure.time_in_turns(steps, rounds, quiet)
+    seconds, others = _measure.time_interleaved(steps, rounds, quiet)
     environment = _record.environment()
     peaks = {impl: _measure.peak_memory(build_step, impl, sizes, threads=threads) for impl in IMPLEMENTATIONS}
     records = []
     for impl, baseline in [(OURS, PUBLISHED), (OURS, PUBLISHED_HELD), (PUBLISHED_HELD, PUBLISHED)]:
-        # Round by round: what slows the machine down for a while slows both.
-        ratios = [mine / theirs for mine, theirs in zip(seconds[impl], seconds[baseline])]
+        # Ratios within each round: a temporary slowdown of the machine affects both.
+        ratios = [own / base for own, base in zip(seconds[impl], seconds[baseline])]
         records.append(
             _record.Record(
                 op="training_step",

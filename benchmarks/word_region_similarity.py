@@ -1,4 +1,4 @@
-"""`functional.word_region_similarity`: every image with every caption of a batch.
+"""Benchmark of `functional.word_region_similarity`: every image with every caption of a batch.
 
 Shape suffixes: I images, J captions, R regions, L words, D features.
 """
@@ -38,7 +38,7 @@ SHAPES = (
 
 
 def make_inputs(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Regions of unit variance, scores of variance 4, so that the softmax neither picks one word nor takes all."""
+    """Regions of unit variance, scores of variance 4, so that the softmax is neither one-hot nor uniform."""
     batch, features = sizes["batch"], sizes["features"]
     random = torch.Generator(device).manual_seed(0)
 
@@ -88,13 +88,15 @@ def implementations(device: str) -> dict[str, Implementation]:
 
 def too_much(impl: str, sizes: dict[str, int], device: str) -> str | None:
     if impl in ("published", "loop") and device == "cpu" and sizes["batch"] > LARGEST_PUBLISHED_ON_CPU:
-        return f"it would take minutes a round: its work grows with the square of the batch, here {sizes['batch']}"
+        return f"a round takes minutes: the work grows with the square of the batch, here {sizes['batch']}"
     return None
 
 
 def least_bytes(sizes: dict[str, int], direction: str, element: int) -> int:
-    """Forward reads regions and words and writes the similarity. Backward reads both and the similarity's gradient and
-    writes the gradients of both. The maps of all pairs need not exist.
+    """Minimum memory traffic.
+
+    Forward reads regions and words and writes the similarity. Backward reads both and the gradient of the similarity,
+    and writes the gradients of both. The attention maps of all pairs need not be materialized.
     """
     if direction == "both":
         return least_bytes(sizes, "forward", element) + least_bytes(sizes, "backward", element)
@@ -105,9 +107,9 @@ def least_bytes(sizes: dict[str, int], direction: str, element: int) -> int:
 
 
 def least_operations(sizes: dict[str, int], direction: str) -> int:
-    """Two matrix products of regions and words for each pair forward, four backward; none computed anew counts.
+    """Matrix products of regions and words for each pair: two forward, four backward; recomputation does not count.
 
-    All words count, padding too: skipping padding raises the share of the matrix rate that is reached.
+    Padding counts like real words, so an implementation that skips padding reaches a higher share of the matrix rate.
     """
     products = {"forward": 2, "backward": 4, "both": 6}[direction]
     return products * 2 * sizes["batch"] ** 2 * sizes["regions"] * sizes["words"] * sizes["features"]

@@ -1,6 +1,7 @@
-"""What all tests share: one thread, the same draws each time, and no GPU test without a GPU."""
+"""Shared by all tests: one thread, a fixed seed, a tiny trained run, and no GPU test without a GPU."""
 
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Read when a kernel is first imported: without a GPU, the interpreter runs it.
+    # Without a GPU, Triton's interpreter runs the kernels; the variable is read when a kernel is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -23,14 +24,14 @@ def seed():
 
 @pytest.fixture
 def compiled():
-    """Compile into one graph, forward and backward, or fail. The graph is run as it is: code generation is torch's."""
+    """Compile into one graph, forward and backward, or fail; the graph runs in eager mode, without code generation."""
     torch.compiler.reset()
     return partial(torch.compile, fullgraph=True, backend="aot_eager")
 
 
 @pytest.fixture
 def device():
-    """Where kernels run: on a GPU, or else in Triton's interpreter on the CPU."""
+    """The device of the kernels: a GPU, or the CPU with Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -42,10 +43,31 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(params=["oxford_flowers", "birds", "coco_mini"])
 def real_sample(request):
-    """The folder of a real data set, where MIRROR_MODULES_TEST_DATA names the folder that holds it."""
+    """Folder of a real data set inside the folder given by MIRROR_MODULES_TEST_DATA."""
     folder = os.environ.get("MIRROR_MODULES_TEST_DATA")
     if not folder:
         pytest.skip("MIRROR_MODULES_TEST_DATA names no folder with real samples")
     if not (Path(folder) / request.param).is_dir():
         pytest.skip(f"{folder} has no {request.param}/")
     return Path(folder) / request.param
+
+
+@pytest.fixture
+def tiny_recipe():
+    from tests.runs import make_tiny_recipe
+
+    return make_tiny_recipe()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run of `tiny_recipe`, trained once; tests that modify it use `run_copy`."""
+    from mirror_modules.training.loop import train
+    from tests.runs import make_tiny_recipe
+
+    return train(make_tiny_recipe(), tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path):
+    return type(tiny_run)(shutil.copytree(tiny_run.path, tmp_path / "copy"))

@@ -1,4 +1,4 @@
-"""Small data sets on disk, made by the tests: noise for images, and captions that tell which image they are of."""
+"""Small data sets for the tests: images of noise, and captions that identify their image."""
 
 import io
 import json
@@ -7,9 +7,28 @@ import tarfile
 
 import numpy as np
 
+from mirror_modules.data import CaptionedImage
+
 COLORS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown", "orange", "purple")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHARD_SUFFIXES = ("jpg", "png", "webp")
+
+
+class NumberedImages:
+    """Image i is filled with i and has 1 to 3 captions, whose every word identifies the image."""
+
+    def __init__(self, size, height, width):
+        self.size, self.height, self.width = size, height, width
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index >= self.size:
+            raise IndexError(index)
+        image = np.full((self.height, self.width, 3), index, dtype=np.uint8)
+        captions = tuple(" ".join([f"w{index}"] * (2 + choice)) for choice in range(1 + index % 3))
+        return CaptionedImage(image, captions, 100 + index, {"number": str(index)})
 
 
 def captions_of(number, count=3):
@@ -28,7 +47,7 @@ def write_image(path, number, size=(23, 19)):
 
 
 def make_flowers(root, training=6, validation=3):
-    """Two classes to train on and one held out; image `i` has caption number `i`."""
+    """Two training classes and one validation class; image i has the captions `captions_of(i)`."""
     for i in range(training + validation):
         class_name = "class_00007" if i >= training else f"class_0000{1 + i % 2}"
         write_image(root / "jpg" / f"image_{i:05}.jpg", i)
@@ -41,9 +60,9 @@ def make_flowers(root, training=6, validation=3):
 
 
 def make_birds(root, training=6, validation=3, captions=10, pickled=False):
-    """Images of 60 x 40 pixels whose box is at (10, 5), 20 wide and 12 high."""
+    """Images of 60 x 40 pixels with a box at (10, 5), 20 wide and 12 high."""
     images = root / "CUB_200_2011"
-    listed, boxes, spoken = [], [], {"train": [], "test": []}
+    listed, boxes, encoded = [], [], {"train": [], "test": []}
     words, numbers = {0: "<end>"}, {}
     for folder, first, count in (("train", 0, training), ("test", training, validation)):
         names = [f"{1 + i % 2 + 2 * (folder == 'test'):03}.Wren/Wren_{i:04}" for i in range(first, first + count)]
@@ -58,14 +77,14 @@ def make_birds(root, training=6, validation=3, captions=10, pickled=False):
             for line in lines:
                 for word in line.replace(",", "").split():
                     words[numbers.setdefault(word, len(numbers) + 1)] = word
-                spoken[folder].append([numbers[word] for word in line.replace(",", "").split()])
+                encoded[folder].append([numbers[word] for word in line.replace(",", "").split()])
         (root / folder).mkdir(parents=True, exist_ok=True)
         write_pickle(root / folder / "filenames.pickle", names)
         write_pickle(root / folder / "class_info.pickle", [int(name[:3]) for name in names])
     (images / "images.txt").write_text("".join(listed))
     (images / "bounding_boxes.txt").write_text("".join(boxes))
     if pickled:
-        write_pickle(root / "captions.pickle", [spoken["train"], spoken["test"], words, numbers])
+        write_pickle(root / "captions.pickle", [encoded["train"], encoded["test"], words, numbers])
     return root
 
 
@@ -84,7 +103,7 @@ def make_coco(root, training=6, validation=3, year="2017"):
 
 
 def make_folder(root, training=6, validation=3, style="txt"):
-    """A folder of one's own with train/ and validation/; `style` is txt, jsonl or csv."""
+    """A caption folder with train/ and validation/; `style` is txt, jsonl or csv."""
     for name, first, count in (("train", 0, training), ("validation", training, validation)):
         lines = []
         for i in range(first, first + count):
@@ -102,7 +121,7 @@ def make_folder(root, training=6, validation=3, style="txt"):
 
 
 def make_shards(root, training=6, validation=3):
-    """Two shards for each split; their images lie in images/ too."""
+    """Two shards for each split; copies of their images are in images/."""
     root.mkdir(parents=True, exist_ok=True)
     for split, numbers in (("train", range(training)), ("validation", range(training, training + validation))):
         half = len(numbers) // 2
@@ -112,15 +131,15 @@ def make_shards(root, training=6, validation=3):
 
 
 def write_shard(path, numbers, change=lambda number, files: files):
-    """Samples with captions, and by turns without a class as txt, and with that of their number as json."""
+    """A shard: even samples have a txt and no class, odd ones a json with their number as class."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             suffix = SHARD_SUFFIXES[number % 3]
             image = write_image(path.parent / "images" / f"{number}.{suffix}", number).read_bytes()
-            said = {"txt": "\n".join(captions_of(number)).encode()}
+            text = {"txt": "\n".join(captions_of(number)).encode()}
             if number % 2:
-                said = {"json": json.dumps({"captions": captions_of(number), "class": number}).encode()}
-            for end, content in change(number, {suffix: image} | said).items():
+                text = {"json": json.dumps({"captions": captions_of(number), "class": number}).encode()}
+            for end, content in change(number, {suffix: image} | text).items():
                 add_file(tar, f"{number:04}.{end}", content)
     return path
 
@@ -132,13 +151,13 @@ def add_file(tar, name, content):
 
 
 def damaged_sample(number, files):
-    """For `write_shard`: every way in which a sample can be damaged, from sample 50 to 59."""
-    image, said = list(files.items())
-    ways = {
+    """As `change` of `write_shard`: samples 50 to 59 are damaged, each in another way."""
+    image, text = list(files.items())
+    damaged = {
         50: {"jpg": b"", "txt": b"a red thing"},
         51: {"jpg": image[1][:40], "txt": b"a red thing"},
         52: dict([image]),
-        53: dict([said]),
+        53: dict([text]),
         54: dict([image, ("txt", b"\xff\xfe")]),
         55: dict([image, ("txt", b" \n ?\n")]),
         56: dict([image, ("json", b"{")]),
@@ -146,7 +165,19 @@ def damaged_sample(number, files):
         58: dict([image, ("json", b'{"captions": ["red"], "class": "bird"}')]),
         59: dict([image, ("json", b'{"captions": []}')]),
     }
-    return ways.get(number, files)
+    return damaged.get(number, files)
+
+
+def same_samples(one, other):
+    """Whether two data sets hold the same samples in the same order."""
+    return len(one) == len(other) and all(
+        np.array_equal(a.image, b.image) and a[1:] == b[1:] for a, b in ((one[i], other[i]) for i in range(len(one)))
+    )
+
+
+def files_of(folder):
+    """Contents of the files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def write_pickle(path, content):

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and that a mistake costs one line and status 2."""
+"""The command line: its output and files, and that errors are one line with exit status 2."""
 
 import dataclasses
 import io
@@ -43,25 +43,26 @@ def model(saved, tmp_path):
 
 
 def run(capsys, *words):
-    """Status, stdout and stderr of one command."""
+    """Exit status, stdout and stderr of a command."""
     try:
         status = main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
+    except SystemExit as error:
+        status = error.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
-def assert_refused(result, *needles):
+def assert_rejected(result, *fragments):
+    """Require exit status 2 and a single line on stderr with these fragments."""
     status, _, err = result
     assert status == 2
     assert len(err.strip().splitlines()) == 1
-    for needle in needles:
-        assert needle in err
+    for fragment in fragments:
+        assert fragment in err
 
 
 def flags(record, prefix=""):
-    """The options of a command: the fields of its record, and of the records in it."""
+    """Names of a command's options: the fields of its dataclass, nested ones too."""
     for field in dataclasses.fields(record):
         name = prefix + field.name.replace("_", "-")
         value = getattr(record, field.name, None)
@@ -87,20 +88,20 @@ def test_help_shows_every_option_with_its_default(capsys, command, options):
     names = list(flags(options))
     assert names
     for name in names:
-        # A switch is shown as --x, --no-x.
+        # A boolean option is listed as --x, --no-x.
         parent, _, last = name.rpartition(".")
         assert f"--{name} " in out or f"--{name}," in out or f"--{parent}.no-{last}" in out
     assert out.count("default:") >= len(names)
 
 
-def test_without_a_command_it_says_what_there_is(capsys):
+def test_without_a_command_the_usage_is_printed(capsys):
     assert run(capsys)[0] == 2
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert all(command in out for command in ("train", "generate", "describe", "evaluate", "data inspect"))
 
 
-def test_inspecting_shows_every_option_with_its_default(capsys):
+def test_help_of_data_inspect_shows_every_option_with_its_default(capsys):
     status, out, _ = run(capsys, "data", "inspect", "--help")
     assert status == 0
     for name in ("source", "out", "resolution", "max-words", "min-count"):
@@ -108,7 +109,7 @@ def test_inspecting_shows_every_option_with_its_default(capsys):
     assert out.count("default:") == 5
 
 
-def test_a_folder_is_inspected(capsys, tmp_path):
+def test_data_inspect_summarizes_a_folder(capsys, tmp_path):
     root = make_coco(tmp_path / "data")
     (root / "train2017" / "000000000002.jpg").write_bytes(b"")
     status, out, _ = run(capsys, "data", "inspect", root, "--out", tmp_path / "new" / "sheet.png", "--resolution", 16)
@@ -121,7 +122,7 @@ def test_a_folder_is_inspected(capsys, tmp_path):
         assert sheet.width == 4 * 128 + 3 * 12
 
 
-def test_what_a_folder_holds_is_said_without_a_sheet(capsys, tmp_path):
+def test_data_inspect_without_readable_images_writes_no_sheet(capsys, tmp_path):
     root = make_coco(tmp_path / "data", 1, 1)
     for path in root.glob("*/*.jpg"):
         path.write_bytes(b"")
@@ -132,24 +133,27 @@ def test_what_a_folder_holds_is_said_without_a_sheet(capsys, tmp_path):
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_a_sheet_that_cannot_be_written_is_refused_before_files_are_read(capsys, tmp_path, monkeypatch):
+def test_an_unwritable_sheet_is_rejected_before_files_are_read(capsys, tmp_path, monkeypatch):
     root = make_coco(tmp_path / "data")
-    (tmp_path / "file").write_text("mine")
-    for out, needle in (("data", "is a folder; name a PNG file"), ("file/x/sheet.png", "nothing can be written into")):
+    (tmp_path / "file").write_text("text")
+    for out, message in (
+        ("data", "is a folder; give the name of a PNG file"),
+        ("file/x/sheet.png", "nothing can be written into"),
+    ):
         result = run(capsys, "data", "inspect", root, "--out", tmp_path / out)
-        assert_refused(result, needle)
+        assert_rejected(result, message)
         assert "images" not in result[1]
 
-    def full(*_):
+    def raise_disk_full(*_):
         raise OSError(28, "No space left on device", ".sheet.png.x1y2z3")
 
-    monkeypatch.setattr("mirror_modules.training.pictures.write_png", full)
+    monkeypatch.setattr("mirror_modules.pictures.grids.write_png", raise_disk_full)
     result = run(capsys, "data", "inspect", root, "--out", tmp_path / "sheet.png")
-    assert_refused(result, f"--out {tmp_path / 'sheet.png'} cannot be written (No space left on device).")
+    assert_rejected(result, f"--out {tmp_path / 'sheet.png'} cannot be written (No space left on device).")
     assert "images" in result[1]
 
 
-def test_a_prepared_folder_of_small_images_is_inspected(capsys, tmp_path):
+def test_data_inspect_reads_a_prepared_folder_of_small_images(capsys, tmp_path):
     root = make_coco(tmp_path / "data")
     assert run(capsys, "data", "prepare", root, tmp_path / "cache", "--resolution", 13)[0] == 0
     status, out, _ = run(capsys, "data", "inspect", tmp_path / "cache", "--out", tmp_path / "sheet.png")
@@ -157,8 +161,8 @@ def test_a_prepared_folder_of_small_images_is_inspected(capsys, tmp_path):
     assert f"Open {tmp_path / 'sheet.png'}" in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
-def test_names_that_cannot_be_printed_are_written_in_ascii(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are always Unicode")
+def test_unprintable_file_names_are_escaped(tmp_path, monkeypatch):
     root = make_folder(tmp_path / os.fsdecode("한".encode() + b"\xff"))
     (root / "train" / "image0.png").rename(root / "train" / os.fsdecode(b"\xff.png"))
     for encoding in ("ascii", "utf-8"):
@@ -166,12 +170,12 @@ def test_names_that_cannot_be_printed_are_written_in_ascii(tmp_path, monkeypatch
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
         assert main(["data", "inspect", str(root), "--out", str(tmp_path / "sheet.png")]) == 0
         sys.stdout.flush()
-        said = printed.getvalue().decode(encoding)
-        assert ("한" in said) == (encoding == "utf-8")
-        assert r"\udcff.png has no captions beside it" in said
+        text = printed.getvalue().decode(encoding)
+        assert ("한" in text) == (encoding == "utf-8")
+        assert r"\udcff.png has no captions beside it" in text
 
 
-def test_preparing_shows_every_option_with_its_default(capsys):
+def test_help_of_data_prepare_shows_every_option_with_its_default(capsys):
     status, out, _ = run(capsys, "data", "prepare", "--help")
     assert status == 0
     for name in ("resolution", "source", "on-error", "shard-size"):
@@ -179,33 +183,33 @@ def test_preparing_shows_every_option_with_its_default(capsys):
     assert out.count("default:") == 3
 
 
-def test_a_folder_is_prepared(capsys, tmp_path):
+def test_data_prepare_writes_a_folder(capsys, tmp_path):
     root = make_coco(tmp_path / "data", training=23)
     (root / "train2017" / "000000000002.jpg").write_bytes(b"")
     words = ("data", "prepare", root, tmp_path / "cache", "--resolution", 13)
-    assert_refused(run(capsys, *words), "000000000002.jpg cannot be read as an image (it is empty); mend it, or leave")
+    assert_rejected(run(capsys, *words), "000000000002.jpg cannot be read as an image (it is empty); fix it, or skip")
     status, out, _ = run(capsys, *words, "--on-error", "skip", "--shard-size", 7)
     assert status == 0
     assert f"{tmp_path / 'cache'}: 22 train, 3 validation images of 13 x 13 pixels, from 'coco'" in out
-    assert f"left out: 1, listed in {tmp_path / 'cache' / 'prepared.json'}" in out
+    assert f"skipped: 1, listed in {tmp_path / 'cache' / 'prepared.json'}" in out
     assert len(list((tmp_path / "cache").glob("train-*.npy"))) == 4
-    assert_refused(run(capsys, *words), "was prepared with other settings or from other originals; remove it")
+    assert_rejected(run(capsys, *words), "was prepared with other settings or from other originals; remove it")
 
 
 @pytest.mark.parametrize(
-    ("words", "needle"),
+    ("words", "message"),
     [
         ([], "expected inspect or prepare, but got nothing; write `mirror-modules data inspect PATH`"),
         (["clean"], "expected inspect or prepare, but got 'clean'"),
         (["inspect", "nowhere"], "there is no folder nowhere"),
-        (["inspect", "."], "has no format that is known"),
+        (["inspect", "."], "has no known format"),
         (["inspect", ".", "--resolution", "0"], "resolution must be a whole number of at least 1, but it is 0"),
         (["inspect", ".", "--source", "coco"], "has no annotations/captions_train2017.json"),
     ],
 )
-def test_a_folder_that_cannot_be_inspected(capsys, tmp_path, monkeypatch, words, needle):
+def test_invalid_arguments_of_data_are_rejected(capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert_refused(run(capsys, "data", *words), needle)
+    assert_rejected(run(capsys, "data", *words), message)
     assert not any(tmp_path.iterdir())
 
 
@@ -217,7 +221,7 @@ def test_the_same_seed_and_captions_give_the_same_bytes(capsys, model, tmp_path)
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_separate_writes_one_image_per_caption(capsys, model, tmp_path):
+def test_separate_writes_one_file_per_caption(capsys, model, tmp_path):
     status, out, _ = run(
         capsys, "generate", model, CAPTION, "red petals", "--out", tmp_path / "new" / "f.png", "--separate"
     )
@@ -226,59 +230,59 @@ def test_separate_writes_one_image_per_caption(capsys, model, tmp_path):
     assert [Image.open(file).size for file in files] == [(16, 16)] * 2
 
 
-def test_unknown_words_cost_one_warning_that_names_them(capsys, model, tmp_path):
+def test_unknown_words_are_named_in_a_single_warning(capsys, model, tmp_path):
     status, _, err = run(capsys, "generate", model, "a zebra with red wings", "--out", tmp_path / "z.png")
     assert status == 0
     assert len(err.strip().splitlines()) == 1
     assert "zebra, wings" in err
 
 
-def test_describes_what_it_made(capsys, model, tmp_path):
+def test_describe_captions_a_generated_image(capsys, model, tmp_path):
     run(capsys, "generate", model, CAPTION, "--out", tmp_path / "f.png")
     status, out, _ = run(capsys, "describe", model, tmp_path / "f.png")
     assert status == 0
     assert out.startswith(f"{tmp_path / 'f.png'}: ")
 
 
-def test_an_unknown_command_is_answered(capsys):
-    assert_refused(run(capsys, "paint"), "'paint'", "train, generate, describe, evaluate")
+def test_an_unknown_command_is_rejected(capsys):
+    assert_rejected(run(capsys, "draw"), "'draw'", "train, generate, describe, evaluate")
 
 
-def test_an_unknown_recipe_is_answered(capsys):
-    assert_refused(run(capsys, "train", "dmo"), "unknown recipe 'dmo'", "Did you mean 'demo'?")
+def test_an_unknown_recipe_is_rejected_with_a_suggestion(capsys):
+    assert_rejected(run(capsys, "train", "dmo"), "unknown recipe 'dmo'", "Did you mean 'demo'?")
 
 
-def test_a_bad_option_is_refused(capsys):
+def test_an_invalid_option_is_rejected(capsys):
     assert run(capsys, "train", "--steps", "many")[0] == 2
     assert run(capsys, "generate", "--nonsense")[0] == 2
 
 
 @pytest.mark.parametrize("caption", ["", "?!", "  "])
-def test_a_caption_without_a_word_is_refused(capsys, model, tmp_path, caption):
-    assert_refused(run(capsys, "generate", model, caption, "--out", tmp_path / "x.png"), "holds no word")
+def test_a_caption_without_a_word_is_rejected(capsys, model, tmp_path, caption):
+    assert_rejected(run(capsys, "generate", model, caption, "--out", tmp_path / "x.png"), "has no word")
     assert not (tmp_path / "x.png").exists()
 
 
-def test_one_caption_without_a_word_spoils_none_of_the_others_quietly(capsys, model, tmp_path):
-    assert_refused(run(capsys, "generate", model, CAPTION, "...", "--out", tmp_path / "x.png"), "caption 1 ('...')")
+def test_a_single_caption_without_a_word_is_named_and_nothing_is_written(capsys, model, tmp_path):
+    assert_rejected(run(capsys, "generate", model, CAPTION, "...", "--out", tmp_path / "x.png"), "caption 1 ('...')")
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_no_caption_is_refused(capsys, model):
-    assert_refused(run(capsys, "generate", model), "there is no caption")
+def test_generate_without_captions_is_rejected(capsys, model):
+    assert_rejected(run(capsys, "generate", model), "there is no caption")
 
 
-def test_a_folder_that_is_no_model_is_refused(capsys, tmp_path):
-    assert_refused(run(capsys, "generate", tmp_path / "nowhere", CAPTION), "is not a model folder")
+def test_a_folder_that_is_no_model_is_rejected(capsys, tmp_path):
+    assert_rejected(run(capsys, "generate", tmp_path / "nowhere", CAPTION), "is not a model folder")
 
 
 def damage(model, how):
     weights = model / "model.safetensors"
-    whole = weights.read_bytes()
+    content = weights.read_bytes()
     if how == "truncated":
-        weights.write_bytes(whole[: len(whole) // 2])
+        weights.write_bytes(content[: len(content) // 2])
     elif how == "header":
-        weights.write_bytes(b"\xff" * 16 + whole[16:])
+        weights.write_bytes(b"\xff" * 16 + content[16:])
     elif how == "text":
         weights.write_text("not weights")
     elif how == "foreign":
@@ -292,68 +296,68 @@ def damage(model, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "needle"),
+    ("how", "message"),
     [
         ("truncated", "damaged"),
         ("header", "damaged"),
         ("text", "damaged"),
-        ("foreign", "weights of something else"),
+        ("foreign", "weights of another module"),
         ("vocabulary", "entries"),
         ("config", "not JSON"),
     ],
 )
-def test_a_damaged_model_is_refused_and_nothing_is_lost(capsys, model, tmp_path, how, needle):
+def test_a_damaged_model_is_rejected_and_existing_files_are_kept(capsys, model, tmp_path, how, message):
     picture = tmp_path / "kept.png"
     picture.write_bytes(b"an older picture")
     damage(model, how)
-    assert_refused(run(capsys, "generate", model, CAPTION, "--out", picture), needle)
+    assert_rejected(run(capsys, "generate", model, CAPTION, "--out", picture), message)
     assert picture.read_bytes() == b"an older picture"
 
 
-def test_images_that_cannot_be_read_are_named(capsys, model, tmp_path):
+def test_unreadable_images_are_named(capsys, model, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
-    assert_refused(run(capsys, "describe", model, tmp_path / "text.png"), "text.png", "cannot be read as an image")
-    assert_refused(run(capsys, "describe", model, tmp_path / "none.png"), "none.png")
-    assert_refused(run(capsys, "describe", model), "there is no image")
+    assert_rejected(run(capsys, "describe", model, tmp_path / "text.png"), "text.png", "cannot be read as an image")
+    assert_rejected(run(capsys, "describe", model, tmp_path / "none.png"), "none.png")
+    assert_rejected(run(capsys, "describe", model), "there is no image")
 
 
-def test_an_output_that_cannot_be_written_is_refused(capsys, model, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    assert_refused(run(capsys, "generate", model, CAPTION, "--out", tmp_path / "file" / "f.png"))
-    assert_refused(run(capsys, "generate", model, CAPTION, "--out", model), "directory")
-    assert (tmp_path / "file").read_text() == "in the way"
+def test_an_unwritable_output_is_rejected(capsys, model, tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert_rejected(run(capsys, "generate", model, CAPTION, "--out", tmp_path / "file" / "f.png"))
+    assert_rejected(run(capsys, "generate", model, CAPTION, "--out", model), "directory")
+    assert (tmp_path / "file").read_text() == "text"
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
-def test_photographs_need_their_folder(capsys, tmp_path):
-    assert_refused(run(capsys, "train", "flowers-64", "--out", tmp_path / "run"), "--data PATH")
-    assert_refused(
+def test_recipes_for_photographs_need_a_folder(capsys, tmp_path):
+    assert_rejected(run(capsys, "train", "flowers-64", "--out", tmp_path / "run"), "--data PATH")
+    assert_rejected(
         run(capsys, "train", "flowers-64", "--out", tmp_path / "run", "--data", tmp_path / "nothing"), "nothing"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_needs_a_run(capsys, model, tmp_path):
-    assert_refused(run(capsys, "evaluate", tmp_path), "is not a run")
-    assert_refused(run(capsys, "evaluate", tmp_path / "nowhere"), "is not a run")
-    assert_refused(run(capsys, "evaluate", model), "holds no recipe")
+def test_evaluate_rejects_folders_that_are_no_run(capsys, model, tmp_path):
+    assert_rejected(run(capsys, "evaluate", tmp_path), "is not a run")
+    assert_rejected(run(capsys, "evaluate", tmp_path / "nowhere"), "is not a run")
+    assert_rejected(run(capsys, "evaluate", model), "holds no recipe")
 
 
-def test_a_picture_that_no_memory_holds_is_refused(capsys, model, tmp_path):
-    assert_refused(
+def test_a_picture_too_large_for_memory_is_rejected(capsys, model, tmp_path):
+    assert_rejected(
         run(capsys, "generate", model, CAPTION, "--scale", 10**13, "--out", tmp_path / "x.png"), "Unable to allocate"
     )
 
 
-def test_a_message_of_several_lines_is_one_line(capsys, model, monkeypatch):
+def test_error_messages_of_several_lines_are_joined(capsys, model, monkeypatch):
     def fail(*_, **__):
         raise ValueError("first\nsecond")
 
     monkeypatch.setattr(MirrorGAN, "from_pretrained", fail)
-    assert_refused(run(capsys, "generate", model, CAPTION), "mirror-modules generate: first second")
+    assert_rejected(run(capsys, "generate", model, CAPTION), "mirror-modules generate: first second")
 
 
-def test_an_interruption_is_said_in_one_line(capsys, model, monkeypatch):
+def test_an_interruption_is_reported_in_one_line(capsys, model, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -364,10 +368,10 @@ def test_an_interruption_is_said_in_one_line(capsys, model, monkeypatch):
     monkeypatch.setattr("mirror_modules.data.prepare_captions", interrupt)
     status, _, err = run(capsys, "data", "prepare", "data", "cache", "--resolution", 8)
     assert status == 130
-    assert "interrupted; finished files are kept, and the same command goes on with them." in err
+    assert "interrupted; finished files are kept, and the same command continues with them." in err
 
 
-# A whole run of two steps, on few and small images.
+# Options of a complete run of two steps, on few and small images.
 SHORT = [
     *("--steps", 2, "--logging.every", 1, "--data.training-images", 23, "--data.validation-images", 19),
     *("--evaluation.candidates", 5, "--evaluation.report-images", 2, "--model.resolutions", 8, 16),
@@ -375,42 +379,42 @@ SHORT = [
 ]
 
 
-def contents(folder):
+def read_files(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def refusal(err):
-    """What is said besides the progress bars."""
+def error_lines(err):
+    """The lines of stderr that are not progress bars."""
     return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
 
 
-def test_trains_phase_by_phase_and_evaluates(capsys, tmp_path):
+def test_train_continues_with_missing_phases_and_evaluates(capsys, tmp_path):
     folder = tmp_path / "run"
     status, out, _ = run(capsys, "train", "demo", "--out", folder, *SHORT, "--phases", "stem", "stream")
     assert status == 0
-    assert "the others are still to be trained" in out
-    assert_refused(run(capsys, "evaluate", folder), "lacks phase 'glam'")
+    assert "the other phases are not trained yet" in out
+    assert_rejected(run(capsys, "evaluate", folder), "lacks phase 'glam'")
     status, out, err = run(capsys, "train", "--out", folder, *SHORT)
-    assert (status, refusal(err)) == (0, [])
+    assert (status, error_lines(err)) == (0, [])
     assert f"Open {folder / 'report.html'}" in out
     assert "stem: already trained" in out
-    assert len(refusal(run(capsys, "generate", folder / "model", "a zebra", "--out", tmp_path / "z.png")[2])) == 1
+    assert len(error_lines(run(capsys, "generate", folder / "model", "a zebra", "--out", tmp_path / "z.png")[2])) == 1
 
-    before = contents(folder)
+    before = read_files(folder)
     result = run(capsys, "train", "--out", folder, *SHORT, "--seed", 1)
-    assert_refused(result, "seed is 0 there and 1 now", "nothing in it was touched")
-    assert contents(folder) == before
+    assert_rejected(result, "seed is 0 there and 1 now", "nothing in it was changed")
+    assert read_files(folder) == before
 
-    folder.joinpath("phases", "judge.safetensors").write_bytes(b"\xff" * 99)
-    before = contents(folder)
+    folder.joinpath("phases", "evaluator.safetensors").write_bytes(b"\xff" * 99)
+    before = read_files(folder)
     status, _, err = run(capsys, "evaluate", folder)
-    assert (status, len(refusal(err))) == (2, 1)
-    assert "judge.safetensors is damaged" in refusal(err)[0]
-    assert contents(folder) == before
+    assert (status, len(error_lines(err))) == (2, 1)
+    assert "evaluator.safetensors is damaged" in error_lines(err)[0]
+    assert read_files(folder) == before
 
 
 @pytest.mark.parametrize(
-    ("options", "needle"),
+    ("options", "message"),
     [
         (["--steps", 0], "steps must be a whole number of at least 1, but it is 0"),
         (["--seed", -1], "seed must be a whole number from 0"),
@@ -418,43 +422,43 @@ def test_trains_phase_by_phase_and_evaluates(capsys, tmp_path):
         (["--model.channels", 0], "channels must be a whole number of at least 1"),
     ],
 )
-def test_a_recipe_that_cannot_be_trained_leaves_no_folder(capsys, tmp_path, options, needle):
+def test_an_invalid_recipe_leaves_no_folder(capsys, tmp_path, options, message):
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", *SHORT, *options)
     assert status == 2
-    assert len(refusal(err)) == 1
-    assert needle in refusal(err)[0]
+    assert len(error_lines(err)) == 1
+    assert message in error_lines(err)[0]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("out", ["file", "file/run"])
-def test_a_run_cannot_begin_in_a_file(capsys, tmp_path, out):
-    (tmp_path / "file").write_text("in the way")
+def test_a_file_as_the_run_folder_is_rejected(capsys, tmp_path, out):
+    (tmp_path / "file").write_text("text")
     status, _, err = run(capsys, "train", "--out", tmp_path / out, *SHORT)
-    assert (status, len(refusal(err))) == (2, 1)
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert (status, len(error_lines(err))) == (2, 1)
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys, model):
-    assert_refused(run(capsys, "generate", model, CAPTION, "--device", "cuda"), "torch sees no GPU")
+def test_cuda_without_a_gpu_is_rejected(capsys, model):
+    assert_rejected(run(capsys, "generate", model, CAPTION, "--device", "cuda"), "torch sees no GPU")
 
 
-def test_steps_are_those_of_phases_whose_own_are_not_given(monkeypatch, capsys, tmp_path):
-    trained = []
+def test_steps_apply_to_phases_without_their_own_option(monkeypatch, capsys, tmp_path):
+    recipes = []
 
     def train(recipe, *_, **__):
-        trained.append(recipe)
-        raise ValueError("enough")
+        recipes.append(recipe)
+        raise ValueError("not trained")
 
     monkeypatch.setattr("mirror_modules.training.loop.train", train)
-    assert_refused(run(capsys, "train", "demo", "--out", tmp_path, "--glam.steps", 8, "--steps", 6), "enough")
-    assert [getattr(trained[0], phase).steps for phase in ("stem", "stream", "glam", "judge")] == [6, 6, 8, 6]
-    assert_refused(
+    assert_rejected(run(capsys, "train", "demo", "--out", tmp_path, "--glam.steps", 8, "--steps", 6), "not trained")
+    assert [getattr(recipes[0], phase).steps for phase in ("stem", "stream", "glam", "evaluator")] == [6, 6, 8, 6]
+    assert_rejected(
         run(capsys, "train", "demo", "--out", tmp_path, "--steps", 0), "steps must be a whole number of at least 1"
     )
 
 
-def test_what_was_not_measured_and_what_was_left_out_is_said(capsys, monkeypatch, tmp_path):
+def test_missing_metrics_and_skipped_samples_are_reported(capsys, monkeypatch, tmp_path):
     metrics = {
         "candidates": 5,
         "chance": 0.2,
@@ -462,30 +466,30 @@ def test_what_was_not_measured_and_what_was_left_out_is_said(capsys, monkeypatch
         "word_accuracy": {},
         "image_information": {"real": 0.104},
         "not_measured": "there are no classes",
-        "left_out": {"training": 1234, "validation": 0},
+        "skipped": {"training": 1234, "validation": 0},
     }
-    monkeypatch.setattr("mirror_modules.training.evaluation.evaluate", lambda *_, **__: metrics)
+    monkeypatch.setattr("mirror_modules.evaluation.evaluation.evaluate", lambda *_, **__: metrics)
     status, out, _ = run(capsys, "evaluate", tmp_path)
     assert status == 0
-    assert "Not measured is what --fit-judge adds: there are no classes" in out
-    assert "Damaged samples left out: 1,234 of the training split, 0 of the validation split" in out
+    assert "Without the metrics of --fit-classifier: there are no classes" in out
+    assert "Damaged samples skipped: 1,234 of the training split, 0 of the validation split" in out
     del metrics["not_measured"]
-    metrics["left_out"] = {"training": 0, "validation": 0}
+    metrics["skipped"] = {"training": 0, "validation": 0}
     assert run(capsys, "evaluate", tmp_path)[1].splitlines()[-3:] == [
-        "What the image tells the captioner, nats per word:",
+        "Pointwise mutual information of image and caption under the captioner, nats per token:",
         "  real         0.10",
         f"Open {tmp_path / 'report.html'}",
     ]
 
 
-def test_a_settings_file_that_is_not_there_is_named(capsys, tmp_path):
-    assert_refused(
+def test_a_missing_config_file_is_named(capsys, tmp_path):
+    assert_rejected(
         run(capsys, "train", "demo", "--config", tmp_path / "no.json"), "--config", "no.json", "no such file"
     )
-    assert_refused(run(capsys, "train", "demo", "--config="), "--config", "no such file")
+    assert_rejected(run(capsys, "train", "demo", "--config="), "--config", "no such file")
 
 
-def test_an_unknown_cell_is_answered_with_a_close_one(capsys, tmp_path):
+def test_an_unknown_cell_is_rejected_with_a_suggestion(capsys, tmp_path):
     result = run(capsys, "ablate", "--out", tmp_path / "out", "--cells", "weigth 0")
-    assert_refused(result, "--cells: unknown cell 'weigth 0'", "did you mean 'weight 0'?")
+    assert_rejected(result, "--cells: unknown cell 'weigth 0'", "did you mean 'weight 0'?")
     assert not (tmp_path / "out").exists()

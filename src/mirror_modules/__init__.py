@@ -1,12 +1,20 @@
-"""MirrorGAN's parts, each of which stands alone in somebody else's text-to-image model.
+"""The building blocks of MirrorGAN, each usable on its own in other text-to-image models.
 
-STEM reads text (`stem`), GLAM draws images (`glam`), STREAM reads them back (`stream`), discriminators judge
-(`adversarial`); `MirrorGAN` puts them together. Importing this package costs torch and nothing heavier.
+STEM encodes text (`stem`), GLAM generates images (`glam`), STREAM captions them (`stream`), paired discriminators score
+realism and consistency (`adversarial`); `MirrorGAN` combines them. Importing this package imports torch and nothing
+heavier.
 """
 
 from mirror_modules import functional
 from mirror_modules.adversarial import PairedDiscriminator, PairedLogits
-from mirror_modules.glam import CascadedGenerator, GeneratedImages, GlobalLocalAttention, GlobalLocalContext
+from mirror_modules.glam import (
+    CascadedGenerator,
+    GeneratedImages,
+    GlobalLocalAttention,
+    GlobalLocalContext,
+    WordAttention,
+    WordContext,
+)
 from mirror_modules.models import MirrorGAN, MirrorGANConfig
 from mirror_modules.stem import (
     Condition,
@@ -43,5 +51,7 @@ __all__ = [
     "TextEncoder",
     "TextFeatures",
     "Vocabulary",
+    "WordAttention",
+    "WordContext",
     "functional",
 ]

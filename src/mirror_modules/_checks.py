@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts share. Each message names who complains, what came, and the way out."""
+"""Argument checks shared by all parts. Each message names the caller, the value it received, and the fix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def shape_of(tensor: Tensor) -> str:
-    """The shape as people write it: (8, 18, 256)."""
+    """Format the shape of a tensor, such as (8, 18, 256)."""
     return str(tuple(tensor.shape))
 
 
 def check_features(owner: str, name: str, tensor: Tensor, layout: str, size: int, argument: str) -> None:
-    """Require as many axes as `layout` has letters, with `size` features on the axis named C or D."""
+    """Require one axis per letter of `layout`, with `size` features on the axis named C or D."""
     axes = layout.strip("()").replace(" ", "").split(",")
     if tensor.ndim != len(axes):
         raise ValueError(f"{owner}: {name} must be {layout}, but it is {shape_of(tensor)}.")
@@ -27,16 +27,16 @@ def check_features(owner: str, name: str, tensor: Tensor, layout: str, size: int
 
 
 def check_batch(owner: str, **tensors: Tensor) -> None:
-    """Require that all tensors have the same first axis."""
+    """Require that the first axes of all tensors have the same size."""
     first, *others = (tensor.shape[0] for tensor in tensors.values())
-    # Compared, and not put into a set, which would bind a compiled graph to one size.
+    # Comparisons instead of a set: hashing a dynamic size would specialize a compiled graph to it.
     if any(size != first for size in others):
         listed = ", ".join(f"{name}: {shape_of(tensor)}" for name, tensor in tensors.items())
         raise ValueError(f"{owner}: batch sizes disagree ({listed}).")
 
 
 def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None:
-    """Require floating point tensors of one precision, as autocast makes them, and all of them on one device."""
+    """Require floating point tensors of one precision, after the casts of autocast, on one device."""
     dtypes = {name: autocast_dtype(tensor) for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
         listed = ", ".join(f"{name}: {dtype}".replace("torch.", "") for name, dtype in dtypes.items())
@@ -59,8 +59,8 @@ def check_number(owner: str, **values: object) -> None:
 def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | None, *, may_stall: bool = True) -> None:
     """Require a bool mask (B, L), True for a real word, with at least one real word in each caption.
 
-    The last requirement reads values, which a compiled graph cannot; there it is left out. A GPU must finish all of its
-    work before: where that may not be (`may_stall=False`), it is left out on a GPU too, and `is_unchecked` tells so.
+    The last requirement depends on values. It is not checked in a compiled graph, nor on a GPU with `may_stall=False`,
+    because it would force a synchronization; see `is_unchecked`.
     """
     expected = tuple(tokens_or_words.shape[:2])
     if expected[1] == 0:
@@ -85,12 +85,12 @@ def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | Non
 
 
 def is_unchecked(word_mask: Tensor) -> bool:
-    """May there be a caption without a word, which `check_word_mask` has not refused? It must not give NaN."""
+    """Whether `check_word_mask` may have let a caption without a word pass, which must not produce NaN."""
     return torch.compiler.is_compiling() or word_mask.device.type != "cpu"
 
 
 def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
-    """Require images (B, 3, H, W), floating point, of at least `smallest` pixels on each side."""
+    """Require floating point images (B, 3, H, W) with at least `smallest` pixels on each side."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}.")
     if not images.is_floating_point():
@@ -102,8 +102,8 @@ def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
 def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int) -> None:
     """Require integer tokens (B, L) below `vocabulary_size`.
 
-    The last requirement reads values, for which a GPU would have to finish all of its work: there, and in a compiled
-    graph, it is left to torch, whose message on a GPU says less.
+    The range depends on values and is checked on a CPU only: on a GPU it would force a synchronization. There, and in a
+    compiled graph, an index out of range raises torch's own, less helpful error.
     """
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{owner}: tokens must be int64 (B, L), but they are {tokens.dtype} {shape_of(tokens)}.")
@@ -118,28 +118,28 @@ def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int) -> None:
 
 
 def check_positive(owner: str, **sizes: int) -> None:
-    """Require whole numbers of at least 1."""
+    """Require integers of at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{owner}: {name} must be a whole number of at least 1, but it is {size!r}.")
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Require one of the listed words."""
+    """Require one of the listed strings."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{owner}: {name} must be one of {listed}, but it is {value!r}.")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision becomes float32, everything else stays: softmaxes and loss sums need the bits."""
+    """Convert half precision to float32 and keep other dtypes: softmaxes and loss sums need the precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which a matrix product takes this tensor: autocast's where it is on, else its own."""
+    """The dtype to which a matrix product casts this tensor: that of autocast if it is enabled, else its own."""
     device = tensor.device.type
-    # As torch's own casts: float64 was asked for, and stays.
+    # As in autocast itself, which does not cast float64.
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What is wrong is said in one line, or in tyro's box, with exit status 2."""
+"""The command line: parse, call, print. Errors are one line, or tyro's box, with exit status 2."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ USAGE = """\
 usage: mirror-modules COMMAND ...
 
   train [RECIPE]                 train a model, evaluate it, and write a report
-  generate MODEL_DIR CAPTION...  draw images from captions
-  describe MODEL_DIR IMAGE...    read captions off images
-  evaluate RUN_DIR               measure a trained run again, and write its report
-  data inspect PATH              what a folder of captioned images holds, and what of it is damaged
-  data prepare PATH OUT          decode and resize a folder of captioned images once, to read them faster
-  ablate [RECIPE]                train and measure with one thing changed at a time, over several seeds
+  generate MODEL_DIR CAPTION...  generate images from captions
+  describe MODEL_DIR IMAGE...    caption images
+  evaluate RUN_DIR               evaluate a trained run again, and write its report
+  data inspect PATH              summarize a folder of captioned images and list its damaged files
+  data prepare PATH OUT          decode and resize a folder of captioned images once, for faster loading
+  ablate [RECIPE]                train and evaluate the paper's ablation over several seeds
 
 `mirror-modules COMMAND --help` lists every option with its default."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# What remains of an interrupted command.
+# What an interrupted command leaves on disk.
 _KEPT = {
     "train": "; finished phases and checkpoints are kept",
     "ablate": "; finished phases and checkpoints are kept",
-    "data prepare": "; finished files are kept, and the same command goes on with them",
+    "data prepare": "; finished files are kept, and the same command continues with them",
 }
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mirror-modules: unknown command {words[0]!r}; there are {', '.join(commands)}.", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files and captions may hold what the terminal, or any text, cannot.
+        # File names and captions may hold characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mirror-modules {words[0]}: interrupted{kept}.", file=sys.stderr)
             return 130
         except RuntimeError as error:
-            # Imported late: most commands need nothing of the training.
+            # Imported here because most commands do not need the training.
             from mirror_modules.training.errors import Interrupted, TrainingError, is_out_of_memory
 
             if not isinstance(error, TrainingError) and not is_out_of_memory(error):
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from mirror_modules.training.evaluation import evaluate
+    from mirror_modules.evaluation.evaluation import evaluate
+    from mirror_modules.training.distributed import is_main_process
     from mirror_modules.training.loop import train
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
@@ -99,14 +100,13 @@ def _train(arguments: list[str]) -> None:
     out = options.out or Path("runs") / name
     phases = options.phases or PHASES
     folder = train(recipe, out, phases=phases, device=device, resume=options.resume)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
-        # Of several processes, the first one measures.
+    if not is_main_process():
         return
     if all(folder.weights(phase).exists() for phase in PHASES):
         _print_metrics(evaluate(out, device=device))
         print(f"Open {folder.report}")
     else:
-        print(f"Phases {', '.join(phases)} are in {folder.path}; the others are still to be trained.")
+        print(f"Phases {', '.join(phases)} are in {folder.path}; the other phases are not trained yet.")
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,22 @@ class TrainOptions:
 
     recipe: Recipe
     out: Path | None = None
-    """Folder of the run; runs/RECIPE if not given."""
+    """Folder of the run; runs/RECIPE by default."""
     data: Path | None = None
-    """Folder of the photographs, for recipes that train on some."""
+    """Folder of the photographs, for recipes that train on photographs."""
     steps: int | None = None
-    """Optimizer steps of every phase whose own steps are not given, instead of the recipe's."""
+    """Optimizer steps of every phase, instead of the recipe's; --glam.steps and the like override it for one phase."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    phases: tuple[Literal["stem", "stream", "glam", "judge"], ...] = ()
-    """Phases to train; all if not given."""
+    """Device; auto uses a GPU if there is one."""
+    phases: tuple[Literal["stem", "stream", "glam", "evaluator"], ...] = ()
+    """Phases to train; all by default."""
     resume: bool = False
-    """Go on with a run that was stopped, from its newest checkpoint; a new folder is begun as without it."""
+    """Continue an interrupted run from its newest checkpoint; a new folder is started as without it."""
     config: Path | None = None
-    """JSON file with the fields that differ from the recipe's, or a run's config.json; options given here win."""
+    """JSON file with the fields that differ from the recipe's, or a run's config.json; command-line options win."""
 
     def resolve(self) -> Recipe:
-        """The recipe with `data` put in."""
+        """The recipe with the path given as --data."""
         if self.data is None:
             return self.recipe
         return replace(self.recipe, data=replace(self.recipe.data, path=str(self.data)))
@@ -138,22 +138,22 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Draw images from captions. The same seed and captions give the same file."""
+    """Generate images from captions. The same seed and captions give the same file."""
 
     model_dir: Path
     """Folder of the model, such as runs/demo/model."""
     captions: tuple[str, ...]
-    """What to draw; one image each."""
+    """Captions; one image each."""
     out: Path = Path("generated.png")
-    """PNG file to write: all images side by side, each with its caption."""
+    """PNG file to write: all images side by side, with captions."""
     separate: bool = False
-    """Write one file per caption instead, numbered, without its caption."""
+    """Write one numbered file per image instead, without captions."""
     seed: int = 0
-    """Decides the random part of the images."""
+    """Seed of the noise."""
     scale: int = 4
-    """Screen pixels per image pixel of the picture with all images."""
+    """Pixels of the picture per pixel of an image."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device; auto uses a GPU if there is one."""
 
 
 def _generate(arguments: list[str]) -> None:
@@ -161,11 +161,11 @@ def _generate(arguments: list[str]) -> None:
 
     options = _parse(GenerateOptions, arguments, "mirror-modules generate", positional=("model_dir", "captions"))
     if not options.captions:
-        raise ValueError("there is no caption; write at least one after the model's folder.")
+        raise ValueError("there is no caption; add at least one after the model's folder.")
     model = MirrorGAN.from_pretrained(options.model_dir, device=_device(options.device))
     images = model.generate(options.captions, seed=options.seed).images[-1].cpu()
 
-    from mirror_modules.training.pictures import captioned_grid, grid, write_png
+    from mirror_modules.pictures.grids import captioned_grid, grid, write_png
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.separate:
@@ -182,28 +182,28 @@ def _generate(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class DescribeOptions:
-    """Read captions off images."""
+    """Caption images."""
 
     model_dir: Path
     """Folder of the model, such as runs/demo/model."""
     images: tuple[Path, ...]
-    """Image files; the middle square is read."""
+    """Image files; the central square is captioned."""
     beam_width: int = 3
-    """Captions followed at a time; 1 is greedy."""
+    """Width of the beam search; 1 is greedy."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device; auto uses a GPU if there is one."""
 
 
 def _describe(arguments: list[str]) -> None:
     import torch
 
-    from mirror_modules.data.images import read_square
+    from mirror_modules.data.readers.images import read_square
     from mirror_modules.data.transforms import to_float
     from mirror_modules.models import MirrorGAN
 
     options = _parse(DescribeOptions, arguments, "mirror-modules describe", positional=("model_dir", "images"))
     if not options.images:
-        raise ValueError("there is no image; name at least one file after the model's folder.")
+        raise ValueError("there is no image; add at least one file after the model's folder.")
     model = MirrorGAN.from_pretrained(options.model_dir, device=_device(options.device))
     pixels = [torch.from_numpy(read_square(path, model.config.resolutions[-1])) for path in options.images]
     for path, caption in zip(
@@ -214,24 +214,27 @@ def _describe(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a trained run again; writes evaluation.json, pictures and report.html."""
+    """Evaluate a trained run again; writes evaluation.json, pictures and report.html."""
 
     run_dir: Path
     """Folder of the run, such as runs/demo."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    fit_judge: bool = False
-    """Train the networks that FID, KID, Inception Score and diversity need, and the attributes of synthetic flowers."""
+    """Device; auto uses a GPU if there is one."""
+    fit_classifier: bool = False
+    """Train the classifier for FID, KID, Inception Score, diversity and the attribute accuracy of drawn flowers."""
     inception: bool = False
-    """Take torchvision's Inception v3 for FID, KID, Inception Score and diversity; its weights are fetched."""
+    """Use torchvision's Inception v3 for FID, KID, Inception Score and diversity; its weights are downloaded."""
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from mirror_modules.training.evaluation import evaluate
+    from mirror_modules.evaluation.evaluation import evaluate
 
     options = _parse(EvaluateOptions, arguments, "mirror-modules evaluate", positional=("run_dir",))
     metrics = evaluate(
-        options.run_dir, device=_device(options.device), fit_judge=options.fit_judge, inception=options.inception
+        options.run_dir,
+        device=_device(options.device),
+        fit_classifier=options.fit_classifier,
+        inception=options.inception,
     )
     _print_metrics(metrics)
     print(f"Open {options.run_dir / 'report.html'}")
@@ -239,38 +242,38 @@ def _evaluate(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Say what a folder of captioned images holds, and name its damaged files."""
+    """Summarize a folder of captioned images, and list its damaged files."""
 
     path: Path
     """Folder of the data set."""
     source: Literal["auto", "oxford-flowers", "birds", "coco", "folder", "webdataset", "prepared"] = "auto"
-    """Its format; auto recognizes it."""
+    """Format of the data set; auto recognizes it."""
     out: Path = Path("contact.png")
-    """PNG file to write: some images of both splits, each with a caption."""
+    """PNG file to write: some images of both splits, with captions."""
     resolution: int | None = None
-    """Height and width of the images in it; 64 if not given, or less if the folder was prepared at less."""
+    """Height and width of the images in it; 64 by default, or less if the folder was prepared at less."""
     max_words: int = 18
-    """Captions of more words are counted as long."""
+    """Captions with more words are counted as long."""
     min_count: int = 1
-    """Occurrences that a word needs to enter the vocabulary."""
+    """Minimum number of occurrences of a word in the vocabulary."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Decode and resize a folder of captioned images once. The same command goes on where it was stopped."""
+    """Decode and resize a folder of captioned images once. After an interruption, the same command continues."""
 
     path: Path
     """Folder of the data set."""
     out: Path
-    """Folder to make."""
+    """Folder to create."""
     resolution: int
-    """Height and width of the images; 19/16 of the model's leaves the room that data.augment needs."""
+    """Height and width of the images; data.augment needs 19/16 of the model's resolution."""
     source: Literal["auto", "oxford-flowers", "birds", "coco", "folder", "webdataset"] = "auto"
-    """Its format; auto recognizes it."""
+    """Format of the data set; auto recognizes it."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a damaged file does: end the command, or be left out and listed, as long as at most 5 % are."""
+    """Whether a damaged file ends the command, or is skipped and listed as long as at most 5 % are damaged."""
     shard_size: int = 2000
-    """Images in one file; a split that lies in one file is not copied into memory."""
+    """Images per file; a split in a single file is memory-mapped instead of copied."""
 
 
 def _data(arguments: list[str]) -> None:
@@ -309,17 +312,17 @@ def _prepare(arguments: list[str]) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in made.images.items())
     print(f"{made.folder}: {counts} images of {made.resolution} x {made.resolution} pixels, from {made.source!r}")
     if made.skipped:
-        print(f"left out: {len(made.skipped):,}, listed in {made.folder / 'prepared.json'}")
+        print(f"skipped: {len(made.skipped):,}, listed in {made.folder / 'prepared.json'}")
 
 
 def _inspect(arguments: list[str]) -> None:
     options = _parse(InspectOptions, arguments, "mirror-modules data inspect", positional=("path",))
-    from mirror_modules.training.inspection import inspect_folder
-    from mirror_modules.training.pictures import write_png
+    from mirror_modules.data.inspection import inspect_folder
+    from mirror_modules.pictures.grids import sample_sheet, write_png
 
-    # Before all files are read, which may take long.
+    # Checked before all files are read, which may take long.
     if options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder; name a PNG file.")
+        raise ValueError(f"--out {options.out} is a folder; give the name of a PNG file.")
     above = next(folder for folder in options.out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"--out {options.out}: nothing can be written into {above}; name another file.")
@@ -331,18 +334,18 @@ def _inspect(arguments: list[str]) -> None:
         min_count=options.min_count,
     )
     print(found.text)
-    if found.sheet is None:
+    if not found.samples:
         return
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_png(found.sheet, options.out)
+        write_png(sample_sheet(found.samples), options.out)
     except OSError as error:
         raise OSError(f"--out {options.out} cannot be written ({error.strerror or error}).") from error
     print(f"Open {options.out}")
 
 
 def _ablate(arguments: list[str]) -> None:
-    from mirror_modules.training.ablation import ablate, ablation_cells
+    from mirror_modules.evaluation.ablation import ablate, ablation_cells
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ablation"
     options = _parse(AblateOptions, arguments, f"mirror-modules ablate {name}", default=AblateOptions(get_recipe(name)))
@@ -361,22 +364,22 @@ def _ablate(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """Train and measure the paper's ablation: the same data, seeds and steps, with one thing changed at a time.
+    """Train and evaluate the paper's ablation: equal data, seeds and steps, with one change at a time.
 
-    The same command goes on where it was stopped.
+    After an interruption, the same command continues.
     """
 
     recipe: Recipe
     out: Path | None = None
-    """Folder of all runs; runs/RECIPE if not given."""
+    """Folder of all runs; runs/RECIPE by default."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each decides data, networks and noise of one run of each cell."""
+    """Seeds of data, weights and noise; one run per seed and cell."""
     cells: tuple[str, ...] = ()
-    """Names of the cells to train; all if not given."""
+    """Names of the cells to train; all by default."""
     jobs: int = 1
     """Cells trained at the same time."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device; auto uses a GPU if there is one."""
 
 
 def _parse(
@@ -386,7 +389,7 @@ def _parse(
         import tyro
     except ImportError as error:
         raise ImportError("The command line needs more packages: pip install 'mirror-modules[train]'") from error
-    # Marked here and not in the classes, so that a missing tyro is said in one line.
+    # Annotated here and not in the classes, so that a missing tyro is a one-line error.
     for name, hint in get_type_hints(options).items():
         if name in positional:
             options.__annotations__[name] = Annotated[hint, tyro.conf.Positional]
@@ -397,7 +400,7 @@ def _parse(
 
 
 def _option(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option that is needed before the others are parsed; the last one given counts."""
+    """The last value of an option that must be known before the others are parsed."""
     value = None
     for word, following in zip(arguments, [*arguments[1:], ""]):
         if word == name:
@@ -421,19 +424,22 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     print(f"R-precision among {metrics['candidates']} captions (chance {metrics['chance']:.1%}), top 1 / 2 / 3:")
     for name, value in metrics["r_precision"].items():
         print(f"  {name:<10} {value['top1']:6.1%} {value['top2']:6.1%} {value['top3']:6.1%}")
-    print("Words that the captioner predicts rightly:")
+    print("Word accuracy of the captioner:")
     for name, value in metrics["word_accuracy"].items():
         print(f"  {name:<10} {value:6.1%}")
-    print("What the image tells the captioner, nats per word:")
+    print("Pointwise mutual information of image and caption under the captioner, nats per token:")
     for name, value in metrics["image_information"].items():
-        # Without the sign of a zero.
+        # Adding 0.0 turns -0.0 into 0.0.
         print(f"  {name:<10} {round(value, 2) + 0.0:6.2f}")
-    for reader, title in (("judge", "by the judge"), ("measured_colors", "colors, as measured")):
+    for reader, title in (
+        ("classifier", "by the attribute classifier"),
+        ("measured_colors", "colors measured in pixels"),
+    ):
         shares = {
             name: each[reader]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if reader in each
         }
         if shares:
-            print(f"Attributes that images have as named, {title}:")
+            print(f"Attribute accuracy, {title}:")
             for name, share in shares.items():
                 print(f"  {name:<10} {share:6.1%}")
     if "features" in metrics:
@@ -444,10 +450,10 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
                 + ", ".join(f"{figure.replace('_', ' ')} {value:.4g}" for figure, value in figures.items())
             )
     if "not_measured" in metrics:
-        print(f"Not measured is what --fit-judge adds: {metrics['not_measured']}")
-    if any(metrics["left_out"].values()):
-        counts = ", ".join(f"{count:,} of the {split} split" for split, count in metrics["left_out"].items())
-        print(f"Damaged samples left out: {counts}")
+        print(f"Without the metrics of --fit-classifier: {metrics['not_measured']}")
+    if any(metrics["skipped"].values()):
+        counts = ", ".join(f"{count:,} of the {split} split" for split, count in metrics["skipped"].items())
+        print(f"Damaged samples skipped: {counts}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,58 +1,85 @@
-"""Every pure operation in one place, as `torch.nn.functional`: the definitions, without weights."""
+"""Every pure operation in one place, like `torch.nn.functional`: the definitions, without weights."""
 
 from collections.abc import Callable
 from typing import Any
 
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
+from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.kernels import Choice
 from mirror_modules.metrics.diversity import diversity
+from mirror_modules.metrics.expected_hits import expected_hits
 from mirror_modules.metrics.frechet_distance import frechet_distance
 from mirror_modules.metrics.inception_score import inception_score
 from mirror_modules.metrics.kernel_distance import kernel_distance
 from mirror_modules.metrics.r_precision import r_precision, r_precision_folds
+from mirror_modules.metrics.redescription_quality import redescription_quality, words_in_place
 from mirror_modules.stem.conditioning import kl_divergence
-from mirror_modules.stem.matching import choose_similarity, matching_loss, word_region_similarity
+from mirror_modules.stem.matching import (
+    choose_similarity,
+    contrastive_terms,
+    image_sentence_similarity,
+    matching_loss,
+    word_region_attention,
+    word_region_similarity,
+)
+from mirror_modules.stream.captioner import append_end
 from mirror_modules.stream.redescription import balance_gradients, redescription_loss
 
 __all__ = [
+    "append_end",
     "balance_gradients",
+    "contrastive_terms",
     "discriminator_loss",
     "diversity",
+    "expected_hits",
     "explain",
     "frechet_distance",
     "generator_loss",
     "global_local_attention",
+    "image_sentence_similarity",
     "inception_score",
     "kernel_distance",
     "kl_divergence",
     "matching_loss",
+    "mismatch",
     "r1_penalty",
     "r_precision",
     "r_precision_folds",
     "redescription_loss",
+    "redescription_quality",
     "sentence_attention",
     "word_attention",
+    "word_region_attention",
     "word_region_similarity",
+    "words_in_place",
 ]
 
 
 def explain(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Choice:
-    """Which implementation a call would run, and why; nothing is computed.
+    """Report which implementation a call would run, and why, without computing anything.
 
         explain(global_local_attention, features, words, sentence).reason
 
     Args:
         operation: `global_local_attention` or `word_region_similarity`.
-        *arguments: As the operation takes them.
-        **options: As the operation takes them; `impl="triton"` asks whether the kernel could run.
+        *arguments: Those of the operation.
+        **options: Those of the operation; `impl="triton"` checks whether the kernel could run.
 
     Returns:
         `Choice(implementation, reason)`.
 
     Raises:
-        ValueError: The operation has one implementation only.
-        NotImplementedError: `impl` names an implementation that cannot run, and the message says why.
+        ValueError: The operation has only one implementation.
+        NotImplementedError: `impl` names an implementation that cannot run; the message gives the reason.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import explain, word_region_similarity
+        >>> regions, words = torch.zeros(2, 9, 4), torch.zeros(2, 5, 4)
+        >>> choice = explain(word_region_similarity, regions, words)
+        >>> choice.implementation  # on a CPU
+        'torch'
     """
     choosers: dict[Callable[..., Any], Callable[..., Choice]] = {
         global_local_attention: choose_attention,

@@ -1,4 +1,4 @@
-"""The adversarial objective against its logarithms, written out."""
+"""The adversarial objective against explicit sums of logarithms."""
 
 import math
 
@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from mirror_modules import PairedDiscriminator, PairedLogits
 from mirror_modules.functional import discriminator_loss, generator_loss, r1_penalty
 
-REAL, FAKE, MISMATCHED = 3, 5, 2  # different primes: the batches need not be equally large
-WAYS = ["logits", "probabilities"]
+REAL, FAKE, MISMATCHED = 3, 5, 2  # different primes: batch sizes may differ
+THROUGH = ["logits", "probabilities"]
 
 
 def draw(count, dtype=torch.float32):
@@ -28,14 +28,14 @@ def minus_log(logits, *, real):
 
 
 def discriminator_loss_by_loops(real, fake, mismatched, weighting):
-    accepted = [minus_log(logits, real=True) for logits in real]
-    rejected = [minus_log(logits, real=False) for logits in fake]
+    positive = [minus_log(logits, real=True) for logits in real]
+    negative = [minus_log(logits, real=False) for logits in fake]
     if mismatched is not None:
-        rejected.append(minus_log(mismatched, real=False))
-    return sum(accepted) / 2 + sum(rejected) / (2 if weighting == "paper" else 3)
+        negative.append(minus_log(mismatched, real=False))
+    return sum(positive) / 2 + sum(negative) / (2 if weighting == "paper" else 3)
 
 
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize(("weighting", "with_mismatched"), [("paper", False), ("paper", True), ("release", True)])
 def test_discriminator_loss_matches_the_loops(weighting, with_mismatched, through):
     real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED) if with_mismatched else None
@@ -43,7 +43,7 @@ def test_discriminator_loss_matches_the_loops(weighting, with_mismatched, throug
     assert loss.item() == pytest.approx(discriminator_loss_by_loops(real, fake, mismatched, weighting), rel=1e-5)
 
 
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize(("weighting", "weight"), [("paper", 0.5), ("release", 1.0)])
 def test_generator_loss_matches_the_loops(weighting, weight, through):
     fake = draw(FAKE)
@@ -51,55 +51,54 @@ def test_generator_loss_matches_the_loops(weighting, weight, through):
     assert generator_loss(fake, weighting=weighting, through=through).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("weighting", ["paper", "release"])
 def test_gradients(weighting, through):
     real, fake = draw(REAL, torch.float64), draw(FAKE, torch.float64)
     mismatched = torch.randn(MISMATCHED, dtype=torch.float64, requires_grad=True)
 
-    def judge(a, b, c, d, e):
-        pairs = PairedLogits(a, b), PairedLogits(c, d)
-        return discriminator_loss(*pairs, e, weighting=weighting, through=through)
+    def loss_of(a, b, c, d, e):
+        return discriminator_loss(PairedLogits(a, b), PairedLogits(c, d), e, weighting=weighting, through=through)
 
-    assert gradcheck(judge, (*real, *fake, mismatched))
+    assert gradcheck(loss_of, (*real, *fake, mismatched))
     assert gradcheck(lambda *f: generator_loss(PairedLogits(*f), weighting=weighting, through=through), tuple(fake))
 
 
-def minus_margin(logits, *, real):
-    """The hinge, by loops."""
+def hinge(logits, *, real):
+    """E max(0, 1 - logit), or E max(0, 1 + logit), by loops."""
     return sum(max(0.0, 1 - logit if real else 1 + logit) for logit in logits.tolist()) / len(logits)
 
 
-@pytest.mark.parametrize(("weighting", "share"), [("paper", 2), ("release", 3)])
-def test_hinge_losses_match_the_loops(weighting, share):
+@pytest.mark.parametrize(("weighting", "divisor"), [("paper", 2), ("release", 3)])
+def test_hinge_losses_match_the_loops(weighting, divisor):
     real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
     options = {"weighting": weighting, "objective": "hinge"}
-    accepted = sum(minus_margin(logits, real=True) for logits in real)
-    rejected = sum(minus_margin(logits, real=False) for logits in (*fake, mismatched))
+    positive = sum(hinge(logits, real=True) for logits in real)
+    negative = sum(hinge(logits, real=False) for logits in (*fake, mismatched))
     loss = discriminator_loss(real, fake, mismatched, **options)
-    assert loss.item() == pytest.approx(accepted / 2 + rejected / share, rel=1e-5)
+    assert loss.item() == pytest.approx(positive / 2 + negative / divisor, rel=1e-5)
     expected = -sum(sum(logits.tolist()) / FAKE for logits in fake) / (2 if weighting == "paper" else 1)
     assert generator_loss(fake, **options).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_hinge_asks_for_no_more_than_its_margin():
-    sure = PairedLogits(torch.tensor([1.5], requires_grad=True), torch.tensor([1.5], requires_grad=True))
-    discriminator_loss(sure, PairedLogits(*(-logits for logits in sure)), objective="hinge").backward()
-    assert [logits.grad.item() for logits in sure] == [0, 0]
-    generator_loss(sure, objective="hinge").backward()
-    assert [logits.grad.item() for logits in sure] == [-0.5, -0.5]
+def test_the_hinge_has_no_gradient_beyond_its_margin():
+    confident = PairedLogits(torch.tensor([1.5], requires_grad=True), torch.tensor([1.5], requires_grad=True))
+    discriminator_loss(confident, PairedLogits(*(-logits for logits in confident)), objective="hinge").backward()
+    assert [logits.grad.item() for logits in confident] == [0, 0]
+    generator_loss(confident, objective="hinge").backward()
+    assert [logits.grad.item() for logits in confident] == [-0.5, -0.5]
 
 
 @pytest.mark.parametrize("weight", [0.25, torch.tensor(1.75)])
-def test_the_weight_of_mismatched_pairs_is_theirs_alone(weight):
+def test_mismatched_weight_scales_only_their_term(weight):
     real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
     without = discriminator_loss(real, fake)
     expected = without + weight * minus_log(mismatched, real=False) / 2
     assert_close(discriminator_loss(real, fake, mismatched, mismatched_weight=weight), expected)
 
 
-def test_weighted_parts_are_the_whole():
-    """Parts of a batch with different numbers of mismatched pairs, each weighted by its share."""
+def test_weighted_micro_batches_equal_the_whole_batch():
+    """Micro-batches with different numbers of mismatched pairs, each weighted by its fraction of them."""
     real, fake, mismatched = draw(6), draw(6), torch.randn(5)
     whole = discriminator_loss(real, fake, mismatched)
     parts = []
@@ -111,47 +110,42 @@ def test_weighted_parts_are_the_whole():
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge"])
-def test_no_mismatched_pairs_weigh_nothing(objective):
-    real, fake, none = draw(REAL), draw(FAKE), torch.empty(0, requires_grad=True)
+def test_an_empty_batch_of_mismatched_pairs_adds_zero_and_stays_in_the_graph(objective):
+    real, fake, empty = draw(REAL), draw(FAKE), torch.empty(0, requires_grad=True)
     without = discriminator_loss(real, fake, objective=objective)
-    loss = discriminator_loss(real, fake, none, objective=objective, mismatched_weight=torch.tensor(0.0))
+    loss = discriminator_loss(real, fake, empty, objective=objective, mismatched_weight=torch.tensor(0.0))
     assert_close(loss, without, atol=0, rtol=0)
     assert without.isfinite()
-    # Processes that train together need the same graph from all.
+    # DDP needs the same graph on every rank.
     loss.backward()
-    assert none.grad is not None
+    assert empty.grad is not None
 
 
 def test_r1_is_half_the_squared_gradient():
     weights = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     images = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
-    verdict = PairedLogits((weights * images.square()).sum((1, 2, 3)), 3 * images.sum((1, 2, 3)))
+    logits = PairedLogits((weights * images.square()).sum((1, 2, 3)), 3 * images.sum((1, 2, 3)))
     total = 0.0
     for image, weight in zip(images.tolist(), weights.tolist()):
-        for plane, of_plane in zip(image, weight):
-            for row, of_row in zip(plane, of_plane):
-                total += sum((2 * w * x + 3) ** 2 for x, w in zip(row, of_row)) / 2
-    penalty = r1_penalty(images, verdict)
+        for plane, weight_plane in zip(image, weight):
+            for row, weight_row in zip(plane, weight_plane):
+                total += sum((2 * w * x + 3) ** 2 for x, w in zip(row, weight_row)) / 2
+    penalty = r1_penalty(images, logits)
     assert penalty.item() == pytest.approx(total / 2, rel=1e-9)
     (gradient,) = torch.autograd.grad(penalty, images)
     assert_close(gradient, (2 * weights * images + 3) * 2 * weights / 2)
 
 
-def test_r1_reaches_the_discriminator(network):
-    judge, images, sentence = network
-    images = images.requires_grad_(True)
-    r1_penalty(images, judge(images, sentence)).backward()
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in judge.named_parameters() if "bias" not in name)
+def test_r1_has_a_gradient_for_every_weight_of_the_discriminator():
+    discriminator = PairedDiscriminator(8, 5, channels=2, normalization="none").double()
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    r1_penalty(images, discriminator(images, torch.randn(3, 5, dtype=torch.float64))).backward()
+    weights = [parameter for name, parameter in discriminator.named_parameters() if "bias" not in name]
+    assert all(weight.grad.abs().sum() > 0 for weight in weights)
 
 
-@pytest.fixture
-def network():
-    judge = PairedDiscriminator(8, 5, channels=2, normalization="none").double()
-    return judge, torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-
-
-def test_r1_needs_a_gradient_of_the_images():
-    with pytest.raises(ValueError, match=r"r1_penalty: images need a gradient; judge images\.detach"):
+def test_r1_requires_images_with_a_gradient():
+    with pytest.raises(ValueError, match=r"r1_penalty: images must require a gradient; use images\.detach"):
         r1_penalty(torch.rand(2, 3, 4, 4), draw(2))
 
 
@@ -159,18 +153,18 @@ def test_extreme_logits_stay_finite_and_keep_their_gradient():
     real = PairedLogits(*torch.full((2, REAL), -1e4, requires_grad=True))
     fake = PairedLogits(*torch.full((2, FAKE), 1e4, requires_grad=True))
     assert discriminator_loss(real, fake).item() == pytest.approx(2e4)
-    hopeless = torch.full((FAKE,), -1e4, requires_grad=True)
-    generator_loss(PairedLogits(hopeless, hopeless)).backward()
-    assert_close(hopeless.grad, torch.full((FAKE,), -1 / FAKE))
+    rejected = torch.full((FAKE,), -1e4, requires_grad=True)
+    generator_loss(PairedLogits(rejected, rejected)).backward()
+    assert_close(rejected.grad, torch.full((FAKE,), -1 / FAKE))
 
 
-def test_probabilities_end_at_a_hundred():
-    hopeless = torch.full((FAKE,), -1e4)
-    assert generator_loss(PairedLogits(hopeless, hopeless), through="probabilities").item() == pytest.approx(100.0)
+def test_losses_through_probabilities_are_at_most_100():
+    rejected = torch.full((FAKE,), -1e4)
+    assert generator_loss(PairedLogits(rejected, rejected), through="probabilities").item() == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", THROUGH)
 def test_half_precision_is_summed_in_float32(dtype, through):
     logits = torch.linspace(-3, 3, 1009).to(dtype)
     half, full = PairedLogits(logits, logits), PairedLogits(logits.float(), logits.float())
@@ -181,7 +175,7 @@ def test_half_precision_is_summed_in_float32(dtype, through):
         assert_close(discriminator_loss(half, half, through=through), discriminator_loss(full, full, through=through))
 
 
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", THROUGH)
 def test_compiles_into_one_graph(compiled, through):
     real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
 
@@ -200,7 +194,10 @@ def test_compiles_into_one_graph(compiled, through):
         (r"weighting must be one of 'paper', 'release', but it is 'ours'", {"weighting": "ours"}),
         (r"through must be one of 'logits', 'probabilities', but it is 'sigmoid'", {"through": "sigmoid"}),
         (r"objective must be one of 'logistic', 'hinge', but it is 'wasserstein'", {"objective": "wasserstein"}),
-        ("the hinge loss is one of logits", {"objective": "hinge", "through": "probabilities"}),
+        (
+            "objective='hinge' is defined on logits; use through='logits'",
+            {"objective": "hinge", "through": "probabilities"},
+        ),
     ],
 )
 def test_unknown_options_raise(message, options):
@@ -211,5 +208,5 @@ def test_unknown_options_raise(message, options):
 
 
 def test_release_needs_mismatched_pairs():
-    with pytest.raises(ValueError, match=r"weighting='release' averages over mismatched pairs too; give some"):
+    with pytest.raises(ValueError, match=r"weighting='release' averages over mismatched pairs too; pass `mismatched`"):
         discriminator_loss(draw(REAL), draw(FAKE), weighting="release")

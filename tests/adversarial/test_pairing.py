@@ -1,4 +1,4 @@
-"""Mismatched pairs: nobody meets its own class where that can be avoided."""
+"""Mismatched pairs: no row meets its own class where that can be avoided."""
 
 from collections import Counter
 
@@ -24,22 +24,22 @@ def test_partners_are_a_permutation(classes, seed):
 
 
 @given(layouts, seeds)
-def test_valid_says_who_meets_another_class(classes, seed):
+def test_valid_marks_partners_of_another_class(classes, seed):
     partner, valid = pair(classes, seed)
     for row, other in enumerate(partner.tolist()):
         assert valid[row].item() == (classes[row] != classes[other])
 
 
 @given(layouts, seeds)
-def test_as_many_meet_another_class_as_possible(classes, seed):
+def test_the_number_of_valid_partners_is_maximal(classes, seed):
     largest = max(Counter(classes).values())
-    # A row of the largest class needs a partner outside of it, and so does each partner's own row.
+    # All rows outside the largest class can be valid, and each of them can be the partner of one row inside it.
     possible = min(len(classes), 2 * (len(classes) - largest))
     assert int(pair(classes, seed).valid.sum()) == possible
 
 
 @given(layouts, seeds)
-def test_a_seed_repeats_the_draw(classes, seed):
+def test_a_seed_reproduces_the_draw(classes, seed):
     assert_close(tuple(pair(classes, seed)), tuple(pair(classes, seed)), atol=0, rtol=0)
 
 

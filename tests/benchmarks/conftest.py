@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: no waiting, quick compiling, and a GPU that is none."""
+"""Fixtures of the benchmark tests: a fake GPU and fast compilation."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 
 
 class Event:
-    """A clock that counts its readings: a quarter of a millisecond for each."""
+    """A fake CUDA event whose clock advances by a quarter of a millisecond with each reading."""
 
     now = 0.0
 
@@ -25,7 +25,7 @@ class Event:
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Tensors lie on the CPU; it shows that the code for a GPU runs and what it records."""
+    """Run the GPU code with tensors on the CPU, to test that it runs and what it records."""
     from benchmarks import _measure
 
     monkeypatch.setattr(_measure, "CUDA", torch.device("cpu"))
@@ -45,13 +45,13 @@ def fake_gpu(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    _measure._as_large_as_a_cache.cache_clear()
+    _measure._flush_buffer.cache_clear()
     yield
-    _measure._as_large_as_a_cache.cache_clear()
+    _measure._flush_buffer.cache_clear()
 
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    """One graph as ever, but run as it is: code generation is torch's."""
+    """Compile into one graph, but run it in eager mode, without code generation."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

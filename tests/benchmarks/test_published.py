@@ -1,4 +1,4 @@
-"""The benchmark compares two ways of computing the same thing: images, losses and gradients are equal."""
+"""The published formulation computes the same images, losses and gradients as ours."""
 
 import copy
 
@@ -24,7 +24,7 @@ def double_precision():
 
 @pytest.fixture
 def with_the_next_caption(monkeypatch):
-    """Mismatched pairs as the published code has them."""
+    """Mismatched pairs as in the published code: each image with the next caption."""
 
     def mismatch(class_ids, *, generator):
         rows = torch.arange(len(class_ids))
@@ -36,38 +36,38 @@ def with_the_next_caption(monkeypatch):
 def one_step(impl):
     run = step.build_step(impl, SIZES)
     state = run.args[0]
-    before = copy.deepcopy(state.painter.module.state_dict())
+    before = copy.deepcopy(state.generator.module.state_dict())
     return run(), state, before
 
 
 @pytest.mark.parametrize("impl", [step.PUBLISHED, step.PUBLISHED_HELD])
 @pytest.mark.usefixtures("with_the_next_caption")
-def test_one_step_is_the_same_step(impl):
+def test_a_published_step_equals_our_step(impl):
     ours, our_state, our_weights = one_step(step.OURS)
-    theirs, their_state, their_weights = one_step(impl)
-    assert all(isinstance(s.attention, PublishedAttention) for s in their_state.model.generator.refinements)
+    published, published_state, published_weights = one_step(impl)
+    assert all(isinstance(s.attention, PublishedAttention) for s in published_state.model.generator.refinements)
     ours = ours.losses
-    torch.testing.assert_close(our_weights, their_weights, rtol=0, atol=0)
-    judged = {f"{who}_{resolution}" for who in ("discriminator", "generator") for resolution in SIZES.resolutions}
-    assert set(theirs) == judged | {"kl", "generator_total"}
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, name=name: f"{name}: {m}")
-    mine, its = (dict(s.painter.module.named_parameters()) for s in (our_state, their_state))
-    assert len(mine) == len(its)
-    for name, parameter in mine.items():
+    torch.testing.assert_close(our_weights, published_weights, rtol=0, atol=0)
+    adversarial = {f"{part}_{size}" for part in ("discriminator", "generator") for size in SIZES.resolutions}
+    assert set(published) == adversarial | {"kl", "generator_total"}
+    for name in published:
+        torch.testing.assert_close(ours[name], published[name], msg=lambda m, name=name: f"{name}: {m}")
+    ours, published = (dict(s.generator.module.named_parameters()) for s in (our_state, published_state))
+    assert len(ours) == len(published)
+    for name, parameter in ours.items():
         assert parameter.grad.abs().max() > 0
-        torch.testing.assert_close(parameter.grad, its[name].grad, msg=lambda m, name=name: f"{name}: {m}")
-        torch.testing.assert_close(parameter, its[name], msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(parameter.grad, published[name].grad, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(parameter, published[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (7, 7, 7)])
-def test_the_attention_is_the_same_for_captions_of_equal_length(lengths):
+def test_the_attention_is_equal_for_captions_of_equal_length(lengths):
     ours, published, inputs = an_attention(lengths)
-    for mine, its in zip(ours(*inputs, need_weights=True), published(*inputs)):
-        torch.testing.assert_close(mine, its)
+    for value, reference in zip(ours(*inputs, need_weights=True), published(*inputs)):
+        torch.testing.assert_close(value, reference)
 
 
-def test_captions_of_other_lengths_get_each_others_masks():
+def test_the_published_attention_mixes_masks_of_different_lengths():
     ours, published, inputs = an_attention((7, 2, 5))
     padding = ours(*inputs, need_weights=True).word_weights[1, 2:]
     assert padding.abs().max() == 0
@@ -85,14 +85,14 @@ def an_attention(lengths):
     return ours, published, inputs
 
 
-def test_our_step_leaves_the_discriminators_as_their_own_step_made_them():
+def test_only_the_plain_published_step_backpropagates_into_the_discriminators():
     gradients = {}
     for impl in (step.PUBLISHED, step.PUBLISHED_HELD):
         _, state, _ = one_step(impl)
-        gradients[impl] = state.discriminators[0].realism_head.weight.grad
+        gradients[impl] = state.paired_discriminators[0].realism_head.weight.grad
     assert not torch.allclose(gradients[step.PUBLISHED], gradients[step.PUBLISHED_HELD])
 
 
-def test_the_steps_are_the_ones_that_training_runs():
+def test_the_benchmark_runs_the_training_step():
     assert step.build_step(step.OURS, SIZES).func is adversarial_step
     assert step.build_step(step.PUBLISHED, SIZES).func is published_step

@@ -27,7 +27,7 @@ def a_record(**changes):
     return Record(**{**fields, **changes})
 
 
-def test_a_record_survives_the_file(tmp_path):
+def test_records_round_trip_through_a_file(tmp_path):
     first, second = a_record(), a_record(median=1.5, shares={}, peak_memory_mib=None)
     for record in (first, second):
         _record.append(record, tmp_path / "new" / "file.jsonl")
@@ -42,11 +42,11 @@ def test_a_record_survives_the_file(tmp_path):
         ({"median": 0.0, "spread": (0.0, 1.0)}, "all positive"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"shares": {"generator": 0.3}}, "sum to 0.300"),
-        ({"error": 0.2, "error_allowed": 0.1}, "error 0.2 is more than the 0.1"),
-        ({"error": float("nan"), "error_allowed": 0.1}, "error nan is more than the 0.1"),
+        ({"error": 0.2, "error_allowed": 0.1}, "error 0.2 exceeds the tolerance of 0.1"),
+        ({"error": float("nan"), "error_allowed": 0.1}, "error nan exceeds the tolerance of 0.1"),
     ],
 )
-def test_impossible_figures_are_refused(changes, message):
+def test_impossible_values_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         a_record(**changes)
 
@@ -64,14 +64,14 @@ def test_a_damaged_line_is_named(damage, tmp_path):
         _record.read(tmp_path / "file.jsonl")
 
 
-def test_a_record_of_an_operation_survives_the_file(tmp_path):
-    figures = {"bandwidth_share": 0.5, "matrix_share": 0.25, "copy_gb_per_s": 2500.0, "matrix_tflops": 640.5}
-    record = a_record(least_bytes=11, least_operations=13, error=1e-3, error_allowed=2e-3, **figures)
+def test_records_of_operations_round_trip_through_a_file(tmp_path):
+    rates = {"bandwidth_share": 0.5, "matrix_share": 0.25, "copy_gb_per_s": 2500.0, "matrix_tflops": 640.5}
+    record = a_record(least_bytes=11, least_operations=13, error=1e-3, error_allowed=2e-3, **rates)
     _record.append(record, tmp_path / "file.jsonl")
     assert _record.read(tmp_path / "file.jsonl") == [record]
 
 
-def test_older_lines_say_nothing_of_what_was_not_measured_then(tmp_path):
+def test_fields_missing_in_older_lines_are_none(tmp_path):
     fields = dataclasses.asdict(a_record())
     later = ("others", "least_bytes", "least_operations", "bandwidth_share", "matrix_share", "error", "error_allowed")
     later += ("copy_gb_per_s", "matrix_tflops")

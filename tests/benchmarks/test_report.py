@@ -1,4 +1,4 @@
-"""The page of benchmarks, out of invented records."""
+"""The benchmark page, rendered from invented records."""
 
 import re
 from pathlib import Path
@@ -44,21 +44,21 @@ def rows(page, first):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if first in line]
 
 
-def verdicts(records):
+def outcomes(records):
     """The right column of the table of targets."""
     page = report.render(records)
     table = page[page.index("## Targets") :].split("\n## ")[0]
     return [line.strip("|").split("|")[-1].strip() for line in table.splitlines() if line.startswith("|")][2:]
 
 
-def test_without_records_all_is_not_measured():
+def test_without_records_everything_is_not_measured():
     page = report.render([])
     assert "## On a GPU: not measured" in page
     assert page.count("\nnot measured\n") == 4  # two operations on a GPU and on a CPU
-    assert verdicts([]) == ["not measured"] * len(report.TARGETS)
+    assert outcomes([]) == ["not measured"] * len(report.TARGETS)
 
 
-def test_a_cpu_has_ratios_and_a_gpu_stays_not_measured():
+def test_cpu_records_give_ratios():
     records = [invented(), invented(impl="torch", median=0.5, spread=(0.25, 0.75), peak_memory_mib=1234.0)]
     page = report.render(records)
     assert "## On a GPU: not measured" in page
@@ -70,7 +70,7 @@ def test_a_cpu_has_ratios_and_a_gpu_stays_not_measured():
     assert "ms" not in page[page.index("## On a CPU") :].split()
 
 
-def test_where_published_was_not_measured_the_baseline_is_named():
+def test_the_baseline_is_named_if_published_was_not_measured():
     records = [
         invented(SIMILARITY, "b48"),
         invented(SIMILARITY, "b256", "torch", quantity="time / time of torch"),
@@ -83,7 +83,7 @@ def test_where_published_was_not_measured_the_baseline_is_named():
     ]
 
 
-def test_a_gpu_has_milliseconds_and_shares():
+def test_gpu_records_give_milliseconds_and_shares():
     records = [invented(gpu=True, median=12.0), invented(gpu=True, impl="triton", median=1.5)]
     page = report.render(records)
     assert f"## On a GPU: {GPU}" in page
@@ -95,12 +95,12 @@ def test_a_gpu_has_milliseconds_and_shares():
     ]
 
 
-def test_times_of_two_runs_are_not_compared():
+def test_times_of_different_runs_are_not_compared():
     records = [invented(gpu=True, median=12.0), invented(gpu=True, impl="triton", date="2026-01-03T00:00:00+00:00")]
     assert rows(report.render(records), "| paper64 |")[0] == ["paper64", "`both`", "12", "1"]
 
 
-def test_the_newest_record_counts():
+def test_the_newest_record_is_used():
     newer, older = invented(median=0.5, date="2026-01-03T00:00:00+00:00"), invented()
     assert report.newest([newer, older]) == [newer]
     others = [invented(impl="torch"), invented(direction="forward"), invented(shape="coco64"), invented(gpu=True)]
@@ -112,7 +112,7 @@ def headline(direction, **changes):
     return invented(ATTENTION, "headline", direction=direction, gpu=True, **changes)
 
 
-def test_targets_are_held_against_the_records():
+def test_targets_are_compared_with_the_records():
     records = [
         headline("forward", impl="triton", bandwidth_share=0.8),
         headline("backward", impl="triton", bandwidth_share=0.64),
@@ -126,7 +126,7 @@ def test_targets_are_held_against_the_records():
         invented(SIMILARITY, "b48", "triton", gpu=True),
         invented(SIMILARITY, "b1024", "triton", gpu=True, peak_memory_mib=1000.0, matrix_share=0.35),
     ]
-    assert verdicts(records) == [
+    assert outcomes(records) == [
         "80%, reached",
         "64%, not reached",
         "7.9, not reached",
@@ -137,14 +137,14 @@ def test_targets_are_held_against_the_records():
         "1.05 GB, not reached",
         "35%, reached",
     ]
-    assert verdicts([record for record in records if record.impl != "triton"]) == ["not measured"] * 9
-    # Neither another precision nor our own plain path counts.
+    assert outcomes([record for record in records if record.impl != "triton"]) == ["not measured"] * 9
+    # Other precisions and our own plain implementation do not count.
     other = [headline("forward", impl="triton", dtype="float32"), headline("both", impl="torch", median=0.1)]
-    assert verdicts(other) == ["not measured"] * 9
+    assert outcomes(other) == ["not measured"] * 9
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "cpu and gpu"])
-def test_the_page_and_its_pictures_are_written(gpu, tmp_path):
+def test_the_page_and_its_plots_are_written(gpu, tmp_path):
     pytest.importorskip("matplotlib")
     records = [invented(), invented(impl="torch", median=0.5), invented(SIMILARITY, "b48", peak_memory_mib=None)]
     records += [invented(gpu=True), invented(gpu=True, impl="triton", dtype="float32")] if gpu else []
@@ -152,15 +152,15 @@ def test_the_page_and_its_pictures_are_written(gpu, tmp_path):
         _record.append(record, tmp_path / "results" / f"{record.op}.jsonl")
     report.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    pictures = re.findall(r"!\[.+\]\((.+)\)", page)
-    assert len(pictures) == (3 if gpu else 2)
-    for picture in pictures:
-        assert (tmp_path / "docs" / picture).read_bytes().startswith(b"\x89PNG")
+    plots = re.findall(r"!\[.+\]\((.+)\)", page)
+    assert len(plots) == (3 if gpu else 2)
+    for plot in plots:
+        assert (tmp_path / "docs" / plot).read_bytes().startswith(b"\x89PNG")
     assert ("## On a GPU: not measured" in page) != gpu
 
 
-def test_the_page_in_the_documentation_is_a_generated_one():
+def test_the_page_in_the_documentation_is_generated():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert page.startswith(report.PAGE), "change the words in benchmarks/report.py, then run `make bench-report`"
-    for picture in re.findall(r"!\[.+\]\((.+)\)", page):
-        assert (ROOT / "docs" / picture).exists()
+    assert page.startswith(report.PAGE), "change the text in benchmarks/report.py, then run `make bench-report`"
+    for plot in re.findall(r"!\[.+\]\((.+)\)", page):
+        assert (ROOT / "docs" / plot).exists()

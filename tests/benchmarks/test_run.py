@@ -36,7 +36,7 @@ runpy.run_path("benchmarks/run.py", run_name="__main__")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The similarity at one small shape, with the definition as ours."""
+    """The similarity at a single small shape, with the definition as our implementation."""
     shape = Shape("tiny", {"batch": 3, "regions": 7, "words": 13, "features": 5})
     operation = dataclasses.replace(
         word_region_similarity.OPERATION,
@@ -49,12 +49,12 @@ def tiny(monkeypatch):
     )
     found = {"word_region_similarity": operation}
     monkeypatch.setattr(_operation, "find", lambda name: found[name])
-    # A fresh process would not know the shape.
+    # A fresh process does not have the patched shape.
     monkeypatch.setattr(_operation, "_memory_on_cpu", lambda *arguments: {})
     return found
 
 
-def test_help_comes_without_torch_and_from_any_folder(tmp_path):
+def test_help_needs_no_torch_and_works_from_any_folder(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-S", ROOT / "benchmarks/run.py", "--help"],
@@ -69,7 +69,7 @@ def test_help_comes_without_torch_and_from_any_folder(tmp_path):
         assert option in done.stdout
 
 
-def test_the_operations_need_torch_and_einops_alone():
+def test_the_operations_need_only_torch_and_einops():
     done = subprocess.run(
         [sys.executable, "-c", NOTHING_BUT_TORCH],
         cwd=ROOT,
@@ -84,7 +84,7 @@ def test_the_operations_need_torch_and_einops_alone():
         assert f"{op}, quick, float32, both" in done.stdout
 
 
-def test_records_go_where_they_are_told_to(tiny, tmp_path):
+def test_records_go_to_the_results_folder(tiny, tmp_path):
     words = ["similarity", "--results", str(tmp_path), "--rounds", "2", "--quiet", "inf", "--threads", "1"]
     assert run.main(words) == 0
     assert len((tmp_path / "word_region_similarity.jsonl").read_text().splitlines()) == 6
@@ -93,7 +93,7 @@ def test_records_go_where_they_are_told_to(tiny, tmp_path):
     assert len((tmp_path / "word_region_similarity.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_wrong_implementation_is_status_1(tiny, tmp_path, capsys):
+def test_a_wrong_implementation_gives_exit_status_1(tiny, tmp_path, capsys):
     def wrong(*tensors):
         return (word_region_similarity.definition(*tensors)[0] + 1,)
 
@@ -102,18 +102,16 @@ def test_a_wrong_implementation_is_status_1(tiny, tmp_path, capsys):
     assert run.main(["similarity", "--results", str(tmp_path), "--threads", "1"]) == 1
     assert list(tmp_path.iterdir()) == []
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == (
-        "benchmarks: word_region_similarity, tiny, float32, torch computes something else than the definition."
-    )
+    assert last == ("benchmarks: word_region_similarity, tiny, float32, torch differs from the definition.")
 
 
 def test_a_budget_ends_the_run(tiny, tmp_path, capsys):
     assert run.main(["similarity", "--budget", "0", "--results", str(tmp_path), "--threads", "1"]) == 0
-    assert "time: used up; left out: word_region_similarity, tiny, float32" in capsys.readouterr().out
+    assert "time budget exhausted; not measured: word_region_similarity, tiny, float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("device", "budget"), [("cpu", float("inf")), ("cuda", 500.0)])
-def test_on_a_gpu_there_is_a_budget_and_no_training(device, budget, monkeypatch):
+def test_a_gpu_has_a_time_budget_and_no_training_steps(device, budget, monkeypatch):
     measured = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run, "measure_training", lambda name, options: measured.append(name))
@@ -135,7 +133,7 @@ def test_on_a_gpu_there_is_a_budget_and_no_training(device, budget, monkeypatch)
         (["attention", "--device", "cuda"], "torch finds no GPU here"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(words, message, capsys, monkeypatch):
+def test_unsupported_combinations_are_refused(words, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         run.main(words)
@@ -143,7 +141,7 @@ def test_what_cannot_be_measured_is_refused(words, message, capsys, monkeypatch)
     assert message in capsys.readouterr().err
 
 
-def test_sizes_of_a_step_reach_it(monkeypatch, capsys):
+def test_sizes_on_the_command_line_reach_the_step(monkeypatch, capsys):
     from benchmarks import step
 
     sizes = []

@@ -1,4 +1,4 @@
-"""What every Module must bear: copies, pickles, the meta device, other dtypes and layouts, checkpointing, its state."""
+"""Requirements of every module: copies, pickles, meta device, dtypes, memory formats, checkpointing and state."""
 
 import copy
 import pickle
@@ -26,7 +26,9 @@ from mirror_modules import (
     TextEncoder,
     TextFeatures,
     Vocabulary,
+    WordAttention,
 )
+from mirror_modules.models import EncoderPair
 from mirror_modules.stem import ConvBackbone
 
 B, L, C, D, E, Z, V = 3, 5, 2, 6, 7, 11, 13
@@ -65,9 +67,17 @@ CASES = {
         lambda: GlobalLocalAttention(C, D, E, score_projection=True, sentence_bias=True),
         lambda: ((torch.randn(B, C, 5, 7), torch.randn(B, L, D), torch.randn(B, E), MASK), {}),
     ),
+    "WordAttention": Case(
+        lambda: WordAttention(C, D),
+        lambda: ((torch.randn(B, C, 5, 7), torch.randn(B, L, D), None, MASK), {"need_weights": True}),
+    ),
     "CascadedGenerator": Case(
         lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1),
         lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.randn(B, L, D), MASK), {}),
+    ),
+    "CascadedGenerator with a factory": Case(
+        lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1, attention=WordAttention),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.randn(B, L, D), MASK), {"need_weights": True}),
     ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C), lambda: ((images(), torch.randn(B, D)), {})
@@ -90,6 +100,10 @@ CASES = {
     "RedescriptionLoss": Case(
         lambda: RedescriptionLoss(make_captioner()), lambda: ((images(9, 8), tokens(), MASK), {})
     ),
+    "EncoderPair": Case(
+        lambda: EncoderPair(MirrorGANConfig(embedding_dim=5, word_dim=D, image_backbone="conv"), V),
+        lambda: ((images(33, 47), tokens(), MASK), {}),
+    ),
     "MirrorGAN": Case(
         make_mirrorgan,
         lambda: ((tokens(), MASK), {"noise": torch.randn(B, Z), "condition_noise": torch.randn(B, E)}),
@@ -100,14 +114,16 @@ HAS_MAPS = [name for name in CASES if name not in ("ConditioningAugmentation", "
 
 
 def flat(result):
-    """The tensors of a result, whatever it is."""
+    """All tensors of a nested result."""
     if isinstance(result, Tensor):
         return [result]
     return [tensor for part in result if part is not None for tensor in flat(part)]
 
 
 def convert(inputs, change):
-    """Change the floating point tensors of some inputs."""
+    """Apply a function to the floating point tensors of nested inputs."""
+    if inputs is None or isinstance(inputs, bool):
+        return inputs
     if isinstance(inputs, Tensor):
         return change(inputs) if inputs.is_floating_point() else inputs
     if isinstance(inputs, dict):
@@ -131,7 +147,7 @@ def objective(result):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_deep_copy_computes_the_same_and_shares_nothing(name):
+def test_a_deep_copy_gives_the_same_results_and_shares_no_memory(name):
     module, args, options = prepare(name)
     copied = copy.deepcopy(module)
     expected = flat(module(*args, **options))
@@ -143,14 +159,14 @@ def test_a_deep_copy_computes_the_same_and_shares_nothing(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pickle_computes_the_same(name):
+def test_a_pickle_gives_the_same_results(name):
     module, args, options = prepare(name)
     unpickled = pickle.loads(pickle.dumps(module))
     assert_close(flat(unpickled(*args, **options)), flat(module(*args, **options)), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_module_made_on_the_meta_device_is_the_same_once_it_is_loaded(name):
+def test_a_module_built_on_the_meta_device_gives_the_same_results_once_loaded(name):
     module, args, options = prepare(name)
     with torch.device("meta"):
         empty = CASES[name].make()
@@ -177,7 +193,7 @@ def test_autocast_agrees_with_float32_and_trains(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = flat(module(*args, **options))
     objective(result).backward()
-    # bfloat16 keeps 8 bits; a few roundings add up, and a softmax multiplies them.
+    # bfloat16 has 8 significant bits; rounding errors accumulate, and a softmax amplifies them.
     assert_close([tensor.float() for tensor in result], [tensor.float() for tensor in expected], atol=0.1, rtol=0.1)
     leaves = [tensor for tensor in flat(args) if tensor.requires_grad]
     grads = [leaf.grad for leaf in [*leaves, *module.parameters()] if leaf.requires_grad and leaf.grad is not None]
@@ -186,7 +202,7 @@ def test_autocast_agrees_with_float32_and_trains(name):
 
 
 @pytest.mark.parametrize("name", HAS_MAPS)
-def test_channels_last_changes_nothing(name):
+def test_channels_last_does_not_change_the_results(name):
     module, args, options = prepare(name)
     expected = flat(module(*args, **options))
 
@@ -198,7 +214,7 @@ def test_channels_last_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_checkpointing_changes_no_gradient(name):
+def test_checkpointing_does_not_change_the_gradients(name):
     module, args, options = prepare(name)
     leaves = [tensor for tensor in flat(convert(args, lambda tensor: tensor.requires_grad_())) if tensor.requires_grad]
     leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -212,7 +228,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", HAS_WEIGHTS)
-def test_the_state_is_parameters_and_statistics_alone(name):
+def test_the_state_consists_of_parameters_and_buffers_only(name):
     module, args, options = prepare(name)
     module.train()
     before = set(module.state_dict())
@@ -222,15 +238,15 @@ def test_the_state_is_parameters_and_statistics_alone(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_inputs_are_not_changed(name):
+def test_inputs_are_not_modified(name):
     module, args, options = prepare(name)
-    kept = copy.deepcopy((args, options))
+    originals = copy.deepcopy((args, options))
     module.train()(*args, **options)
-    assert_close(flat(args), flat(kept[0]), atol=0, rtol=0)
+    assert_close(flat(args), flat(originals[0]), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_inference_needs_no_gradient(name):
+def test_inference_mode_gives_finite_results(name):
     module, args, options = prepare(name)
     with torch.inference_mode():
         assert all(tensor.isfinite().all() for tensor in flat(module(*args, **options)))

@@ -1,19 +1,19 @@
-"""The figures of a data set, counted by hand."""
+"""Statistics of a data set, checked against a count by hand."""
 
 from collections import Counter
 
 import pytest
 
-from mirror_modules.data import open_captions
-from mirror_modules.data.inspection import LISTED, Spread, describe_splits, inspect_split
-from tests.layouts import make_folder, write_image
+from mirror_modules.data import open_captions, prepare_captions
+from mirror_modules.data.inspection import MAX_LISTED, Spread, describe_splits, inspect_folder, inspect_split
+from tests.layouts import make_coco, make_folder, write_image
 
 pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Three images to train on, of two classes, of which one is damaged; two for validation."""
+    """Three training images of two classes, one of them damaged, and two validation images."""
     rows = {
         "train": [
             ("a", "A red, red bird.", "x"),
@@ -44,10 +44,10 @@ def test_a_split_is_counted(root):
     assert facts.words == Counter({"red": 3, **dict.fromkeys(["a", "bird", "one", "two", "three", "four", "five"], 1)})
     assert len(facts.classes) == 2
     assert [skipped.reason for skipped in facts.damaged] == ["holds no caption of c.png"]
-    assert [sample.captions[0] for sample in facts.pictures] == ["A red, red bird.", "red"]
+    assert [sample.captions[0] for sample in facts.samples] == ["A red, red bird.", "red"]
 
 
-def test_what_is_damaged_inside_is_found_too(root):
+def test_damaged_images_are_found_too(root):
     (root / "train" / "b.png").write_bytes(b"")
     facts = facts_of(root, "train")
     assert facts.images == 1
@@ -57,16 +57,16 @@ def test_what_is_damaged_inside_is_found_too(root):
     ]
 
 
-def test_pictures_are_spread_over_all(tmp_path):
+def test_samples_are_evenly_spaced(tmp_path):
     root = make_folder(tmp_path, training=20)
     (root / "train" / "image0.png").write_bytes(b"")
-    pictures = facts_of(root, "train", pictures=4).pictures
+    samples = facts_of(root, "train", samples=4).samples
     captions = open_captions(root, "train")
-    places = [next(i for i, e in enumerate(captions.entries) if e.captions == p.captions) for p in pictures]
-    assert places == [1, 5, 10, 15]
+    indices = [next(i for i, e in enumerate(captions.entries) if e.captions == s.captions) for s in samples]
+    assert indices == [1, 5, 10, 15]
 
 
-def test_the_table_says_what_was_counted(root):
+def test_the_table_holds_the_statistics(root):
     training, validation = facts_of(root, "train"), facts_of(root, "validation")
     text = describe_splits(training, validation, min_count=1)
     rows = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
@@ -74,30 +74,30 @@ def test_the_table_says_what_was_counted(root):
     assert rows["damaged"] == ["1", "0"]
     assert rows["shorter side, pixels"] == ["10", "/", "10.5", "/", "11", "10", "/", "10.5", "/", "11"]
     assert rows["longer than 18 words"] == ["0.0%", "0.0%"]
-    # a red fish, a bird, two birds: all but fish and birds are known.
-    assert "vocabulary: 8 words of training captions, with min_count=1; they are 71.4% of the words" in text
-    assert "and 66.7% of the distinct ones" in text
-    assert "vocabulary: 1 words of training captions, with min_count=2; they are 14.3%" in describe_splits(
+    # a red fish, a bird, two birds: all but fish and birds are in the vocabulary.
+    assert "vocabulary: 8 words from the training captions, with min_count=1; it covers 71.4% of the words" in text
+    assert "and 66.7% of the distinct words" in text
+    assert "vocabulary: 1 words from the training captions, with min_count=2; it covers 14.3%" in describe_splits(
         training, validation, min_count=2
     )
     assert "damaged: 1 of 5\n" in text
     assert "captions.csv line 5 holds no caption of c.png" in text
 
 
-def test_only_so_many_damaged_files_are_listed(tmp_path):
-    root = make_folder(tmp_path, training=LISTED + 5)
+def test_the_list_of_damaged_files_is_limited(tmp_path):
+    root = make_folder(tmp_path, training=MAX_LISTED + 5)
     for path in (root / "train").glob("*.png"):
         path.write_bytes(b"")
     training, validation = facts_of(root, "train"), facts_of(root, "validation")
     text = describe_splits(training, validation)
-    assert text.count("it is empty") == LISTED
+    assert text.count("it is empty") == MAX_LISTED
     assert text.endswith("\n  and 5 more")
     assert training.shorter_side is None
     assert "damaged: 25 of 28" in text
-    assert "they are 0.0% of the words" in text
+    assert "it covers 0.0% of the words" in text
 
 
-def test_classes_are_compared_where_there_are_some(tmp_path):
+def test_classes_are_compared_if_the_data_set_has_classes(tmp_path):
     root = make_folder(tmp_path, training=9, validation=6, style="csv")
     assert "classes in both splits: 3" in describe_splits(facts_of(root, "train"), facts_of(root, "validation"))
     table = root / "validation" / "captions.csv"
@@ -107,14 +107,46 @@ def test_classes_are_compared_where_there_are_some(tmp_path):
     assert "in both splits" not in describe_splits(facts_of(plain, "train"), facts_of(plain, "validation"))
 
 
+def test_a_folder_is_inspected(root):
+    text, samples = inspect_folder(root)
+    assert text.startswith(f"{root} is read as 'folder'\n")
+    assert text.endswith("captions.csv line 5 holds no caption of c.png")
+    assert [sample.captions[0] for sample in samples] == ["A red, red bird.", "red", "a red fish", "a bird"]
+    assert {sample.image.shape for sample in samples} == {(64, 64, 3)}
+    text, samples = inspect_folder(root, source="folder", resolution=9, max_words=2, min_count=2)
+    assert {sample.image.shape for sample in samples} == {(9, 9, 3)}
+    assert "longer than 2 words" in text
+    assert "vocabulary: 1 words" in text
+
+
+def test_a_folder_prepared_at_a_low_resolution_is_inspected_at_it(tmp_path):
+    prepare_captions(make_coco(tmp_path / "data"), tmp_path / "cache", resolution=13)
+    text, samples = inspect_folder(tmp_path / "cache")
+    assert text.startswith(f"{tmp_path / 'cache'} is read as 'prepared'\n")
+    assert {sample.image.shape for sample in samples} == {(13, 13, 3)}
+
+
+def test_without_a_readable_image_there_are_no_samples(tmp_path):
+    root = make_coco(tmp_path)
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    text, samples = inspect_folder(root)
+    assert samples == ()
+    assert "damaged: 9 of 9" in text
+
+
 def test_errors(root):
     with pytest.raises(ValueError, match="inspect_split: max_words must be a whole number of at least 1, but it is 0"):
         facts_of(root, "train", max_words=0)
     facts = facts_of(root, "train")
     with pytest.raises(ValueError, match="describe_splits: min_count must be a whole number of at least 1"):
         describe_splits(facts, facts, min_count=0)
+    with pytest.raises(ValueError, match="inspect_folder: resolution must be a whole number of at least 1"):
+        inspect_folder(root, resolution=0)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        inspect_folder(root / "nowhere")
 
 
-def test_no_number_has_no_spread():
+def test_spread():
     assert Spread.of([]) is None
     assert str(Spread.of([3, 1, 2, 1000])) == "1 / 2.5 / 1000"

@@ -1,4 +1,4 @@
-"""One door to all formats, and one report of what is damaged behind it."""
+"""`open_captions` recognizes every format; damaged samples of all of them end up in one report."""
 
 import pickle
 
@@ -41,22 +41,24 @@ def test_formats_are_recognized(tmp_path, name):
 
 
 @pytest.mark.parametrize("style", ["jsonl", "csv"])
-def test_a_folder_is_recognized_by_its_list(tmp_path, style):
+def test_a_caption_folder_is_recognized_by_its_list(tmp_path, style):
     assert type(open_captions(make_folder(tmp_path, style=style))) is CaptionFolder
     assert type(open_captions(tmp_path / "train", on_error="list")) is CaptionFolder
 
 
-def test_what_was_looked_for_is_said(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"has no format that is known\. Looked for oxford-flowers: text_c10/"
-    ) as error:
+def test_an_unknown_format_is_refused_with_the_files_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"has no known format\. Looked for oxford-flowers: text_c10/") as error:
         open_captions(tmp_path)
-    for sign in ("birds: CUB_200_2011/", "coco: annotations/captions_*.json", "folder: captions.jsonl, captions.csv"):
-        assert sign in str(error.value)
+    for signature in (
+        "birds: CUB_200_2011/",
+        "coco: annotations/captions_*.json",
+        "folder: captions.jsonl, captions.csv",
+    ):
+        assert signature in str(error.value)
     make_coco(tmp_path / "a" / "coco")
     with pytest.raises(ValueError, match=r"Did you mean .*/a/coco\?"):
         open_captions(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the one that holds the data set"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; pass the folder of the data set"):
         open_captions(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="source must be one of 'auto', 'oxford-flowers', 'birds', 'coco', 'folder'"):
         open_captions(tmp_path, source="imagenet")
@@ -67,11 +69,11 @@ def damage(root, count, pattern):
         path.write_bytes(b"damaged")
 
 
-def test_damaged_samples_stop_or_are_left_out_without_a_hole(tmp_path):
+def test_damaged_samples_raise_or_are_skipped_without_a_gap(tmp_path):
     root = make_coco(tmp_path, training=60)
     damage(root / "train2017", 3, "*.jpg")
     stops = open_captions(root)
-    with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image .*; mend it, or leave it out"):
+    with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image .*; fix it, or skip it"):
         InMemoryCaptions(stops, max_words=18, report=stops.report)
     with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image"):
         InMemoryCaptions(stops, max_words=18)
@@ -91,7 +93,7 @@ def test_damaged_samples_stop_or_are_left_out_without_a_hole(tmp_path):
     assert [skipped.file[-6:] for skipped in skips.report.skipped] == ["00.jpg", "01.jpg", "02.jpg"]
 
 
-def test_more_than_a_twentieth_is_too_much(tmp_path):
+def test_more_than_five_percent_damaged_samples_raise(tmp_path):
     root = make_coco(tmp_path, training=60)
     damage(root / "train2017", 4, "*.jpg")
     skips = open_captions(root, on_error="skip")
@@ -101,7 +103,7 @@ def test_more_than_a_twentieth_is_too_much(tmp_path):
     assert len(InMemoryCaptions(lists, max_words=18, report=lists.report)) == 56
 
 
-def test_what_is_found_at_opening_counts_with_what_is_found_at_reading(tmp_path):
+def test_samples_skipped_on_opening_and_on_reading_count_together(tmp_path):
     root = make_birds(tmp_path, training=60, captions=2)
     damage(root / "CUB_200_2011" / "images" / "001.Wren", 2, "*.jpg")
     texts = sorted((root / "text" / "002.Wren").glob("*.txt"))
@@ -119,7 +121,7 @@ def test_what_is_found_at_opening_counts_with_what_is_found_at_reading(tmp_path)
         open_captions(root, on_error="skip")
 
 
-def test_nothing_that_can_be_read(tmp_path):
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
     root = make_coco(tmp_path, training=2)
     damage(root / "train2017", 2, "*.jpg")
     lists = open_captions(root, on_error="list")
@@ -127,7 +129,7 @@ def test_nothing_that_can_be_read(tmp_path):
         InMemoryCaptions(lists, max_words=18, report=lists.report)
 
 
-def test_a_report_is_one_line():
+def test_the_listing_is_one_line():
     report = ErrorReport("skip")
     for i in range(7):
         report.add("Reader", f"f{i}", "is bad")
@@ -138,6 +140,6 @@ def test_a_report_is_one_line():
         ErrorReport("ignore")
 
 
-def test_damage_survives_the_way_out_of_a_process():
+def test_a_damaged_sample_can_be_pickled():
     error = DamagedSample("Reader", "x.jpg", "is bad")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "Reader: x.jpg is bad."

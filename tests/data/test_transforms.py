@@ -28,7 +28,7 @@ def test_to_float_by_loops():
                     assert floats[b, c, h, w].item() == pytest.approx(images[b, h, w, c].item() / 127.5 - 1, abs=1e-6)
 
 
-def test_every_byte_survives_the_way_to_floats_and_back():
+def test_every_byte_survives_the_round_trip_through_floats():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
     floats = to_float(images)
     assert (floats.min().item(), floats.max().item()) == (-1, 1)
@@ -40,11 +40,11 @@ def test_to_bytes_rounds_and_clips():
     assert to_bytes(values.expand(1, 3, 1, 7))[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
 
 
-def test_crops_are_windows_of_their_own_image_some_of_them_mirrored():
+def test_crops_are_windows_of_their_own_image_some_of_them_flipped():
     images = random_bytes(41)
     crops = random_crop_flip(images, R, seeded(0))
     assert crops.shape == (41, R, R, 3)
-    places = []
+    positions = []
     for image, crop in zip(images, crops):
         windows = {
             (top, left, mirrored): (window.flip(1) if mirrored else window)
@@ -53,22 +53,22 @@ def test_crops_are_windows_of_their_own_image_some_of_them_mirrored():
             for window in [image[top : top + R, left : left + R]]
             for mirrored in (False, True)
         }
-        found = [place for place, window in windows.items() if torch.equal(window, crop)]
-        assert len(found) == 1
-        places += found
-    tops, lefts, mirrored = (set(values) for values in zip(*places))
+        matches = [position for position, window in windows.items() if torch.equal(window, crop)]
+        assert len(matches) == 1
+        positions += matches
+    tops, lefts, mirrored = (set(values) for values in zip(*positions))
     assert tops == set(range(H - R + 1))
     assert lefts == set(range(W - R + 1))
     assert mirrored == {False, True}
 
 
-def test_no_flip_where_it_is_not_allowed():
+def test_flip_false_never_flips():
     images = random_bytes(31, R, R)
     assert torch.equal(random_crop_flip(images, R, seeded(0), flip=False), images)
     assert not torch.equal(random_crop_flip(images, R, seeded(0)), images)
 
 
-def test_crops_repeat_with_the_generator_and_leave_the_global_one_alone():
+def test_crops_are_reproducible_and_do_not_use_the_global_generator():
     images = random_bytes()
     before = torch.get_rng_state()
     one, again, other = (random_crop_flip(images, R, seeded(seed)) for seed in (1, 1, 2))
@@ -78,7 +78,7 @@ def test_crops_repeat_with_the_generator_and_leave_the_global_one_alone():
 
 
 @pytest.mark.parametrize("resolution", [1, 3, 4, 6, 12])
-def test_pyramid_is_the_mean_of_each_area(resolution):
+def test_the_pyramid_by_loops(resolution):
     images = torch.randn(B, 3, 12, 12, generator=seeded(0))
     (small,) = image_pyramid(images, [resolution])
     step = 12 // resolution
@@ -88,7 +88,7 @@ def test_pyramid_is_the_mean_of_each_area(resolution):
             torch.testing.assert_close(small[:, :, row, column], area.mean(dim=(2, 3)))
 
 
-def test_pyramid_keeps_the_order_and_the_finest():
+def test_the_pyramid_keeps_the_order_and_the_full_resolution():
     images = torch.randn(B, 3, 16, 16)
     pyramid = image_pyramid(images, (4, 8, 16))
     assert [level.shape[2:] for level in pyramid] == [(4, 4), (8, 8), (16, 16)]

@@ -1,4 +1,4 @@
-"""The two attentions against the paper's sums, written out."""
+"""The two attentions, compared with the paper's sums written as loops."""
 
 import math
 from itertools import product
@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from mirror_modules import GlobalLocalAttention
+from mirror_modules import GlobalLocalAttention, WordAttention
 from mirror_modules.functional import global_local_attention, sentence_attention, word_attention
 from mirror_modules.glam import attention
 
@@ -39,10 +39,10 @@ def sentence_attention_by_loops(features, sentence, score_matrix, axis):
             products[c] if score_matrix is None else sum(float(score_matrix[c, k]) * products[k] for k in range(C))
         )
     for b, c, y, x in product(range(B), range(C), range(H), range(W)):
-        rivals = scores[b, :, y, x] if axis == "channels" else scores[b, c].flatten()
-        share = math.exp(scores[b, c, y, x]) / sum(math.exp(score) for score in rivals.tolist())
-        weights[b, c, y, x] = share
-        context[b, c, y, x] = sentence[b, c] * share * (1 if axis == "channels" else H * W)
+        along_axis = scores[b, :, y, x] if axis == "channels" else scores[b, c].flatten()
+        weight = math.exp(scores[b, c, y, x]) / sum(math.exp(score) for score in along_axis.tolist())
+        weights[b, c, y, x] = weight
+        context[b, c, y, x] = sentence[b, c] * weight * (1 if axis == "channels" else H * W)
     return context, weights
 
 
@@ -50,7 +50,7 @@ def mask_of(*real_words):
     return torch.arange(L) < torch.tensor(real_words).unsqueeze(1)
 
 
-def draw(*shape, dtype=torch.float32):
+def random_leaf(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=dtype, requires_grad=True)
 
 
@@ -74,26 +74,30 @@ def test_no_mask_means_that_all_words_are_real():
 
 
 def test_gradients_of_word_attention():
-    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64)
+    inputs = random_leaf(B, C, 2, 3, dtype=torch.float64), random_leaf(B, 5, C, dtype=torch.float64)
     assert gradcheck(word_attention, inputs)
     assert gradcheck(word_attention, (*inputs, mask_of(5, 2)[:, :5]))
 
 
 @pytest.mark.parametrize(("axis", "mixed"), MODES)
 def test_gradients_of_sentence_attention(axis, mixed):
-    features, sentence = draw(B, C, 2, 3, dtype=torch.float64), draw(B, C, dtype=torch.float64)
-    matrix = draw(C, C, dtype=torch.float64) if mixed else None
+    features, sentence = random_leaf(B, C, 2, 3, dtype=torch.float64), random_leaf(B, C, dtype=torch.float64)
+    matrix = random_leaf(C, C, dtype=torch.float64) if mixed else None
     assert gradcheck(lambda f, s, m: sentence_attention(f, s, score_matrix=m, axis=axis), (features, sentence, matrix))
 
 
 def test_gradients_of_both_attentions():
-    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64), draw(B, C, dtype=torch.float64)
+    inputs = (
+        random_leaf(B, C, 2, 3, dtype=torch.float64),
+        random_leaf(B, 5, C, dtype=torch.float64),
+        random_leaf(B, C, dtype=torch.float64),
+    )
     assert gradcheck(lambda *args: global_local_attention(*args, mask_of(5, 2)[:, :5])[:2], inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_loud_padding_of_any_precision_gets_exactly_nothing(dtype):
-    # Its scores are infinite in float16.
+def test_padding_of_any_magnitude_gets_zero_weight(dtype):
+    # The scores of the padding are infinite in float16.
     features, words = torch.full((B, C, H, W), 20.0, dtype=dtype), torch.ones(B, L, C, dtype=dtype)
     words[:, 4:] = 6e4
     context, weights = word_attention(features, words, mask_of(4, 4))
@@ -101,7 +105,7 @@ def test_loud_padding_of_any_precision_gets_exactly_nothing(dtype):
     assert_close(context, torch.ones_like(context), rtol=1e-2, atol=0)
 
 
-def test_padding_gets_exactly_nothing():
+def test_padding_gets_zero_weight():
     _, weights = word_attention(torch.randn(B, C, H, W), torch.randn(B, L, C), mask_of(4, 11))
     assert (weights[0, 4:] == 0).all()
     assert (weights[0, :4] > 0).all()
@@ -110,7 +114,7 @@ def test_padding_gets_exactly_nothing():
 
 @pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4])
 def test_padding_has_no_influence(garbage):
-    features, words, grad = draw(B, C, H, W), draw(B, L, C), torch.randn(B, C, H, W)
+    features, words, grad = random_leaf(B, C, H, W), random_leaf(B, L, C), torch.randn(B, C, H, W)
     padded_features = features.detach().clone().requires_grad_()
     padded_words = torch.cat((words.detach(), garbage * torch.randn(B, 2, C)), dim=1).requires_grad_()
     padded_mask = torch.cat((mask_of(11, 4), torch.zeros(B, 2, dtype=torch.bool)), dim=1)
@@ -136,7 +140,7 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch():
 
 
 def test_extreme_scores_stay_finite():
-    features, words = 1e4 * draw(B, C, H, W), 1e4 * draw(B, L, C)
+    features, words = 1e4 * random_leaf(B, C, H, W), 1e4 * random_leaf(B, L, C)
     for context in global_local_attention(features, words, words[:, 0], mask_of(11, 4))[:2]:
         assert context.isfinite().all()
     (gradient,) = torch.autograd.grad(word_attention(features, words)[0].sum(), features)
@@ -144,22 +148,23 @@ def test_extreme_scores_stay_finite():
 
 
 def test_half_precision_softmaxes_over_many_entries():
-    # 4099 equal shares summed in bfloat16 stop growing at 256.
+    # Summed in bfloat16, 4099 equal terms would stop growing at 256.
     zeros = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
     _, weights = word_attention(zeros, torch.zeros(1, 4099, 1, dtype=torch.bfloat16))
     assert weights.dtype == torch.bfloat16
     assert_close(weights.float(), torch.full((1, 4099, 1, 1), 1 / 4099), rtol=1e-2, atol=0)
 
 
-def test_both_attentions_are_the_two_alone():
+def test_the_joint_operation_equals_the_two_attentions():
     features, words, sentence = torch.randn(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
     context = global_local_attention(features, words, sentence, mask_of(4, 11), need_weights=True)
     assert_close((context.word_context, context.word_weights), word_attention(features, words, mask_of(4, 11)))
     assert_close((context.sentence_context, context.sentence_weights), sentence_attention(features, sentence))
-    unasked = global_local_attention(features, words, sentence, mask_of(4, 11))
-    assert unasked.word_weights is None
-    assert unasked.sentence_weights is None
-    assert_close(unasked[:2], context[:2])
+    assert context.contexts == context[:2]
+    without_maps = global_local_attention(features, words, sentence, mask_of(4, 11))
+    assert without_maps.word_weights is None
+    assert without_maps.sentence_weights is None
+    assert_close(without_maps.contexts, context.contexts)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
@@ -187,18 +192,49 @@ def test_module_equals_function(axis, mixed, bias, impl):
     assert_close(tuple(module(features, words, condition, mask_of(4, 11), need_weights=True)), tuple(expected))
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("real_words", [(11, 11), (11, 4), (1, 11)])
+def test_word_attention_module_equals_the_function(real_words, need_weights):
+    module, features, words = WordAttention(C, D), torch.randn(B, C, H, W), torch.randn(B, L, D)
+    projected = torch.zeros(B, L, C)
+    for b, l, c in product(range(B), range(L), range(C)):
+        projected[b, l, c] = sum(module.word_projection.weight[c, d] * words[b, l, d] for d in range(D))
+    mask = mask_of(*real_words)
+    context, weights = module(features, words, torch.randn(B, E), mask, need_weights=need_weights)
+    expected, expected_weights = word_attention(features, projected, mask)
+    assert_close(context, expected)
+    if need_weights:
+        assert_close(weights, expected_weights)
+    else:
+        assert weights is None
+
+
+def test_context_dim_is_the_number_of_channels_of_the_contexts():
+    features, words, condition = torch.randn(B, C, H, W), torch.randn(B, L, D), torch.randn(B, E)
+    for module in (GlobalLocalAttention(C, D, E), WordAttention(C, D, E)):
+        contexts = module(features, words, condition).contexts
+        assert torch.cat(contexts, dim=1).shape == (B, module.context_dim, H, W)
+
+
+def test_word_attention_needs_no_condition():
+    module, features, words = WordAttention(C, D), torch.randn(B, C, H, W), torch.randn(B, L, D)
+    result = module(features, words, word_mask=mask_of(4, 11))
+    assert_close(result.word_context, module(features, words, torch.randn(B, E), mask_of(4, 11)).word_context)
+    assert result.sentence_weights is None
+
+
 @pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
 def test_compiles_into_one_graph(compiled, mask):
     module = GlobalLocalAttention(C, D, E, score_projection=True)
-    inputs = draw(B, C, H, W), draw(B, L, D), draw(B, E)
+    inputs = random_leaf(B, C, H, W), random_leaf(B, L, D), random_leaf(B, E)
     context = compiled(module)(*inputs, mask)
     assert_close(tuple(context), tuple(module(*inputs, mask)))
     context.word_context.sum().backward()
     assert inputs[0].grad.isfinite().all()
 
 
-def test_a_compiled_graph_gives_zeros_for_a_caption_without_words(compiled):
-    features = draw(B, C, H, W)
+def test_a_compiled_graph_returns_zeros_for_a_caption_without_words(compiled):
+    features = random_leaf(B, C, H, W)
     context, weights = compiled(word_attention)(features, torch.randn(B, L, C), mask_of(0, 11))
     context.sum().backward()
     assert (context[0] == 0).all()
@@ -229,7 +265,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_word_attention_says_what_is_wrong(case):
+def test_word_attention_refuses_invalid_inputs(case):
     message, changed = ERRORS[case]
     arguments = {"features": torch.zeros(B, C, H, W), "words": torch.zeros(B, L, C), "word_mask": None} | changed
     with pytest.raises(ValueError, match="word_attention: " + message):
@@ -244,7 +280,7 @@ def test_word_attention_says_what_is_wrong(case):
         (r"score_matrix is \(3, 5\), expected \(3, 3\)", {"score_matrix": torch.zeros(3, 5)}),
     ],
 )
-def test_sentence_attention_says_what_is_wrong(message, changed):
+def test_sentence_attention_refuses_invalid_inputs(message, changed):
     with pytest.raises(ValueError, match="sentence_attention: " + message):
         sentence_attention(**{"features": torch.zeros(B, C, H, W), "sentence": torch.zeros(B, C)} | changed)
 
@@ -266,7 +302,7 @@ def test_sentence_attention_says_what_is_wrong(message, changed):
     ],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_both_attentions_say_what_is_wrong(message, changed, impl):
+def test_the_joint_operation_refuses_invalid_inputs(message, changed, impl):
     given = {"features": torch.zeros(B, C, H, W), "words": torch.zeros(B, L, C), "sentence": torch.zeros(B, C)}
     with pytest.raises(ValueError, match="global_local_attention: .*" + message):
         global_local_attention(**given | changed, impl=impl)
@@ -282,7 +318,7 @@ def test_both_attentions_say_what_is_wrong(message, changed, impl):
         (r"batch sizes disagree .*condition: \(1, 17\)", (B, C, H, W), (B, L, D), (1, E)),
     ],
 )
-def test_module_says_what_is_wrong(message, features, words, condition):
+def test_module_refuses_invalid_inputs(message, features, words, condition):
     with pytest.raises(ValueError, match="GlobalLocalAttention: " + message):
         GlobalLocalAttention(C, D, E)(torch.zeros(features), torch.zeros(words), torch.zeros(condition))
 
@@ -296,9 +332,27 @@ def test_module_says_what_is_wrong(message, features, words, condition):
         (r"impl must be one of 'auto', 'torch', 'triton', but it is 'cuda'", {"impl": "cuda"}),
     ],
 )
-def test_module_refuses_what_it_cannot_be(message, options):
+def test_module_refuses_invalid_options(message, options):
     with pytest.raises(ValueError, match="GlobalLocalAttention: " + message):
         GlobalLocalAttention(**{"feature_dim": C, "word_dim": D, "condition_dim": E} | options)
+
+
+@pytest.mark.parametrize(
+    ("message", "features", "words"),
+    [
+        (r"features has 5 features but .* feature_dim=3 \(features: \(2, 5,", (B, 5, H, W), (B, L, D)),
+        (r"words has 300 features but .* word_dim=13 \(words: \(2, 11, 300\)", (B, C, H, W), (B, L, 300)),
+    ],
+)
+def test_word_attention_module_refuses_invalid_inputs(message, features, words):
+    with pytest.raises(ValueError, match="WordAttention: " + message):
+        WordAttention(C, D)(torch.zeros(features), torch.zeros(words))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("feature_dim", (0, D)), ("word_dim", (C, 0))])
+def test_word_attention_module_refuses_invalid_options(name, sizes):
+    with pytest.raises(ValueError, match=f"WordAttention: {name} must be a whole number of at least 1, but it is 0"):
+        WordAttention(*sizes)
 
 
 def test_a_kernel_that_cannot_run_raises(monkeypatch):
@@ -320,8 +374,8 @@ def one_row_at_a_time(monkeypatch):
 @pytest.mark.parametrize(("axis", "mixed"), MODES)
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
-def test_tiles_change_nothing(monkeypatch, axis, mixed, need_weights, mask):
-    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C), draw(C, C)
+def test_tiling_does_not_change_the_results(monkeypatch, axis, mixed, need_weights, mask):
+    inputs = random_leaf(B, C, H, W), random_leaf(B, L, C), random_leaf(B, C), random_leaf(C, C)
     results = []
     for elements in (2**19, C * H * W, 2 * C * W, 1):
         monkeypatch.setattr(attention, "FEW_ELEMENTS", elements)
@@ -335,8 +389,12 @@ def test_tiles_change_nothing(monkeypatch, axis, mixed, need_weights, mask):
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")
-def test_gradients_in_tiles_first_and_second():
-    inputs = draw(B, C, 2, 3, dtype=torch.float64), draw(B, 5, C, dtype=torch.float64), draw(B, C, dtype=torch.float64)
+def test_first_and_second_derivatives_of_tiles():
+    inputs = (
+        random_leaf(B, C, 2, 3, dtype=torch.float64),
+        random_leaf(B, 5, C, dtype=torch.float64),
+        random_leaf(B, C, dtype=torch.float64),
+    )
 
     def both(*args):
         return global_local_attention(*args, mask_of(5, 2)[:, :5])[:2]
@@ -347,35 +405,35 @@ def test_gradients_in_tiles_first_and_second():
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")
-def test_one_context_alone_has_a_gradient():
-    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C)
-    of_features, of_words, of_sentence = torch.autograd.grad(
+def test_gradients_of_one_context_alone():
+    inputs = random_leaf(B, C, H, W), random_leaf(B, L, C), random_leaf(B, C)
+    *gradients, sentence_gradient = torch.autograd.grad(
         global_local_attention(*inputs, mask_of(11, 4)).word_context.sum(), inputs, allow_unused=True
     )
     expected = torch.autograd.grad(word_attention(*inputs[:2], mask_of(11, 4))[0].sum(), inputs[:2])
-    assert_close((of_features, of_words), expected)
-    assert (of_sentence == 0).all()
+    assert_close(tuple(gradients), expected)
+    assert (sentence_gradient == 0).all()
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")
 @pytest.mark.parametrize("needed", [0, 1, 2])
-@pytest.mark.parametrize("asked", [0, 1])
-def test_one_input_alone_gets_its_gradient(needed, asked):
+@pytest.mark.parametrize("context", [0, 1])
+def test_gradients_of_one_input_alone(needed, context):
     inputs = [torch.randn(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)]
     inputs[needed].requires_grad_()
-    total = global_local_attention(*inputs, mask_of(11, 4))[asked].square().sum()
-    (found,) = torch.autograd.grad(total, inputs[needed])
-    alone = word_attention(*inputs[:2], mask_of(11, 4)) if asked == 0 else sentence_attention(inputs[0], inputs[2])
-    expected = torch.zeros_like(found)
+    total = global_local_attention(*inputs, mask_of(11, 4))[context].square().sum()
+    (gradient,) = torch.autograd.grad(total, inputs[needed])
+    alone = word_attention(*inputs[:2], mask_of(11, 4)) if context == 0 else sentence_attention(inputs[0], inputs[2])
+    expected = torch.zeros_like(gradient)
     if alone[0].requires_grad:
         (expected,) = torch.autograd.grad(alone[0].square().sum(), inputs[needed])
-    assert_close(found, expected)
+    assert_close(gradient, expected)
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")
-def test_a_gradient_with_a_graph_is_the_same_gradient():
-    features = draw(B, C, H, W, dtype=torch.float64)
-    # Made from each other, as words may be from features: each must get its own share and no more.
+def test_a_differentiable_gradient_equals_the_plain_one():
+    features = random_leaf(B, C, H, W, dtype=torch.float64)
+    # Words and sentence depend on the features: each input must receive its own part of the gradient only.
     words, sentence = 2 * features.flatten(2).mT[:, :L], features.mean(dim=(2, 3))
     total = global_local_attention(features, words, sentence, mask_of(11, 4)).word_context.square().sum()
     (plain,) = torch.autograd.grad(total, features, retain_graph=True)
@@ -398,8 +456,8 @@ def test_the_transforms_of_torch_func():
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")
-def test_only_what_needs_a_gradient_gets_one():
-    features, words, sentence = draw(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
+def test_inputs_without_requires_grad_get_no_gradient():
+    features, words, sentence = random_leaf(B, C, H, W), torch.randn(B, L, C), torch.randn(B, C)
     global_local_attention(features, words, sentence, mask_of(11, 4)).sentence_context.sum().backward()
     expected = torch.autograd.grad(sentence_attention(features, sentence)[0].sum(), features)[0]
     assert_close(features.grad, expected)
@@ -407,7 +465,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 @pytest.mark.usefixtures("one_row_at_a_time")
 def test_the_backward_pass_computes_in_the_precision_of_the_forward_pass():
-    inputs = draw(B, C, H, W), draw(B, L, C), draw(B, C)
+    inputs = random_leaf(B, C, H, W), random_leaf(B, L, C), random_leaf(B, C)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = global_local_attention(*inputs, mask_of(11, 4))
         gradients = torch.autograd.grad(inside.word_context.float().sum(), inputs, retain_graph=True, allow_unused=True)

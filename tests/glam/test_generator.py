@@ -1,10 +1,17 @@
-"""The cascade: any number of stages, any growth, and each image for itself."""
+"""The cascade: any number of stages, any resolutions, any attention module, and samples independent of their batch."""
+
+import copy
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mirror_modules import CascadedGenerator
+from mirror_modules import CascadedGenerator, GlobalLocalAttention, WordAttention
+from mirror_modules.glam import attention as attention_file
+from mirror_modules.glam import global_local_attention
 
 B, L, C, Z, D, E = 2, 11, 3, 5, 13, 7
 CASCADES = [(4,), (4, 8), (8, 32), (4, 64), (16, 32, 64)]
@@ -14,7 +21,7 @@ def make(resolutions=(4, 8, 16), **options):
     return CascadedGenerator(Z, E, D, channels=C, resolutions=resolutions, residual_blocks=1, **options)
 
 
-def draw_inputs(batch=B):
+def make_inputs(batch=B):
     return torch.randn(batch, Z), torch.randn(batch, E), torch.randn(batch, L, D)
 
 
@@ -24,9 +31,9 @@ def mask_of(*real_words, length=L):
 
 @pytest.mark.parametrize("resolutions", CASCADES)
 @pytest.mark.parametrize("attention", ["global-local", "word", "none"])
-def test_any_number_of_stages_and_any_growth(resolutions, attention):
+def test_any_number_of_stages_and_any_resolutions(resolutions, attention):
     generator = make(resolutions, attention=attention)
-    generated = generator(*draw_inputs(), mask_of(4, 11), need_weights=True)
+    generated = generator(*make_inputs(), mask_of(4, 11), need_weights=True)
     assert [tuple(images.shape) for images in generated.images] == [(B, 3, size, size) for size in resolutions]
     assert all(images.abs().max() <= 1 for images in generated.images)
     coarse = resolutions[:-1]
@@ -40,7 +47,7 @@ def test_any_number_of_stages_and_any_growth(resolutions, attention):
 @pytest.mark.parametrize("mask", [None, mask_of(4)])
 def test_a_batch_of_one_trains(resolutions, mask):
     generator = make(resolutions).train()
-    generated = generator(*draw_inputs(1), mask)
+    generated = generator(*make_inputs(1), mask)
     sum(images.square().mean() for images in generated.images).backward()
     for name, parameter in generator.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -50,7 +57,7 @@ def test_a_batch_of_one_trains(resolutions, mask):
 @pytest.mark.parametrize("attention", ["global-local", "word"])
 def test_an_image_alone_equals_the_same_image_in_a_batch(attention):
     generator = make(attention=attention).eval()
-    noise, condition, words = draw_inputs()
+    noise, condition, words = make_inputs()
     together = generator(noise, condition, words, mask_of(4, 11), need_weights=True)
     alone = generator(noise[:1], condition[:1], words[:1, :4], need_weights=True)
     for image, images in zip(alone.images, together.images):
@@ -61,7 +68,7 @@ def test_an_image_alone_equals_the_same_image_in_a_batch(attention):
 
 def test_padding_has_no_influence():
     generator = make()
-    noise, condition, words = draw_inputs()
+    noise, condition, words = make_inputs()
     words.requires_grad_()
     padded_words = torch.cat((words.detach(), 100 * torch.randn(B, 2, D)), dim=1).requires_grad_()
     images = generator(noise, condition, words, mask_of(11, 4)).images[-1]
@@ -78,31 +85,50 @@ def test_padding_has_no_influence():
     assert (padded_words.grad[1, 4:] == 0).all()
 
 
-def test_weights_come_only_when_asked_for_and_change_nothing():
-    generator, inputs = make().eval(), draw_inputs()
-    silent, talking = generator(*inputs), generator(*inputs, need_weights=True)
-    assert silent.word_weights == silent.sentence_weights == []
-    assert_close(silent.images, talking.images, atol=0, rtol=0)
+@pytest.mark.parametrize("attention", ["global-local", "word"])
+def test_attention_maps_are_returned_only_on_request_and_do_not_change_the_images(attention):
+    generator, inputs = make(attention=attention).eval(), make_inputs()
+    without, with_maps = generator(*inputs), generator(*inputs, need_weights=True)
+    assert without.word_weights == without.sentence_weights == []
+    assert len(with_maps.word_weights) == 2
+    assert_close(without.images, with_maps.images, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_maps_are_computed_only_on_request(monkeypatch, need_weights):
+    requested, maps = [], []
+
+    def spy(*inputs, **options):
+        requested.append(options["need_weights"])
+        result = global_local_attention(*inputs, **options)
+        maps.extend([result.word_weights, result.sentence_weights])
+        return result
+
+    monkeypatch.setattr(attention_file, "global_local_attention", spy)
+    generated = make().train()(*make_inputs(), mask_of(4, 11), need_weights=need_weights)
+    sum(images.square().mean() for images in generated.images).backward()
+    assert requested == [need_weights] * 2
+    assert [attention_map is not None for attention_map in maps] == [need_weights] * 4
 
 
 @pytest.mark.parametrize(("attention", "changed"), [("global-local", [False, True, True]), ("none", [False] * 3)])
-def test_words_act_from_the_second_stage_on(attention, changed):
+def test_words_influence_the_images_from_the_second_stage_on(attention, changed):
     generator = make(attention=attention).eval()
-    noise, condition, words = draw_inputs()
+    noise, condition, words = make_inputs()
     before, after = generator(noise, condition, words).images, generator(noise, condition, words + 1).images
     assert [not torch.equal(*pair) for pair in zip(before, after)] == changed
 
 
-@pytest.mark.parametrize("moved", [0, 1])
-def test_noise_and_condition_act_at_each_stage(moved):
-    generator, inputs = make().eval(), list(draw_inputs())
+@pytest.mark.parametrize("changed", [0, 1])
+def test_noise_and_condition_influence_the_images_of_each_stage(changed):
+    generator, inputs = make().eval(), list(make_inputs())
     before = generator(*inputs).images
-    inputs[moved] = inputs[moved] + 1
+    inputs[changed] = inputs[changed] + 1
     assert not any(torch.equal(*pair) for pair in zip(before, generator(*inputs).images))
 
 
-def test_without_intermediate_images_the_finest_is_the_same():
-    generator, finest_only, inputs = make().eval(), make(intermediate_images=False).eval(), draw_inputs()
+def test_without_intermediate_images_the_finest_image_is_the_same():
+    generator, finest_only, inputs = make().eval(), make(intermediate_images=False).eval(), make_inputs()
     state = {
         name.replace("heads.2.", "heads.0."): value
         for name, value in generator.state_dict().items()
@@ -113,27 +139,187 @@ def test_without_intermediate_images_the_finest_is_the_same():
     assert_close(image, generator(*inputs).images[-1], atol=0, rtol=0)
 
 
-def test_options_reach_every_refinement_stage():
-    generator = make(sentence_bias=True, score_projection=True, sentence_axis="positions", impl="torch")
-    assert len(generator.refinements) == 2
+def test_options_of_a_partial_reach_the_operation_in_every_stage(monkeypatch):
+    options = {"sentence_bias": True, "score_projection": True, "sentence_axis": "positions", "impl": "torch"}
+    generator = make(attention=partial(GlobalLocalAttention, **options))
+    calls = []
+
+    def spy(features, words, sentence, word_mask, **received):
+        calls.append((sentence, received))
+        return global_local_attention(features, words, sentence, word_mask, **received)
+
+    monkeypatch.setattr(attention_file, "global_local_attention", spy)
+    noise, condition, words = make_inputs()
+    generator(noise, condition, words)
+    assert len(calls) == 2
+    for stage, (sentence, received) in zip(generator.refinements, calls):
+        projection = stage.attention.sentence_projection
+        assert_close(sentence, condition @ projection.weight.T + projection.bias)
+        assert received["score_matrix"] is stage.attention.score_projection.weight
+        assert (received["sentence_axis"], received["impl"]) == ("positions", "torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "factory"),
+    [("global-local", GlobalLocalAttention), ("word", WordAttention), ("word", partial(WordAttention))],
+)
+def test_a_name_and_its_class_build_the_same_generator(name, factory):
+    torch.manual_seed(1)
+    named = make(attention=name).state_dict()
+    torch.manual_seed(1)
+    built = make(attention=factory).state_dict()
+    assert list(built) == list(named)
+    assert_close(built, named, atol=0, rtol=0)
+
+
+def test_names_in_the_state():
+    stage = ["attention.word_projection.weight", "attention.sentence_projection.weight", "fusion.weight"]
+    names = [name for name in make().state_dict() if name.startswith("refinements.1.")]
+    assert names[:3] == [f"refinements.1.{name}" for name in stage]
+    assert names[3].startswith("refinements.1.residual.0.")
+
+
+# A user's own attention
+
+
+class MeanWord(NamedTuple):
+    contexts: tuple[Tensor, ...]
+    word_weights: Tensor | None
+    sentence_weights: Tensor | None = None
+
+
+class MeanWordAttention(nn.Module):
+    """The mean of the real words at every position, and the condition beside it."""
+
+    def __init__(self, feature_dim, word_dim, condition_dim, *, context_dim=4):
+        super().__init__()
+        self.context_dim = context_dim + condition_dim
+        self.projection = nn.Linear(word_dim, context_dim)
+        self.sizes = feature_dim, word_dim, condition_dim
+
+    def forward(self, features, words, condition, word_mask=None, *, need_weights=False):
+        mask = words.new_ones(words.shape[:2]) if word_mask is None else word_mask.to(words.dtype)
+        weights = mask / mask.sum(dim=1, keepdim=True)
+        mean = torch.einsum("bl,bld->bd", weights, self.projection(words))
+        size = features.shape[2:]
+        contexts = tuple(part[:, :, None, None].expand(-1, -1, *size) for part in (mean, condition))
+        return MeanWord(contexts, weights[:, :, None, None].expand(-1, -1, *size) if need_weights else None)
+
+
+class UnconditionalMaps(MeanWordAttention):
+    def forward(self, *inputs, need_weights=False):
+        return super().forward(*inputs, need_weights=True)
+
+
+def test_a_custom_attention_is_built_once_per_stage_and_trains():
+    generator = make(attention=MeanWordAttention).train()
+    assert [stage.attention.sizes for stage in generator.refinements] == [(C, D, E)] * 2
+    assert generator.refinements[0].attention is not generator.refinements[1].attention
+    assert generator.refinements[0].fusion.in_channels == C + 4 + E
+    inputs = [tensor.requires_grad_() for tensor in make_inputs()]
+    generated = generator(*inputs, mask_of(4, 11))
+    assert generated.word_weights == generated.sentence_weights == []
+    sum(images.square().mean() for images in generated.images).backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
     for stage in generator.refinements:
-        assert stage.attention.sentence_projection.bias is not None
-        assert stage.attention.score_projection is not None
-        assert (stage.attention.sentence_axis, stage.attention.impl) == ("positions", "torch")
+        assert stage.attention.projection.weight.grad.abs().sum() > 0
+    assert all(tensor.grad.abs().sum() > 0 for tensor in inputs)
+    assert (inputs[2].grad[0, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("attention", [MeanWordAttention, UnconditionalMaps])
+def test_a_custom_attention_returns_its_maps_on_request(attention):
+    generator, inputs = make(attention=attention).eval(), make_inputs()
+    generated = generator(*inputs, mask_of(4, 11), need_weights=True)
+    assert [tuple(weights.shape) for weights in generated.word_weights] == [(B, L, 4, 4), (B, L, 8, 8)]
+    assert generated.sentence_weights == []
+    assert generator(*inputs, mask_of(4, 11)).word_weights == []
+
+
+def test_a_custom_attention_is_part_of_copies_and_states():
+    generator, inputs = make(attention=partial(MeanWordAttention, context_dim=2)).eval(), make_inputs()
+    assert "refinements.1.attention.projection.bias" in generator.state_dict()
+    copied, other = copy.deepcopy(generator), make(attention=partial(MeanWordAttention, context_dim=2)).eval()
+    other.load_state_dict(generator.state_dict())
+    expected = generator(*inputs).images
+    with torch.no_grad():
+        generator.refinements[0].attention.projection.weight.add_(1)
+    for same in (copied, other):
+        assert_close(same(*inputs).images, expected, atol=0, rtol=0)
+    assert not torch.equal(generator(*inputs).images[-1], expected[-1])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_custom_attention_compiles_into_one_graph(compiled, need_weights):
+    generator, inputs = make((4, 8), attention=MeanWordAttention).eval(), make_inputs()
+    generated = compiled(generator)(*inputs, mask_of(4, 11), need_weights=need_weights)
+    expected = generator(*inputs, mask_of(4, 11), need_weights=need_weights)
+    assert_close(generated.images, expected.images)
+    assert_close(generated.word_weights, expected.word_weights)
+    generated.images[-1].sum().backward()
+    assert generator.refinements[0].attention.projection.weight.grad.abs().sum() > 0
+
+
+def test_a_factory_may_give_each_stage_another_attention():
+    classes = [GlobalLocalAttention, WordAttention]
+    remaining = iter(classes)
+    generator = make(attention=lambda *sizes: next(remaining)(*sizes))
+    assert [type(stage.attention) for stage in generator.refinements] == classes
+    generated = generator(*make_inputs(), need_weights=True)
+    assert [len(generated.word_weights), len(generated.sentence_weights)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (
+            GlobalLocalAttention(C, D, E),
+            r"attention is one GlobalLocalAttention module, which all stages would share; give a factory .*"
+            r"functools\.partial\(GlobalLocalAttention, \.\.\.\)",
+        ),
+        (3, r"attention must be 'global-local', 'word', 'none' or a factory .*, but it is 3"),
+        (None, r"attention must be .* or a factory .*, but it is None"),
+        (["word"], r"attention must be .* or a factory .*, but it is \['word'\]"),
+    ],
+)
+def test_an_attention_that_is_no_factory_is_refused(attention, message):
+    with pytest.raises(ValueError, match="CascadedGenerator: " + message):
+        make(attention=attention)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            nn.Linear(2, 3),
+            r"attention must be an nn\.Module with .* `context_dim`.* it is a Linear with context_dim=None",
+        ),
+        (WordAttention, r"attention must be an nn\.Module with .* `context_dim`.* it is a type"),
+        (None, r"the attention factory returned None, expected an nn\.Module .*; attention='none' builds a generator"),
+    ],
+)
+def test_a_factory_that_returns_no_attention_is_refused(returned, message):
+    with pytest.raises(ValueError, match=message):
+        make(attention=lambda *sizes: returned)
 
 
 @pytest.mark.parametrize("mask", [None, mask_of(4, 11)])
-def test_compiles_into_one_graph(compiled, mask):
-    generator, inputs = make((4, 8)).eval(), draw_inputs()
-    images = compiled(generator)(*inputs, mask).images
-    assert_close(images, generator(*inputs, mask).images)
-    images[-1].sum().backward()
+@pytest.mark.parametrize(
+    ("attention", "need_weights"), [("global-local", False), ("global-local", True), ("word", True)]
+)
+def test_compiles_into_one_graph(compiled, attention, need_weights, mask):
+    generator, inputs = make((4, 8), attention=attention).eval(), make_inputs()
+    generated = compiled(generator)(*inputs, mask, need_weights=need_weights)
+    assert_close(tuple(generated), tuple(generator(*inputs, mask, need_weights=need_weights)))
+    generated.images[-1].sum().backward()
     assert generator.initial.linear.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("resolutions", [(), (2, 4), (8, 8), (8, 4), (4, 12), (0,), (-4,), (4.0, 8.0)])
-def test_resolutions_must_be_growing_powers_of_two(resolutions):
-    with pytest.raises(ValueError, match=r"resolutions must be growing powers of two from 4 up, .* but they are \("):
+def test_resolutions_must_be_increasing_powers_of_two(resolutions):
+    with pytest.raises(ValueError, match=r"resolutions must be increasing powers of two from 4 up, .* but they are \("):
         make(resolutions)
 
 
@@ -143,10 +329,10 @@ def test_resolutions_must_be_growing_powers_of_two(resolutions):
         (r"noise_dim must be a whole number of at least 1, but it is 0", {"noise_dim": 0}),
         (r"channels must be a whole number of at least 1, but it is -1", {"channels": -1}),
         (r"residual_blocks must be 0 or more, but it is -1", {"residual_blocks": -1}),
-        (r"attention must be one of 'global-local', 'word', 'none', but it is 'all'", {"attention": "all"}),
+        (r"attention must be 'global-local', 'word', 'none' or a factory .*, but it is 'all'", {"attention": "all"}),
     ],
 )
-def test_refuses_what_it_cannot_be(message, options):
+def test_invalid_options_are_refused(message, options):
     with pytest.raises(ValueError, match="CascadedGenerator: " + message):
         CascadedGenerator(**options)
 
@@ -164,6 +350,6 @@ def test_refuses_what_it_cannot_be(message, options):
     ],
 )
 @pytest.mark.parametrize("attention", ["global-local", "none"])
-def test_says_what_is_wrong(attention, message, noise, condition, words, mask):
+def test_invalid_inputs_are_refused(attention, message, noise, condition, words, mask):
     with pytest.raises(ValueError, match="CascadedGenerator: " + message):
         make(attention=attention)(torch.zeros(noise), torch.zeros(condition), torch.zeros(words), mask)

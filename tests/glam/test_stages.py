@@ -1,6 +1,7 @@
-"""The blocks of the cascade against convolutions written out."""
+"""Building blocks of the cascade, compared with convolutions written as loops."""
 
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from mirror_modules import GlobalLocalAttention, WordAttention
 from mirror_modules.glam.stages import (
     DoublingConv2d,
     ImageHead,
@@ -15,7 +17,6 @@ from mirror_modules.glam.stages import (
     RefinementStage,
     ResidualBlock,
     UpBlock,
-    WordAttention,
     gate,
 )
 
@@ -24,7 +25,7 @@ Z, D, E = 11, 13, 17
 
 
 def conv_by_loops(features, weight):
-    """A 3x3 convolution with one pixel of zeros around the map."""
+    """A 3x3 convolution with zero padding of one pixel."""
     _, channels, height, width = features.shape
     out = torch.zeros(len(features), len(weight), height, width)
     for b, o, y, x in product(range(len(features)), range(len(weight)), range(height), range(width)):
@@ -47,8 +48,8 @@ def gate_by_loops(features):
     return torch.stack([features[:, c] * torch.sigmoid(features[:, half + c]) for c in range(half)], dim=1)
 
 
-def with_odd_statistics(module):
-    """Evaluation mode, with norms that are not the identity."""
+def with_random_statistics(module):
+    """Evaluation mode, with random norms instead of the identity."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(part.running_var, 0.5, 2.0)
@@ -58,7 +59,7 @@ def with_odd_statistics(module):
 
 
 def test_up_block_matches_the_loops():
-    block, features = with_odd_statistics(UpBlock(C, 2)), torch.randn(1, C, 2, 3)
+    block, features = with_random_statistics(UpBlock(C, 2)), torch.randn(1, C, 2, 3)
     doubled = torch.zeros(1, C, 4, 6)
     for y, x in product(range(4), range(6)):
         doubled[:, :, y, x] = features[:, :, y // 2, x // 2]
@@ -66,7 +67,7 @@ def test_up_block_matches_the_loops():
     assert_close(block(features), expected)
 
 
-def test_gradient_of_the_gate_stays_channels_last():
+def test_the_gradient_of_the_gate_is_channels_last():
     features = torch.randn(B, 2 * C, H, W).to(memory_format=torch.channels_last).requires_grad_()
     assert_close(gate(features), F.glu(features, dim=1))
     gradients = [torch.autograd.grad(form.square().sum(), features)[0] for form in (gate(features), F.glu(features, 1))]
@@ -76,7 +77,7 @@ def test_gradient_of_the_gate_stays_channels_last():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("batch", "height", "width"), [(B, H, W), (1, 1, 1), (3, 1, 7)])
-def test_doubling_convolution_equals_the_two_steps_twice_differentiated(batch, height, width, layout):
+def test_doubling_convolution_equals_upsampling_then_convolution_up_to_second_derivatives(batch, height, width, layout):
     conv = DoublingConv2d(C, 4).double().to(memory_format=layout)
     features = torch.randn(batch, C, height, width).double().to(memory_format=layout).requires_grad_()
     weights = torch.randn(batch, 4, 2 * height, 2 * width).double()
@@ -92,7 +93,7 @@ def test_doubling_convolution_equals_the_two_steps_twice_differentiated(batch, h
 
 
 def test_residual_block_matches_the_loops():
-    block, features = with_odd_statistics(ResidualBlock(C)), torch.randn(1, C, 2, 3)
+    block, features = with_random_statistics(ResidualBlock(C)), torch.randn(1, C, 2, 3)
     inner = gate_by_loops(norm_by_loops(conv_by_loops(features, block.conv1.weight), block.norm1))
     expected = features + norm_by_loops(conv_by_loops(inner, block.conv2.weight), block.norm2)
     assert_close(block(features), expected)
@@ -104,7 +105,7 @@ def test_image_head_matches_the_loops():
 
 
 def test_initial_stage_without_doubling_is_a_gated_linear_map():
-    stage = with_odd_statistics(InitialStage(Z, E, C, 4))
+    stage = with_random_statistics(InitialStage(Z, E, C, 4))
     noise, condition = torch.randn(B, Z), torch.randn(B, E)
     linear = torch.zeros(B, 2 * C * 16)
     for b, n in product(range(B), range(2 * C * 16)):
@@ -118,44 +119,113 @@ def test_initial_stage_without_doubling_is_a_gated_linear_map():
 
 
 @pytest.mark.parametrize(("resolution", "widths"), [(4, []), (8, [2 * C]), (32, [8 * C, 4 * C, 2 * C])])
-def test_initial_stage_halves_the_channels_as_it_grows(resolution, widths):
+def test_initial_stage_halves_the_channels_with_each_doubling(resolution, widths):
     stage = InitialStage(Z, E, C, resolution)
     assert [block.conv.in_channels for block in stage.upsample] == widths
     assert stage(torch.randn(B, Z), torch.randn(B, E)).shape == (B, C, resolution, resolution)
 
 
+def make_attention(name):
+    return {"global-local": GlobalLocalAttention(C, D, E), "word": WordAttention(C, D), "none": None}[name]
+
+
 @pytest.mark.parametrize(
     ("attention", "maps"), [("global-local", (True, True)), ("word", (True, False)), ("none", (False, False))]
 )
+@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize(("doublings", "blocks"), [(1, 2), (2, 0), (3, 1)])
-def test_refinement_stage_grows_odd_maps(attention, maps, doublings, blocks):
-    stage = RefinementStage(D, E, C, doublings, blocks, attention)
+def test_refinement_stage_upsamples_maps_of_odd_sizes(attention, maps, need_weights, doublings, blocks):
+    stage = RefinementStage(C, doublings, blocks, make_attention(attention))
     mask = torch.arange(L) < torch.tensor([[4], [7]])
-    features, *weights = stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D), mask)
+    inputs = torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D), mask
+    features, *weights = stage(*inputs, need_weights=need_weights)
     assert features.shape == (B, C, H * 2**doublings, W * 2**doublings)
-    assert tuple(weight is not None for weight in weights) == maps
+    assert [weight is not None for weight in weights] == [need_weights and is_made for is_made in maps]
     for weight, axis in zip(weights, (L, C)):
         assert weight is None or weight.shape == (B, axis, H, W)
 
 
 def test_refinement_stage_fuses_features_words_and_sentence_in_this_order():
-    stage = with_odd_statistics(RefinementStage(D, E, C, 1, 0, "global-local"))
+    stage = with_random_statistics(RefinementStage(C, 1, 0, make_attention("global-local")))
     features, condition, words = torch.randn(B, C, 2, 3), torch.randn(B, E), torch.randn(B, L, D)
     context = stage.attention(features, words, condition)
     fused = torch.zeros(B, 2 * C, 2, 3)
     for o, c in product(range(2 * C), range(C)):
         for i, part in enumerate((features, context.word_context, context.sentence_context)):
             fused[:, o] += stage.fusion.weight[o, i * C + c, 0, 0] * part[:, c]
-    assert_close(stage(features, condition, words, None)[0], stage.upsample(fused))
+    assert_close(stage(features, condition, words).features, stage.upsample(fused))
 
 
-def test_word_attention_module_equals_the_function():
-    module, features, words = WordAttention(C, D), torch.randn(B, C, H, W), torch.randn(B, L, D)
-    mask = torch.arange(L) < torch.tensor([[4], [7]])
-    projected = torch.stack([torch.stack([module.word_projection(word) for word in caption]) for caption in words])
-    context, weights = module(features, words, mask)
-    for b, y, x in product(range(B), range(H), range(W)):
-        scores = torch.stack([projected[b, l] @ features[b, :, y, x] for l in range(L) if mask[b, l]])
-        share = torch.softmax(scores, dim=0)
-        assert_close(weights[b, : len(share), y, x], share)
-        assert_close(context[b, :, y, x], sum(s * word for s, word in zip(share, projected[b])))
+@pytest.mark.parametrize(("attention", "inputs"), [("global-local", 3 * C), ("word", None), ("none", C)])
+def test_features_and_contexts_of_two_times_c_channels_are_not_projected(attention, inputs):
+    fusion = RefinementStage(C, 1, 0, make_attention(attention)).fusion
+    if inputs is None:
+        assert isinstance(fusion, nn.Identity)
+    else:
+        assert fusion.weight.shape == (2 * C, inputs, 1, 1)
+
+
+class Result(NamedTuple):
+    contexts: tuple[torch.Tensor, ...]
+    word_weights: None = None
+    sentence_weights: None = None
+
+
+class ConstantContexts(nn.Module):
+    """Contexts of given channels, whatever the text is."""
+
+    def __init__(self, context_dim, channels):
+        super().__init__()
+        self.context_dim, self.channels = context_dim, channels
+
+    def forward(self, features, words, condition, word_mask=None, *, need_weights=False):
+        return Result(tuple(features.new_ones(len(features), c, *features.shape[2:]) for c in self.channels))
+
+
+@pytest.mark.parametrize("channels", [(7,), (2, 5), (1, 1, 5)])
+def test_any_number_of_contexts_is_fused(channels):
+    stage = RefinementStage(C, 1, 1, ConstantContexts(7, channels))
+    assert stage.fusion.in_channels == C + 7
+    refined = stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
+    assert refined.features.shape == (B, C, 2 * H, 2 * W)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (nn.Linear(2, 3), r"it is a Linear with context_dim=None"),
+        (ConstantContexts(2.0, ()), r"it is a ConstantContexts with context_dim=2\.0"),
+        (ConstantContexts(0, ()), r"it is a ConstantContexts with context_dim=0"),
+        (ConstantContexts, r"it is a type with context_dim=None"),
+        ("word", r"it is a str with context_dim=None"),
+    ],
+)
+def test_an_attention_without_context_dim_is_refused(attention, message):
+    expected = r"RefinementStage: attention must be an nn\.Module with a positive int attribute `context_dim`.*"
+    with pytest.raises(ValueError, match=expected + message):
+        RefinementStage(C, 1, 0, attention)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ((2,), r"have 2 channels in all \(\(2, 2, 5, 2\)\)"),
+        ((7, 1), r"have 8 channels in all"),
+        ((), r"have 0 channels"),
+    ],
+)
+def test_contexts_that_do_not_add_up_are_refused(channels, message):
+    stage = RefinementStage(C, 1, 0, ConstantContexts(7, channels))
+    expected = rf"RefinementStage: the contexts of ConstantContexts {message}.* but its context_dim is 7"
+    with pytest.raises(ValueError, match=expected):
+        stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
+
+
+def test_a_result_without_contexts_is_refused():
+    class Untyped(ConstantContexts):
+        def forward(self, features, *text, need_weights=False):
+            return features, None
+
+    stage = RefinementStage(C, 1, 0, Untyped(C, ()))
+    with pytest.raises(ValueError, match=r"RefinementStage: Untyped must return an object with `contexts`.* a tuple"):
+        stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))

@@ -1,4 +1,4 @@
-"""The Triton kernels of `global_local_attention` against its definition: on a GPU, or else in Triton's interpreter."""
+"""Triton kernels of `global_local_attention` against its definition: on a GPU, or else in Triton's interpreter."""
 
 from typing import NamedTuple
 
@@ -32,20 +32,20 @@ def mask_of(*real_words, length=L):
 
 
 def draw(device, b=B, c=C, h=H, w=W, l=L, mask=None, dtype=torch.float64):
-    # Scores of a few units: with sharper ones, one position's rounding decides a comparison of errors.
+    # Scaled for scores of a few units: with larger ones, rounding at a single position dominates the errors.
     scales = [1, 2 / c**0.5, 1]
     shapes = [(b, c, h, w), (b, l, c), (b, c)]
     leaves = [(scale * torch.randn(shape)).to(device, dtype) for scale, shape in zip(scales, shapes)]
     return Inputs(*(leaf.requires_grad_() for leaf in leaves), None if mask is None else mask.to(device))
 
 
-def wide(device):
-    """float64 in the interpreter; a GPU's kernels have float32 at most."""
+def widest_dtype(device):
+    """float64 in the interpreter; on a GPU the kernels support float32 at most."""
     return torch.float32 if device.type == "cuda" else torch.float64
 
 
 def run(inputs, impl, *, maps=True, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Results and gradients, with a fixed draw as gradient of each result; `weights` of 0 leave a result out."""
+    """Results and gradients, given a fixed random gradient of each result, times its weight; 0 omits the result."""
     results = global_local_attention(*inputs, need_weights=maps, impl=impl)
     results = [result for result in results if result is not None]
     random = torch.Generator().manual_seed(1)
@@ -64,13 +64,13 @@ def everything(inputs, impl, *, maps=True):
 
 
 def assert_within_budget(inputs, *, maps=True):
-    """The kernel may err twice as much as the definition run in the same precision, measured from float64."""
+    """The kernel's error is at most twice that of the definition in the same precision, relative to float64."""
     exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
     computed = (everything(*case, maps=maps) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
-    for exactly, kernel, definition in zip(*computed):
+    for reference, kernel, definition in zip(*computed):
         assert kernel.dtype == definition.dtype
-        budget = 2 * (definition.double() - exactly).abs().max() + 1e-7 * exactly.abs().max()
-        error = (kernel.double() - exactly).abs().max()
+        budget = 2 * (definition.double() - reference).abs().max() + 1e-7 * reference.abs().max()
+        error = (kernel.double() - reference).abs().max()
         assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
 
 
@@ -82,34 +82,34 @@ SIZES = {
     "one position": ({"h": 1, "w": 1}, (2, 11)),
     "one row": ({"h": 1}, (2, 11)),
     "one column": ({"w": 1}, (2, 11)),
-    "more words than fit at a time": ({"c": 130, "l": 150, "h": 3}, (150, 40)),
+    "several chunks of words": ({"c": 130, "l": 150, "h": 3}, (150, 40)),
     "several spans and tiles": ({"h": 17, "w": 31}, (11, 4)),
 }
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_results_and_gradients_are_those_of_the_definition(device, case):
+def test_results_and_gradients_match_the_definition(device, case):
     sizes, real_words = SIZES[case]
     mask = None if real_words is None else mask_of(*real_words, length=sizes.get("l", L))
-    inputs = draw(device, **sizes, mask=mask, dtype=wide(device))
+    inputs = draw(device, **sizes, mask=mask, dtype=widest_dtype(device))
     for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
         assert_close(kernel, definition)
 
 
 @pytest.mark.parametrize("channels", [8, 24, 48, 256])
-def test_all_widths(device, channels):
+def test_channels(device, channels):
     inputs = draw(device, c=channels, h=3, mask=mask_of(11, 4), dtype=torch.float32)
     assert_within_budget(inputs)
 
 
 @pytest.mark.parametrize("length", [1, 17, 64, 129, 256])
-def test_all_lengths(device, length):
+def test_lengths_of_captions(device, length):
     inputs = draw(device, c=24, h=3, l=length, mask=mask_of(length, 1, length=length), dtype=torch.float32)
     assert_within_budget(inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_low_precision_stays_within_twice_the_error_of_the_definition(device, dtype):
+def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype):
     assert_within_budget(draw(device, c=24, mask=mask_of(11, 4), dtype=dtype))
     assert_within_budget(draw(device, c=130, l=150, mask=mask_of(150, 40, length=150), dtype=dtype))
 
@@ -125,7 +125,7 @@ def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, channe
 LAYOUTS = {
     "channels last": lambda maps: maps.to(memory_format=torch.channels_last),
     "every second channel": lambda maps: maps.repeat_interleave(2, dim=1)[:, ::2],
-    "cut out of a larger map": lambda maps: torch.nn.functional.pad(maps, (2, 3, 1, 1))[:, :, 1:-1, 2:-3],
+    "cropped from a larger map": lambda maps: torch.nn.functional.pad(maps, (2, 3, 1, 1))[:, :, 1:-1, 2:-3],
     "height and width swapped in memory": lambda maps: maps.mT.contiguous().mT,
     "one map for all samples": lambda maps: maps[:1].expand(B, -1, -1, -1),
 }
@@ -133,7 +133,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_any_layout(device, case):
-    given = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    given = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
     features = LAYOUTS[case](given.features.detach()).requires_grad_()
     words = given.words.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     inputs = Inputs(features, words, given.sentence, given.word_mask)
@@ -142,38 +142,38 @@ def test_any_layout(device, case):
         assert_close(kernel, definition)
 
 
-def test_channels_last_and_channels_first_are_read_as_they_are(device):
+def test_channels_last_and_channels_first_are_not_copied(device):
     maps = torch.randn(B, C, H, W, device=device)
     for same in (maps, maps.to(memory_format=torch.channels_last)):
         assert attention._by_position(same)[0] is same
         assert attention._empty_like(same).stride() == same.stride()
 
 
-def test_gradients_of_another_layout(device):
-    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+def test_gradients_with_another_layout(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
     gradients = {}
     for impl in ("triton", "torch"):
         context = global_local_attention(*inputs, impl=impl)
-        # The gradient of a sum is one number for all positions, with strides of 0.
+        # The gradient of a sum is one expanded number, with strides of 0.
         total = context.word_context.mean(dim=1).sum() + context.sentence_context.permute(0, 2, 3, 1)[..., 0].sum()
         gradients[impl] = torch.autograd.grad(total, inputs.leaves())
     assert_close(gradients["triton"], gradients["torch"])
 
 
 @pytest.mark.parametrize("used", [(1.0, 0.0), (0.0, 1.0)])
-def test_one_context_alone_has_a_gradient(device, used):
-    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+def test_gradients_of_one_context_alone(device, used):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
     (_, kernel), (_, definition) = (run(inputs, impl, maps=False, weights=used) for impl in ("triton", "torch"))
-    for mine, theirs in zip(kernel, definition):
-        assert_close(mine, theirs.to(mine).expand_as(mine))
+    for actual, expected in zip(kernel, definition):
+        assert_close(actual, expected.to(actual).expand_as(actual))
 
 
 @pytest.mark.parametrize("used", [(1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)])
-def test_maps_have_a_gradient(device, used):
-    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+def test_gradients_of_the_maps(device, used):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
     (_, kernel), (_, definition) = (run(inputs, impl, weights=used) for impl in ("triton", "torch"))
-    for mine, theirs in zip(kernel, definition):
-        assert_close(mine, theirs.to(mine).expand_as(mine))
+    for actual, expected in zip(kernel, definition):
+        assert_close(actual, expected.to(actual).expand_as(actual))
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -187,14 +187,14 @@ def test_extreme_scores(device, scale):
         assert_close(kernel, definition, atol=1e-4, rtol=1e-4)
 
 
-def test_padding_has_exactly_no_influence(device):
+def test_padding_has_no_influence_at_all(device):
     inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
-    loud = inputs.words.detach().clone()
-    loud[1, 4:] = 1e4
+    changed = inputs.words.detach().clone()
+    changed[1, 4:] = 1e4
     results, gradients = run(inputs, "triton")
-    loud_results, loud_gradients = run(inputs._replace(words=loud.requires_grad_()), "triton")
-    for quiet, noisy in zip(results + gradients, loud_results + loud_gradients):
-        assert (quiet == noisy).all()
+    changed_results, changed_gradients = run(inputs._replace(words=changed.requires_grad_()), "triton")
+    for before, after in zip(results + gradients, changed_results + changed_gradients):
+        assert (before == after).all()
     assert (results[2][1, 4:] == 0).all()
     assert (gradients[1][1, 4:] == 0).all()
 
@@ -210,14 +210,14 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch(device):
 
 
 def test_every_element_is_written(device, monkeypatch):
-    """Memory that a kernel forgets would hold what was there before: here, NaN."""
+    """Memory that a kernel does not write keeps its previous content, in this test NaN."""
 
-    def poisoned(make):
-        def make_poisoned(*args, **options):
-            memory = make(*args, **options)
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **options):
+            memory = allocate(*args, **options)
             return memory.fill_(float("nan")) if memory.is_floating_point() else memory
 
-        return make_poisoned
+        return allocate_poisoned
 
     inputs = draw(device, c=5, h=17, w=31, mask=mask_of(11, 4), dtype=torch.float32)
     expected = everything(inputs, "triton")
@@ -225,11 +225,11 @@ def test_every_element_is_written(device, monkeypatch):
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
     written = everything(inputs, "triton")
     assert attention._empty_like(inputs.features).isnan().all()
-    for mine, theirs in zip(written, expected):
-        assert_close(mine, theirs, atol=0, rtol=0)
+    for actual, clean in zip(written, expected):
+        assert_close(actual, clean, atol=0, rtol=0)
 
 
-def test_the_same_inputs_give_the_same_bits(device):
+def test_equal_inputs_give_bitwise_equal_results(device):
     inputs = draw(device, h=17, w=31, mask=mask_of(11, 4), dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
@@ -254,7 +254,7 @@ def test_gradcheck(device, maps):
 
 @pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
-def test_torch_library_finds_no_fault(device, maps, mask):
+def test_opcheck(device, maps, mask):
     inputs = draw(device, mask=mask, dtype=torch.float32)
     torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*inputs, maps))
     last = inputs._replace(features=inputs.features.detach().to(memory_format=torch.channels_last).requires_grad_())
@@ -262,7 +262,7 @@ def test_torch_library_finds_no_fault(device, maps, mask):
 
 
 def test_compiles_into_one_graph(device, compiled):
-    inputs = draw(device, mask=mask_of(11, 4), dtype=wide(device))
+    inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
     context = compiled(global_local_attention)(*inputs, impl="triton", need_weights=True)
     expected = global_local_attention(*inputs, impl="torch", need_weights=True)
     assert_close(tuple(context), tuple(expected))
@@ -298,7 +298,7 @@ def test_checkpointing_changes_no_gradient(device):
     assert_close(plain, again, atol=0, rtol=0)
 
 
-def test_autocast_casts_all_inputs_alike(device):
+def test_autocast_casts_all_inputs(device):
     inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
     with torch.autocast(device.type, dtype=torch.float16):
         casts = {impl: global_local_attention(*inputs, impl=impl, need_weights=True) for impl in ("triton", "torch")}
@@ -309,7 +309,7 @@ def test_autocast_casts_all_inputs_alike(device):
     assert {gradient.dtype for gradient in gradients if gradient is not None} == {torch.float32}
 
 
-def test_a_second_derivative_is_refused(device):
+def test_a_second_derivative_raises(device):
     inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
     context = global_local_attention(*inputs, impl="triton")
     (gradient,) = torch.autograd.grad(context.word_context.square().sum(), inputs.features, create_graph=True)
@@ -317,8 +317,8 @@ def test_a_second_derivative_is_refused(device):
         gradient.sum().backward()
 
 
-def test_a_caption_without_words_gets_zeros(device):
-    """No public function lets it through on a CPU; on a GPU, none can tell."""
+def test_a_caption_without_words_has_a_context_of_zeros(device):
+    """On a CPU every public function raises an error instead; on a GPU none of them checks."""
     inputs = draw(device, mask=mask_of(0, 11), dtype=torch.float32)
     contexts = torch.ops.mirror_modules.global_local_attention(*inputs, True)
     assert (contexts[0][0] == 0).all()
@@ -328,7 +328,7 @@ def test_a_caption_without_words_gets_zeros(device):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_mask(device):
+def test_on_a_gpu_the_mask_forces_no_synchronization(device):
     inputs = draw(device, mask=mask_of(0, 11), dtype=torch.float32)
     global_local_attention(*inputs, impl="triton")
     torch.cuda.synchronize()
@@ -340,7 +340,7 @@ def test_on_a_gpu_nothing_waits_for_the_mask(device):
     assert all((context[0] == 0).all() for context in contexts)
 
 
-def test_nothing_in_gives_nothing_out(device):
+def test_empty_batches(device):
     inputs = draw(device, b=0, dtype=torch.float32)
     context = global_local_attention(*inputs, impl="triton")
     assert context.word_context.shape == (0, C, H, W)
@@ -348,15 +348,15 @@ def test_nothing_in_gives_nothing_out(device):
     assert inputs.words.grad.shape == (0, L, C)
 
 
-def test_the_module_takes_the_kernel(device, monkeypatch):
-    taken = []
+def test_the_module_uses_the_kernel(device, monkeypatch):
+    calls = []
     kernel = attention.global_local_attention
-    monkeypatch.setattr("mirror_modules.kernels.global_local_attention", lambda *a: taken.append(a) or kernel(*a))
+    monkeypatch.setattr("mirror_modules.kernels.global_local_attention", lambda *a: calls.append(a) or kernel(*a))
     module = GlobalLocalAttention(C, 13, 17, impl="triton").to(device)
     inputs = torch.randn(B, C, H, W), torch.randn(B, L, 13), torch.randn(B, 17), mask_of(11, 4)
     context = module(*(tensor.to(device) for tensor in inputs))
-    assert len(taken) == 1
+    assert len(calls) == 1
     assert "global_local_attention" in type(context.word_context.grad_fn).__name__
     module.impl = "torch"
     assert_close(tuple(context[:2]), tuple(module(*(tensor.to(device) for tensor in inputs))[:2]))
-    assert len(taken) == 1
+    assert len(calls) == 1

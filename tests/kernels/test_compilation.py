@@ -1,6 +1,6 @@
-"""Every kernel compiles for the GPUs it is meant for, in all precisions: Triton's compiler needs no GPU for that.
+"""Every kernel compiles for its target GPUs in all precisions; Triton's compiler needs no GPU.
 
-In processes of their own: where the interpreter runs the kernels, there is nothing to compile.
+Each test runs in a subprocess, because the interpreter replaces the compiler in the process of the other tests.
 """
 
 import os
@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from mirror_modules.kernels import attention, attention_triton, similarity, similarity_triton
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-SUMS = ("words_result", "sentence_result", "similarity", "gradient", "along_words", "of_words")
+SUMS = ("words_result", "sentence_result", "similarity", "gradient", "grad_products", "grad_word_norms")
 capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
 
 
@@ -45,7 +45,7 @@ def compile_kernel(kernel, constants, warps=4, ragged=()):
             signature[name] = "*fp32"
         else:
             signature[name] = POINTERS[dtype] if is_pointer(name) else "i32"
-    # Sizes and strides that are multiples of 16, as in use, but for those named: whole vectors can be moved.
+    # As in practice, sizes and strides are multiples of 16, except for those in `ragged`: memory accesses vectorize.
     multiples = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -55,7 +55,7 @@ def compile_kernel(kernel, constants, warps=4, ragged=()):
     options = {"num_warps": warps, "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 0
-    # What a processor of each generation has for one program.
+    # Shared memory of one program, by compute capability.
     assert compiled.metadata.shared <= {86: 99, 90: 227}[capability] * 1024, compiled.metadata.shared
     ptx = compiled.asm["ptx"]
     if not ragged:
@@ -71,12 +71,13 @@ for channels, length in [(32, 18), (256, 77)]:
     tiles = attention_triton.fitting_tiles(constants["BLOCK_C"], dtype.itemsize)
     positions, warps = tiles[len(tiles) // 2]
     common = constants | {"HAS_MASK": True, "BLOCK_N": positions}
-    first = {"NEED_WEIGHTS": False, "feature_n": 1, "context_n": 1, "sentence_context_n": 1}
-    compile_kernel(attention_triton.forward_kernel, common | first, warps)
-    last = {"feature_c": 1, "word_gradient_c": 1, "sentence_gradient_c": 1, "result_c": 1}
+    channels_first = {"feature_n": 1, "context_n": 1, "sentence_context_n": 1}
+    forward = common | channels_first
+    compile_kernel(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": False}, warps)
+    channels_last = {"feature_c": 1, "word_gradient_c": 1, "sentence_gradient_c": 1, "result_c": 1}
     maps = {"HAS_WORD_MAPS": False, "HAS_SENTENCE_MAPS": False}
-    compile_kernel(attention_triton.backward_kernel, common | last | maps, warps)
-    compile_kernel(attention_triton.forward_kernel, common | first | {"NEED_WEIGHTS": True}, warps, ragged=("N", "C"))
+    compile_kernel(attention_triton.backward_kernel, common | channels_last | maps, warps)
+    compile_kernel(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": True}, warps, ragged=("N", "C"))
 
 for length, size in [(18, 289), (256, 1024)]:
     for kernel in (similarity_triton.attend_kernel, similarity_triton.attend_backward_kernel):
@@ -90,11 +91,11 @@ for length, size in [(18, 289), (256, 1024)]:
     ("capability", "dtype"),
     [(86, "float16"), (90, "float32"), (90, "bfloat16")],
 )
-def test_compiles_and_moves_whole_vectors(capability, dtype, tmp_path):
+def test_compiles_with_vectorized_memory_accesses(capability, dtype, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
-    # An empty cache: what was compiled before proves nothing.
+    # An empty cache, so that the kernels are compiled now.
     done = subprocess.run(
         [sys.executable, str(script), str(capability), dtype],
         env=env | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},

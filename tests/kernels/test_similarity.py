@@ -1,4 +1,4 @@
-"""The Triton kernels of `word_region_similarity` against its definition: on a GPU, or else in Triton's interpreter."""
+"""Triton kernels of `word_region_similarity` against its definition: on a GPU, or else in Triton's interpreter."""
 
 from typing import NamedTuple
 
@@ -30,31 +30,31 @@ def mask_of(*real_words, length=L):
 
 
 def draw(device, i=I, j=J, r=R, l=L, d=D, mask=None, dtype=torch.float64):
-    # Scores of a few units.
+    # Scaled for scores of a few units.
     leaves = [(d**-0.25 * torch.randn(shape)).to(device, dtype) for shape in ((i, r, d), (j, l, d))]
     return Inputs(*(leaf.requires_grad_() for leaf in leaves), None if mask is None else mask.to(device))
 
 
-def wide(device):
-    """float64 in the interpreter; a GPU's kernels have float32 at most."""
+def widest_dtype(device):
+    """float64 in the interpreter; on a GPU the kernels support float32 at most."""
     return torch.float32 if device.type == "cuda" else torch.float64
 
 
 def everything(inputs, impl, **gammas):
-    """The similarity and both gradients, with a fixed draw as gradient of the similarity."""
+    """The similarity and both gradients, given a fixed random gradient of the similarity."""
     result = word_region_similarity(*inputs, impl=impl, **gammas)
     gradient = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(result)
     return [result.detach(), *torch.autograd.grad(result, inputs.leaves(), gradient)]
 
 
 def assert_within_budget(inputs):
-    """The kernels may err twice as much as the definition run in the same precision, measured from float64."""
+    """The kernels' errors are at most twice those of the definition in the same precision, relative to float64."""
     exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
     computed = (everything(*case) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
-    for exactly, kernel, definition in zip(*computed):
+    for reference, kernel, definition in zip(*computed):
         assert kernel.dtype == definition.dtype
-        budget = 2 * (definition.double() - exactly).abs().max() + 1e-7 * exactly.abs().max()
-        error = (kernel.double() - exactly).abs().max()
+        budget = 2 * (definition.double() - reference).abs().max() + 1e-7 * reference.abs().max()
+        error = (kernel.double() - reference).abs().max()
         assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
 
 
@@ -70,17 +70,17 @@ SIZES = {
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_results_and_gradients_are_those_of_the_definition(device, case):
+def test_results_and_gradients_match_the_definition(device, case):
     sizes, real_words = SIZES[case]
     mask = None if real_words is None else mask_of(*real_words, length=sizes.get("l", L))
-    inputs = draw(device, **sizes, mask=mask, dtype=wide(device))
+    inputs = draw(device, **sizes, mask=mask, dtype=widest_dtype(device))
     for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
         assert_close(kernel, definition)
 
 
 @pytest.mark.parametrize("gammas", [(5.0, 1.0), (0.5, 20.0)])
 def test_both_gammas(device, gammas):
-    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
     names = dict(zip(("gamma_attention", "gamma_word"), gammas))
     for kernel, definition in zip(everything(inputs, "triton", **names), everything(inputs, "torch", **names)):
         assert_close(kernel, definition)
@@ -91,7 +91,7 @@ def test_both_gammas(device, gammas):
     [(1, [(1, 1)] * 15), (2 * J * L * 23, [(2, 3), (2, 3), (1, 3)]), (2 * L * 23, [(1, 2), (1, 1)] * 5)],
 )
 def test_chunks_of_images_and_captions_change_nothing(device, monkeypatch, elements, chunks):
-    inputs = draw(device, i=5, mask=mask_of(5, 2, 1), dtype=wide(device))
+    inputs = draw(device, i=5, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
     whole = everything(inputs, "triton")
     monkeypatch.setattr(similarity, "ELEMENTS_PER_MAP", elements)
     sizes = [
@@ -103,16 +103,16 @@ def test_chunks_of_images_and_captions_change_nothing(device, monkeypatch, eleme
         assert_close(one, other)
 
 
-def test_a_grid_of_programs_is_never_too_large():
+def test_a_grid_of_programs_is_within_the_limit_of_cuda():
     regions, words = torch.zeros(1, device="meta").expand(200_000, 49, 8), torch.zeros(1, 5, 8, device="meta")
     assert max(images.stop - images.start for images, _ in similarity._chunks(regions, words)) == 65_535
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sizes", [{}, {"r": 53, "l": 18, "d": 64}])
-def test_low_precision_stays_within_twice_the_error_of_the_definition(device, dtype, sizes):
+def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype, sizes):
     length = sizes.get("l", L)
-    # Enough pairs that the largest errors of two computations can be compared.
+    # Enough pairs for a comparison of the largest errors.
     mask = mask_of(*(1 + j % length for j in range(11)), length=length)
     assert_within_budget(draw(device, i=7, j=11, **sizes, mask=mask, dtype=dtype))
 
@@ -126,8 +126,8 @@ def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, length
 
 
 def test_any_layout(device):
-    given = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
-    # As an image encoder makes them: (I, D, R) seen as (I, R, D).
+    given = draw(device, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
+    # The layout of an image encoder's output: (I, D, R) in memory, transposed to (I, R, D).
     regions = given.regions.detach().mT.contiguous().mT.requires_grad_()
     words = given.words.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     mask = given.word_mask.mT.contiguous().mT
@@ -144,7 +144,7 @@ def test_extreme_scores(device, scale):
         assert_close(kernel, definition, atol=1e-4 * float(definition.abs().max()), rtol=1e-3)
 
 
-def test_regions_that_cancel_keep_the_similarity_in_its_range(device):
+def test_similarity_stays_in_its_range_when_regions_cancel(device):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     regions = given.regions.detach() - given.regions.detach().mean(dim=1, keepdim=True)
     words = given.words.detach()[:, :1].expand(-1, L, -1).contiguous()
@@ -154,7 +154,7 @@ def test_regions_that_cancel_keep_the_similarity_in_its_range(device):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_poison_is_not_hidden(device, poison):
+def test_non_finite_inputs_propagate(device, poison):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     regions = given.regions.detach().clone()
     regions[1, 2] = poison
@@ -165,25 +165,25 @@ def test_poison_is_not_hidden(device, poison):
 
 @pytest.mark.parametrize("gamma", [8.0, -8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_sharpest_attention_that_is_taken(device, gamma, dtype):
+def test_the_sharpest_supported_attention(device, gamma, dtype):
     inputs = draw(device, i=5, j=7, r=49, mask=mask_of(5, 2, 1, 3, 4, 5, 2), dtype=dtype)
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 5e-2}
     for kernel, definition in zip(
         everything(inputs, "triton", gamma_attention=gamma), everything(inputs, "torch", gamma_attention=gamma)
     ):
         assert_close(kernel, definition, **tolerance)
-    with pytest.raises(NotImplementedError, match="only the definition has gamma_attention beyond 8"):
+    with pytest.raises(NotImplementedError, match="only impl='torch' supports gamma_attention beyond 8"):
         everything(inputs, "triton", gamma_attention=1.01 * gamma)
 
 
-def test_padding_has_exactly_no_influence(device):
+def test_padding_has_no_influence_at_all(device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
-    loud = inputs.words.detach().clone()
-    loud[~inputs.word_mask] = 1e4
-    quiet, noisy = everything(inputs, "triton"), everything(inputs._replace(words=loud.requires_grad_()), "triton")
-    for one, other in zip(quiet, noisy):
+    changed = inputs.words.detach().clone()
+    changed[~inputs.word_mask] = 1e4
+    before, after = everything(inputs, "triton"), everything(inputs._replace(words=changed.requires_grad_()), "triton")
+    for one, other in zip(before, after):
         assert (one == other).all()
-    assert (quiet[2][~inputs.word_mask] == 0).all()
+    assert (before[2][~inputs.word_mask] == 0).all()
 
 
 def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):
@@ -198,24 +198,24 @@ def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):
 
 
 def test_every_element_is_written(device, monkeypatch):
-    """Memory that a kernel forgets would hold what was there before: here, NaN."""
+    """Memory that a kernel does not write keeps its previous content, in this test NaN."""
 
-    def poisoned(make):
-        def make_poisoned(*args, **options):
-            memory = make(*args, **options)
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **options):
+            memory = allocate(*args, **options)
             return memory.fill_(float("nan")) if memory.is_floating_point() else memory
 
-        return make_poisoned
+        return allocate_poisoned
 
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     expected = everything(inputs, "triton")
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    for mine, theirs in zip(everything(inputs, "triton"), expected):
-        assert_close(mine, theirs, atol=0, rtol=0)
+    for actual, clean in zip(everything(inputs, "triton"), expected):
+        assert_close(actual, clean, atol=0, rtol=0)
 
 
-def test_the_same_inputs_give_the_same_bits(device):
+def test_equal_inputs_give_bitwise_equal_results(device):
     inputs = draw(device, r=289, l=18, mask=mask_of(18, 2, 1, length=18), dtype=torch.float32)
     for one, other in zip(everything(inputs, "triton"), everything(inputs, "triton")):
         assert (one == other).all()
@@ -228,13 +228,13 @@ def test_gradcheck(device):
     assert gradcheck(lambda *leaves: word_region_similarity(*leaves, inputs.word_mask, impl="triton"), inputs.leaves())
 
 
-def test_torch_library_finds_no_fault(device):
+def test_opcheck(device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     torch.library.opcheck(torch.ops.mirror_modules.word_region_similarity.default, (*inputs, 4.0, 5.0))
 
 
 def test_compiles_into_one_graph(device, compiled):
-    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=wide(device))
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
     result = compiled(word_region_similarity)(*inputs, impl="triton")
     expected = word_region_similarity(*inputs, impl="torch")
     assert_close(result, expected)
@@ -253,7 +253,7 @@ def test_checkpointing_changes_no_gradient(device):
     assert_close(plain, again, atol=0, rtol=0)
 
 
-def test_autocast_casts_all_inputs_alike(device):
+def test_autocast_casts_all_inputs(device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     with torch.autocast(device.type, dtype=torch.float16):
         kernel, definition = (word_region_similarity(*inputs, impl=impl) for impl in ("triton", "torch"))
@@ -264,7 +264,7 @@ def test_autocast_casts_all_inputs_alike(device):
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
-def test_a_second_derivative_is_refused(device):
+def test_a_second_derivative_raises(device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     result = word_region_similarity(*inputs, impl="triton")
     (gradient,) = torch.autograd.grad(result.square().sum(), inputs.regions, create_graph=True)
@@ -272,19 +272,19 @@ def test_a_second_derivative_is_refused(device):
         gradient.sum().backward()
 
 
-def test_a_caption_without_words_is_unlike_every_image(device):
-    """No public function lets it through on a CPU; on a GPU, none can tell."""
+def test_a_caption_without_words_matches_no_image(device):
+    """On a CPU every public function raises an error instead; on a GPU none of them checks."""
     inputs = draw(device, mask=mask_of(5, 0, 1), dtype=torch.float32)
     result = torch.ops.mirror_modules.word_region_similarity(*inputs, 4.0, 5.0)
     assert (result[:, 1] < -1e37).all()
     assert result[:, [0, 2]].isfinite().all()
-    of_regions, of_words = torch.autograd.grad(result.sum(), inputs.leaves())
-    assert of_regions.isfinite().all()
-    assert (of_words[1] == 0).all()
+    grad_regions, grad_words = torch.autograd.grad(result.sum(), inputs.leaves())
+    assert grad_regions.isfinite().all()
+    assert (grad_words[1] == 0).all()
 
 
 @pytest.mark.parametrize("empty", [{"i": 0}, {"j": 0}])
-def test_nothing_in_gives_nothing_out(device, empty):
+def test_empty_batches(device, empty):
     inputs = draw(device, **empty, dtype=torch.float32)
     result = word_region_similarity(*inputs, impl="triton")
     assert result.shape == (empty.get("i", I), empty.get("j", J))
@@ -292,14 +292,14 @@ def test_nothing_in_gives_nothing_out(device, empty):
     assert (inputs.regions.grad == 0).all()
 
 
-def test_the_loss_takes_the_kernel(device, monkeypatch):
-    taken = []
+def test_the_loss_uses_the_kernel(device, monkeypatch):
+    calls = []
     kernel = similarity.word_region_similarity
-    monkeypatch.setattr("mirror_modules.kernels.word_region_similarity", lambda *a: taken.append(a) or kernel(*a))
+    monkeypatch.setattr("mirror_modules.kernels.word_region_similarity", lambda *a: calls.append(a) or kernel(*a))
     inputs = draw(device, i=3, mask=mask_of(5, 2, 1), dtype=torch.float32)
     image = ImageFeatures(inputs.regions, torch.randn(3, D, device=device))
     text = TextFeatures(inputs.words, torch.randn(3, D, device=device))
     terms = MatchingLoss(impl="triton")(image, text, inputs.word_mask)
-    assert len(taken) == 1
+    assert len(calls) == 1
     assert_close(terms.total, MatchingLoss(impl="torch")(image, text, inputs.word_mask).total)
-    assert len(taken) == 1
+    assert len(calls) == 1

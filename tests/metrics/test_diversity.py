@@ -1,4 +1,4 @@
-"""Diversity against distances of all pairs, one by one, and values known beforehand."""
+"""Diversity against loops over all pairs, and against known values."""
 
 import math
 
@@ -30,48 +30,48 @@ def test_matches_the_loops(samples):
     assert tuple(diversity(features)) == pytest.approx(diversity_by_loops(features), rel=1e-10)
 
 
-def test_equal_samples_have_none():
+def test_identical_samples_have_zero_diversity():
     features = torch.randn(C, 1, D).expand(C, S, D)
     assert tuple(diversity(features)) == pytest.approx((0.0, 0.0), abs=1e-15)
 
 
-def test_orthogonal_samples_are_at_one_and_opposite_ones_at_two():
+def test_orthogonal_samples_have_distance_one_and_opposite_samples_two():
     assert tuple(diversity(torch.eye(S).expand(C, S, S))) == pytest.approx((1.0, 0.0))
     opposite = torch.stack([torch.ones(C, D), -torch.ones(C, D)], dim=1)
     assert tuple(diversity(opposite)) == pytest.approx((2.0, 0.0))
 
 
-def test_random_directions_are_at_one():
+def test_random_directions_have_distance_one():
     result = diversity(torch.randn(211, S, 17))
     assert abs(result.mean - 1) < 3 * result.standard_error
 
 
 def test_differences_between_captions_do_not_count():
     features = torch.randn(C, S, D)
-    turned = features @ torch.linalg.qr(torch.randn(C, D, D)).Q  # each caption by another rotation
-    assert tuple(diversity(turned)) == pytest.approx(tuple(diversity(features)), rel=1e-5)
+    rotated = features @ torch.linalg.qr(torch.randn(C, D, D)).Q  # another rotation for each caption
+    assert tuple(diversity(rotated)) == pytest.approx(tuple(diversity(features)), rel=1e-5)
 
 
-def test_lengths_of_features_do_not_matter():
+def test_lengths_of_features_have_no_influence():
     features = torch.randn(C, S, D)
     scaled = features * torch.rand(C, S, 1).add(0.1)
     assert tuple(diversity(scaled)) == pytest.approx(tuple(diversity(features)), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
-def test_tiny_and_enormous_features_are_no_exception(scale):
+def test_extreme_scales_change_nothing(scale):
     features = torch.randn(C, S, D, dtype=torch.float64)
     assert tuple(diversity(features * scale)) == pytest.approx(tuple(diversity(features)))
 
 
-def test_a_small_angle_is_not_lost():
+def test_small_angles_keep_their_precision():
     angle = 1e-6
     pair = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
     assert diversity(pair.expand(C, 2, 2)).mean == pytest.approx(angle**2 / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_any_precision_is_summed_in_full(dtype):
+def test_every_dtype_is_accumulated_in_float64(dtype):
     features = torch.randn(C, S, D, dtype=dtype, requires_grad=True)
     assert diversity(features) == diversity(features.detach().double())
 
@@ -85,14 +85,14 @@ def test_any_precision_is_summed_in_full(dtype):
         (r"features must be \(C, S, D\) with D at least 1, but they are \(7, 5, 0\)", torch.ones(C, S, 0)),
         (r"features must be floating point, but they are torch\.int64", torch.ones(C, S, D).long()),
         (
-            r"features\[2, 4\] is zero, which has no direction",
+            r"features\[2, 4\] is zero and has no direction; check how it was computed",
             (torch.arange(C * S) != 14).view(C, S, 1) * torch.ones(D),
         ),
         (r"features must be a tensor, but it is a ndarray; torch\.as_tensor makes one", torch.ones(C, S, D).numpy()),
-        (r"features hold NaN or infinite values", torch.full((C, S, D), torch.nan)),
-        (r"features hold NaN or infinite values", torch.full((C, S, D), torch.inf)),
+        (r"features contain NaN or infinite values; check how they were computed", torch.full((C, S, D), torch.nan)),
+        (r"features contain NaN or infinite values; check how they were computed", torch.full((C, S, D), torch.inf)),
     ],
 )
-def test_errors_say_what_is_wrong(message, features):
+def test_invalid_features_raise(message, features):
     with pytest.raises(ValueError, match="diversity: .*" + message):
         diversity(features)

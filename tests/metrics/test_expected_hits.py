@@ -1,4 +1,4 @@
-"""The expected R-precision of each image, against all draws there are."""
+"""Expected R-precision of each image, against an enumeration of all draws."""
 
 import importlib
 from itertools import combinations
@@ -12,8 +12,8 @@ N, D, M = 7, 3, 4
 
 
 def hits_by_all_draws(images, sentences, candidates):
-    """Every set of mismatched captions, one by one."""
-    chances = []
+    """Enumerate every set of mismatched captions."""
+    probabilities = []
     for i, image in enumerate(images):
         scores = [float(torch.cosine_similarity(image, sentence, dim=0)) for sentence in sentences]
         hits = []
@@ -21,8 +21,8 @@ def hits_by_all_draws(images, sentences, candidates):
             better = sum(scores[j] > scores[i] + 1e-9 for j in drawn)
             ties = sum(abs(scores[j] - scores[i]) <= 1e-9 for j in drawn)
             hits.append(0.0 if better else 1 / (1 + ties))
-        chances.append(sum(hits) / len(hits))
-    return torch.tensor(chances, dtype=torch.float64)
+        probabilities.append(sum(hits) / len(hits))
+    return torch.tensor(probabilities, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("candidates", [2, M, N])
@@ -34,7 +34,7 @@ def test_matches_all_draws(candidates, distinct):
     torch.testing.assert_close(expected_hits(images, sentences, candidates=candidates), expected)
 
 
-def test_the_mean_is_what_draws_come_to():
+def test_the_mean_over_draws_converges_to_it():
     sentences = torch.randn(97, 5)
     images = sentences + torch.randn(97, 5)
     draws = [
@@ -46,39 +46,39 @@ def test_the_mean_is_what_draws_come_to():
 
 
 @pytest.mark.parametrize("block", [1, 200, 2**24])
-def test_blocks_of_images_come_to_the_same(monkeypatch, block):
+def test_the_block_size_has_no_influence(monkeypatch, block):
     images, sentences = torch.randn(97, 5), torch.randn(97, 5)[torch.arange(97) % 31]
     expected = expected_hits(images, sentences, candidates=11)
     monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.expected_hits"), "LARGEST_BLOCK", block)
     torch.testing.assert_close(expected_hits(images, sentences, candidates=11), expected)
 
 
-def test_no_more_than_a_block_of_scores_is_held(monkeypatch):
+def test_at_most_one_block_of_scores_is_in_memory(monkeypatch):
     monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.expected_hits"), "LARGEST_BLOCK", 200)
     sizes, isclose = [], torch.isclose
 
-    def watch(scores, own, **options):
+    def record(scores, own, **options):
         sizes.append(scores.numel())
         return isclose(scores, own, **options)
 
-    monkeypatch.setattr(torch, "isclose", watch)
+    monkeypatch.setattr(torch, "isclose", record)
     expected_hits(torch.randn(97, 5), torch.randn(97, 5), candidates=11)
     assert max(sizes) <= 200
 
 
-def test_features_that_require_gradients_are_measured_as_they_are():
+def test_features_that_require_gradients_are_accepted():
     features = torch.randn(N, D, requires_grad=True)
     assert not expected_hits(features, features, candidates=M).requires_grad
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
-def test_lengths_of_features_do_not_matter(scale):
+def test_lengths_of_features_have_no_influence(scale):
     images, sentences = torch.randn(N, D, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
     scaled = expected_hits(images * scale, sentences * scale, candidates=M)
     torch.testing.assert_close(scaled, expected_hits(images, sentences, candidates=M))
 
 
-def test_known_answers():
+def test_known_values():
     features = torch.randn(211, 5)
     torch.testing.assert_close(expected_hits(features, features), torch.ones(211, dtype=torch.float64))
     constant = torch.ones(211, 5)
@@ -92,7 +92,7 @@ def test_known_answers():
     ("images", "sentences", "candidates", "message"),
     [
         (torch.ones(5, 3), torch.ones(5, 2), 2, r"must both be \(N, D\), but they are \(5, 3\) and \(5, 2\)"),
-        (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "images hold NaN or infinite values"),
+        (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "images contain NaN or infinite values"),
         (torch.ones(5, 3), torch.ones(5, 3), 6, "candidates must be from 2 to the number of captions, 5, but it is 6"),
         (torch.ones(5, 3), torch.ones(5, 3), 1, "candidates must be from 2"),
         (torch.ones(5, 3), torch.ones(5, 3), 4.5, r"candidates must be a whole number of at least 1, but it is 4\.5"),
@@ -101,6 +101,6 @@ def test_known_answers():
         ([[1.0]], torch.ones(5, 3), 2, "images must be a tensor, but it is a list; torch.as_tensor makes one"),
     ],
 )
-def test_errors(images, sentences, candidates, message):
+def test_invalid_inputs_raise(images, sentences, candidates, message):
     with pytest.raises(ValueError, match="expected_hits: .*" + message):
         expected_hits(images, sentences, candidates=candidates)

@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and torchmetrics, also where a covariance has no full rank."""
+"""The Fréchet distance against closed forms and torchmetrics, including rank-deficient covariances."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ N, M, D = 23, 19, 5
 
 
 def exact_moments(count, mean, covariance):
-    """Features whose sample mean and covariance are exactly these."""
+    """Features with exactly this sample mean and covariance."""
     features = torch.randn(count, len(mean), dtype=torch.float64)
     features = features - features.mean(dim=0)
     root = torch.linalg.cholesky(features.T @ features / (count - 1))
@@ -27,25 +27,25 @@ def test_matches_the_formula():
     a, b = 2 * torch.randn(N, D), torch.randn(M, D) @ torch.randn(D, D) + 3
     mean = a.double().mean(dim=0) - b.double().mean(dim=0)
     covariance_a, covariance_b = a.double().T.cov(), b.double().T.cov()
-    # The trace of a root is the sum of the roots of the eigenvalues.
+    # The trace of a matrix square root is the sum of the square roots of the eigenvalues.
     shared = torch.linalg.eigvals(covariance_a @ covariance_b).real.sqrt().sum()
     expected = mean.square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * shared
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_a_set_is_at_no_distance_from_itself():
+def test_a_set_has_distance_zero_from_itself():
     features = 100 * torch.randn(N, D)
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(features, features[torch.randperm(N)]) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_shift_counts_squared():
+def test_a_shift_adds_its_squared_length():
     features = torch.randn(N, D).double()
     shift = torch.arange(1.0, D + 1)
     assert frechet_distance(features, features + shift) == pytest.approx(float(shift.square().sum()))
 
 
-def test_diagonal_gaussians_are_as_known():
+def test_diagonal_gaussians_match_the_closed_form():
     spread = torch.tensor([[1.0, 2, 3, 4, 5], [2.0, 2, 1, 0.5, 7]], dtype=torch.float64)
     mean = torch.randn(2, D, dtype=torch.float64)
     a, b = (exact_moments(n, m, s.square().diag()) for n, m, s in zip((N, M), mean, spread))
@@ -53,7 +53,7 @@ def test_diagonal_gaussians_are_as_known():
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_a_scaled_covariance_is_as_known():
+def test_a_scaled_covariance_matches_the_closed_form():
     covariance = random_covariance()
     zero = torch.zeros(D, dtype=torch.float64)
     a, b = exact_moments(N, zero, covariance), exact_moments(M, zero, 9 * covariance)
@@ -62,7 +62,7 @@ def test_a_scaled_covariance_is_as_known():
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
-def test_fewer_images_than_features_are_no_harm(count):
+def test_fewer_images_than_features_are_handled(count):
     few, many = torch.randn(count, D), torch.randn(N, D)
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(few.double(), few.double() + 2) == pytest.approx(4 * D, rel=1e-12)
@@ -85,15 +85,15 @@ def test_constant_and_repeated_features_give_no_nan(size):
     assert frechet_distance(repeated, repeated) == pytest.approx(0, abs=1e-11 * size**2)
 
 
-def test_features_that_hardly_vary_keep_their_digits():
-    # The deviations are 1e-6 of the mean; sums of squares in float32 would lose them.
+def test_features_with_little_variance_keep_their_precision():
+    # Deviations are 1e-6 of the mean; sums of squares in float32 would lose them.
     features = torch.randn(N, D, dtype=torch.float64)
     expected = frechet_distance(features, 3 * features)
     assert frechet_distance(1e6 + features, 1e6 + 3 * features) == pytest.approx(expected, rel=1e-6)
 
 
 class GivenFeatures(nn.Module):
-    """Stands for Inception: images are features already. What torchmetrics tries it with has 3 channels."""
+    """Stands in for Inception: images are features already. torchmetrics probes it with a 3-channel image."""
 
     def __init__(self, size):
         super().__init__()
@@ -107,14 +107,14 @@ class GivenFeatures(nn.Module):
 def test_agrees_with_torchmetrics(count, size):
     a = torch.randn(count, size) @ torch.randn(size, size)
     b = torch.randn(count + 100, size) @ torch.randn(size, size) + 1
-    theirs = FrechetInceptionDistance(feature=GivenFeatures(size))
-    theirs.update(a, real=True)
-    theirs.update(b, real=False)
-    assert frechet_distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-4)
+    reference = FrechetInceptionDistance(feature=GivenFeatures(size))
+    reference.update(a, real=True)
+    reference.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(reference.compute()), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_any_precision_is_summed_in_full(dtype):
+def test_every_dtype_is_accumulated_in_float64(dtype):
     a, b = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(M, D, dtype=dtype)
     assert frechet_distance(a, b) == frechet_distance(a.detach().double(), b.double())
 
@@ -127,7 +127,7 @@ def test_any_precision_is_summed_in_full(dtype):
             lambda: frechet_distance(torch.ones(N), torch.ones(N, D)),
         ),
         (
-            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); give more of them",
+            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); pass more of them",
             lambda: frechet_distance(torch.ones(N, D), torch.ones(1, D)),
         ),
         (
@@ -144,16 +144,16 @@ def test_any_precision_is_summed_in_full(dtype):
         ),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_invalid_features_raise(message, call):
     with pytest.raises(ValueError, match="frechet_distance: .*" + message):
         call()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_features_that_are_no_numbers_are_refused(which, value):
+def test_nan_and_infinite_features_raise(which, value):
     features = [torch.randn(N, D), torch.randn(M, D)]
     features[which][3, 2] = value
     name = "features_" + "ab"[which]
-    with pytest.raises(ValueError, match=rf"frechet_distance: {name} hold NaN or infinite values"):
+    with pytest.raises(ValueError, match=rf"frechet_distance: {name} contain NaN or infinite values"):
         frechet_distance(*features)

@@ -1,4 +1,4 @@
-"""The kernel distance against sums over pairs, values known beforehand, and torchmetrics."""
+"""The kernel distance against sums over pairs, known values, and torchmetrics."""
 
 import math
 
@@ -42,36 +42,36 @@ def test_matches_the_loops():
     assert result.standard_deviation == pytest.approx(deviation, rel=1e-10)
 
 
-def test_a_subset_of_everything_is_the_whole():
+def test_subsets_of_all_images_equal_the_whole():
     a, b = torch.randn(N, D), torch.randn(N, D)
     result = kernel_distance(a, b, subsets=7, subset_size=N)
     assert tuple(result) == pytest.approx((discrepancy_by_loops(a, b), 0.0), abs=1e-12)
 
 
-def test_constant_sets_are_as_known():
+def test_constant_sets_match_the_closed_form():
     # k(0, 0) = 1, k(x, x) = (1 + 1)^3, k(0, x) = 1.
     zeros, ones = torch.zeros(N, D), torch.ones(M, D)
     assert tuple(kernel_distance(zeros, ones, subset_size=7)) == pytest.approx((1 + 8 - 2, 0.0))
     assert tuple(kernel_distance(ones, ones, subset_size=7)) == pytest.approx((0.0, 0.0))
 
 
-def test_shifted_gaussians_are_as_known():
-    # Of one feature: E (xy + 1)^3 = 1 + 3 E x E y + 3 E x^2 E y^2 + E x^3 E y^3, of N(0, 1) and N(1, 1).
-    means = [
+def test_shifted_gaussians_match_the_closed_form():
+    # One feature: E (xy + 1)^3 = 1 + 3 E x E y + 3 E x^2 E y^2 + E x^3 E y^3, with the moments of N(0, 1) and N(1, 1).
+    moments = [
         {1: 0, 2: 1, 3: 0},
         {1: 1, 2: 2, 3: 4},
     ]
     same_a, same_b, between = (
         1 + 3 * x[1] * y[1] + 3 * x[2] * y[2] + x[3] * y[3]
-        for x, y in ((means[0], means[0]), (means[1], means[1]), (means[0], means[1]))
+        for x, y in ((moments[0], moments[0]), (moments[1], moments[1]), (moments[0], moments[1]))
     )
     a, b = torch.randn(10007, 1, generator=seeded()), 1 + torch.randn(10007, 1, generator=seeded(1))
     result = kernel_distance(a, b, subsets=53, subset_size=503, generator=seeded(2))
     assert result.mean == pytest.approx(same_a + same_b - 2 * between, rel=0.1)
 
 
-def test_two_draws_of_one_distribution_are_at_no_distance_on_average():
-    # Without bias: around 0, so also below. A biased estimate would be above each time.
+def test_the_estimate_is_unbiased_at_zero():
+    # Around 0, and therefore also negative; a biased estimate would always be positive.
     distances = [
         kernel_distance(torch.randn(101, D, generator=g), torch.randn(101, D, generator=g), subsets=1, subset_size=101)
         for g in map(seeded, range(50))
@@ -81,14 +81,14 @@ def test_two_draws_of_one_distribution_are_at_no_distance_on_average():
     assert (values < 0).any()
 
 
-def test_the_draw_can_be_repeated():
+def test_a_generator_reproduces_the_draw():
     a, b = torch.randn(N, D), torch.randn(M, D)
     results = [kernel_distance(a, b, subsets=2, subset_size=3, generator=seeded(seed)) for seed in (1, 1, 2)]
     assert results[0] == results[1] != results[2]
 
 
 class GivenFeatures(nn.Module):
-    """Stands for Inception: images are features already."""
+    """Stands in for Inception: images are features already."""
 
     def forward(self, images):
         return images.flatten(1)
@@ -98,15 +98,15 @@ class GivenFeatures(nn.Module):
 @pytest.mark.parametrize("size", [17, 64])
 def test_agrees_with_torchmetrics(size):
     a, b = torch.randn(211, size), 1.3 * torch.randn(211, size) + 0.2
-    theirs = KernelInceptionDistance(feature=GivenFeatures(), subsets=2, subset_size=211)
-    theirs.update(a, real=True)
-    theirs.update(b, real=False)
-    mean, _ = theirs.compute()
+    reference = KernelInceptionDistance(feature=GivenFeatures(), subsets=2, subset_size=211)
+    reference.update(a, real=True)
+    reference.update(b, real=False)
+    mean, _ = reference.compute()
     assert kernel_distance(a, b, subsets=2, subset_size=211).mean == pytest.approx(float(mean), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_any_precision_is_summed_in_full(dtype):
+def test_every_dtype_is_accumulated_in_float64(dtype):
     a, b = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(M, D, dtype=dtype)
     result = kernel_distance(a, b, subset_size=7, generator=seeded())
     assert result == kernel_distance(a.detach().double(), b.double(), subset_size=7, generator=seeded())
@@ -120,7 +120,7 @@ def test_any_precision_is_summed_in_full(dtype):
             lambda: kernel_distance(torch.ones(N), torch.ones(N, D)),
         ),
         (
-            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); give more of them",
+            r"features_b must be \(M, D\) with M at least 2, but they are \(1, 5\); pass more of them",
             lambda: kernel_distance(torch.ones(N, D), torch.ones(1, D)),
         ),
         (
@@ -132,7 +132,7 @@ def test_any_precision_is_summed_in_full(dtype):
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, 7)),
         ),
         (
-            r"subset_size=1000 needs as many images in both sets, but one has 11; give more images, or lower it",
+            r"subset_size=1000 needs as many images in both sets, but one has 11; pass more images, or lower it",
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D)),
         ),
         (
@@ -161,16 +161,16 @@ def test_any_precision_is_summed_in_full(dtype):
         ),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_invalid_arguments_raise(message, call):
     with pytest.raises(ValueError, match="kernel_distance: .*" + message):
         call()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_features_that_are_no_numbers_are_refused(which, value):
+def test_nan_and_infinite_features_raise(which, value):
     features = [torch.randn(N, D), torch.randn(M, D)]
     features[which][3, 2] = value
     name = "features_" + "ab"[which]
-    with pytest.raises(ValueError, match=rf"kernel_distance: {name} hold NaN or infinite values"):
+    with pytest.raises(ValueError, match=rf"kernel_distance: {name} contain NaN or infinite values"):
         kernel_distance(*features, subset_size=3)

@@ -1,4 +1,4 @@
-"""R-precision against ranks counted one by one, and against the values that are known beforehand."""
+"""R-precision against ranks counted in loops, and against known values."""
 
 import importlib
 import math
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 
 def hits_by_loops(images, sentences, candidates_of):
-    """Probability that the own caption is among the first k, for each image and k = 1, 2, 3; ties in random order."""
+    """Probability that each image's own caption is among its first k, k = 1, 2, 3; ties in random order."""
     rows = []
     for i, image in enumerate(images):
         own = image @ sentences[i] / (image.norm() * sentences[i].norm())
@@ -30,7 +30,7 @@ def hits_by_loops(images, sentences, candidates_of):
                 ties += 1
             elif score > own:
                 better += 1
-        # The own caption comes after the better ones, at any place among the tied ones.
+        # The own caption ranks after the better ones, at any position among the tied ones.
         ranks = [better + 1 + place for place in range(ties + 1)]
         rows.append([sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 2, 3)])
     return rows
@@ -46,7 +46,7 @@ def expected_of(images, sentences, candidates_of):
 @given(st.integers(0, 2**32), st.booleans())
 def test_matches_the_loops_where_every_caption_is_a_candidate(seed, coarse):
     images, sentences = torch.randn(N, D, generator=seeded(seed)), torch.randn(N, D, generator=seeded(seed + 1))
-    if coarse:  # few different captions: many ties
+    if coarse:  # few distinct captions: many ties
         sentences = sentences[torch.randint(3, (N,), generator=seeded(seed))]
     others = [[j for j in range(N) if j != i] for i in range(N)]
     result = r_precision(images, sentences, candidates=N)
@@ -67,7 +67,7 @@ def test_matches_the_loops_with_several_captions_of_an_image():
     assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
 
 
-def test_matches_the_loops_with_images_and_classes_that_cross():
+def test_matches_the_loops_with_both_image_ids_and_class_ids():
     images, sentences = torch.randn(15, D), torch.randn(15, D)
     photographs, classes = torch.arange(15) % 5, torch.arange(15) // 5
     others = [
@@ -78,73 +78,73 @@ def test_matches_the_loops_with_images_and_classes_that_cross():
     assert list(result) == pytest.approx(expected_of(images, sentences, others), abs=1e-9)
 
 
-def test_captions_of_the_same_image_are_left_out():
+def test_captions_of_the_same_image_are_never_candidates():
     # Caption i equals all captions of its photograph; only one of them can tie.
     photographs = torch.arange(N) % 3
     features = torch.eye(3)[photographs]
     assert r_precision(features, features, image_ids=photographs, candidates=8).top1 == 1.0
-    # A class of its own for each row excludes nothing, so the photographs alone do.
+    # A separate class for every row excludes nothing, so only image_ids do.
     assert r_precision(features, features, torch.arange(N), image_ids=photographs, candidates=8).top1 == 1.0
     assert r_precision(features, features, photographs, image_ids=torch.arange(N), candidates=8).top1 == 1.0
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**24])
-def test_blocks_of_images_draw_the_same_candidates(monkeypatch, block):
+def test_the_block_size_has_no_influence_on_the_draw(monkeypatch, block):
     images, sentences, classes = torch.randn(101, D), torch.randn(101, D), torch.arange(101) % 7
     expected = r_precision(images, sentences, classes, candidates=11, generator=seeded())
     monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.r_precision"), "LARGEST_BLOCK", block)
     assert r_precision(images, sentences, classes, candidates=11, generator=seeded()) == expected
 
 
-def test_identical_features_are_always_found():
+def test_identical_features_are_always_retrieved():
     features = torch.randn(211, 17)
     assert tuple(r_precision(features, features)) == (1.0, 1.0, 1.0, 0.0)
 
 
-def test_random_features_are_found_by_chance():
+def test_random_features_score_at_chance():
     result = r_precision(torch.randn(2003, 17), torch.randn(2003, 17), candidates=20, generator=seeded())
-    for found, chance in zip(result, (1 / 20, 2 / 20, 3 / 20)):
-        assert found == pytest.approx(chance, abs=4 * math.sqrt(chance / 2003))
+    for precision, chance in zip(result, (1 / 20, 2 / 20, 3 / 20)):
+        assert precision == pytest.approx(chance, abs=4 * math.sqrt(chance / 2003))
     assert result.standard_error == pytest.approx(math.sqrt(result.top1 * (1 - result.top1) / 2003), rel=0.01)
 
 
 @pytest.mark.parametrize("features", [torch.ones(211, 17), torch.zeros(211, 17), torch.full((211, 17), 1e-3)])
 @pytest.mark.parametrize("candidates", [2, 3, 100])
-def test_constant_features_are_exactly_chance(features, candidates):
+def test_constant_features_score_exactly_at_chance(features, candidates):
     result = r_precision(features, features, candidates=candidates)
     expected = [float(min(Fraction(k, candidates), Fraction(1))) for k in (1, 2, 3)]
     assert list(result[:3]) == pytest.approx(expected, abs=1e-12)
     assert result.standard_error == pytest.approx(0, abs=1e-12)
 
 
-def test_captions_in_another_order_are_not_found():
+def test_captions_of_other_images_are_not_retrieved():
     features = torch.eye(N)
     assert r_precision(features, features.roll(1, dims=0), candidates=N).top1 < 2 / N
 
 
-def test_lengths_of_features_do_not_matter():
+def test_lengths_of_features_have_no_influence():
     images, sentences = torch.randn(N, D), torch.randn(N, D)
     scaled = r_precision(images * torch.rand(N, 1).add(0.1), 1000 * sentences, candidates=N)
     assert tuple(scaled) == tuple(r_precision(images, sentences, candidates=N))
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-22, 1e200])
-def test_tiny_and_enormous_features_are_no_exception(scale):
+def test_extreme_scales_change_nothing(scale):
     images, sentences = torch.randn(N, D, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
     expected = r_precision(images, sentences, candidates=N)
     assert tuple(r_precision(images * scale, sentences, candidates=N)) == tuple(expected)
     assert tuple(r_precision(images, sentences * scale, candidates=N)) == tuple(expected)
 
 
-def test_candidates_of_the_own_class_are_left_out():
-    # Caption i equals the caption of its class; only a candidate of the own class can tie.
+def test_captions_of_the_same_class_are_never_candidates():
+    # Caption i equals the captions of its class; only a candidate of the same class can tie.
     classes = torch.arange(N) % 3
     features = torch.eye(3)[classes]
     assert r_precision(features, features, classes, candidates=8).top1 == 1.0
     assert r_precision(features, features, candidates=N).top1 < 0.5
 
 
-def test_more_candidates_are_harder():
+def test_more_candidates_lower_the_precision():
     generator = seeded()
     images = torch.randn(503, 7, generator=generator)
     sentences = images + 2 * torch.randn(503, 7, generator=generator)
@@ -152,18 +152,18 @@ def test_more_candidates_are_harder():
     assert few > many + 0.1
 
 
-def test_the_draw_can_be_repeated():
+def test_a_generator_reproduces_the_draw():
     images, sentences = torch.randn(101, 3), torch.randn(101, 3)
     results = [r_precision(images, sentences, candidates=5, generator=seeded(seed)) for seed in (1, 1, 2)]
     assert results[0] == results[1] != results[2]
 
 
-def test_top_k_grows():
+def test_top_k_increases_with_k():
     result = r_precision(torch.randn(N, D), torch.randn(N, D), candidates=N)
     assert 0 <= result.top1 <= result.top2 <= result.top3 <= 1
 
 
-def test_half_precision_features_are_ranked_in_full():
+def test_half_precision_features_are_ranked_in_float64():
     images, sentences = torch.randn(N, D).bfloat16(), torch.randn(N, D).bfloat16()
     expected = r_precision(images.double(), sentences.double(), candidates=N)
     assert tuple(r_precision(images, sentences, candidates=N)) == tuple(expected)
@@ -227,21 +227,23 @@ def test_half_precision_features_are_ranked_in_full():
         ),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_invalid_arguments_raise(message, call):
     with pytest.raises(ValueError, match="r_precision: .*" + message):
         call()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_feature_that_is_no_number_is_never_a_hit(which, value):
+def test_nan_and_infinite_features_raise(which, value):
     features = [torch.randn(N, D), torch.randn(N, D)]
     features[which][3, 2] = value
-    with pytest.raises(ValueError, match=rf"r_precision: {('images', 'sentences')[which]} hold NaN or infinite values"):
+    with pytest.raises(
+        ValueError, match=rf"r_precision: {('images', 'sentences')[which]} contain NaN or infinite values"
+    ):
         r_precision(*features, candidates=5)
 
 
-def test_a_fold_of_each_image_gives_the_error_over_the_images():
+def test_one_fold_per_image_gives_the_standard_error_over_images():
     images, sentences = torch.randn(N, D), torch.randn(N, D)
     whole = r_precision(images, sentences, candidates=N)
     result = r_precision_folds(images, sentences, candidates=N, folds=N)
@@ -255,31 +257,31 @@ def test_folds_match_the_loops():
     generator = seeded(7)
     torch.rand(N, N, generator=generator)  # the candidates are drawn first
     order = torch.randperm(N, generator=generator).tolist()
-    sizes, shares = [3, 3, 3, 2, 2], []
+    sizes, precisions = [3, 3, 3, 2, 2], []
     for fold in range(folds):
         rows = order[sum(sizes[:fold]) : sum(sizes[: fold + 1])]
-        shares.append([sum(hits[i][k] for i in rows) / len(rows) for k in range(3)])
+        precisions.append([sum(hits[i][k] for i in rows) / len(rows) for k in range(3)])
     result = r_precision_folds(images, sentences, candidates=N, folds=folds, generator=seeded(7))
     for k in range(3):
-        mean = sum(share[k] for share in shares) / folds
-        squares = sum((share[k] - mean) ** 2 for share in shares)
+        mean = sum(precision[k] for precision in precisions) / folds
+        squares = sum((precision[k] - mean) ** 2 for precision in precisions)
         assert result[k] == pytest.approx(mean)
         assert result.standard_errors[k] == pytest.approx(math.sqrt(squares / (folds - 1) / folds))
         assert result.standard_deviations[k] == pytest.approx(math.sqrt(squares / folds))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_folds_of_random_or_shuffled_features_are_at_chance(shuffled):
+def test_folds_of_random_or_shuffled_features_score_at_chance(shuffled):
     count = 2003
     sentences = torch.randn(count, 17)
     images = sentences.roll(1, dims=0) if shuffled else torch.randn(count, 17)
     result = r_precision_folds(images, sentences, generator=seeded())
-    for found, error, chance in zip(result, result.standard_errors, (0.01, 0.02, 0.03)):
-        assert abs(found - chance) < 3 * error
+    for precision, error, chance in zip(result, result.standard_errors, (0.01, 0.02, 0.03)):
+        assert abs(precision - chance) < 3 * error
         assert error == pytest.approx(math.sqrt(chance * (1 - chance) / count), rel=0.5)
 
 
-def test_folds_of_identical_features_are_found_and_of_constant_ones_at_chance():
+def test_folds_of_identical_and_of_constant_features():
     features = torch.randn(211, 17)
     zeros = (0.0, 0.0, 0.0)
     assert tuple(r_precision_folds(features, features)) == (1.0, 1.0, 1.0, zeros, zeros)
@@ -288,22 +290,22 @@ def test_folds_of_identical_features_are_found_and_of_constant_ones_at_chance():
     assert constant.standard_errors == pytest.approx(zeros, abs=1e-12)
 
 
-def test_folds_leave_out_captions_of_the_own_class_and_image():
+def test_folds_exclude_captions_of_the_same_class_and_image():
     groups = torch.arange(N) % 3
     features = torch.eye(3)[groups]
     for ids in ({"class_ids": groups}, {"image_ids": groups}):
         assert r_precision_folds(features, features, **ids, candidates=8, folds=3).top1 == 1.0
 
 
-def test_folds_can_be_repeated():
+def test_a_generator_reproduces_the_folds():
     images, sentences = torch.randn(101, 3), torch.randn(101, 3)
     results = [r_precision_folds(images, sentences, candidates=101, generator=seeded(seed)) for seed in (1, 1, 2)]
-    # All captions are candidates: only the order of the folds differs.
+    # All captions are candidates: only the assignment to folds differs.
     assert results[0] == results[1] != results[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_features_that_require_gradients_are_measured_as_they_are(dtype):
+def test_features_that_require_gradients_are_accepted(dtype):
     images, sentences = torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randn(N, D, dtype=dtype)
     result = r_precision_folds(images, sentences, candidates=N, folds=3, generator=seeded())
     assert result == r_precision_folds(
@@ -332,11 +334,11 @@ def test_features_that_require_gradients_are_measured_as_they_are(dtype):
             lambda: r_precision_folds(torch.ones(N, D), torch.ones(N, D)),
         ),
         (
-            r"images hold NaN or infinite values",
+            r"images contain NaN or infinite values",
             lambda: r_precision_folds(torch.full((N, D), torch.nan), torch.ones(N, D)),
         ),
     ],
 )
-def test_errors_of_folds_say_what_is_wrong(message, call):
+def test_invalid_arguments_of_folds_raise(message, call):
     with pytest.raises(ValueError, match="r_precision_folds: .*" + message):
         call()

@@ -1,4 +1,4 @@
-"""Redescription quality against counts written out, and values known beforehand."""
+"""Redescription quality against n-gram counts in loops, and against known values."""
 
 import math
 import random
@@ -13,7 +13,7 @@ WORDS = ["a", "small", "red", "flower", "with", "round", "petals", "and", "yello
 
 
 def some_captions(count=41, seed=0):
-    """Captions, and descriptions in which words are missing or replaced."""
+    """Captions, and descriptions with missing or replaced words."""
     draw = random.Random(seed)
     captions = [draw.choices(WORDS, k=draw.randint(3, 13)) for _ in range(count)]
     described = [[word if draw.random() < 0.8 else draw.choice(WORDS) for word in caption] for caption in captions]
@@ -22,47 +22,47 @@ def some_captions(count=41, seed=0):
     return described, captions
 
 
-def rows(sequence, length):
-    return [tuple(sequence[i : i + length]) for i in range(len(sequence) - length + 1)]
+def n_grams(sequence, n):
+    return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
 
 
-def counts_by_loops(described, captions, length):
-    """Rows in common, each as often as it is in both; rows of the descriptions; rows of the captions."""
-    common = of_descriptions = of_captions = 0
+def counts_by_loops(described, captions, n):
+    """Numbers of common n-grams, with multiplicity, of the descriptions' n-grams, and of the captions' n-grams."""
+    common = in_descriptions = in_captions = 0
     for words, others in zip(described, captions):
-        ours, left = rows(words, length), rows(others, length)
-        of_descriptions, of_captions = of_descriptions + len(ours), of_captions + len(left)
-        for row in ours:
-            if row in left:
-                left.remove(row)
+        grams, unmatched = n_grams(words, n), n_grams(others, n)
+        in_descriptions, in_captions = in_descriptions + len(grams), in_captions + len(unmatched)
+        for gram in grams:
+            if gram in unmatched:
+                unmatched.remove(gram)
                 common += 1
-    return common, of_descriptions, of_captions
+    return common, in_descriptions, in_captions
 
 
 def bleu_by_loops(described, captions):
     logarithms = 0.0
-    for length in (1, 2, 3, 4):
-        common, ours, _ = counts_by_loops(described, captions, length)
-        logarithms += math.log(common / ours) / 4
-    written, wanted = (sum(map(len, texts)) for texts in (described, captions))
-    return math.exp(logarithms + min(0.0, 1 - wanted / written))
+    for n in (1, 2, 3, 4):
+        common, in_descriptions, _ = counts_by_loops(described, captions, n)
+        logarithms += math.log(common / in_descriptions) / 4
+    description_words, caption_words = (sum(map(len, texts)) for texts in (described, captions))
+    return math.exp(logarithms + min(0.0, 1 - caption_words / description_words))
 
 
 def chrf_by_loops(described, captions):
-    letters, wanted = (["".join(words) for words in texts] for texts in (described, captions))
+    letters, references = (["".join(words) for words in texts] for texts in (described, captions))
     precision = recall = 0.0
-    for length in range(1, 7):
-        common, ours, theirs = counts_by_loops(letters, wanted, length)
-        precision, recall = precision + common / ours / 6, recall + common / theirs / 6
+    for n in range(1, 7):
+        common, in_descriptions, in_captions = counts_by_loops(letters, references, n)
+        precision, recall = precision + common / in_descriptions / 6, recall + common / in_captions / 6
     return 5 * precision * recall / (4 * precision + recall)
 
 
 def in_place_by_loops(described, captions):
-    right = 0
+    correct = 0
     for words, caption in zip(described, captions):
         for t in range(len(caption)):
-            right += t < len(words) and words[t] == caption[t]
-    return right / sum(map(len, captions))
+            correct += t < len(words) and words[t] == caption[t]
+    return correct / sum(map(len, captions))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -74,53 +74,53 @@ def test_matches_the_loops(seed):
     assert result.words_in_place == pytest.approx(in_place_by_loops(described, captions), rel=1e-12)
 
 
-def test_the_caption_itself_is_perfect():
+def test_the_caption_itself_scores_one():
     captions = [" ".join(words) for words in some_captions()[1]]
     assert tuple(redescription_quality(captions, captions)) == pytest.approx((1, 1, 1))
 
 
-def test_words_count_as_the_vocabulary_reads_them():
+def test_words_are_split_as_by_the_vocabulary():
     assert tuple(redescription_quality(["A small, RED flower!"], ["a small red flower"])) == pytest.approx((1, 1, 1))
 
 
-def test_nothing_in_common_is_zero():
+def test_no_common_words_score_zero():
     assert tuple(redescription_quality(["xx yy zz qq"], ["a small red flower"])) == (0, 0, 0)
     assert tuple(redescription_quality([""], ["a small red flower"])) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("description", "share"),
+    ("description", "fraction"),
     [
         ("a small red flower", 1),
-        ("a small red flower with round petals", 1),  # more words neither help nor harm
+        ("a small red flower with round petals", 1),  # words beyond the end have no effect
         ("a small", 1 / 2),
         ("a large red flower", 3 / 4),
-        ("a very small red flower", 1 / 4),  # all that follows is shifted
+        ("a very small red flower", 1 / 4),  # all following words are shifted
         ("flower red small a", 0),
         ("", 0),
     ],
 )
-def test_words_in_place_are_as_known(description, share):
-    assert words_in_place([description], ["a small red flower"]) == share
+def test_known_values_of_words_in_place(description, fraction):
+    assert words_in_place([description], ["a small red flower"]) == fraction
 
 
 def test_long_captions_weigh_more():
     assert words_in_place(["red", "no"], ["red", "a small red flower"]) == 1 / 5
 
 
-@pytest.mark.parametrize("measure", [redescription_quality, words_in_place])
-def test_texts_come_in_any_container(measure):
-    described, wanted = ["a red flower", "a small blue one"], ["a red flower", "a large blue flower"]
-    expected = measure(described, wanted)
-    assert measure((text for text in described), (text for text in wanted)) == expected
-    assert measure(np.array(described), np.array(wanted)) == expected
+@pytest.mark.parametrize("metric", [redescription_quality, words_in_place])
+def test_texts_may_come_in_any_iterable(metric):
+    described, captions = ["a red flower", "a small blue one"], ["a red flower", "a large blue flower"]
+    expected = metric(described, captions)
+    assert metric((text for text in described), (text for text in captions)) == expected
+    assert metric(np.array(described), np.array(captions)) == expected
 
 
 def test_bleu_is_not_smoothed():
     assert redescription_quality(["a small flower red with"], ["a small red flower with"]).bleu4 == 0
 
 
-def test_bleu_of_fewer_than_four_words_is_zero_and_said_so():
+def test_bleu_of_fewer_than_four_words_is_zero_as_documented():
     assert redescription_quality(["red flower"], ["red flower"]).bleu4 == 0
     assert "it is 0 where no four words in a row agree" in redescription_quality.__doc__
 
@@ -132,18 +132,18 @@ def test_a_missing_package_is_named(monkeypatch):
     assert words_in_place(["red"], ["red"]) == 1
 
 
-@pytest.mark.parametrize("measure", [redescription_quality, words_in_place])
+@pytest.mark.parametrize("metric", [redescription_quality, words_in_place])
 @pytest.mark.parametrize(
     ("message", "descriptions", "captions"),
     [
         (r"descriptions must be a list of strings, one for each image; wrap a single one", "red", ["red"]),
         (r"captions must be a list of strings", ["red"], "red"),
         (r"captions must be a list of strings", ["red"], [["red", "a red flower"]]),
-        (r"must be as many, at least one, but there are 2 and 1", ["red", "blue"], ["red"]),
-        (r"must be as many, at least one, but there are 0 and 0", [], []),
-        (r"caption 1 \('\.\.\.'\) holds no word to be repeated; leave it out", ["red", "blue"], ["red", "..."]),
+        (r"must be equally many, at least one, but there are 2 and 1", ["red", "blue"], ["red"]),
+        (r"must be equally many, at least one, but there are 0 and 0", [], []),
+        (r"caption 1 \('\.\.\.'\) contains no word; remove it", ["red", "blue"], ["red", "..."]),
     ],
 )
-def test_errors_say_what_is_wrong(measure, message, descriptions, captions):
-    with pytest.raises(ValueError, match=f"{measure.__name__}: .*" + message):
-        measure(descriptions, captions)
+def test_invalid_texts_raise(metric, message, descriptions, captions):
+    with pytest.raises(ValueError, match=f"{metric.__name__}: .*" + message):
+        metric(descriptions, captions)

@@ -1,4 +1,4 @@
-"""The record of sizes and choices, and its way through JSON."""
+"""The configuration of sizes and options, and its round trip through JSON."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def test_presets():
     assert MirrorGANConfig.paper(channels=3).channels == 3
 
 
-def test_it_survives_json():
+def test_json_round_trip():
     config = MirrorGANConfig.release(resolutions=(4, 16), attention="word", text_dropout=0.25)
     assert MirrorGANConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert set(config.to_dict()) == {field.name for field in dataclasses.fields(config)}
@@ -40,9 +40,14 @@ def test_a_list_of_resolutions_becomes_a_tuple():
     assert hash(config) == hash(MirrorGANConfig(resolutions=(4, 8)))
 
 
-def test_it_is_frozen():
+def test_fields_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MirrorGANConfig().channels = 3
+
+
+def test_resolutions_must_not_be_empty():
+    with pytest.raises(ValueError, match=r"MirrorGANConfig: resolutions is empty; give at least one image size"):
+        MirrorGANConfig(resolutions=())
 
 
 def test_unknown_fields_are_named():

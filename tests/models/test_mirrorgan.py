@@ -1,4 +1,4 @@
-"""The reference model: each image for itself, repeatable, and nobody's mode changed behind his back."""
+"""The reference model: images are reproducible and independent of their batch; no call changes a part's mode."""
 
 import warnings
 
@@ -30,18 +30,18 @@ def make(**changes):
     return MirrorGAN(MirrorGANConfig(**{**CONFIG.to_dict(), **changes}), VOCABULARY).eval()
 
 
-def draw_noise(batch):
+def make_noise(batch):
     return {"noise": torch.randn(batch, 3), "condition_noise": torch.randn(batch, 4)}
 
 
-def test_generate_gives_an_image_per_caption_and_stage():
+def test_generate_returns_an_image_per_caption_and_stage():
     generated = make().generate(CAPTIONS, seed=0)
     assert [tuple(images.shape) for images in generated.images] == [(3, 3, size, size) for size in (4, 8, 16)]
     assert generated.word_weights == generated.sentence_weights == []
     assert not generated.images[-1].requires_grad
 
 
-def test_weights_come_when_asked_for_and_padding_gets_exactly_nothing():
+def test_attention_maps_are_returned_on_request_and_padding_gets_zero_weight():
     generated = make().generate(CAPTIONS, seed=0, need_weights=True)
     assert [tuple(weights.shape) for weights in generated.word_weights] == [(3, 7, 4, 4), (3, 7, 8, 8)]
     for weights in generated.word_weights:
@@ -50,14 +50,14 @@ def test_weights_come_when_asked_for_and_padding_gets_exactly_nothing():
         assert_close(weights.sum(dim=1), torch.ones_like(weights[:, 0]))
 
 
-def test_a_seed_repeats_the_images_and_another_does_not():
+def test_images_depend_on_the_seed_alone():
     model = make()
     first, again, other = (model.generate(CAPTIONS, seed=seed).images[-1] for seed in (5, 5, 6))
     assert_close(again, first, atol=0, rtol=0)
     assert not torch.equal(other, first)
 
 
-def test_without_a_seed_each_call_draws_anew_and_leaves_the_global_draws_alone():
+def test_without_a_seed_each_call_samples_new_noise_and_keeps_the_global_random_state():
     model = make()
     before = torch.get_rng_state()
     assert not torch.equal(model.generate(CAPTIONS).images[-1], model.generate(CAPTIONS).images[-1])
@@ -75,30 +75,30 @@ def test_an_image_generated_alone_equals_the_same_image_in_a_batch_of_other_leng
 
 
 def test_an_image_at_any_row_equals_the_same_image_alone():
-    model, noise = make(), draw_noise(3)
+    model, noise = make(), make_noise(3)
     tokens, word_mask = VOCABULARY.encode(CAPTIONS)
     together = model(tokens, word_mask, **noise).images[-1]
     for i in range(3):
-        alone = model(tokens[i : i + 1, word_mask[i]], **{name: draw[i : i + 1] for name, draw in noise.items()})
+        alone = model(tokens[i : i + 1, word_mask[i]], **{name: rows[i : i + 1] for name, rows in noise.items()})
         assert_close(alone.images[-1], together[i : i + 1], atol=1e-5, rtol=0)
 
 
-def test_generate_is_forward_in_evaluation_mode():
+def test_generate_equals_forward_in_evaluation_mode():
     model = make().train()
     tokens, word_mask = VOCABULARY.encode(CAPTIONS)
-    noise, condition_noise = model._draw_noise(3, seed=0)
+    noise, condition_noise = model._sample_noise(3, seed=0)
     generated = model.generate(CAPTIONS, seed=0)
     expected = model.eval()(tokens, word_mask, noise=noise, condition_noise=condition_noise)
     assert_close(generated.images, expected.images)
 
 
-def test_long_captions_are_cut():
+def test_long_captions_are_truncated():
     model = make(max_words=2)
     generated = model.generate(["a red flower", "a red petals"], seed=0, need_weights=True)
     assert generated.word_weights[0].shape[1] == 2
 
 
-def test_forward_trains_every_part_that_draws():
+def test_forward_gives_every_generating_part_a_gradient():
     model = make().train()
     model(*VOCABULARY.encode(CAPTIONS)).images[-1].square().sum().backward()
     for part in (model.text_encoder, model.conditioning, model.generator.initial, model.generator.refinements):
@@ -115,13 +115,13 @@ def test_a_batch_of_one_trains_from_caption_to_caption(mask):
     assert all(parameter.grad is None for parameter in model.captioner.parameters())
 
 
-def test_unknown_words_are_read_with_one_warning_that_names_them():
-    with pytest.warns(UserWarning, match=r"unknown words, read as <unknown>: zebra, lilac") as warned:
+def test_unknown_words_cause_one_warning_that_names_them():
+    with pytest.warns(UserWarning, match=r"unknown words, encoded as <unknown>: zebra, lilac") as warned:
         make().generate(["a zebra", "a lilac zebra"])
     assert len(warned) == 1
 
 
-def test_known_words_give_no_warning():
+def test_known_words_cause_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make().generate(["A RED flower!"])
@@ -129,16 +129,16 @@ def test_known_words_give_no_warning():
 
 @pytest.mark.parametrize("caption", ["", "  ", "?!", "🌸"])
 def test_an_empty_caption_is_named(caption):
-    with pytest.raises(ValueError, match=r"caption 1 \(.*\) holds no word; write at least one"):
+    with pytest.raises(ValueError, match=r"caption 1 \(.*\) has no word; write at least one"):
         make().generate(["a red flower", caption])
 
 
-def test_one_string_is_not_a_list_of_captions():
+def test_a_single_string_is_refused():
     with pytest.raises(ValueError, match=r"captions must be a list of strings, but it is one string"):
         make().generate("a red flower")
 
 
-def test_describe_gives_a_caption_per_image_in_words_of_the_vocabulary():
+def test_describe_returns_a_caption_per_image_in_words_of_the_vocabulary():
     model = make()
     images = torch.rand(2, 3, 17, 23) * 2 - 1
     descriptions = model.describe(images)
@@ -162,14 +162,14 @@ def test_each_part_keeps_its_mode(call):
     assert_close(model.state_dict(), state, atol=0, rtol=0)
 
 
-def test_modes_come_back_after_an_error():
+def test_modes_are_restored_after_an_error():
     model = make().train()
     with pytest.raises(ValueError, match="images must be"):
         model.describe(torch.zeros(2, 1, 16, 16))
     assert all(module.training for module in model.modules())
 
 
-def test_generate_follows_the_weights_dtype():
+def test_images_have_the_dtype_of_the_weights():
     model = make().double()
     assert {images.dtype for images in model.generate(CAPTIONS, seed=0).images} == {torch.float64}
     assert_close(

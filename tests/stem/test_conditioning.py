@@ -1,4 +1,4 @@
-"""Conditioning augmentation and its divergence against the sums, written out."""
+"""Conditioning augmentation and its KL divergence against explicit sums."""
 
 import math
 from itertools import product
@@ -32,8 +32,8 @@ def test_kl_divergence_matches_the_loops(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_kl_divergence_matches_the_distributions_of_torch(reduction):
     mean, log_variance = torch.randn(B, E), torch.randn(B, E)
-    ours, standard = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
-    elements = torch.distributions.kl_divergence(ours, standard)
+    normal, standard = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    elements = torch.distributions.kl_divergence(normal, standard)
     expected = elements.mean() if reduction == "mean" else elements.sum(dim=1).mean()
     assert_close(kl_divergence(mean, log_variance, reduction=reduction), expected)
 
@@ -79,13 +79,13 @@ def test_zero_noise_gives_the_mean():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_each_call_draws_anew_unless_noise_is_handed_in(training):
+def test_each_call_samples_new_noise_unless_it_is_given(training):
     module, sentence, noise = ConditioningAugmentation(D, E).train(training), torch.randn(B, D), torch.randn(B, E)
     assert not torch.equal(module(sentence).sample, module(sentence).sample)
     assert torch.equal(module(sentence, noise=noise).sample, module(sentence, noise=noise).sample)
 
 
-def test_draws_have_the_mean_and_the_variance_that_they_state():
+def test_samples_have_the_returned_mean_and_variance():
     condition = ConditioningAugmentation(D, E)(torch.randn(1, D).expand(20011, D))
     standardized = (condition.sample - condition.mean) / (condition.log_variance / 2).exp()
     # The standard error is 0.007.
@@ -133,6 +133,6 @@ def test_compiles_into_one_graph(compiled):
         ),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_errors(message, call):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Image encoders: regions in reading order, torchvision's networks unchanged, any backbone that states its sizes."""
+"""Image encoders: regions in row-major order, the same features as torchvision's networks, custom backbones."""
 
 from itertools import product
 
@@ -20,14 +20,14 @@ def draw(height=17, width=23, batch=B):
 
 
 def output_of(layer):
-    """What a layer gave in its last forward."""
-    seen = []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    return seen
+    """A list to which each forward pass of the layer appends its output."""
+    outputs = []
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    return outputs
 
 
 class Means(nn.Module):
-    """A foreign backbone: a region per row of pixels."""
+    """A custom backbone with one region per row of pixels."""
 
     region_dim = image_dim = 3
 
@@ -36,7 +36,7 @@ class Means(nn.Module):
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (64, 37), (31, 64)])
-def test_conv_backbone_takes_odd_sizes(height, width):
+def test_conv_backbone_accepts_odd_sizes(height, width):
     backbone = ConvBackbone(CHANNELS)
     regions, image = backbone(draw(height, width))
     assert regions.shape == (B, (height // 8) * (width // 8), 4 * CHANNELS)
@@ -44,7 +44,7 @@ def test_conv_backbone_takes_odd_sizes(height, width):
     assert (backbone.region_dim, backbone.image_dim) == (4 * CHANNELS, 2 * 8 * CHANNELS)
 
 
-def test_regions_are_in_reading_order_and_the_image_is_mean_and_maximum():
+def test_regions_are_in_row_major_order_and_the_global_feature_is_mean_and_maximum():
     backbone = ConvBackbone(CHANNELS).eval()
     region_maps, image_maps = output_of(backbone.blocks[-2]), output_of(backbone.blocks[-1])
     regions, image = backbone(draw(17, 40))
@@ -92,15 +92,15 @@ def test_projections_match_the_loops():
         assert image[b, d].item() == pytest.approx((mean + encoder.image_projection.bias[d]).item(), abs=1e-6)
 
 
-def test_an_encoder_is_itself_a_backbone_that_states_its_sizes():
+def test_an_encoder_is_itself_a_backbone():
     encoder = ImageEncoder(Means(), D)
     assert encoder.region_dim == encoder.image_dim == D
     assert ImageEncoder(encoder, 5)(draw()).image.shape == (B, 5)
 
 
-def share_weights(ours, theirs):
-    state = theirs.state_dict()
-    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
+def copy_weights(source, target):
+    state = source.state_dict()
+    target.load_state_dict({name: state[name] for name in target.state_dict()})
 
 
 def normalize_by_loops(images):
@@ -111,54 +111,58 @@ def normalize_by_loops(images):
 
 
 @torch.no_grad()
-def test_resnet_gives_the_features_of_torchvisions_network():
-    theirs, ours, images = models.resnet18(weights=None).eval(), TorchvisionBackbone("resnet18").eval(), draw(33, 47)
-    share_weights(ours.network, theirs)
-    region_maps, pooled = output_of(theirs.layer3), output_of(theirs.avgpool)
-    theirs(normalize_by_loops(images))
-    regions, image = ours(images)
+def test_resnet_has_the_features_of_torchvisions_network():
+    network, backbone, images = (
+        models.resnet18(weights=None).eval(),
+        TorchvisionBackbone("resnet18").eval(),
+        draw(33, 47),
+    )
+    copy_weights(network, backbone.network)
+    region_maps, pooled = output_of(network.layer3), output_of(network.avgpool)
+    network(normalize_by_loops(images))
+    regions, image = backbone(images)
     assert_close(image, pooled[0].flatten(1))
     assert_close(regions, region_maps[0].flatten(2).mT)
-    assert (ours.region_dim, ours.image_dim) == (regions.shape[2], image.shape[1]) == (256, 512)
+    assert (backbone.region_dim, backbone.image_dim) == (regions.shape[2], image.shape[1]) == (256, 512)
 
 
 @torch.no_grad()
-def test_resnet_without_normalization_takes_the_images_raw():
-    theirs, ours = models.resnet18(weights=None).eval(), TorchvisionBackbone("resnet18", normalize=False).eval()
-    share_weights(ours.network, theirs)
-    images, pooled = draw(32, 32), output_of(theirs.avgpool)
-    theirs(images)
-    assert_close(ours(images).image, pooled[0].flatten(1))
+def test_resnet_without_normalization():
+    network, backbone = models.resnet18(weights=None).eval(), TorchvisionBackbone("resnet18", normalize=False).eval()
+    copy_weights(network, backbone.network)
+    images, pooled = draw(32, 32), output_of(network.avgpool)
+    network(images)
+    assert_close(backbone(images).image, pooled[0].flatten(1))
 
 
 @torch.no_grad()
-def test_inception_gives_the_features_of_torchvisions_network():
-    # `transform_input` is what torchvision sets together with its weights.
-    theirs = models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
-    ours, images = TorchvisionBackbone("inception_v3").eval(), draw(299, 299, batch=1)
-    share_weights(ours.network, theirs)
-    region_maps, pooled = output_of(theirs.Mixed_6e), output_of(theirs.avgpool)
-    theirs(normalize_by_loops(images))
-    regions, image = ours(images)
+def test_inception_has_the_features_of_torchvisions_network():
+    # torchvision sets `transform_input` when it loads its own weights.
+    network = models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
+    backbone, images = TorchvisionBackbone("inception_v3").eval(), draw(299, 299, batch=1)
+    copy_weights(network, backbone.network)
+    region_maps, pooled = output_of(network.Mixed_6e), output_of(network.avgpool)
+    network(normalize_by_loops(images))
+    regions, image = backbone(images)
     assert (regions.shape, image.shape) == ((1, 17 * 17, 768), (1, 2048))
-    assert (ours.region_dim, ours.image_dim) == (768, 2048)
-    # Untrained, the network makes its features smaller and smaller.
-    for ours_part, expected in ((image, pooled[0].flatten(1)), (regions, region_maps[0].flatten(2).mT)):
-        assert_close(ours_part / expected.std(), expected / expected.std(), atol=1e-3, rtol=1e-3)
-    assert ours(draw(31, 45, batch=1)).regions.shape == regions.shape
+    assert (backbone.region_dim, backbone.image_dim) == (768, 2048)
+    # The features of the untrained network shrink with depth: compare them at unit scale.
+    for actual, expected in ((image, pooled[0].flatten(1)), (regions, region_maps[0].flatten(2).mT)):
+        assert_close(actual / expected.std(), expected / expected.std(), atol=1e-3, rtol=1e-3)
+    assert backbone(draw(31, 45, batch=1)).regions.shape == regions.shape
 
 
-def test_a_network_made_on_the_meta_device_is_the_same_once_it_is_loaded():
-    ours, images = TorchvisionBackbone("resnet18").eval(), draw(32, 32)
+def test_meta_device_construction_then_loading():
+    backbone, images = TorchvisionBackbone("resnet18").eval(), draw(32, 32)
     with torch.device("meta"):
         empty = TorchvisionBackbone("resnet18")
     loaded = empty.to_empty(device="cpu").eval()
-    loaded.load_state_dict(ours.state_dict())
-    assert_close(loaded(images).image, ours(images).image, atol=0, rtol=0)
+    loaded.load_state_dict(backbone.state_dict())
+    assert_close(loaded(images).image, backbone(images).image, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet19", "inception", ""])
-def test_unknown_networks_are_named(name):
+def test_the_error_names_an_unknown_network(name):
     with pytest.raises(ValueError, match=rf"must be 'inception_v3' or a torchvision ResNet, not '{name}'"):
         build_backbone(name)
 
@@ -169,9 +173,12 @@ def test_unknown_networks_are_named(name):
         (r"ConvBackbone: blocks must be at least 2, but it is 1", lambda: ConvBackbone(blocks=1)),
         (r"ConvBackbone: channels must be a whole number of at least 1", lambda: ConvBackbone(0)),
         (r"build_backbone: .* 'conv' has no published weights", lambda: ImageEncoder("conv", weights="DEFAULT")),
-        (r"ImageEncoder: weights go with a backbone's name", lambda: ImageEncoder(Means(), weights="DEFAULT")),
+        (r"ImageEncoder: weights need the name of a backbone", lambda: ImageEncoder(Means(), weights="DEFAULT")),
         (r"ImageEncoder: feature_dim must be a whole number", lambda: ImageEncoder(Means(), 0)),
-        (r"the backbone Identity must state its size as an int `region_dim`", lambda: ImageEncoder(nn.Identity())),
+        (
+            r"backbone Identity must have its size in an int attribute `region_dim`",
+            lambda: ImageEncoder(nn.Identity()),
+        ),
         (
             r"ImageEncoder: images must be \(B, 3, H, W\), but they are \(2, 17, 23\)",
             lambda: ImageEncoder(Means())(draw()[:, 0]),
@@ -180,6 +187,6 @@ def test_unknown_networks_are_named(name):
         (r"TorchvisionBackbone: images must be \(B, 3, H, W\)", lambda: TorchvisionBackbone("resnet18")(draw()[:, :2])),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_errors(message, call):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Text-image matching against the sums of AttnGAN's equations 7 to 13, written out."""
+"""Text-image matching against explicit sums over AttnGAN's equations 7 to 13."""
 
 import math
 from itertools import product
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from mirror_modules import ImageFeatures, MatchingLoss, TextFeatures
 from mirror_modules.functional import matching_loss, word_region_similarity
-from mirror_modules.stem import matching
+from mirror_modules.stem import contrastive_terms, image_sentence_similarity, matching, word_region_attention
 
 I, J, R, L, D = 2, 3, 7, 5, 11  # different primes: a swapped axis cannot pass
 B = 3
@@ -27,7 +27,7 @@ def cosine(a, b):
 
 
 def attention_by_loops(regions, words, gamma_attention):
-    """One image (R lists), one caption of real words (L lists) -> (L lists of R shares)."""
+    """Attention of one caption of real words (L lists of D) over one image (R lists of D): L lists of R shares."""
     scores = [[math.exp(sum(x * y for x, y in zip(word, region))) for region in regions] for word in words]
     columns = [sum(row[r] for row in scores) for r in range(len(regions))]
     sharp = [[math.exp(gamma_attention * row[r] / columns[r]) for r in range(len(regions))] for row in scores]
@@ -51,11 +51,11 @@ def similarities_by_loops(regions, words, mask, gamma_attention=4.0, gamma_word=
 
 
 def cross_entropy_by_loops(logits, classes):
-    """Mean of - log softmax at the own column; columns of one's own class do not compete."""
+    """Mean of -log softmax on the diagonal; other pairs of the same class are not negatives."""
     total = 0.0
     for i, row in enumerate(logits):
-        rivals = [math.exp(x) for j, x in enumerate(row) if j == i or classes is None or classes[i] != classes[j]]
-        total += math.log(sum(rivals)) - row[i]
+        candidates = [math.exp(x) for j, x in enumerate(row) if j == i or classes is None or classes[i] != classes[j]]
+        total += math.log(sum(candidates)) - row[i]
     return total / len(logits)
 
 
@@ -74,16 +74,18 @@ def test_similarity_matches_the_loops(real_words, gammas):
 
 def test_attention_matches_the_loops():
     regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
-    shares = matching.word_region_attention(regions, words, mask)
+    shares = word_region_attention(regions, words, mask)
+    assert shares.shape == (I, J, L, R)
     for i, j in product(range(I), range(J)):
         length = int(mask[j].sum())
         expected = attention_by_loops(regions[i].tolist(), words[j, :length].tolist(), 4.0)
         assert_close(shares[i, j, :length], torch.tensor(expected))
 
 
-def test_no_mask_means_that_all_words_are_real():
+@pytest.mark.parametrize("function", [word_region_similarity, word_region_attention])
+def test_without_a_mask_all_words_are_real(function):
     regions, words = torch.randn(I, R, D), torch.randn(J, L, D)
-    assert_close(word_region_similarity(regions, words), word_region_similarity(regions, words, mask_of(5, 5, 5)))
+    assert_close(function(regions, words), function(regions, words, mask_of(5, 5, 5)))
 
 
 def test_gradients_of_similarity():
@@ -148,7 +150,7 @@ def test_gradients_in_tiles_first_and_second(monkeypatch):
 def test_a_gradient_with_a_graph_is_the_same_gradient(monkeypatch):
     monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", 1)
     regions = torch.randn(I, R, D, dtype=torch.float64, requires_grad=True)
-    # Made from each other: each must get its own share and no more.
+    # One input is computed from the other: its gradient must not be counted twice.
     total = word_region_similarity(regions, 2 * regions[:, :L]).square().sum()
     (plain,) = torch.autograd.grad(total, regions, retain_graph=True)
     (with_graph,) = torch.autograd.grad(total, regions, create_graph=True)
@@ -163,29 +165,29 @@ def test_the_transforms_of_torch_func(monkeypatch):
     assert_close(along, (gradient * tangent).sum())
 
 
-def test_no_map_is_kept_for_many_captions_of_one_image(monkeypatch):
+def test_no_attention_map_is_saved_for_many_captions_of_one_image(monkeypatch):
     captions = 41
     monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", R * L)
     regions, words = torch.randn(1, R, D, requires_grad=True), torch.randn(captions, L, D, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         word_region_similarity(regions, words)
-    assert sum(tensor.numel() for tensor in kept) == R * D + captions * L * (D + 1)
+    assert sum(tensor.numel() for tensor in saved) == R * D + captions * L * (D + 1)
 
 
-def test_no_map_of_all_pairs_is_kept(monkeypatch):
-    """What autograd keeps for the backward pass: the inputs, and nothing that grows with the pairs."""
+def test_no_attention_map_of_all_pairs_is_saved(monkeypatch):
+    """Autograd saves the inputs for the backward pass, and nothing that grows with the number of pairs."""
     monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", J * R * L)
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         word_region_similarity(regions, words, mask_of(5, 2, 1))
-    assert sorted(tuple(tensor.shape) for tensor in kept) == sorted([(I, R, D), (J, L, D), (J, L)])
+    assert sorted(tuple(tensor.shape) for tensor in saved) == sorted([(I, R, D), (J, L, D), (J, L)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_similarity_stays_in_its_range_even_if_regions_cancel(dtype):
-    # Words that are almost equal attend evenly to all regions. These sum to zero: rounding errors alone are left.
+def test_similarity_stays_in_its_range_when_regions_cancel(dtype):
+    # Almost equal words attend evenly to all regions, whose sum is zero: the contexts are nothing but rounding errors.
     regions = torch.randn(31, R, D)
     regions = regions - regions.mean(dim=1, keepdim=True)
     for spread in (0.0, 1e-3):
@@ -230,14 +232,14 @@ def test_gradients_of_the_loss():
     assert gradcheck(total, inputs)
 
 
-def test_padding_does_not_reach_the_loss():
+def test_padding_does_not_change_the_loss():
     image, text = draw_pairs()
     padded = TextFeatures(torch.cat((text.words, torch.randn(B, 2, D)), dim=1), text.sentence)
     mask, padded_mask = mask_of(5, 2, 1), mask_of(5, 2, 1, length=L + 2)
     assert_close(tuple(matching_loss(image, padded, padded_mask)), tuple(matching_loss(image, text, mask)))
 
 
-def test_one_pair_alone_has_nothing_to_find():
+def test_the_loss_of_a_single_pair_is_zero():
     image, text = draw_pairs()
     alone = matching_loss(ImageFeatures(*(x[:1] for x in image)), TextFeatures(*(x[:1] for x in text)))
     assert tuple(alone) == (0, 0, 0, 0)
@@ -272,7 +274,7 @@ def test_compiles_into_one_graph(compiled, mask):
     assert image.regions.grad.abs().sum() > 0
 
 
-def test_a_compiled_graph_finds_a_caption_without_words_unlike_every_image(compiled):
+def test_in_a_compiled_graph_a_caption_without_words_matches_no_image(compiled):
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
     similarity = compiled(word_region_similarity)(regions, words, mask_of(5, 0, 2))
     similarity[:, [0, 2]].sum().backward(retain_graph=True)
@@ -298,9 +300,10 @@ def test_a_compiled_graph_finds_a_caption_without_words_unlike_every_image(compi
         (r"captions of length 0", (I, R, D), (J, 0, D), None),
     ],
 )
-def test_similarity_says_what_is_wrong(message, regions, words, mask):
-    with pytest.raises(ValueError, match="word_region_similarity: " + message):
-        word_region_similarity(torch.zeros(regions), torch.zeros(words), mask)
+def test_errors_of_similarity_and_attention(message, regions, words, mask):
+    for function in (word_region_similarity, word_region_attention):
+        with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
+            function(torch.zeros(regions), torch.zeros(words), mask)
 
 
 @pytest.mark.parametrize("gamma", [float("nan"), float("inf"), "4", None, True, torch.tensor(4.0)])
@@ -308,6 +311,47 @@ def test_similarity_says_what_is_wrong(message, regions, words, mask):
 def test_a_gamma_is_a_finite_number(name, gamma):
     with pytest.raises(ValueError, match=f"word_region_similarity: {name} must be a finite number, but it is "):
         word_region_similarity(torch.zeros(I, R, D), torch.zeros(J, L, D), **{name: gamma})
+
+
+def test_the_gamma_of_the_attention_is_a_finite_number():
+    with pytest.raises(ValueError, match="word_region_attention: gamma_attention must be a finite number, but it is "):
+        word_region_attention(torch.zeros(I, R, D), torch.zeros(J, L, D), gamma_attention=float("nan"))
+
+
+def test_image_sentence_similarity_matches_the_loops():
+    images, sentences = torch.randn(I, D), torch.randn(J, D)
+    expected = [[cosine(image, sentence) for sentence in sentences.tolist()] for image in images.tolist()]
+    assert_close(image_sentence_similarity(images, sentences), torch.tensor(expected))
+    assert image_sentence_similarity(images.half(), sentences.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shapes", [((I, D), (J, 7)), ((I, D), (D,)), ((I, R, D), (J, D))])
+def test_errors_of_image_sentence_similarity(shapes):
+    with pytest.raises(
+        ValueError, match=r"image_sentence_similarity: images must be \(I, D\) and sentences \(J, D\) with the same D"
+    ):
+        image_sentence_similarity(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("classes", [None, [4, 4, 9]])
+def test_contrastive_terms_match_the_loops(classes):
+    similarity = torch.randn(B, B, dtype=torch.float64)
+    terms = contrastive_terms(similarity, None if classes is None else torch.tensor(classes), gamma_loss=3.0)
+    expected = [cross_entropy_by_loops((3 * table).tolist(), classes) for table in (similarity, similarity.mT)]
+    assert torch.stack(terms).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "similarity", "class_ids"),
+    [
+        (r"similarity must be \(B, B\), but it is \(2, 3\)", torch.zeros(2, 3), None),
+        (r"similarity must be \(B, B\), but it is \(3,\)", torch.zeros(3), None),
+        (r"class_ids must be \(3,\), one per pair, but they are \(2,\)", torch.zeros(3, 3), torch.zeros(2)),
+    ],
+)
+def test_errors_of_contrastive_terms(message, similarity, class_ids):
+    with pytest.raises(ValueError, match="contrastive_terms: " + message):
+        contrastive_terms(similarity, class_ids)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +366,14 @@ def test_a_gamma_is_a_finite_number(name, gamma):
         (r"class_ids must be \(3,\), one per caption, but they are \(2,\)", {"class_ids": torch.zeros(2)}),
     ],
 )
-def test_loss_says_what_is_wrong(message, changed):
+def test_errors_of_the_loss(message, changed):
     image, text = draw_pairs()
-    given = {**image._asdict(), **text._asdict(), "class_ids": None} | changed
+    arguments = {**image._asdict(), **text._asdict(), "class_ids": None} | changed
     with pytest.raises(ValueError, match="matching_loss: " + message):
         MatchingLoss()(
-            ImageFeatures(given["regions"], given["image"]),
-            TextFeatures(given["words"], given["sentence"]),
-            class_ids=given["class_ids"],
+            ImageFeatures(arguments["regions"], arguments["image"]),
+            TextFeatures(arguments["words"], arguments["sentence"]),
+            class_ids=arguments["class_ids"],
         )
 
 

@@ -1,4 +1,4 @@
-"""The text encoder against an LSTM that is stepped by hand, each direction and each caption for itself."""
+"""The text encoder against LSTM cells stepped by hand, one direction and one caption at a time."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def cell_of(lstm, suffix):
     return cell
 
 
-def read_by_loops(encoder, tokens, length):
+def encode_by_loops(encoder, tokens, length):
     forward, backward = cell_of(encoder.lstm, ""), cell_of(encoder.lstm, "_reverse")
     words = torch.zeros(len(tokens), D)
     half = D // 2
@@ -47,10 +47,10 @@ def test_matches_the_loops():
     encoder, (tokens, word_mask) = make().eval(), draw()
     words, sentence = encoder(tokens, word_mask)
     for b in range(B):
-        assert_close((words[b], sentence[b]), read_by_loops(encoder, tokens[b], LENGTHS[b]))
+        assert_close((words[b], sentence[b]), encode_by_loops(encoder, tokens[b], LENGTHS[b]))
 
 
-def test_no_mask_means_that_all_words_are_real():
+def test_without_a_mask_all_words_are_real():
     encoder, (tokens, _) = make().eval(), draw((7, 7))
     assert_close(tuple(encoder(tokens)), tuple(encoder(tokens, torch.ones(2, L, dtype=torch.bool))))
 
@@ -81,7 +81,7 @@ def test_padding_has_no_influence():
     assert_close(tuple(encoder(padded_tokens, padded_mask))[1], encoder(tokens, word_mask).sentence)
 
 
-def test_padding_embeddings_get_no_gradient():
+def test_padding_embeddings_have_no_gradient():
     encoder = make(dropout=0.0)
     encoder(
         torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
@@ -90,7 +90,7 @@ def test_padding_embeddings_get_no_gradient():
     assert (encoder.embedding.weight.grad[3:9] != 0).any(dim=1).all()
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_applies_in_training_only():
     encoder, (tokens, word_mask) = make(), draw()
     assert not torch.equal(encoder(tokens, word_mask).sentence, encoder(tokens, word_mask).sentence)
     encoder.eval()
@@ -107,7 +107,7 @@ def test_a_batch_of_one_trains(mask):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_int32_tokens_are_read():
+def test_int32_tokens_are_accepted():
     encoder, (tokens, word_mask) = make().eval(), draw()
     assert_close(encoder(tokens.int(), word_mask).words, encoder(tokens, word_mask).words)
 
@@ -126,7 +126,7 @@ def test_int32_tokens_are_read():
         (r"word_mask has padding before a real word; put the real words first", [[3, 4]], [[False, True]]),
     ],
 )
-def test_says_what_is_wrong(message, tokens, mask):
+def test_errors_of_forward(message, tokens, mask):
     with pytest.raises(ValueError, match="TextEncoder: " + message):
         make()(torch.as_tensor(tokens), None if mask is None else torch.tensor(mask))
 
@@ -139,6 +139,6 @@ def test_says_what_is_wrong(message, tokens, mask):
         (r"feature_dim must be even, half for each direction, but it is 7", {"vocabulary_size": V, "feature_dim": 7}),
     ],
 )
-def test_refuses_what_it_cannot_be(message, options):
+def test_errors_of_the_constructor(message, options):
     with pytest.raises(ValueError, match="TextEncoder: " + message):
         TextEncoder(**options)

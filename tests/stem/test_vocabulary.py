@@ -1,4 +1,4 @@
-"""Words of any script, and files that survive damage with a clear word."""
+"""Vocabulary: words of any script, encoding and decoding, and damaged files."""
 
 import json
 import unicodedata
@@ -48,12 +48,12 @@ def test_composed_and_decomposed_letters_are_the_same_words(caption):
 
 
 @given(captions_of_any_script())
-def test_a_word_is_a_word_again(caption):
+def test_splitting_a_word_returns_it(caption):
     for word in split_words(caption):
         assert split_words(word) == [word]
 
 
-def test_capitals_whose_small_letters_alone_compose_can_be_built():
+def test_capitals_compose_after_lower_casing():
     # J with caron has no composed capital, but a composed small letter.
     assert Vocabulary.build(["J\u030c"]).words[3:] == ("\u01f0",)
 
@@ -75,7 +75,7 @@ def test_ids_start_after_the_special_tokens():
     assert word_mask.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_membership_knows_words_and_no_special_token():
+def test_special_tokens_are_not_members():
     vocabulary = Vocabulary(["red"])
     assert "red" in vocabulary
     assert "blue" not in vocabulary
@@ -83,7 +83,7 @@ def test_membership_knows_words_and_no_special_token():
     assert "<unknown>" not in vocabulary
 
 
-def test_equal_words_make_equal_vocabularies():
+def test_vocabularies_with_equal_words_are_equal():
     assert Vocabulary(["red"]) == Vocabulary(["red"])
     assert hash(Vocabulary(["red"])) == hash(Vocabulary(["red"]))
     assert Vocabulary(["red"]) != Vocabulary(["blue"])
@@ -93,7 +93,7 @@ def test_equal_words_make_equal_vocabularies():
 
 def test_unknown_words_are_named_in_one_warning():
     vocabulary = Vocabulary(["red"])
-    with pytest.warns(UserWarning, match=r"read as <unknown>: zebra, lilac$") as warned:
+    with pytest.warns(UserWarning, match=r"encoded as <unknown>: zebra, lilac$") as warned:
         tokens, word_mask = vocabulary.encode(["zebra red zebra", "lilac"])
     assert len(warned) == 1
     assert tokens.tolist() == [[2, 3, 2], [2, 0, 0]]
@@ -105,14 +105,14 @@ def test_many_unknown_words_are_counted():
         Vocabulary(["red"]).encode(["a b c d e f g h i j k l m"])
 
 
-def test_no_warning_without_unknown_words_or_when_unwanted():
+def test_no_warning_without_unknown_words_or_with_warn_unknown_false():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Vocabulary(["red"]).encode(["Red, red!"])
         Vocabulary(["red"]).encode(["zebra"], warn_unknown=False)
 
 
-def test_long_captions_are_cut():
+def test_max_words_truncates_captions():
     tokens, _ = Vocabulary.build(CAPTIONS).encode(CAPTIONS, max_words=2)
     assert tokens.shape == (2, 2)
 
@@ -173,17 +173,17 @@ def test_a_missing_file_is_named(tmp_path):
         (r"'Red' is not a lower-case word", lambda: Vocabulary(["Red"])),
         (r"'' is not a lower-case word", lambda: Vocabulary([""])),
         (r"build: captions must be a list of strings, but it is one string", lambda: Vocabulary.build("a red flower")),
-        (r"build: the captions hold no word that occurs min_count=1 times", lambda: Vocabulary.build(["?!", "🌸"])),
-        (r"build: the captions hold no word that occurs min_count=9 times", lambda: Vocabulary.build(CAPTIONS, 9)),
+        (r"build: no word occurs min_count=1 times in the captions", lambda: Vocabulary.build(["?!", "🌸"])),
+        (r"build: no word occurs min_count=9 times in the captions", lambda: Vocabulary.build(CAPTIONS, 9)),
         (r"encode: captions must be a list .* it is one string; wrap it", lambda: Vocabulary(["red"]).encode("red")),
-        (r"encode: there is no caption; give at least one", lambda: Vocabulary(["red"]).encode([])),
-        (r"encode: caption 1 \('🌸 !'\) holds no word", lambda: Vocabulary(["red"]).encode(["red", "🌸 !"])),
-        (r"encode: caption 0 \(''\) holds no word; write at least one", lambda: Vocabulary(["red"]).encode([""])),
+        (r"encode: captions is empty; give at least one", lambda: Vocabulary(["red"]).encode([])),
+        (r"encode: caption 1 \('🌸 !'\) has no word", lambda: Vocabulary(["red"]).encode(["red", "🌸 !"])),
+        (r"encode: caption 0 \(''\) has no word; write at least one", lambda: Vocabulary(["red"]).encode([""])),
         (r"decode: tokens must be \(B, L\), but they are \(3,\)", lambda: Vocabulary(["red"]).decode(torch.zeros(3))),
-        (r"decode: token 4 lies outside the 4 entries", lambda: Vocabulary(["red"]).decode(torch.tensor([[3, 4]]))),
-        (r"decode: token -1 lies outside the 4 entries", lambda: Vocabulary(["red"]).decode(torch.tensor([[-1]]))),
+        (r"decode: token 4 is outside the 4 entries", lambda: Vocabulary(["red"]).decode(torch.tensor([[3, 4]]))),
+        (r"decode: token -1 is outside the 4 entries", lambda: Vocabulary(["red"]).decode(torch.tensor([[-1]]))),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_errors(message, call):
     with pytest.raises(ValueError, match=message):
         call()

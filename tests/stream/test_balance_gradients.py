@@ -1,4 +1,4 @@
-"""A loss that pulls at each image as hard as it is told: against loops, at its ends, and in low precision."""
+"""Balanced gradients: against loops, with zero and missing gradients, and in low precision."""
 
 import math
 
@@ -15,38 +15,38 @@ def draw(seed, shape=SHAPE):
 
 
 def gradient(ratio, first, second, *, dtype=torch.float32, images=None):
-    """What reaches images whose copies get these gradients."""
+    """The gradient at images whose two copies receive these gradients."""
     images = torch.zeros(first.shape, dtype=dtype) if images is None else images
     images.requires_grad_(True)
-    judged, read = balance_gradients(images, ratio)
-    torch.autograd.backward((judged, read), (first.to(dtype), second.to(dtype)))
+    first_view, second_view = balance_gradients(images, ratio)
+    torch.autograd.backward((first_view, second_view), (first.to(dtype), second.to(dtype)))
     return images.grad
 
 
-def test_both_are_the_images():
+def test_both_copies_equal_the_images():
     images = draw(0)
-    judged, read = balance_gradients(images, 0.25)
-    assert torch.equal(judged, images)
-    assert torch.equal(read, images)
+    first_view, second_view = balance_gradients(images, 0.25)
+    assert torch.equal(first_view, images)
+    assert torch.equal(second_view, images)
 
 
 def test_matches_the_formula_image_by_image():
     first, second = draw(1) * torch.tensor([0.1, 7.0, 1.0, 1e3, 2.0]).view(5, 1, 1, 1), draw(2)
-    found = gradient(0.3, first, second)
+    actual = gradient(0.3, first, second)
     for i in range(5):
         a, b = first[i].flatten().tolist(), second[i].flatten().tolist()
-        length_a, length_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
-        expected = [x + 0.3 * length_a * y / length_b for x, y in zip(a, b)]
-        torch.testing.assert_close(found[i].flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+        norm_a, norm_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
+        expected = [x + 0.3 * norm_a * y / norm_b for x, y in zip(a, b)]
+        torch.testing.assert_close(actual[i].flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_the_scale_of_the_second_has_no_influence():
+def test_the_scale_of_the_second_gradient_has_no_influence():
     first, second = draw(1), draw(2)
     scales = torch.tensor([1e-20, 1e-6, 1.0, 1e6, 1e15]).view(5, 1, 1, 1)
     torch.testing.assert_close(gradient(0.3, first, second * scales), gradient(0.3, first, second))
 
 
-def test_alone_equals_batch():
+def test_an_image_alone_equals_the_same_image_in_a_batch():
     first, second = draw(1), draw(2)
     together = gradient(0.5, first, second)
     for i in range(5):
@@ -54,57 +54,55 @@ def test_alone_equals_batch():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.7])
-def test_where_one_is_silent_the_other_is_left(ratio):
+def test_a_zero_gradient_stays_zero(ratio):
     first, second = draw(1), draw(2)
     second[2] = 0
     first[3] = 0
-    found = gradient(ratio, first, second)
-    assert torch.equal(found[2], first[2])
-    assert not found[3].any()
+    actual = gradient(ratio, first, second)
+    assert torch.equal(actual[2], first[2])
+    assert not actual[3].any()
     assert torch.equal(gradient(0.0, first, second), first)
 
 
-def test_copies_that_nobody_uses():
+def test_an_unused_copy_adds_no_gradient():
     images = draw(0).requires_grad_(True)
-    judged, _ = balance_gradients(images, 0.5)
-    judged.sum().backward()
+    first_view, _ = balance_gradients(images, 0.5)
+    first_view.sum().backward()
     assert torch.equal(images.grad, torch.ones(SHAPE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_does_not_leave_its_range(dtype):
+def test_low_precision_neither_overflows_nor_underflows(dtype):
     first, second = draw(1) * 3e3, draw(2) * 1e-4
-    found = gradient(0.25, first, second, dtype=dtype)
-    assert found.dtype == dtype
+    actual = gradient(0.25, first, second, dtype=dtype)
+    assert actual.dtype == dtype
     expected = gradient(0.25, first.to(dtype).float(), second.to(dtype).float())
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=20.0)
+    torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=20.0)
 
 
 def test_channels_last():
     first, second = draw(1), draw(2)
     expected = gradient(0.25, first, second)
-    last = torch.channels_last
-    images = torch.zeros(SHAPE).to(memory_format=last)
-    found = gradient(0.25, first.to(memory_format=last), second.to(memory_format=last), images=images)
-    torch.testing.assert_close(found, expected)
+    images, first, second = (x.to(memory_format=torch.channels_last) for x in (torch.zeros(SHAPE), first, second))
+    torch.testing.assert_close(gradient(0.25, first, second, images=images), expected)
 
 
-def test_not_a_number_is_not_hidden():
-    """A step that is not finite must be noticed."""
+def test_nan_propagates():
+    """A non-finite step must be detected."""
     first, second = draw(1), draw(2)
     second[1, 0, 0, 0] = math.nan
     assert gradient(0.25, first, second)[1].isnan().all()
 
 
 @pytest.mark.parametrize(("ratio", "message"), [(-0.1, "0 or more"), (math.nan, "finite"), ("1", "finite")])
-def test_errors(ratio, message):
+def test_invalid_ratios_raise(ratio, message):
     with pytest.raises(ValueError, match=f"balance_gradients: ratio must be .*{message}"):
         balance_gradients(draw(0), ratio)
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_raise():
     images = draw(0).requires_grad_(True)
-    judged, read = balance_gradients(images, 0.25)
-    (found,) = torch.autograd.grad((judged**2).sum() + (read**3).sum(), images, create_graph=True)
+    first_view, second_view = balance_gradients(images, 0.25)
+    (first_derivative,) = torch.autograd.grad((first_view**2).sum() + (second_view**3).sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        found.sum().backward()
+        first_derivative.sum().backward()

@@ -1,4 +1,4 @@
-"""The captioner against an LSTM that is stepped by hand, and its search against one written out."""
+"""The captioner against an LSTM cell stepped in a loop, and its beam search against one written as loops."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PAD, END = 0, 1
 
 
 class Means(nn.Module):
-    """A foreign image encoder."""
+    """A third-party image encoder."""
 
     image_dim = 3
 
@@ -24,7 +24,7 @@ class Means(nn.Module):
 
 def make(image_encoder=None, sharpness=1.0):
     captioner = Captioner(image_encoder or Means(), V, embedding_dim=EMBEDDING, hidden_dim=HIDDEN)
-    # Untrained logits are nearly even; sharper ones make a search choose.
+    # Untrained logits are nearly uniform; scaling them makes the beams differ.
     captioner.output.weight.data.mul_(sharpness)
     nn.init.normal_(captioner.embedding.weight, std=sharpness**0.5)
     return captioner
@@ -46,7 +46,7 @@ def cell_of(lstm):
 
 
 def log_probabilities(captioner, image, words):
-    """Of the next word, given one image (1, 3, H, W) and the words before it."""
+    """Log probabilities of the next word, given one image (1, 3, H, W) and the words before it."""
     cell = cell_of(captioner.lstm)
     h, c = cell(captioner.first_input(image))
     for word in words:
@@ -55,19 +55,19 @@ def log_probabilities(captioner, image, words):
 
 
 def search_by_loops(captioner, image, beam_width, max_words, end_token):
-    """All continuations of all beams, the best of them kept; in the end, the best mean log probability per word."""
+    """Keep the best of all continuations of all beams; finally choose by mean log probability per word."""
     beams = [((), 0.0)]
     for _ in range(max_words):
-        longer = []
+        extended = []
         for words, score in beams:
             if words and words[-1] == end_token:
-                longer.append((words, score))
+                extended.append((words, score))
                 continue
             for word, log_p in enumerate(log_probabilities(captioner, image, words)):
                 if word == PAD and end_token is not None:
                     continue
-                longer.append(((*words, word), score + log_p))
-        beams = sorted(longer, key=lambda beam: -beam[1])[:beam_width]
+                extended.append(((*words, word), score + log_p))
+        beams = sorted(extended, key=lambda beam: -beam[1])[:beam_width]
     words, _ = max(beams, key=lambda beam: beam[1] / max(1, sum(word != PAD for word in beam[0])))
     return list(words) + [PAD] * (max_words - len(words))
 
@@ -83,7 +83,7 @@ def test_step_t_predicts_word_t_from_the_image_and_the_words_before_it():
             assert_close(torch.log_softmax(logits[b, t], dim=0), torch.tensor(expected))
 
 
-def test_no_step_sees_its_own_word_or_a_later_one():
+def test_no_step_depends_on_its_own_word_or_a_later_one():
     captioner, (images, tokens) = make().eval(), draw()
     logits = captioner(images, tokens)
     for t in range(L):
@@ -93,7 +93,7 @@ def test_no_step_sees_its_own_word_or_a_later_one():
     assert not torch.equal(captioner(images, changed.fill_(2))[:, 1:], logits[:, 1:])
 
 
-def test_every_step_sees_the_image():
+def test_every_step_depends_on_the_image():
     captioner, (images, tokens) = make().eval(), draw()
     images.requires_grad_()
     for t in range(L):
@@ -130,8 +130,8 @@ def test_a_batch_of_one_trains(mask):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def make_chooser(seed=4):
-    """A captioner that ends some captions early, and images on which it does."""
+def make_early_ending(seed=4):
+    """A captioner that ends some captions early, and images for which it does."""
     torch.manual_seed(seed)
     captioner, images = make(sharpness=5.0).eval(), 2 * torch.randn(13, 3, 1, 1).expand(13, 3, 8, 9)
     captioner.output.bias[END] += 1.0
@@ -143,7 +143,7 @@ def make_chooser(seed=4):
 @pytest.mark.parametrize("beam_width", [1, 2, 5])
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_describe_matches_a_search_by_loops(seed, beam_width, end_token):
-    captioner, images = make_chooser(seed)
+    captioner, images = make_early_ending(seed)
     images = images[:B]
     described = captioner.describe(images, beam_width=beam_width, max_words=6, end_token=end_token).tolist()
     for b in range(B):
@@ -152,8 +152,8 @@ def test_describe_matches_a_search_by_loops(seed, beam_width, end_token):
 
 
 @torch.no_grad()
-def test_described_captions_differ_in_length_and_padding_follows_the_end_alone():
-    captioner, images = make_chooser()
+def test_described_captions_differ_in_length_and_padding_only_follows_the_end():
+    captioner, images = make_early_ending()
     captions = captioner.describe(images, beam_width=2, max_words=6).tolist()
     lengths = [caption.index(END) if END in caption else 6 for caption in captions]
     assert len(set(lengths)) > 1
@@ -163,13 +163,13 @@ def test_described_captions_differ_in_length_and_padding_follows_the_end_alone()
 
 
 def always(*words):
-    """A captioner that says these words whatever it sees, and then the last one on and on."""
+    """A captioner that outputs these words for every image and then repeats the last one."""
     captioner = Captioner(Means(), V, embedding_dim=EMBEDDING, hidden_dim=len(words))
     with torch.no_grad():
         for parameter in captioner.parameters():
             parameter.zero_()
         size = len(words)
-        # The open input gate and forget gate let unit k switch on one step after unit k - 1, and stay.
+        # With open input and forget gates, unit k switches on one step after unit k - 1 and stays on.
         captioner.lstm.bias_ih_l0[: 2 * size] = 9.0
         captioner.lstm.bias_ih_l0[3 * size :] = 9.0
         captioner.lstm.bias_ih_l0[2 * size] = 9.0
@@ -185,8 +185,8 @@ def test_nothing_follows_the_end(beam_width):
     captioner, (images, _) = always(3, 4, END), draw()
     assert captioner.describe(images, beam_width=beam_width, max_words=5).tolist() == [[3, 4, END, PAD, PAD]] * B
     assert captioner.describe(images, beam_width=beam_width, max_words=2).tolist() == [[3, 4]] * B
-    unending = captioner.describe(images, beam_width=beam_width, max_words=5, end_token=None)
-    assert unending.tolist() == [[3, 4, END, END, END]] * B
+    without_end = captioner.describe(images, beam_width=beam_width, max_words=5, end_token=None)
+    assert without_end.tolist() == [[3, 4, END, END, END]] * B
 
 
 @torch.no_grad()
@@ -197,17 +197,17 @@ def test_a_description_alone_equals_the_same_description_in_a_batch():
     assert alone.tolist() == together.tolist()
 
 
-def test_a_beam_may_be_wider_than_the_vocabulary():
+def test_beam_width_may_exceed_the_vocabulary():
     captioner, (images, _) = make(), draw()
     assert captioner.describe(images, beam_width=2 * V, max_words=2).shape == (B, 2)
 
 
-def test_describing_leaves_no_graph():
+def test_describe_builds_no_graph():
     assert not make().describe(draw()[0]).requires_grad
 
 
 @pytest.mark.parametrize("real_words", [(7, 7), (4, 1)])
-def test_append_end_puts_it_after_the_last_real_word(real_words):
+def test_append_end_appends_to_the_last_real_word(real_words):
     mask = mask_of(*real_words)
     tokens = torch.randint(3, V, (2, L)) * mask
     longer, longer_mask = append_end(tokens, mask)
@@ -217,7 +217,7 @@ def test_append_end_puts_it_after_the_last_real_word(real_words):
         assert longer_mask[b].tolist() == [True] * (length + 1) + [False] * (L - length)
 
 
-def test_append_end_without_a_mask_takes_another_id():
+def test_append_end_without_a_mask_and_with_another_id():
     longer, mask = append_end(torch.tensor([[3, 4]]), end_token=9)
     assert longer.tolist() == [[3, 4, 9]]
     assert mask.all()
@@ -240,7 +240,7 @@ def test_append_end_without_a_mask_takes_another_id():
         (r"captions of length 0", torch.zeros(B, 3, 8, 9), torch.zeros(B, 0), None),
     ],
 )
-def test_says_what_is_wrong(message, images, tokens, mask):
+def test_invalid_inputs_raise(message, images, tokens, mask):
     with pytest.raises(ValueError, match="Captioner: " + message):
         make()(images, tokens.long(), mask)
 
@@ -249,7 +249,7 @@ def test_says_what_is_wrong(message, images, tokens, mask):
     ("message", "call"),
     [
         (
-            r"Captioner: the image_encoder Identity must state .* as an int `image_dim`",
+            r"Captioner: the image_encoder Identity must declare .* as an int `image_dim`",
             lambda: Captioner(nn.Identity(), V),
         ),
         (r"Captioner: vocabulary_size must be a whole number", lambda: Captioner(Means(), 0)),
@@ -262,6 +262,6 @@ def test_says_what_is_wrong(message, images, tokens, mask):
         ),
     ],
 )
-def test_errors_say_what_is_wrong(message, call):
+def test_invalid_arguments_raise(message, call):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The redescription loss: the sum over words, and a captioner that nothing and nobody moves."""
+"""The redescription loss: the sum over words, and a captioner that stays frozen whatever is done to its owner."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def make_captioner():
 
 
 class Tinted(nn.Module):
-    """A foreign captioner without recurrence: each word has a color, and each step sees the image's."""
+    """A third-party captioner without recurrence: it predicts every word from the colors of the image."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def test_matches_the_loops(real_words, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["word", "sentence"])
-def test_no_mask_means_that_all_words_are_real(reduction):
+def test_without_a_mask_all_words_are_real(reduction):
     logits, tokens = torch.randn(B, L, V), torch.randint(V, (B, L))
     expected = redescription_loss(logits, tokens, mask_of(5, 5, 5), reduction=reduction)
     assert_close(redescription_loss(logits, tokens, reduction=reduction), expected)
@@ -89,7 +89,7 @@ def test_padding_has_no_influence(reduction, garbage):
     assert (padded_logits.grad[~padded_mask] == 0).all()
 
 
-def test_a_sentence_alone_has_its_share_of_the_batch():
+def test_the_batch_loss_is_the_mean_over_sentences():
     logits, tokens, mask = torch.randn(B, L, V), torch.randint(V, (B, L)), mask_of(5, 2, 1)
     alone = [
         redescription_loss(logits[b : b + 1], tokens[b : b + 1], mask[b : b + 1], reduction="sentence")
@@ -106,7 +106,7 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert_close(loss, redescription_loss(logits.float(), tokens, mask_of(5, 2, 1)))
 
 
-def test_int32_tokens_count_the_same():
+def test_int32_tokens_give_the_same_loss():
     logits, tokens = torch.randn(B, L, V), torch.randint(V, (B, L))
     assert_close(redescription_loss(logits, tokens.int()), redescription_loss(logits, tokens))
 
@@ -138,20 +138,20 @@ def test_module_equals_function(mask, reduction):
     assert_close(loss(images, tokens, mask), redescription_loss(logits, tokens, mask, reduction=reduction))
 
 
-# What may be done to the loss, to a model that contains it, or to a model that also owns the captioner.
+# Actions on the loss, on a model that contains it, and on a model that also owns the captioner.
 
 
 class Model(nn.Module):
-    """A model that owns a painter, the captioner and the loss that froze it; the captioner comes last."""
+    """A model with a generator, the loss, and the captioner that the loss has frozen, registered last."""
 
     def __init__(self, captioner):
         super().__init__()
-        self.painter = nn.Conv2d(3, 3, 1)
+        self.generator = nn.Conv2d(3, 3, 1)
         self.loss = RedescriptionLoss(captioner)
         self.captioner = captioner
 
 
-def leave(model):
+def do_nothing(model):
     pass
 
 
@@ -163,7 +163,7 @@ def evaluate_the_loss(model):
     model.loss.eval()
 
 
-def ask_gradients_of_the_loss(model):
+def require_gradients_of_the_loss(model):
     model.loss.requires_grad_(True)
 
 
@@ -175,7 +175,7 @@ def evaluate_the_model(model):
     model.eval()
 
 
-def ask_gradients_of_the_model(model):
+def require_gradients_of_the_model(model):
     model.requires_grad_(True)
 
 
@@ -188,13 +188,13 @@ def train_the_captioner(model):
 
 
 ACTIONS = [
-    leave,
+    do_nothing,
     train_the_loss,
     evaluate_the_loss,
-    ask_gradients_of_the_loss,
+    require_gradients_of_the_loss,
     train_the_model,
     evaluate_the_model,
-    ask_gradients_of_the_model,
+    require_gradients_of_the_model,
     evaluate_and_train_the_model,
     train_the_captioner,
 ]
@@ -214,21 +214,21 @@ def test_the_image_gets_a_gradient_and_the_captioner_none(act, captioner):
 
 
 @pytest.mark.parametrize("act", ACTIONS)
-def test_training_steps_over_everything_never_move_the_captioner(act):
+def test_an_optimizer_over_all_parameters_never_updates_the_captioner(act):
     model, (images, tokens) = Model(make_captioner()), draw()
-    state, painter = copy.deepcopy(model.captioner.state_dict()), copy.deepcopy(model.painter.state_dict())
+    state, generator = copy.deepcopy(model.captioner.state_dict()), copy.deepcopy(model.generator.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
         act(model)
-        loss = model.loss(torch.tanh(model.painter(images)), tokens)
+        loss = model.loss(torch.tanh(model.generator(images)), tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert_close(model.captioner.state_dict(), state, atol=0, rtol=0)
-    assert not torch.equal(model.painter.weight, painter["weight"])
+    assert not torch.equal(model.generator.weight, generator["weight"])
 
 
-def test_a_gradient_left_over_from_the_captioners_own_training_moves_nothing():
+def test_a_gradient_from_the_captioners_own_training_is_discarded():
     captioner, (images, tokens) = make_captioner(), draw()
     captioner(images, tokens).sum().backward()
     loss = RedescriptionLoss(captioner)
@@ -238,7 +238,7 @@ def test_a_gradient_left_over_from_the_captioners_own_training_moves_nothing():
 
 
 @pytest.mark.parametrize("act", ACTIONS)
-def test_the_same_image_has_the_same_loss_each_time(act):
+def test_the_loss_of_an_image_is_deterministic(act):
     model, (images, tokens) = Model(Tinted()), draw()
     first = model.loss(images, tokens)
     act(model)
@@ -257,7 +257,7 @@ def test_recurrent_layers_run_in_training_mode_without_dropout(act):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("act", [leave, evaluate_the_model, train_the_model])
+@pytest.mark.parametrize("act", [do_nothing, evaluate_the_model, train_the_model])
 def test_cudnn_can_run_backward(act):
     model, (images, tokens) = Model(make_captioner()).cuda(), draw()
     images = images.cuda().requires_grad_()
@@ -266,15 +266,15 @@ def test_cudnn_can_run_backward(act):
     assert images.grad.abs().sum() > 0
 
 
-def test_the_loss_has_its_own_mode_and_the_captioner_none_but_its_own():
+def test_the_mode_of_the_loss_does_not_reach_the_captioner():
     loss = RedescriptionLoss(make_captioner())
     assert loss.training
     assert loss.eval() is loss
     assert not loss.training
     assert loss.train() is loss
     assert loss.training
-    awake = [module for module in loss.captioner.modules() if module.training]
-    assert awake == [loss.captioner.lstm]
+    in_training_mode = [module for module in loss.captioner.modules() if module.training]
+    assert in_training_mode == [loss.captioner.lstm]
 
 
 @pytest.mark.parametrize("mask", [None, mask_of(2)])
@@ -286,10 +286,10 @@ def test_a_batch_of_one(mask):
     assert images.grad.abs().sum() > 0
 
 
-def test_an_image_that_shows_the_caption_has_a_lower_loss():
+def test_an_image_that_matches_the_caption_has_a_lower_loss():
     captioner = Tinted()
     nn.init.zeros_(captioner.linear.weight)
-    captioner.linear.weight.data[3, 0] = 5.0  # red says 3
+    captioner.linear.weight.data[3, 0] = 5.0  # red predicts word 3
     loss, tokens = RedescriptionLoss(captioner), torch.full((1, L), 3)
     red, blue = torch.zeros(2, 1, 3, 8, 9)
     red[:, 0] = blue[:, 2] = 1.0
@@ -308,7 +308,7 @@ def test_an_image_that_shows_the_caption_has_a_lower_loss():
         (r"captions of length 0", (B, 0, V), torch.zeros(B, 0), None),
     ],
 )
-def test_the_function_says_what_is_wrong(message, logits, tokens, mask):
+def test_invalid_inputs_of_the_function_raise(message, logits, tokens, mask):
     with pytest.raises(ValueError, match="redescription_loss: " + message):
         redescription_loss(torch.zeros(logits), tokens.long(), mask)
 
@@ -326,7 +326,7 @@ def test_the_function_says_what_is_wrong(message, logits, tokens, mask):
         (r"tokens must be int64 \(B, L\), but they are torch\.float32", torch.zeros(B, 3, 8, 9), torch.zeros(B, L)),
     ],
 )
-def test_the_module_says_what_is_wrong(message, images, tokens):
+def test_invalid_inputs_of_the_module_raise(message, images, tokens):
     with pytest.raises(ValueError, match=message):
         RedescriptionLoss(Tinted())(images, tokens)
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or is not taken; the last few and the best stay; a full disk costs none of them."""
+"""Damaged checkpoints are not loaded, the newest few and the best are kept, and a full disk destroys none."""
 
 import errno
 import hashlib
@@ -23,27 +23,27 @@ def kept(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", "glam", 2)
 
 
-def in_a_child(work):
-    """Run a function in a forked process, and give back what it returns."""
+def run_in_child(function):
+    """The result of a function that runs in a forked process."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    child = context.Process(target=lambda: results.put(work()))
+    child = context.Process(target=lambda: results.put(function()))
     child.start()
     child.join(60)
     assert child.exitcode == 0
     return results.get()
 
 
-def attempt(work):
-    """The error of a function, in words."""
+def catch(function):
+    """Type and message of the OSError of a function; None without an error."""
     try:
-        work()
+        function()
     except OSError as error:
         return type(error).__name__, str(error)
     return None
 
 
-def test_the_name_says_phase_step_and_checksum(kept):
+def test_the_file_name_has_phase_step_and_checksum(kept):
     path = kept.save(250, CONTENT)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     assert path == kept.folder / f"glam-00000250-{digest}.pt"
@@ -51,7 +51,7 @@ def test_the_name_says_phase_step_and_checksum(kept):
     assert checksum(path) == digest
 
 
-def test_content_is_tensors_and_plain_python(kept):
+def test_the_content_loads_with_weights_only(kept):
     content = torch.load(kept.save(3, CONTENT), weights_only=True)
     torch.testing.assert_close(content["weights"], CONTENT["weights"], rtol=0, atol=0)
     torch.testing.assert_close(content["random"], CONTENT["random"], rtol=0, atol=0)
@@ -59,7 +59,7 @@ def test_content_is_tensors_and_plain_python(kept):
     assert load_checkpoint(kept.newest_whole()).keys() == CONTENT.keys()
 
 
-def test_the_newest_and_the_best_stay(kept):
+def test_the_newest_and_the_best_are_kept(kept):
     for step in (9, 10, 11, 100, 101):
         kept.save(step, CONTENT, best_step=10 if step > 9 else None)
     assert list(kept.files()) == [10, 100, 101]
@@ -67,7 +67,7 @@ def test_the_newest_and_the_best_stay(kept):
     assert list(kept.files()) == [101, 102]
 
 
-def test_other_phases_are_left_alone(kept):
+def test_checkpoints_of_other_phases_are_kept(kept):
     other = Checkpoints(kept.folder, "glam-2", 1).save(7, CONTENT)
     for step in (1, 2, 3):
         kept.save(step, CONTENT)
@@ -75,7 +75,7 @@ def test_other_phases_are_left_alone(kept):
     assert list(kept.files()) == [2, 3]
 
 
-def test_nothing_is_there_before_the_first(kept):
+def test_a_new_phase_has_no_checkpoints(kept):
     assert kept.files() == {}
     assert kept.newest_whole() is None
     assert not kept.folder.exists()
@@ -94,7 +94,7 @@ def empty(data):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
-def test_the_one_before_a_damaged_one_is_taken(kept, damage):
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(kept, damage):
     before, newest = kept.save(3, CONTENT), kept.save(4, CONTENT)
     newest.write_bytes(damage(newest.read_bytes()))
     with pytest.warns(UserWarning, match=rf"{newest.name} is damaged: its checksum .* now {newest.stem}\.damaged"):
@@ -104,7 +104,7 @@ def test_the_one_before_a_damaged_one_is_taken(kept, damage):
     assert kept.newest_whole() == before
 
 
-def test_if_all_are_damaged_there_is_none(kept):
+def test_without_an_undamaged_checkpoint_there_is_none(kept):
     for step in (3, 4):
         kept.save(step, CONTENT).write_bytes(b"")
     with pytest.warns(UserWarning, match="is damaged") as warned:
@@ -112,29 +112,29 @@ def test_if_all_are_damaged_there_is_none(kept):
     assert len(warned) == 2
 
 
-def test_what_a_killed_save_left_is_removed(kept):
+def test_temporary_files_of_a_killed_save_are_removed(kept):
     path = kept.save(3, CONTENT)
-    (kept.folder / ".glam-00000004").write_bytes(b"half of it")
+    (kept.folder / ".glam-00000004").write_bytes(b"truncated")
     (kept.folder / ".stem-00000004").write_bytes(b"of another phase")
     assert kept.newest_whole() == path
     assert sorted(os.listdir(kept.folder)) == [".stem-00000004", path.name]
 
 
-def test_a_full_disk_leaves_the_last_good_one(kept):
+def test_a_full_disk_does_not_damage_the_previous_checkpoint(kept):
     path = kept.save(3, CONTENT)
-    whole = path.read_bytes()
+    before = path.read_bytes()
 
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        return attempt(lambda: kept.save(4, {"weights": torch.zeros(99_999)}))
+        return catch(lambda: kept.save(4, {"weights": torch.zeros(99_999)}))
 
-    assert in_a_child(save) == ("OSError", f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}")
+    assert run_in_child(save) == ("OSError", f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}")
     assert os.listdir(kept.folder) == [path.name]
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("place", ["flush_to_disk", "checksum"])
-def test_an_error_at_any_moment_leaves_the_last_good_one(kept, monkeypatch, place):
+def test_an_error_while_saving_removes_the_temporary_file(kept, monkeypatch, place):
     path = kept.save(3, CONTENT)
 
     def fail(_):
@@ -147,8 +147,8 @@ def test_an_error_at_any_moment_leaves_the_last_good_one(kept, monkeypatch, plac
 
 
 @pytest.mark.parametrize("within", [False, True])
-def test_a_worker_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(kept, monkeypatch, within):
-    """Torch says it by a signal: before its own writer, or in the middle of it."""
+def test_a_dead_loader_process_during_a_save_is_not_reported_as_a_full_disk(kept, monkeypatch, within):
+    """Torch raises its error in a signal handler: in `torch.save` itself, or in its writer, which wraps it."""
     path = kept.save(3, CONTENT)
 
     def fail(*_):
@@ -165,8 +165,8 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_ful
     assert os.listdir(kept.folder) == [path.name]
 
 
-def test_a_read_only_folder_is_an_error_in_words():
-    # pytest's folders are for their owner alone.
+def test_a_read_only_folder_raises_a_permission_error():
+    # Other users cannot enter pytest's temporary folders, and the child process becomes another user.
     folder = Path(tempfile.mkdtemp())
     try:
         kept = Checkpoints(folder, "glam", 2)
@@ -176,11 +176,11 @@ def test_a_read_only_folder_is_an_error_in_words():
         def save():
             if os.getuid() == 0:
                 os.setuid(65534)
-            return attempt(lambda: kept.save(4, CONTENT))
+            return catch(lambda: kept.save(4, CONTENT))
 
-        kind, words = in_a_child(save)
-        assert kind == "PermissionError"
-        assert f"{folder}" in words
+        error, message = run_in_child(save)
+        assert error == "PermissionError"
+        assert f"{folder}" in message
         assert os.listdir(folder) == [path.name]
     finally:
         folder.chmod(0o755)

@@ -1,4 +1,4 @@
-"""How a phase ends before its last step: by a signal, by what is not finite, by a worker's death, by a full disk."""
+"""How a phase ends early: signals, non-finite steps, dead loader processes, full disks, errors of torch."""
 
 import dataclasses
 import errno
@@ -30,12 +30,12 @@ OPTIONS = [
 ]
 
 
-def words(folder, *options):
-    return [str(word) for word in ("train", "demo", "--out", folder, *OPTIONS, "--steps", 20, *options)]
+def command_line(folder, *options):
+    return [str(argument) for argument in ("train", "demo", "--out", folder, *OPTIONS, "--steps", 20, *options)]
 
 
-def refusal(err):
-    """What is said besides the progress."""
+def error_lines(err):
+    """The lines of stderr that are not progress."""
     return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
 
 
@@ -43,21 +43,21 @@ def refusal(err):
 def recipe(tiny_recipe):
     phases = {phase: dataclasses.replace(getattr(tiny_recipe, phase), steps=6) for phase in PHASES}
     logging = dataclasses.replace(tiny_recipe.logging, samples_every=0)
-    everything = dataclasses.replace(tiny_recipe.engine, checkpoint_every=1, most_skipped_in_a_row=3)
-    return dataclasses.replace(tiny_recipe, **phases, logging=logging, engine=everything)
+    frequent_checkpoints = dataclasses.replace(tiny_recipe.engine, checkpoint_every=1, max_skipped_steps=3)
+    return dataclasses.replace(tiny_recipe, **phases, logging=logging, engine=frequent_checkpoints)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(words(folder)) == 0
+def uninterrupted_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main(command_line(folder)) == 0
     return RunFolder(folder)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(tmp_path, capsys, whole_run, number, status):
+def test_a_signal_stops_after_the_step_and_the_run_can_be_resumed(tmp_path, capsys, uninterrupted_run, number, status):
     folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "mirror_modules.cli", *words(folder.path)]
+    command = [sys.executable, "-m", "mirror_modules.cli", *command_line(folder.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (folder.log.exists() and folder.log.stat().st_size):
@@ -65,34 +65,34 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(tmp_path, capsys, who
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
     assert process.returncode == status, err
-    (line,) = refusal(err)
+    (line,) = error_lines(err)
     assert f"stopped by {number.name} after step" in line
-    assert "Go on with --resume" in line
+    assert "Continue with --resume" in line
     assert "Traceback" not in err
     (checkpoint,) = folder.checkpoints.iterdir()
     assert str(checkpoint) in line
 
     capsys.readouterr()
-    assert main(words(folder.path)) == 2
-    assert "go on with --resume" in refusal(capsys.readouterr().err)[0]
-    assert main(words(folder.path, "--resume")) == 0
-    assert differing(whole_run, folder) == []
+    assert main(command_line(folder.path)) == 2
+    assert "continue with --resume" in error_lines(capsys.readouterr().err)[0]
+    assert main(command_line(folder.path, "--resume")) == 0
+    assert differing(uninterrupted_run, folder) == []
 
 
 def signals_in_step(monkeypatch, step, *numbers):
-    """Send this process signals in the middle of a step."""
+    """Send signals to this process in the middle of a step."""
     record = engine.PhaseRun.record
 
-    def send(self, outcome):
+    def send(self, result):
         if self.step == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
-        record(self, outcome)
+        record(self, result)
 
     monkeypatch.setattr(engine.PhaseRun, "record", send)
 
 
-def test_the_handlers_of_before_are_put_back(recipe, tmp_path, monkeypatch):
+def test_signal_handlers_are_restored(recipe, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signals_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 6 of phase stem") as stopped:
@@ -101,15 +101,15 @@ def test_the_handlers_of_before_are_put_back(recipe, tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_two_signals_at_once_are_one_wish(recipe, tmp_path, monkeypatch):
+def test_two_signals_at_once_count_as_one(recipe, tmp_path, monkeypatch):
     signals_in_step(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped by SIGINT after step 4"):
         train(recipe, tmp_path / "run")
 
 
-def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch):
+def test_a_second_sigint_raises_keyboard_interrupt(recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "SECONDS_BETWEEN_WISHES", -1.0)
+        patch.setattr(engine, "SECONDS_BETWEEN_SIGNALS", -1.0)
         signals_in_step(patch, 3, signal.SIGINT, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "run")
@@ -130,14 +130,14 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(engine, "to_device", poisoned)
 
 
-def moved(before, after, prefix=""):
+def changed(before, after, prefix=""):
     """Names of the tensors that differ."""
     if isinstance(before, torch.Tensor):
         return [] if torch.equal(before, after) else [prefix]
     if isinstance(before, dict):
-        return [name for key in before for name in moved(before[key], after[key], f"{prefix}.{key}")]
+        return [name for key in before for name in changed(before[key], after[key], f"{prefix}.{key}")]
     if isinstance(before, list):
-        return [name for i, pair in enumerate(zip(before, after)) for name in moved(*pair, f"{prefix}.{i}")]
+        return [name for i, pair in enumerate(zip(before, after)) for name in changed(*pair, f"{prefix}.{i}")]
     return []
 
 
@@ -146,7 +146,7 @@ def state_after(folder, phase, step):
 
 
 @pytest.mark.parametrize("phase", ["stem", "glam"])
-def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(recipe, tmp_path, monkeypatch, phase):
+def test_a_non_finite_step_changes_nothing_and_is_counted(recipe, tmp_path, monkeypatch, phase):
     if phase == "glam":
         train(recipe, tmp_path / "run", phases=["stem", "stream"])
     poison(monkeypatch, {5})
@@ -155,68 +155,68 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(recipe, tmp_path
     lines = [line for line in figures(folder) if line["phase"] == phase]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 1]
     four, five, six = (state_after(folder, phase, step) for step in (4, 5, 6))
-    # Its random draws are done, whatever came of them.
-    assert [name for name in moved(four, five) if "random" not in name] == []
-    assert moved(five, six)
+    # The random draws of a skipped step are not undone.
+    assert [name for name in changed(four, five) if "random" not in name] == []
+    assert changed(five, six)
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_too_many_in_a_row_stop_the_run(recipe, tmp_path, monkeypatch, every):
+def test_too_many_consecutive_non_finite_steps_stop_the_run(recipe, tmp_path, monkeypatch, every):
     poison(monkeypatch, {2, 4, 5, 6})
     recipe = dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, every=every))
     with pytest.raises(
         TrainingError,
-        match=r"phase stem: step 6 was number 3 in a row with a value that is not finite \(caption_by_sentence, .*"
+        match=r"phase stem: 3 consecutive steps up to step 6 had a non-finite value \(caption_by_sentence, .*"
         r"gradient_norm\); .*newest checkpoint is .*stem-00000005-",
     ):
         train(recipe, tmp_path / "run", phases=["stem"])
 
 
-def test_skipped_steps_in_a_row_are_remembered_by_a_resumed_run(recipe, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_the_count_of_consecutive_non_finite_steps(recipe, tmp_path, monkeypatch):
     poison(monkeypatch, {3, 4, 5})
     signals_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(Interrupted):
         train(recipe, tmp_path / "run", phases=["stem"])
-    with pytest.raises(TrainingError, match="step 5 was number 3 in a row"):
+    with pytest.raises(TrainingError, match="3 consecutive steps up to step 5 had a non-finite value"):
         train(recipe, tmp_path / "run", phases=["stem"], resume=True)
 
 
-def test_a_worker_that_dies_is_an_error_in_words(recipe, tmp_path, monkeypatch):
-    take, parent = RepeatableBatches.__getitem__, os.getpid()
+def test_a_dead_loader_process_is_explained(recipe, tmp_path, monkeypatch):
+    get_batch, parent = RepeatableBatches.__getitem__, os.getpid()
 
     def die(self, number):
         if number == 3 and os.getpid() != parent:
             os._exit(1)
-        return take(self, number)
+        return get_batch(self, number)
 
     monkeypatch.setattr(RepeatableBatches, "__getitem__", die)
-    working = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, loader_workers=1))
-    with pytest.raises(TrainingError, match="a process that prepares batches has died"):
-        train(working, tmp_path / "run", phases=["stem"])
+    with_worker = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, loader_workers=1))
+    with pytest.raises(TrainingError, match="a loader process died"):
+        train(with_worker, tmp_path / "run", phases=["stem"])
     monkeypatch.undo()
     folder = train(recipe, tmp_path / "run", phases=["stem"], resume=True)
     assert differing(train(recipe, tmp_path / "other", phases=["stem"]), folder) == []
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "log"])
-def test_a_full_disk_stops_the_run_in_words(recipe, tmp_path, monkeypatch, place):
+def test_a_full_disk_is_explained_and_the_run_can_be_resumed(recipe, tmp_path, monkeypatch, place):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         record = engine.PhaseRun.record
 
-        def fill(self, outcome):
+        def fill_disk(self, result):
             if self.step == 3:
                 if place == "checkpoint":
                     patch.setattr("mirror_modules.training.checkpoints.checksum", fail)
                 else:
-                    # Closing it fails as well: what could not be written is still to be written.
+                    # Closing the file fails as well, because it flushes the buffer.
                     self.log.file.close()
                     self.log.file = open("/dev/full", "a")  # noqa: SIM115
-            record(self, outcome)
+            record(self, result)
 
-        patch.setattr(engine.PhaseRun, "record", fill)
+        patch.setattr(engine.PhaseRun, "record", fill_disk)
         with pytest.raises(
             TrainingError, match=r"phase stem: after step 4 .*No space left.*newest checkpoint is .*stem-00000003-"
         ):
@@ -225,8 +225,8 @@ def test_a_full_disk_stops_the_run_in_words(recipe, tmp_path, monkeypatch, place
     assert differing(train(recipe, tmp_path / "other", phases=["stem"]), folder) == []
 
 
-def test_an_unknown_field_of_a_config_file_is_refused(tmp_path, capsys):
-    file = tmp_path / "mine.json"
+def test_an_unknown_field_of_a_config_file_is_rejected(tmp_path, capsys):
+    file = tmp_path / "config.json"
     file.write_text(json.dumps({"engine": {"chekpoint_every": 3}}))
     assert main(["train", "demo", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -234,11 +234,11 @@ def test_an_unknown_field_of_a_config_file_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_at_work(tmp_path):
-    """As batch systems and terminals send it: to the workers that prepare batches too."""
+def test_loader_processes_survive_a_signal_to_the_whole_process_group(tmp_path):
+    """Batch systems and terminals send signals to all processes of a run."""
     folder = RunFolder(tmp_path / "run")
     options = ["--engine.loader-workers", "1", "--steps", "3000", "--engine.checkpoint-every", "1000"]
-    command = [sys.executable, "-m", "mirror_modules.cli", *words(folder.path, *options)]
+    command = [sys.executable, "-m", "mirror_modules.cli", *command_line(folder.path, *options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -251,8 +251,8 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_at_work(tmp_path)
     assert len(list(folder.checkpoints.iterdir())) == 1
 
 
-@pytest.mark.parametrize("phases", [["stem"], ["stem", "judge"]])
-def test_a_signal_between_phases_is_not_forgotten(recipe, tmp_path, monkeypatch, phases):
+@pytest.mark.parametrize("phases", [["stem"], ["stem", "evaluator"]])
+def test_a_signal_between_phases_stops_the_run(recipe, tmp_path, monkeypatch, phases):
     save = loop.save_weights
 
     def send(*arguments):
@@ -260,13 +260,13 @@ def test_a_signal_between_phases_is_not_forgotten(recipe, tmp_path, monkeypatch,
         save(*arguments)
 
     monkeypatch.setattr(loop, "save_weights", send)
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM; finished phases are in .*run\. Go on with --resume"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM; finished phases are in .*run\. Continue with --resume"):
         train(recipe, tmp_path / "run", phases=phases)
     assert RunFolder(tmp_path / "run").weights("stem").exists()
-    assert not RunFolder(tmp_path / "run").weights("judge").exists()
+    assert not RunFolder(tmp_path / "run").weights("evaluator").exists()
 
 
-def test_a_folder_is_trained_in_by_one_at_a_time(recipe, tmp_path):
+def test_a_folder_that_another_process_trains_in_is_rejected(recipe, tmp_path):
     folder = RunFolder(tmp_path / "run")
     with (
         folder.locked(),
@@ -277,22 +277,18 @@ def test_a_folder_is_trained_in_by_one_at_a_time(recipe, tmp_path):
     train(recipe, folder.path, phases=["stem"])
 
 
-def foreign(content, **changes):
-    return {**content, **changes}
-
-
 @pytest.mark.parametrize(
-    ("make", "why"),
+    ("replace", "reason"),
     [
         (lambda content: {"x": 1}, "'random'"),
         (lambda content: [1, 2], "list indices"),
-        (lambda content: foreign(content, phase="judge"), "it is one of phase 'judge' after step 4"),
-        (lambda content: foreign(content, log={**content["log"], "step": 3}), "after step 3"),
-        (lambda content: foreign(content, recipe={**content["recipe"], "seed": 7}), "seed is 7 there and 0 now"),
-        (lambda content: foreign(content, recipe={"name": "x", "foo": 1}), "unknown field 'foo'"),
+        (lambda content: {**content, "phase": "evaluator"}, "it belongs to phase 'evaluator' after step 4"),
+        (lambda content: {**content, "log": {**content["log"], "step": 3}}, "after step 3"),
+        (lambda content: {**content, "recipe": {**content["recipe"], "seed": 7}}, "seed is 7 there and 0 now"),
+        (lambda content: {**content, "recipe": {"name": "x", "foo": 1}}, "unknown field 'foo'"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_named(recipe, tmp_path, monkeypatch, make, why):
+def test_a_checkpoint_of_another_run_is_rejected(recipe, tmp_path, monkeypatch, replace, reason):
     with monkeypatch.context() as patch:
         signals_in_step(patch, 3, signal.SIGTERM)
         with pytest.raises(Interrupted):
@@ -300,43 +296,43 @@ def test_a_checkpoint_of_something_else_is_named(recipe, tmp_path, monkeypatch, 
     kept = engine.Checkpoints(tmp_path / "run" / "checkpoints", "stem", 9)
     content = load_checkpoint(kept.files()[4])
     kept.files()[4].unlink()
-    path = kept.save(4, make(content))
+    path = kept.save(4, replace(content))
     with pytest.raises(
-        TrainingError, match=rf"{path.name} is no checkpoint of phase 'stem' of this run \(.*{why}.*remove"
+        TrainingError, match=rf"{path.name} is no checkpoint of phase 'stem' of this run \(.*{reason}.*remove"
     ):
         train(recipe, tmp_path / "run", phases=["stem"], resume=True)
     path.unlink()
     train(recipe, tmp_path / "run", phases=["stem"], resume=True)
 
 
-def test_too_little_memory_is_said_with_what_to_lower(recipe, tmp_path, monkeypatch):
-    def take_all(*_):
+def test_running_out_of_memory_is_explained(recipe, tmp_path, monkeypatch):
+    def allocate_too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(loop, "matching_step", take_all)
-    with pytest.raises(
-        TrainingError, match=r"phase stem: step 1 needs more memory than there is; .*Lower stem\.batch_size"
-    ):
+    monkeypatch.setattr(loop, "matching_step", allocate_too_much)
+    with pytest.raises(TrainingError, match=r"phase stem: step 1 ran out of memory; .*Lower stem\.batch_size"):
         train(recipe, tmp_path / "run", phases=["stem"])
 
 
-def test_a_figure_that_is_not_finite_is_never_the_best(recipe, tmp_path, monkeypatch):
+def test_a_non_finite_metric_is_never_the_best(recipe, tmp_path, monkeypatch):
     recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, keep_best="r_precision"))
-    validated, figures_of = engine.PhaseRun.validated, {1: float("nan"), 2: 0.3, 3: float("inf"), 4: 0.2}
+    validated, values = engine.PhaseRun.validated, {1: float("nan"), 2: 0.3, 3: float("inf"), 4: 0.2}
     monkeypatch.setattr(
-        engine.PhaseRun, "validated", lambda self, _: validated(self, {"r_precision": figures_of.get(self.step, 0.1)})
+        engine.PhaseRun,
+        "validated",
+        lambda self, _: validated(self, {"r_precision": values.get(self.step, 0.1)}),
     )
     folder = train(recipe, tmp_path / "run", phases=["stem"])
     assert 2 in engine.Checkpoints(folder.checkpoints, "stem", 9).files()
-    values = [line["validation_r_precision"] for line in figures(folder) if "validation_r_precision" in line]
-    assert values == [None, 0.3, None, 0.2, 0.1, 0.1]
+    logged = [line["validation_r_precision"] for line in figures(folder) if "validation_r_precision" in line]
+    assert logged == [None, 0.3, None, 0.2, 0.1, 0.1]
 
 
-def test_a_run_of_skipped_steps_alone_is_no_success(recipe, tmp_path, monkeypatch):
+def test_a_short_run_of_only_non_finite_steps_fails(recipe, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(1, 7)))
-    patient = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, most_skipped_in_a_row=20))
-    with pytest.raises(TrainingError, match="step 6 was number 6 in a row"):
-        train(patient, tmp_path / "run", phases=["stem"])
+    recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, max_skipped_steps=20))
+    with pytest.raises(TrainingError, match="6 consecutive steps up to step 6 had a non-finite value"):
+        train(recipe, tmp_path / "run", phases=["stem"])
 
 
 @pytest.mark.parametrize(
@@ -352,14 +348,14 @@ def test_a_run_of_skipped_steps_alone_is_no_success(recipe, tmp_path, monkeypatc
         ),
     ],
 )
-def test_batches_that_cannot_be_divided(recipe, tmp_path, fields, message):
+def test_batches_that_cannot_be_divided_are_rejected(recipe, tmp_path, fields, message):
     recipe = dataclasses.replace(recipe, stream=dataclasses.replace(recipe.stream, **fields))
     with pytest.raises(ValueError, match=message):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_of_more_images_than_there_are_is_said(recipe, tmp_path, capsys):
+def test_a_batch_larger_than_the_data_set_is_reduced_with_a_message(recipe, tmp_path, capsys):
     recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, batch_size=64))
     train(recipe, tmp_path / "run", phases=["stem"])
-    assert "stem: batches of 41: there are no more training images" in capsys.readouterr().err
+    assert "stem: batch size reduced to 41: there are no more training images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Features of frozen encoders that are kept are those that would be computed, and none are kept that do not fit."""
+"""Cached features of frozen encoders equal those computed per batch; caches above the limit are not built."""
 
 import dataclasses
 import json
@@ -25,47 +25,46 @@ def batches(captions):
     return [to_device(source[number], CPU) for number in range(9)]
 
 
-def test_kept_texts_are_those_of_each_batch(captions):
+def test_cached_text_features_match_those_of_each_batch(captions):
     encoder = TextEncoder(len(captions.vocabulary), embedding_dim=5, feature_dim=6).eval()
-    kept, anew = cached_text(encoder, captions, CPU), frozen_text(encoder)
+    cached, uncached = cached_text(encoder, captions, CPU), frozen_text(encoder)
     for batch in batches(captions):
-        expected, text = anew(batch), kept(batch)
+        expected, text = uncached(batch), cached(batch)
         torch.testing.assert_close(text.words, expected.words, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(text.sentence, expected.sentence, rtol=1e-5, atol=1e-6)
         assert not text.words.requires_grad
 
 
-def test_kept_images_are_those_of_each_batch(captions):
+def test_cached_image_features_match_those_of_each_batch(captions):
     encoder = ImageEncoder("conv", 6).eval()
-    kept = cached_images(encoder, captions, CPU)
-    assert kept.shape == (61, 6)
+    cached = cached_images(encoder, captions, CPU)
+    assert cached.shape == (61, 6)
     captioner = Captioner(encoder, len(captions.vocabulary), embedding_dim=5, hidden_dim=7).eval()
     for batch in batches(captions):
         expected = captioner(batch.images, batch.tokens)
-        logits = captioner.decode(captioner.project(kept[batch.image_rows]), batch.tokens)
+        logits = captioner.decode(captioner.project(cached[batch.image_rows]), batch.tokens)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(0, False), (4, True), (3.99, False)])
-def test_a_cache_says_what_it_takes(limit, fits):
+def test_a_cache_fits_up_to_its_limit(limit, fits):
     assert Cache.plan(1024, 1024, limit) == (fits, 4.0)
 
 
 @pytest.mark.parametrize("mib", [0, 1024])
-def test_a_run_says_what_it_keeps(tiny_recipe, tiny_run, tmp_path, capsys, mib):
+def test_a_run_logs_its_caches_and_does_not_depend_on_them(tiny_recipe, tiny_run, tmp_path, capsys, mib):
     engine = dataclasses.replace(tiny_recipe.engine, cached_features_mib=mib)
     folder = train(dataclasses.replace(tiny_recipe, engine=engine), tmp_path / "run", phases=["stem", "stream", "glam"])
-    said = capsys.readouterr().err
-    assert (
-        ("41 image features kept, 0.0 MiB" in said) == ("features of 205 captions kept, 0.1 MiB" in said) == (mib > 0)
-    )
+    printed = capsys.readouterr().err
+    assert ("cached the features of 41 images, 0.0 MiB" in printed) == (mib > 0)
+    assert ("cached the features of 205 captions, 0.1 MiB" in printed) == (mib > 0)
     for line, expected in zip(*(map(json.loads, run.log.read_text().splitlines()) for run in (folder, tiny_run))):
         for name, value in line.items():
             if name not in ("phase", "seconds", "waited"):
                 assert value == pytest.approx(expected[name], rel=1e-2, abs=1e-3), (line["phase"], line["step"], name)
 
 
-def test_crops_are_other_images(tiny_recipe, tmp_path, capsys):
+def test_image_features_are_not_cached_with_random_crops(tiny_recipe, tmp_path, capsys):
     data = dataclasses.replace(tiny_recipe.data, augment=True)
     train(dataclasses.replace(tiny_recipe, data=data), tmp_path / "run", phases=["stem", "stream"])
-    assert "image features kept" not in capsys.readouterr().err
+    assert "cached the features of 41 images" not in capsys.readouterr().err

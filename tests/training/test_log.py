@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: which steps have one, and that a run which was killed leaves none behind."""
+"""Progress of a phase: lines of metrics.jsonl, also after a killed run, printed summaries, and TensorBoard."""
 
 import json
 
@@ -21,7 +21,7 @@ def write(path, *entries):
 @pytest.mark.parametrize(
     ("steps", "every", "logged"), [(7, 3, [1, 3, 6, 7]), (6, 3, [1, 3, 6]), (2, 5, [1, 2]), (1, 1, [1])]
 )
-def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path, steps, every, logged):
+def test_the_first_the_last_and_every_nth_step_are_logged(tmp_path, steps, every, logged):
     with PhaseLog("glam", steps, tmp_path / "log", LoggingRecipe(every=every)) as log:
         for i in range(steps):
             log.record(5, {"loss": torch.tensor(i / 3)})
@@ -32,25 +32,25 @@ def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path, steps, ever
     assert all(entry["phase"] == "glam" and entry["seconds"] >= 0 for entry in lines)
 
 
-def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path):
+def test_a_line_is_written_as_soon_as_its_step_is_done(tmp_path):
     with PhaseLog("glam", 3, tmp_path / "log", LoggingRecipe(every=1)) as log:
         log.record(5, {"loss": torch.zeros(())})
         assert [entry["step"] for entry in read_log(tmp_path / "log")] == [1]
 
 
-def test_a_phase_that_starts_anew_replaces_its_lines_alone(tmp_path):
+def test_a_restarted_phase_replaces_only_its_own_lines(tmp_path):
     path = tmp_path / "log"
-    write(path, line("stem"), line("glam", 1), line("judge"), line("glam", 2))
+    write(path, line("stem"), line("glam", 1), line("evaluator"), line("glam", 2))
     with PhaseLog("glam", 1, path, LoggingRecipe(every=1)) as log:
         log.record(3, {})
     assert [(entry["phase"], entry["step"], entry["images"]) for entry in read_log(path)] == [
         ("stem", 1, 7),
-        ("judge", 1, 7),
+        ("evaluator", 1, 7),
         ("glam", 1, 3),
     ]
 
 
-def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
+def test_a_truncated_last_line_is_skipped(tmp_path):
     path = tmp_path / "log"
     write(path, line("stem", loss=0.1), line("glam"))
     with path.open("a") as file:
@@ -60,21 +60,21 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     assert path.read_text() == json.dumps(line("stem", loss=0.1)) + "\n"
 
 
-def test_a_phase_without_lines_changes_nothing(tmp_path):
+def test_truncating_a_phase_without_lines_changes_nothing(tmp_path):
     truncate_phase(tmp_path / "none", "glam", 0)
     assert not (tmp_path / "none").exists()
     path = tmp_path / "log"
-    write(path, line("stem", loss=1e-6), line("judge", loss=float("inf")))
+    write(path, line("stem", loss=1e-6), line("evaluator", loss=float("inf")))
     before = path.read_bytes()
     truncate_phase(path, "glam", 0)
     assert path.read_bytes() == before
 
 
-WAITED_WORDS = '{"phase": "glam", "step": 1, "seconds": 1, "images": 1, "waited": "long"}'
+WAITED_AS_TEXT = '{"phase": "glam", "step": 1, "seconds": 1, "images": 1, "waited": "long"}'
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "3", "{}", "", '{"phase": "glam", "step": 1}', WAITED_WORDS])
-def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["{", "[]", "3", "{}", "", '{"phase": "glam", "step": 1}', WAITED_AS_TEXT])
+def test_a_damaged_line_is_reported_by_number_and_the_file_is_unchanged(tmp_path, damage):
     path = tmp_path / "log"
     text = f"{json.dumps(line('stem'))}\n{damage}\n{json.dumps(line('glam'))}\n"
     path.write_text(text)
@@ -83,7 +83,7 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, damage):
     assert path.read_text() == text
 
 
-def test_a_resumed_phase_keeps_the_lines_up_to_its_step_and_counts_on(tmp_path):
+def test_a_resumed_phase_keeps_the_lines_up_to_its_step_and_continues_the_counters(tmp_path):
     path = tmp_path / "log"
     write(path, line("stem", 9), line("glam", 1), line("glam", 2), line("glam", 3))
     done = {"step": 2, "images": 14, "seconds": 100.0, "waited": 1.0}
@@ -102,16 +102,16 @@ def test_a_resumed_phase_keeps_the_lines_up_to_its_step_and_counts_on(tmp_path):
     assert (state["step"], state["images"], state["waited"]) == (3, 21, 1.0)
 
 
-def test_a_rank_that_does_not_write_leaves_the_file_alone(tmp_path, capsys):
+def test_ranks_other_than_0_write_and_print_nothing(tmp_path, capsys):
     with PhaseLog("glam", 1, tmp_path / "log", LoggingRecipe(every=1), writes=False) as log:
         log.record(7, {"loss": torch.zeros(())})
-        log.say("nothing")
+        log.info("nothing")
         log.write({"loss": 1.0})
     assert not (tmp_path / "log").exists()
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys):
+def test_without_a_terminal_summaries_are_printed(tmp_path, capsys):
     recipe = LoggingRecipe(every=1, summary_minutes=1e-9)
     with PhaseLog("glam", 3, tmp_path / "log", recipe) as log:
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys):
     assert "accuracy" not in lines[1]
 
 
-def test_tensorboard_holds_the_same_figures_and_pictures(tmp_path):
+def test_tensorboard_gets_the_logged_values_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Phases `stem` and `stream`: what learns, what stands still, and that learning lowers the loss."""
+"""Steps of phases `stem` and `stream`: which weights change, and that the losses decrease."""
 
 import copy
 import dataclasses
@@ -8,12 +8,13 @@ import torch
 
 from mirror_modules import MirrorGAN
 from mirror_modules.data import CaptionBatch
+from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import pretrain
-from mirror_modules.training.pretrain import EncoderPair, Reader, captioning_step, matching_step, start_pretraining
+from mirror_modules.training.distributed import SINGLE_PROCESS
+from mirror_modules.training.network import prepare
+from mirror_modules.training.pretrain import CachedCaptioner, captioning_step, matching_step, start_pretraining
 from mirror_modules.training.recipes import EngineRecipe
-from mirror_modules.training.trainee import enroll
-from mirror_modules.training.world import ALONE
 
 B, L, V = 5, 7, 22
 
@@ -29,8 +30,8 @@ def batch():
 
 
 def fit(step, module, batch, recipe):
-    """The losses of a phase that sees one batch over and over."""
-    state = start_pretraining(module, recipe, EngineRecipe(), ALONE)
+    """The losses of a phase trained on a single batch."""
+    state = start_pretraining(module, recipe, EngineRecipe(), SINGLE_PROCESS)
     return [step(state, batch, recipe).losses for _ in range(recipe.steps)]
 
 
@@ -39,27 +40,28 @@ def make_captioner(recipe):
     return MirrorGAN(recipe.model, Vocabulary([f"word{i}" for i in range(V - 3)])).captioner
 
 
-def with_frozen_eye(captioner):
+def freeze_image_encoder(captioner):
     captioner.image_encoder.requires_grad_(False).eval()
     return captioner
 
 
-def moved(before, module):
+def changed(before, module):
+    """Names of the tensors that differ from an earlier state_dict."""
     return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
 
 
-def test_the_encoders_learn_as_one(tiny_recipe, batch):
+def test_both_encoders_are_trained_together(tiny_recipe, batch):
     pair = EncoderPair(tiny_recipe.model, V)
     before = copy.deepcopy(pair.state_dict())
     losses = fit(matching_step, pair, batch, dataclasses.replace(tiny_recipe.stem, steps=40))
-    assert {name for name, _ in pair.named_parameters()} <= moved(before, pair)
+    assert {name for name, _ in pair.named_parameters()} <= changed(before, pair)
     names = ["caption_by_sentence", "image_by_sentence", "caption_by_words", "image_by_words"]
     assert all(losses[-1][name] < losses[0][name] for name in names)
 
 
-def test_without_weight_words_are_not_matched(tiny_recipe, batch, monkeypatch):
+def test_without_word_weight_the_word_terms_are_not_computed(tiny_recipe, batch, monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("matched")
+        raise AssertionError("the word terms were computed")
 
     monkeypatch.setattr(pretrain, "word_region_similarity", refuse)
     recipe = dataclasses.replace(tiny_recipe.stem, word_weight=0.0)
@@ -67,7 +69,7 @@ def test_without_weight_words_are_not_matched(tiny_recipe, batch, monkeypatch):
     assert losses[0].keys() == {"caption_by_sentence", "image_by_sentence", "gradient_norm"}
 
 
-def test_words_are_matched_in_a_part_of_the_batch(tiny_recipe, batch, monkeypatch):
+def test_word_pairs_limits_the_pairs_of_the_word_terms(tiny_recipe, batch, monkeypatch):
     sizes = []
 
     def similarity(regions, words, word_mask):
@@ -81,99 +83,100 @@ def test_words_are_matched_in_a_part_of_the_batch(tiny_recipe, batch, monkeypatc
     assert sizes == [(3, 3, 3)] * 2
 
 
-def test_the_captioner_learns_and_its_eye_stands_still(tiny_recipe, batch):
-    captioner = with_frozen_eye(make_captioner(tiny_recipe))
+def test_the_captioner_is_trained_with_a_frozen_image_encoder(tiny_recipe, batch):
+    captioner = freeze_image_encoder(make_captioner(tiny_recipe))
     before = copy.deepcopy(captioner.state_dict())
-    losses = fit(captioning_step, Reader(captioner), batch, dataclasses.replace(tiny_recipe.stream, steps=40))
-    changed = moved(before, captioner)
-    assert not any(name.startswith("image_encoder.") for name in changed)
-    learning = {name for name, _ in captioner.named_parameters() if not name.startswith("image_encoder.")}
-    # The embedding's row of the end token is never an input, yet the tensor as a whole moves.
-    assert learning <= changed
+    losses = fit(captioning_step, CachedCaptioner(captioner), batch, dataclasses.replace(tiny_recipe.stream, steps=40))
+    names = changed(before, captioner)
+    assert not any(name.startswith("image_encoder.") for name in names)
+    trained = {name for name, _ in captioner.named_parameters() if not name.startswith("image_encoder.")}
+    # The end token is never an input: its row of the embedding stays, but other rows of the tensor change.
+    assert trained <= names
     assert losses[-1]["cross_entropy"] < 0.8 * losses[0]["cross_entropy"]
 
 
-def test_the_captioners_eye_learns_if_asked(tiny_recipe, batch):
+def test_an_image_encoder_that_is_not_frozen_is_trained(tiny_recipe, batch):
     captioner = make_captioner(tiny_recipe)
     before = copy.deepcopy(captioner.state_dict())
-    fit(captioning_step, Reader(captioner), batch, tiny_recipe.stream)
-    assert any(name.startswith("image_encoder.") for name in moved(before, captioner))
+    fit(captioning_step, CachedCaptioner(captioner), batch, tiny_recipe.stream)
+    assert any(name.startswith("image_encoder.") for name in changed(before, captioner))
 
 
-def test_what_was_seen_before_is_what_would_be_seen_now(tiny_recipe, batch):
-    captioner = with_frozen_eye(make_captioner(tiny_recipe))
+def test_cached_image_features_give_the_same_losses(tiny_recipe, batch):
+    captioner = freeze_image_encoder(make_captioner(tiny_recipe))
     with torch.no_grad():
-        seen = captioner.image_encoder(batch.images).image[[3, 1, 4, 0, 2]]
+        features = captioner.image_encoder(batch.images).image[[3, 1, 4, 0, 2]]
     rows = torch.tensor([3, 1, 4, 0, 2]).argsort()
     losses = [
-        fit(captioning_step, reader, batch._replace(image_rows=rows), tiny_recipe.stream)
-        for reader in (Reader(copy.deepcopy(captioner)), Reader(captioner, seen))
+        fit(captioning_step, module, batch._replace(image_rows=rows), tiny_recipe.stream)
+        for module in (CachedCaptioner(copy.deepcopy(captioner)), CachedCaptioner(captioner, features))
     ]
-    for alone, cached in zip(*losses):
-        torch.testing.assert_close(alone["cross_entropy"], cached["cross_entropy"])
+    for uncached, cached in zip(*losses, strict=True):
+        torch.testing.assert_close(uncached["cross_entropy"], cached["cross_entropy"])
 
 
-def test_the_captioner_learns_where_a_caption_ends(tiny_recipe, batch, monkeypatch):
-    seen = []
+def test_the_captioner_is_trained_to_predict_the_end_token(tiny_recipe, batch, monkeypatch):
+    calls = []
 
     def loss(logits, tokens, word_mask):
-        seen.append((tokens, word_mask))
+        calls.append((tokens, word_mask))
         return inner(logits, tokens, word_mask)
 
     inner = pretrain.redescription_loss
     monkeypatch.setattr(pretrain, "redescription_loss", loss)
     recipe = dataclasses.replace(tiny_recipe.stream, steps=1)
-    fit(captioning_step, Reader(make_captioner(tiny_recipe)), batch, recipe)
-    tokens, word_mask = seen[0]
+    fit(captioning_step, CachedCaptioner(make_captioner(tiny_recipe)), batch, recipe)
+    tokens, word_mask = calls[0]
     for row, words in zip(range(B), (7, 3, 1, 5, 2)):
         assert tokens[row, :words].tolist() == batch.tokens[row, :words].tolist()
         assert tokens[row, words] == 1
         assert int(word_mask[row].sum()) == words + 1
 
 
-def test_parts_of_a_batch_make_the_mean_of_the_whole(tiny_recipe, batch):
-    """Parts have different numbers of words; without batch norm in training mode nothing else ties them together."""
+def test_accumulated_gradients_match_the_whole_batch(tiny_recipe, batch):
+    """The parts have different numbers of words. In evaluation mode: batch norm's statistics would be per part."""
     gradients, values = [], []
     for accumulate in (1, 2, 5):
-        reader = Reader(with_frozen_eye(make_captioner(tiny_recipe)).eval())
-        recipe = dataclasses.replace(tiny_recipe.stream, accumulate=accumulate, largest_gradient_norm=None)
-        state = start_pretraining(reader, recipe, EngineRecipe(), ALONE)
+        module = CachedCaptioner(freeze_image_encoder(make_captioner(tiny_recipe)).eval())
+        recipe = dataclasses.replace(tiny_recipe.stream, accumulate=accumulate, max_grad_norm=None)
+        state = start_pretraining(module, recipe, EngineRecipe(), SINGLE_PROCESS)
         values.append(captioning_step(state, batch, recipe).losses["cross_entropy"])
-        gradients.append([p.grad for p in reader.parameters() if p.grad is not None])
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
     for other, value in zip(gradients[1:], values[1:]):
         torch.testing.assert_close(value, values[0])
         torch.testing.assert_close(other, gradients[0])
 
 
-@pytest.mark.parametrize("largest", [0.01, None])
-def test_gradients_are_clipped(tiny_recipe, batch, largest):
+@pytest.mark.parametrize("max_grad_norm", [0.01, None])
+def test_gradients_are_clipped(tiny_recipe, batch, max_grad_norm):
     pair = EncoderPair(tiny_recipe.model, V)
-    recipe = dataclasses.replace(tiny_recipe.stem, steps=1, largest_gradient_norm=largest)
+    recipe = dataclasses.replace(tiny_recipe.stem, steps=1, max_grad_norm=max_grad_norm)
     norm = fit(matching_step, pair, batch, recipe)[0]["gradient_norm"]
-    last = torch.cat([parameter.grad.flatten() for parameter in pair.parameters()]).norm()
-    torch.testing.assert_close(last, norm if largest is None else torch.tensor(largest), rtol=1e-4, atol=0)
+    clipped = torch.cat([parameter.grad.flatten() for parameter in pair.parameters()]).norm()
+    expected = norm if max_grad_norm is None else torch.tensor(max_grad_norm)
+    torch.testing.assert_close(clipped, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
-def test_the_step_size_cycles_over_any_number_of_steps(steps):
-    trainee = enroll(torch.nn.Linear(2, 3), ALONE, EngineRecipe(), learning_rate=0.5, cycle=steps)
-    sizes = []
+def test_the_learning_rate_cycles_over_any_number_of_steps(steps):
+    network = prepare(torch.nn.Linear(2, 3), SINGLE_PROCESS, EngineRecipe(), learning_rate=0.5, cycle=steps)
+    rates = []
     for _ in range(steps):
-        trainee.optimizer.zero_grad()
-        loss = trainee.parallel(torch.ones(1, 2)).sum()
-        trainee.backward(loss)
-        trainee.descend(loss)
-        sizes.append(trainee.learning_rate)
-    assert all(0 < size <= 0.5 for size in sizes)
+        network.optimizer.zero_grad()
+        loss = network.parallel(torch.ones(1, 2)).sum()
+        network.backward(loss)
+        network.optimizer_step(loss)
+        rates.append(network.learning_rate)
+    assert all(0 < rate <= 0.5 for rate in rates)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_learns_without_an_infinity(tiny_recipe, batch, precision):
+def test_low_precision_stays_finite_and_lowers_the_loss(tiny_recipe, batch, precision):
     pair = EncoderPair(tiny_recipe.model, V)
     recipe = dataclasses.replace(tiny_recipe.stem, steps=20)
-    state = start_pretraining(pair, recipe, EngineRecipe(precision=precision), ALONE)
-    outcomes = [matching_step(state, batch, recipe) for _ in range(recipe.steps)]
-    # The scale of a float16 loss is found by trying.
-    settled = outcomes[10:] if precision == "float16" else outcomes
-    assert all(bool(outcome.finite) for outcome in settled)
-    assert outcomes[-1].losses["caption_by_sentence"] < outcomes[0].losses["caption_by_sentence"]
+    state = start_pretraining(pair, recipe, EngineRecipe(precision=precision), SINGLE_PROCESS)
+    results = [matching_step(state, batch, recipe) for _ in range(recipe.steps)]
+    # In float16, the first steps are skipped until the loss scale is small enough.
+    settled = results[10:] if precision == "float16" else results
+    assert all(bool(result.finite) for result in settled)
+    assert results[-1].losses["caption_by_sentence"] < results[0].losses["caption_by_sentence"]

@@ -1,4 +1,4 @@
-"""Recipes survive JSON, and names that do not exist are answered with the ones that do."""
+"""Recipes: round trip through JSON, checks of names, types and ranges, and differences between two."""
 
 import dataclasses
 import json
@@ -17,28 +17,28 @@ from mirror_modules.training.recipes import (
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_survives_json(name):
+def test_json_round_trip(name):
     recipe = get_recipe(name)
     assert recipe.name == name
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-def test_an_unknown_recipe_is_answered_with_a_close_one():
+def test_an_unknown_recipe_is_rejected_with_a_suggestion():
     with pytest.raises(
         ValueError, match=r"unknown recipe 'flower-64'; there are demo, flowers-64, ablation\. Did you mean"
     ):
         get_recipe("flower-64")
 
 
-@pytest.mark.parametrize("part", ["data", "model", "stem", "stream", "glam", "judge", "evaluation"])
-def test_an_unknown_field_is_named(part):
+@pytest.mark.parametrize("section", ["data", "model", "stem", "stream", "glam", "evaluator", "evaluation"])
+def test_an_unknown_field_is_rejected(section):
     fields = get_recipe("demo").to_dict()
-    fields[part]["resolution_of_dreams"] = 3
+    fields[section]["resolution_of_dreams"] = 3
     with pytest.raises(ValueError, match="resolution_of_dreams"):
         Recipe.from_dict(fields)
 
 
-def test_a_part_that_is_missing_has_its_defaults_or_those_of_a_base():
+def test_missing_fields_come_from_the_base_or_are_defaults():
     fields = get_recipe("demo").to_dict()
     del fields["glam"]
     assert Recipe.from_dict(fields).glam == AdversarialRecipe()
@@ -57,15 +57,15 @@ def test_a_part_that_is_missing_has_its_defaults_or_those_of_a_base():
         ({"glam": {"steps": "many"}}, r"glam\.steps must be a whole number, but it is 'many'"),
         ({"glam": {"steps": True}}, r"glam\.steps must be a whole number, but it is True"),
         ({"glam": {"keep_best": "x"}}, r"glam\.keep_best must be 'r_precision' or 'redescription' or null"),
-        ({"model": {"resolutions": [8, 1.5]}}, r"model\.resolutions must be a list of a whole number"),
+        ({"model": {"resolutions": [8, 1.5]}}, r"model\.resolutions must be a list, each entry a whole number"),
         ({"engine": {"compile": 1}}, r"engine\.compile must be true or false, but it is 1"),
         ({"engine": {"compile": True}, "glam": {"r1_weight": 1}}, r"glam\.r1_weight needs second derivatives"),
         ({"glam": {"average_decay": 1.0}}, r"average_decay must be below 1"),
-        ({"glam": {"largest_gradient_norm": 0}}, r"largest_gradient_norm must be above 0"),
+        ({"glam": {"max_grad_norm": 0}}, r"max_grad_norm must be above 0"),
         ({"glam": {"redescription_ratio": 0, "redescription_weight": None}}, r"redescription_ratio must be above 0"),
         (
             {"glam": {"redescription_ratio": 0.25, "redescription_weight": 5}},
-            r"redescription_weight=5 and redescription_ratio=0\.25 are both given.*; set the other one to None",
+            r"redescription_weight=5 and redescription_ratio=0\.25 are both given.*; set one of them to None",
         ),
         (
             {"glam": {"redescription_ratio": None}},
@@ -74,23 +74,23 @@ def test_a_part_that_is_missing_has_its_defaults_or_those_of_a_base():
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
     ],
 )
-def test_a_field_that_does_not_fit_is_named(fields, message):
+def test_a_field_of_the_wrong_type_or_range_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(fields, get_recipe("demo"))
 
 
-def test_a_file_names_itself_in_its_errors(tmp_path):
-    path = tmp_path / "mine.json"
+def test_a_recipe_is_loaded_from_a_file_and_errors_name_it(tmp_path):
+    path = tmp_path / "recipe.json"
     path.write_text('{"glam": {"steps": 7}}')
     assert load_recipe(path, get_recipe("demo")).glam.steps == 7
     path.write_text(json.dumps({"recipe": get_recipe("flowers-64").to_dict(), "versions": {}}))
     assert load_recipe(path, get_recipe("demo")) == get_recipe("flowers-64")
     path.write_text('{"glam": {"stepz": 7}}')
-    with pytest.raises(ValueError, match=r"mine\.json: Recipe: unknown field 'glam\.stepz'; did you mean"):
+    with pytest.raises(ValueError, match=r"recipe\.json: Recipe: unknown field 'glam\.stepz'; did you mean"):
         load_recipe(path, get_recipe("demo"))
 
 
-def test_what_is_seen_of_a_run_is_harmless_and_what_decides_it_is_not():
+def test_differences_are_harmless_only_in_logging_and_length():
     old = get_recipe("demo")
     glam = dataclasses.replace(old.glam, steps=1, kl_weight=3.0)
     new = dataclasses.replace(old, seed=1, glam=glam, logging=LoggingRecipe(every=3))
@@ -100,27 +100,27 @@ def test_what_is_seen_of_a_run_is_harmless_and_what_decides_it_is_not():
         ("glam.kl_weight is 0.1 there and 3.0 now", False),
         ("logging.every is 10 there and 3 now", True),
     ]
-    # One cycle of the step size ends with the last step.
+    # The learning rate's cycle depends on the number of steps.
     stem = dataclasses.replace(old.stem, steps=1)
     assert list(differences(old, dataclasses.replace(old, stem=stem))) == [("stem.steps is 400 there and 1 now", False)]
 
 
-def test_an_unknown_part_is_named():
+def test_an_unknown_section_is_rejected():
     fields = {**get_recipe("demo").to_dict(), "dream": {}}
     with pytest.raises(ValueError, match="dream"):
         Recipe.from_dict(fields)
 
 
 @pytest.mark.parametrize("value", [None, 3, [3], "words"])
-@pytest.mark.parametrize("part", ["data", "model", "glam"])
-def test_a_part_of_another_kind_is_refused(part, value):
-    fields = {**get_recipe("demo").to_dict(), part: value}
+@pytest.mark.parametrize("section", ["data", "model", "glam"])
+def test_a_section_that_is_no_object_is_rejected(section, value):
+    fields = {**get_recipe("demo").to_dict(), section: value}
     with pytest.raises(ValueError, match=r"Recipe|MirrorGANConfig"):
         Recipe.from_dict(fields)
 
 
 @pytest.mark.parametrize(
-    ("part", "field"),
+    ("section", "field"),
     [
         ("data", "training_images"),
         ("data", "validation_images"),
@@ -132,23 +132,23 @@ def test_a_part_of_another_kind_is_refused(part, value):
         ("stream", "batch_size"),
         ("glam", "steps"),
         ("glam", "batch_size"),
-        ("judge", "steps"),
+        ("evaluator", "steps"),
         ("evaluation", "candidates"),
         ("evaluation", "report_images"),
     ],
 )
 @pytest.mark.parametrize("value", [0, -1, 1.5])
-def test_a_number_out_of_its_range_is_named(part, field, value):
+def test_a_number_out_of_range_is_rejected(section, field, value):
     with pytest.raises(ValueError, match=f"Recipe: {field} must be a whole number of at least 1, but it is {value}"):
-        dataclasses.replace(getattr(get_recipe("demo"), part), **{field: value})
+        dataclasses.replace(getattr(get_recipe("demo"), section), **{field: value})
 
 
-def test_steps_between_two_lines_are_at_least_one():
+def test_logging_every_must_be_positive():
     with pytest.raises(ValueError, match="every must be a whole number of at least 1, but it is 0"):
         LoggingRecipe(every=0)
 
 
-def test_the_published_weighting_keeps_mismatched_pairs():
+def test_the_published_weighting_requires_mismatched_pairs():
     glam = get_recipe("demo").glam
     with pytest.raises(ValueError, match="averages over mismatched pairs too"):
         dataclasses.replace(glam, adversarial_weighting="release", mismatched_pairs=False)

@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever and however often, goes on and comes out as if it had not been."""
+"""Interrupted runs, resumed any number of times, equal an uninterrupted run bit for bit."""
 
 import dataclasses
 import json
@@ -18,18 +18,19 @@ from mirror_modules.training.recipes import PHASES
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a run."""
+    """Simulates any error that ends a run."""
 
 
 def change(recipe, **fields):
-    """Fields as `stem__steps=5`."""
+    """Replace fields, written as `stem__steps=5`."""
     for name, value in fields.items():
-        part, _, field = name.partition("__")
-        recipe = dataclasses.replace(recipe, **{part: dataclasses.replace(getattr(recipe, part), **{field: value})})
+        section, _, field = name.partition("__")
+        replaced = dataclasses.replace(getattr(recipe, section), **{field: value})
+        recipe = dataclasses.replace(recipe, **{section: replaced})
     return recipe
 
 
-# With all that is drawn at random, few steps, and a checkpoint every second step.
+# All random draws of a run, in few steps, with a checkpoint every second step.
 RECIPE = change(small_recipe(), **{f"{phase}__steps": 5 for phase in PHASES})
 
 
@@ -39,13 +40,13 @@ def recipe():
 
 
 def train_until(phase, step, *arguments, **options):
-    """Train, and end in the middle of a step."""
+    """Train until an error in the middle of a step."""
     record = engine.PhaseRun.record
 
-    def stop(self, outcome):
+    def stop(self, result):
         if (self.phase, self.step) == (phase, step):
             raise Stopped
-        record(self, outcome)
+        record(self, result)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.PhaseRun, "record", stop)
@@ -53,22 +54,22 @@ def train_until(phase, step, *arguments, **options):
             train(*arguments, **options)
 
 
-def test_twenty_kills_change_nothing(recipe, tmp_path):
+def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(recipe, tmp_path):
     recipe = change(recipe, **{f"{phase}__steps": 8 for phase in PHASES})
-    outcome = kill_and_resume(recipe, tmp_path, kills=20)
-    assert outcome.kills == 20
-    assert outcome.during_a_save > 0
-    assert outcome.different == []
+    result = kill_and_resume(recipe, tmp_path, kills=20)
+    assert result.kills == 20
+    assert result.during_a_save > 0
+    assert result.different == []
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An unbroken run, and one that was stopped in the fourth step of `glam`, after the checkpoint of the second."""
+    """A finished run, and one that was stopped in the fourth step of `glam`, after the checkpoint of the second."""
     folder = tmp_path_factory.mktemp("runs")
     train_until("glam", 3, RECIPE, folder / "stopped", phases=["stem", "stream", "glam"])
     (checkpoint,) = folder.glob("stopped/checkpoints/glam-*")
     assert checkpoint.name.startswith("glam-00000002-")
-    train(RECIPE, folder / "unbroken")
+    train(RECIPE, folder / "finished")
     return folder
 
 
@@ -78,14 +79,14 @@ def stopped(trained, tmp_path):
 
 
 @pytest.fixture
-def unbroken(trained, tmp_path):
-    return RunFolder(shutil.copytree(trained / "unbroken", tmp_path / "unbroken"))
+def finished(trained, tmp_path):
+    return RunFolder(shutil.copytree(trained / "finished", tmp_path / "finished"))
 
 
-def test_goes_on_in_the_middle(recipe, stopped, unbroken, capsys):
+def test_a_phase_is_resumed_in_the_middle(recipe, stopped, finished, capsys):
     train(recipe, stopped.path, resume=True)
-    assert differing(unbroken, stopped) == []
-    assert "goes on after step 2 of 5" in capsys.readouterr().err
+    assert differing(finished, stopped) == []
+    assert "continues after step 2 of 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -98,20 +99,20 @@ def test_goes_on_in_the_middle(recipe, stopped, unbroken, capsys):
     ],
     ids=lambda fields: ", ".join(fields),
 )
-def test_harmless_changes_do_no_harm(recipe, stopped, unbroken, harmless):
+def test_harmless_changes_do_not_affect_the_result(recipe, stopped, finished, harmless):
     train(change(recipe, **harmless), stopped.path, resume=True)
     lines = [line for line in figures(stopped) if not any(name.startswith("validation") for name in line)]
-    assert lines == figures(unbroken)
-    assert set(differing(unbroken, stopped)) <= {"metrics.jsonl"}
+    assert lines == figures(finished)
+    assert set(differing(finished, stopped)) <= {"metrics.jsonl"}
 
 
-def test_other_lines_may_be_logged_from_then_on(recipe, stopped, unbroken):
+def test_logging_may_change_when_a_run_is_resumed(recipe, stopped, finished):
     train(change(recipe, logging__every=5), stopped.path, resume=True)
-    assert differing(unbroken, stopped) == ["metrics.jsonl"]
+    assert differing(finished, stopped) == ["metrics.jsonl"]
     assert [line["step"] for line in figures(stopped) if line["phase"] == "glam"] == [1, 2, 5]
 
 
-def test_a_changed_recipe_is_refused_with_all_that_differs(recipe, stopped):
+def test_a_changed_recipe_is_rejected_with_all_differences(recipe, stopped):
     changed = change(recipe, stem__steps=9, glam__kl_weight=2.0, engine__loader_workers=1)
     before = {file: file.read_bytes() for file in stopped.path.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=r"stem\.steps is 5 there and 9 now; glam\.kl_weight is .* and 2\.0 now\)"):
@@ -119,29 +120,29 @@ def test_a_changed_recipe_is_refused_with_all_that_differs(recipe, stopped):
     assert before == {file: file.read_bytes() for file in stopped.path.rglob("*") if file.is_file()}
 
 
-def test_a_stopped_run_is_not_begun_anew(recipe, stopped):
-    with pytest.raises(ValueError, match="phase 'glam' after 2 of 5 steps; go on with --resume"):
+def test_an_interrupted_run_is_not_restarted_without_resume(recipe, stopped):
+    with pytest.raises(ValueError, match="phase 'glam' after 2 of 5 steps; continue with --resume"):
         train(recipe, stopped.path)
 
 
-def test_resume_begins_a_new_folder(recipe, unbroken, tmp_path):
+def test_resume_starts_a_new_folder(recipe, finished, tmp_path):
     new = train(recipe, tmp_path / "new", resume=True)
-    assert differing(unbroken, new) == []
+    assert differing(finished, new) == []
 
 
-def test_more_steps_continue_a_finished_run(recipe, unbroken, tmp_path):
+def test_a_finished_run_can_be_extended(recipe, finished, tmp_path):
     longer = change(recipe, glam__steps=9)
     expected = train(longer, tmp_path / "longer")
-    with pytest.raises(ValueError, match="go on with --resume"):
-        train(longer, unbroken.path)
-    train(longer, unbroken.path, resume=True)
-    assert set(differing(expected, unbroken)) <= {"metrics.jsonl"}
-    assert [line["step"] for line in figures(unbroken) if line["phase"] == "glam"] == list(range(1, 10))
+    with pytest.raises(ValueError, match="continue with --resume"):
+        train(longer, finished.path)
+    train(longer, finished.path, resume=True)
+    assert set(differing(expected, finished)) <= {"metrics.jsonl"}
+    assert [line["step"] for line in figures(finished) if line["phase"] == "glam"] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("step", [3, 7])
-def test_the_best_step_stays_the_best(recipe, tmp_path, monkeypatch, step):
-    """Stopped before and after the best step, which is not among the newest checkpoints in the end."""
+def test_the_best_step_is_kept_when_a_run_is_resumed(recipe, tmp_path, monkeypatch, step):
+    """Stopped before or after the best step, whose checkpoint is not among the newest at the end."""
     recipe = change(recipe, stem__steps=9, stem__keep_best="r_precision", engine__checkpoints_kept=1)
     measure, values = {"r_precision": 0.0}, {2: 0.1, 4: 0.9, 6: 0.2, 8: 0.3, 9: 0.4}
     validated = engine.PhaseRun.validated
@@ -149,77 +150,77 @@ def test_the_best_step_stays_the_best(recipe, tmp_path, monkeypatch, step):
     monkeypatch.setattr(
         engine.PhaseRun, "validated", lambda self, _: validated(self, {"r_precision": values[self.step]})
     )
-    unbroken = train(recipe, tmp_path / "unbroken", phases=["stem"])
+    finished = train(recipe, tmp_path / "finished", phases=["stem"])
     train_until("stem", step, recipe, tmp_path / "stopped", phases=["stem"])
     stopped = train(recipe, tmp_path / "stopped", phases=["stem"], resume=True)
-    assert differing(unbroken, stopped) == []
-    for folder in (unbroken, stopped):
+    assert differing(finished, stopped) == []
+    for folder in (finished, stopped):
         best = next(folder.checkpoints.glob("stem-00000004-*"))
         kept = load_file(folder.weights("stem"))
-        module = load_checkpoint(best)["state"]["trainee"]["module"]
+        module = load_checkpoint(best)["state"]["network"]["module"]
         assert all(torch.equal(kept[name], value) for name, value in module.items())
 
 
-def test_a_damaged_checkpoint_costs_its_steps_alone(recipe, tmp_path, unbroken):
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(recipe, tmp_path, finished):
     train_until("stem", 4, recipe, tmp_path / "stopped")
     folder = RunFolder(tmp_path / "stopped")
     newest = next(folder.checkpoints.glob("stem-00000004-*"))
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="is damaged"):
         train(recipe, folder.path, resume=True)
-    assert differing(unbroken, folder) == []
+    assert differing(finished, folder) == []
 
 
-def test_as_many_processes_are_needed(recipe, stopped):
+def test_resuming_needs_the_same_number_of_processes(recipe, stopped):
     path = next(stopped.checkpoints.glob("glam-*"))
     content = load_checkpoint(path)
     content["random"] = content["random"] * 2
     path.unlink()
     engine.Checkpoints(stopped.checkpoints, "glam", 2).save(2, content)
-    with pytest.raises(TrainingError, match="is of 2 processes, and there are 1 now"):
+    with pytest.raises(TrainingError, match="was written by 2 processes, but this run has 1: resume with"):
         train(recipe, stopped.path, resume=True)
 
 
-def test_a_copied_run_goes_on_elsewhere(recipe, stopped, unbroken, tmp_path):
+def test_a_moved_run_can_be_resumed(recipe, stopped, finished, tmp_path):
     shutil.move(stopped.path, tmp_path / "moved")
     moved = train(recipe, tmp_path / "moved", resume=True)
-    assert differing(unbroken, moved) == []
+    assert differing(finished, moved) == []
 
 
 @pytest.mark.parametrize(
     ("steps", "phases", "message"),
     [
-        (4, ["judge"], r"holds phase 'glam' after 5 steps; glam\.steps=4 would be fewer"),
-        (9, ["judge"], r"glam\.steps=9 would make it longer, but it is not among the phases to train"),
+        (4, ["evaluator"], r"holds phase 'glam' after 5 steps; glam\.steps=4 would be fewer"),
+        (9, ["evaluator"], r"glam\.steps=9 would make it longer, but it is not among the phases to train"),
         (9, ["glam"], r"glam\.steps=9 would make it longer, but there is no checkpoint of its last step"),
     ],
 )
-def test_steps_of_a_finished_phase_that_cannot_change(recipe, unbroken, steps, phases, message):
+def test_invalid_changes_of_the_steps_of_a_finished_phase_are_rejected(recipe, finished, steps, phases, message):
     if phases == ["glam"]:
-        shutil.rmtree(unbroken.checkpoints)
-    config = unbroken.config.read_bytes()
+        shutil.rmtree(finished.checkpoints)
+    config = finished.config.read_bytes()
     with pytest.raises(ValueError, match=message):
-        train(change(recipe, glam__steps=steps), unbroken.path, phases=phases, resume=True)
-    assert unbroken.config.read_bytes() == config
+        train(change(recipe, glam__steps=steps), finished.path, phases=phases, resume=True)
+    assert finished.config.read_bytes() == config
 
 
-def test_fewer_steps_than_were_done_are_refused(recipe, stopped):
+def test_fewer_steps_than_already_done_are_rejected(recipe, stopped):
     with pytest.raises(ValueError, match=r"holds phase 'glam' after 2 steps; glam\.steps=1 would be fewer"):
         train(change(recipe, glam__steps=1), stopped.path, resume=True)
 
 
-def test_checkpoints_of_a_run_that_keeps_the_best_come_when_they_came(recipe, tmp_path):
+def test_keep_best_fixes_the_checkpoint_interval(recipe, tmp_path):
     recipe = change(recipe, stem__keep_best="r_precision")
     train(recipe, tmp_path / "run", phases=["stem"])
     with pytest.raises(ValueError, match=r"engine\.checkpoint_every is 2 there and 3 now"):
         train(change(recipe, engine__checkpoint_every=3), tmp_path / "run", resume=True)
 
 
-def test_other_versions_are_said_and_kept(recipe, stopped):
+def test_a_change_of_versions_is_reported_and_recorded(recipe, stopped):
     content = json.loads(stopped.config.read_text())
     content["versions"]["torch"] = "1.0"
     stopped.config.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=r"goes on with torch .*, not 1\.0: its last digits may differ"):
+    with pytest.warns(UserWarning, match=r"continues with torch .*, not 1\.0: results may differ in the last digits"):
         train(recipe, stopped.path, resume=True)
     after = json.loads(stopped.config.read_text())
     assert after["versions"]["torch"] == "1.0"

@@ -1,4 +1,4 @@
-"""One adversarial step: who moves, who stands still, and what the average is."""
+"""One adversarial step: which weights change, which do not, and the moving average."""
 
 import copy
 import dataclasses
@@ -11,8 +11,15 @@ from mirror_modules.adversarial import discriminator_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import step
-from mirror_modules.training.state import Judge, start
-from mirror_modules.training.step import adversarial_step
+from mirror_modules.training.state import DiscriminatorPass, start
+from mirror_modules.training.step import (
+    adversarial_step,
+    divide,
+    generate,
+    update_average,
+    update_discriminators,
+    update_generator,
+)
 
 B, L = 5, 7
 
@@ -36,34 +43,117 @@ def make_state(vocabulary, recipe):
     return start(MirrorGAN(recipe.model, vocabulary), recipe, torch.Generator().manual_seed(2))
 
 
-def moved(before, module):
+def changed(before, module):
+    """Names of the tensors that differ from an earlier state_dict."""
     after = module.state_dict()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_trains_the_painters_and_the_judges_alone(vocabulary, tiny_recipe):
+def snapshot(*modules):
+    return [copy.deepcopy(module.state_dict()) for module in modules]
+
+
+def prepare_updates(vocabulary, recipe):
+    """The state, and the arguments of the two updates of a step."""
+    state = make_state(vocabulary, recipe)
+    parts = divide(state, make_batch(vocabulary), recipe.glam)
+    return state, (parts, [generate(state, part) for part in parts], recipe.glam, [])
+
+
+def test_trains_only_the_generator_and_the_discriminators(vocabulary, tiny_recipe):
     state = make_state(vocabulary, tiny_recipe)
     frozen = [state.model.text_encoder, state.model.captioner]
-    trained = [state.model.conditioning, state.model.generator, *state.discriminators]
-    before = [copy.deepcopy(module.state_dict()) for module in (*frozen, *trained)]
+    trained = [state.model.conditioning, state.model.generator, *state.paired_discriminators]
+    before = snapshot(*frozen, *trained)
     for _ in range(2):
         adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
     for old, module in zip(before, frozen):
-        assert not moved(old, module)
+        assert not changed(old, module)
     for old, module in zip(before[2:], trained):
         weights = {name for name, _ in module.named_parameters()}
-        assert weights <= moved(old, module)
+        assert weights <= changed(old, module)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_update_discriminators_changes_only_the_discriminators(vocabulary, tiny_recipe, parts):
+    recipe = dataclasses.replace(tiny_recipe, glam=dataclasses.replace(tiny_recipe.glam, accumulate=parts))
+    state, arguments = prepare_updates(vocabulary, recipe)
+    finite = arguments[-1]
+    others = [state.model, state.average.module]
+    before, discriminators_before = snapshot(*others), snapshot(*state.paired_discriminators)
+    losses = update_discriminators(state, *arguments)
+    assert [bool(flag) for flag in finite] == [True] * len(state.discriminators)
+    assert {"discriminator_8", "discriminator_gradient_norm_16", "accuracy_mismatched_8"} <= losses.keys()
+    for old, module in zip(before, others, strict=True):
+        assert not changed(old, module)
+    for old, discriminator in zip(discriminators_before, state.paired_discriminators, strict=True):
+        assert {name for name, _ in discriminator.named_parameters()} <= changed(old, discriminator)
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_update_generator_changes_only_generator_and_conditioning(vocabulary, tiny_recipe, parts):
+    recipe = dataclasses.replace(tiny_recipe, glam=dataclasses.replace(tiny_recipe.glam, accumulate=parts))
+    state, arguments = prepare_updates(vocabulary, recipe)
+    finite = arguments[-1]
+    others = [state.model.text_encoder, state.model.captioner, state.average.module]
+    trained = [state.model.conditioning, state.model.generator]
+    before, trained_before = snapshot(*others), snapshot(*trained)
+    weights = [parameter.detach().clone() for net in state.paired_discriminators for parameter in net.parameters()]
+    losses = update_generator(state, *arguments)
+    assert [bool(flag) for flag in finite] == [True]
+    assert {"kl", "redescription", "generator_total", "generator_gradient_norm"} <= losses.keys()
+    for old, module in zip(before, others, strict=True):
+        assert not changed(old, module)
+    for old, module in zip(trained_before, trained, strict=True):
+        assert {name for name, _ in module.named_parameters()} <= changed(old, module)
+    after = [parameter for net in state.paired_discriminators for parameter in net.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(weights, after, strict=True))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in after)
+
+
+def test_discriminators_require_gradients_again_after_an_error_in_the_generator_update(
+    vocabulary, tiny_recipe, monkeypatch
+):
+    state, arguments = prepare_updates(vocabulary, tiny_recipe)
+    parameters = [parameter for net in state.discriminators for parameter in net.module.parameters()]
+    frozen_inside = []
+
+    def fail(*_, **__):
+        frozen_inside.extend(not parameter.requires_grad for parameter in parameters)
+        raise RuntimeError("in the middle of the update")
+
+    monkeypatch.setattr(step, "generator_loss", fail)
+    with pytest.raises(RuntimeError, match="in the middle of the update"):
+        update_generator(state, *arguments)
+    assert frozen_inside
+    assert all(frozen_inside)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_update_average_changes_nothing_in_a_skipped_step(vocabulary, tiny_recipe, finite):
+    state = make_state(vocabulary, tiny_recipe)
+    with torch.no_grad():
+        for parameter in state.generator.module.parameters():
+            parameter.add_(1)
+    modules = [state.model, *state.paired_discriminators]
+    before, average_before = snapshot(*modules), snapshot(state.average.module)[0]
+    update_average(state, torch.tensor(finite))
+    assert bool(changed(average_before, state.average.module)) == finite
+    for old, module in zip(before, modules, strict=True):
+        assert not changed(old, module)
 
 
 def test_the_average_follows_its_formula(vocabulary, tiny_recipe):
     glam = dataclasses.replace(tiny_recipe.glam, average_decay=0.16)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
-    expected = copy.deepcopy(state.painter.module.state_dict())
+    expected = copy.deepcopy(state.generator.module.state_dict())
     for updates in range(4):
         adversarial_step(state, make_batch(vocabulary), glam)
-        # 1/10, 2/11, 3/12 reach the decay at the second.
+        # The decays grow as 1/10, 2/11, 3/12 and are limited to 0.16 from the second update on.
         decay = min(0.16, (1 + updates) / (10 + updates))
-        for name, value in copy.deepcopy(state.painter.module.state_dict()).items():
+        for name, value in copy.deepcopy(state.generator.module.state_dict()).items():
             if value.is_floating_point():
                 value = decay * expected[name] + (1 - decay) * value
             expected[name] = value
@@ -78,17 +168,17 @@ def test_batch_norm_statistics_are_averaged_too(vocabulary, tiny_recipe):
     for _ in range(3):
         adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
     name = "generator.initial.norm.running_var"
-    average, live = state.average.module.state_dict()[name], state.painter.module.state_dict()[name]
+    average, live = state.average.module.state_dict()[name], state.generator.module.state_dict()[name]
     assert not torch.equal(average, live)
     assert not torch.equal(average, torch.ones_like(average))
 
 
-def test_without_redescription_the_captioner_is_not_asked(vocabulary, tiny_recipe, monkeypatch):
+def test_without_redescription_the_captioner_is_not_run(vocabulary, tiny_recipe, monkeypatch):
     glam = dataclasses.replace(tiny_recipe.glam, redescription_weight=0.0, redescription_ratio=None)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
 
     def refuse(*_):
-        raise AssertionError("asked")
+        raise AssertionError("the captioner was run")
 
     monkeypatch.setattr(state.model.captioner, "forward", refuse)
     assert "redescription" not in adversarial_step(state, make_batch(vocabulary), glam).losses
@@ -102,41 +192,41 @@ def test_the_total_is_the_sum_of_its_terms(vocabulary, tiny_recipe):
     torch.testing.assert_close(losses["generator_total"], expected)
 
 
-def painter_gradients(vocabulary, tiny_recipe, **options):
+def generator_gradients(vocabulary, tiny_recipe, **options):
     glam = dataclasses.replace(tiny_recipe.glam, **options)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
     adversarial_step(state, make_batch(vocabulary), glam)
-    return {name: weight.grad for name, weight in state.painter.module.named_parameters()}
+    return {name: weight.grad for name, weight in state.generator.module.named_parameters()}
 
 
-def test_in_balance_the_captioner_adds_what_the_ratio_says(vocabulary, tiny_recipe):
-    one, more, none = (
-        painter_gradients(vocabulary, tiny_recipe, redescription_weight=weight, redescription_ratio=ratio)
+def test_the_redescription_gradient_is_proportional_to_the_ratio(vocabulary, tiny_recipe):
+    half, full, without = (
+        generator_gradients(vocabulary, tiny_recipe, redescription_weight=weight, redescription_ratio=ratio)
         for weight, ratio in ((None, 0.5), (None, 1.0), (0.0, None))
     )
-    for name, expected in one.items():
-        # Backward is linear: what the captioner adds is twice as much.
-        added, twice = expected - none[name], more[name] - none[name]
+    for name, gradient in half.items():
+        # Backward is linear in the gradient at the image: twice the ratio adds twice the gradient.
+        added, twice = gradient - without[name], full[name] - without[name]
         torch.testing.assert_close(twice, 2 * added, rtol=1e-3, atol=1e-6, msg=name)
-    assert any((one[name] - none[name]).abs().max() > 1e-5 for name in one)
+    assert any((half[name] - without[name]).abs().max() > 1e-5 for name in half)
 
 
-def test_parts_in_balance_make_the_step_of_the_whole(vocabulary, tiny_recipe):
+def test_accumulated_balanced_gradients_match_the_whole_batch(vocabulary, tiny_recipe):
     steps = []
     for accumulate in (1, 5):
         glam = dataclasses.replace(
             tiny_recipe.glam, accumulate=accumulate, redescription_weight=None, redescription_ratio=0.5
         )
         state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
-        for trainee in state.trainees().values():
-            trainee.module.eval()
+        for network in state.networks().values():
+            network.module.eval()
         adversarial_step(state, make_batch(vocabulary), glam)
-        steps.append(state.painter.module)
-    for mine, theirs in zip(steps[0].parameters(), steps[1].parameters()):
-        torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-6)
+        steps.append(state.generator.module)
+    for whole, accumulated in zip(steps[0].parameters(), steps[1].parameters(), strict=True):
+        torch.testing.assert_close(accumulated.grad, whole.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_mismatched_pairs_are_a_term_of_the_judges(vocabulary, tiny_recipe):
+def test_mismatched_pairs_add_a_term_to_the_discriminator_loss(vocabulary, tiny_recipe):
     without = dataclasses.replace(tiny_recipe.glam, mismatched_pairs=False)
     first = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam)
     second = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), without)
@@ -144,16 +234,16 @@ def test_mismatched_pairs_are_a_term_of_the_judges(vocabulary, tiny_recipe):
 
 
 def test_a_batch_of_one_class_has_no_mismatched_pairs(vocabulary, tiny_recipe):
-    outcome = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
-    assert outcome.finite
-    assert all(torch.isfinite(loss) for loss in outcome.losses.values())
+    result = adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
+    assert result.finite
+    assert all(torch.isfinite(loss) for loss in result.losses.values())
 
 
-def test_without_mismatched_pairs_the_term_is_left_out(vocabulary, tiny_recipe, monkeypatch):
-    given = []
+def test_the_discriminator_loss_gets_the_mismatched_pairs_of_the_batch(vocabulary, tiny_recipe, monkeypatch):
+    counts = []
 
     def loss(real, fake, mismatched, **options):
-        given.append(mismatched.numel())
+        counts.append(mismatched.numel())
         return discriminator_loss(real, fake, mismatched, **options)
 
     monkeypatch.setattr(step, "discriminator_loss", loss)
@@ -163,30 +253,29 @@ def test_without_mismatched_pairs_the_term_is_left_out(vocabulary, tiny_recipe, 
     adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
     adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3, 3, 3, 3, 4)), tiny_recipe.glam)
     stages = len(tiny_recipe.model.resolutions)
-    assert given == [0] * stages + [B] * stages + [0] * stages + [2] * stages
+    assert counts == [0] * stages + [B] * stages + [0] * stages + [2] * stages
 
 
-def test_mismatched_pairs_are_real_images_with_sentences_of_other_classes(vocabulary, tiny_recipe):
-    discriminator = make_state(vocabulary, tiny_recipe).discriminators[1].eval()
+def test_mismatched_logits_are_of_real_images_with_other_sentences(vocabulary, tiny_recipe):
+    discriminator = make_state(vocabulary, tiny_recipe).paired_discriminators[1].eval()
     random = torch.Generator().manual_seed(3)
     real, fake = torch.randn(2, B, 3, 16, 16, generator=random)
     sentence = torch.randn(B, tiny_recipe.model.word_dim, generator=random)
     partner, wrong = torch.tensor([2, 0, 1, 4, 3]), torch.tensor([0, 2, 3])
-    judge = Judge(discriminator)
-    by_real, by_fake, mismatched, _ = judge(real, fake, sentence, wrong, sentence[partner[wrong]], False)
-    torch.testing.assert_close(by_real.consistency, discriminator(real, sentence).consistency)
-    torch.testing.assert_close(by_fake.realism, discriminator(fake, sentence).realism)
-    for logit, row in zip(mismatched, wrong.tolist(), strict=True):
+    outputs = DiscriminatorPass(discriminator)(real, fake, sentence, wrong, sentence[partner[wrong]], False)
+    torch.testing.assert_close(outputs.real.consistency, discriminator(real, sentence).consistency)
+    torch.testing.assert_close(outputs.fake.realism, discriminator(fake, sentence).realism)
+    for logit, row in zip(outputs.mismatched, wrong.tolist(), strict=True):
         pair = discriminator(real[row : row + 1], sentence[partner[row]].unsqueeze(0))
         torch.testing.assert_close(logit, pair.consistency[0])
 
 
-def test_the_generator_leaves_no_gradient_in_what_it_does_not_train(vocabulary, tiny_recipe):
+def test_frozen_networks_get_no_gradient(vocabulary, tiny_recipe):
     state = make_state(vocabulary, tiny_recipe)
     adversarial_step(state, make_batch(vocabulary), tiny_recipe.glam)
     frozen = [*state.model.text_encoder.parameters(), *state.model.captioner.parameters()]
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
-    assert all(parameter.requires_grad for net in state.discriminators for parameter in net.parameters())
+    assert all(parameter.requires_grad for net in state.paired_discriminators for parameter in net.parameters())
 
 
 def test_the_same_seeds_give_the_same_step(vocabulary, tiny_recipe):
@@ -197,20 +286,20 @@ def test_the_same_seeds_give_the_same_step(vocabulary, tiny_recipe):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_learns_without_an_infinity(vocabulary, tiny_recipe, precision):
+def test_low_precision_stays_finite_and_close_to_float32(vocabulary, tiny_recipe, precision):
     recipe = dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, precision=precision))
     full, half = make_state(vocabulary, tiny_recipe), make_state(vocabulary, recipe)
     batch = make_batch(vocabulary)
     expected = adversarial_step(full, batch, recipe.glam)
-    outcomes = [adversarial_step(half, batch, recipe.glam) for _ in range(10)]
-    # The scale of a float16 loss is found by trying.
-    settled = outcomes[5:] if precision == "float16" else outcomes
-    assert all(bool(outcome.finite) for outcome in settled)
-    for name, loss in outcomes[0].losses.items():
+    results = [adversarial_step(half, batch, recipe.glam) for _ in range(10)]
+    # In float16, the first steps are skipped until the loss scale is small enough.
+    settled = results[5:] if precision == "float16" else results
+    assert all(bool(result.finite) for result in settled)
+    for name, loss in results[0].losses.items():
         assert loss.dtype == torch.float32
         if "norm" not in name and "accuracy" not in name:
             torch.testing.assert_close(loss, expected.losses[name], rtol=0.05, atol=0.02, msg=name)
-    assert all(value.dtype == torch.float32 for value in half.painter.module.parameters())
+    assert all(value.dtype == torch.float32 for value in half.generator.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -220,23 +309,23 @@ def test_low_precision_learns_without_an_infinity(vocabulary, tiny_recipe, preci
         ({"discriminator_normalization": "spectral"}, {"adversarial_objective": "hinge", "accumulate": 2}),
         ({"discriminator_normalization": "none"}, {"r1_weight": 1.0, "r1_every": 2}),
         ({}, {"adversarial_weighting": "release", "redescription_reduction": "sentence"}),
-        ({}, {"largest_gradient_norm": 0.5, "discriminator_learning_rate": 1e-3}),
+        ({}, {"max_grad_norm": 0.5, "discriminator_learning_rate": 1e-3}),
     ],
 )
-def test_every_choice_learns(vocabulary, tiny_recipe, model, glam):
+def test_every_option_trains(vocabulary, tiny_recipe, model, glam):
     recipe = dataclasses.replace(
         tiny_recipe,
         model=dataclasses.replace(tiny_recipe.model, **model),
         glam=dataclasses.replace(tiny_recipe.glam, **{"generator_learning_rate": 1e-3, **glam}),
     )
     state, batch = make_state(vocabulary, recipe), make_batch(vocabulary)
-    outcomes = [adversarial_step(state, batch, recipe.glam) for _ in range(12)]
-    assert all(bool(outcome.finite) for outcome in outcomes)
-    assert outcomes[-1].losses["discriminator_16"] < outcomes[0].losses["discriminator_16"]
+    results = [adversarial_step(state, batch, recipe.glam) for _ in range(12)]
+    assert all(bool(result.finite) for result in results)
+    assert results[-1].losses["discriminator_16"] < results[0].losses["discriminator_16"]
 
 
-def test_r1_counts_so_many_times_as_it_is_left_out(vocabulary, tiny_recipe):
-    """In the first step of every three: the loss differs from the one without by three times the penalty."""
+def test_r1_every_third_step_has_three_times_its_weight(vocabulary, tiny_recipe):
+    """Lazy regularization: the first of three steps adds three times the weighted penalty to the loss."""
     losses = {}
     for weight in (0.0, 2.0):
         glam = dataclasses.replace(
@@ -249,46 +338,47 @@ def test_r1_counts_so_many_times_as_it_is_left_out(vocabulary, tiny_recipe):
         recipe = dataclasses.replace(tiny_recipe, glam=glam)
         state, batch = make_state(vocabulary, recipe), make_batch(vocabulary)
         losses[weight] = [adversarial_step(state, batch, glam).losses["discriminator_16"] for _ in range(4)]
-    judge, text = state.judges[1].module, state.text(batch)
+    discriminator, text = state.discriminators[1].module, state.text(batch)
     images = batch.images.requires_grad_(True)
-    penalty = r1_penalty(images, judge.discriminator(images, text.sentence))
-    more = torch.stack(losses[2.0]) - torch.stack(losses[0.0])
-    torch.testing.assert_close(more, 6 * penalty * torch.tensor([1, 0, 0, 1]), rtol=1e-3, atol=1e-5)
+    penalty = r1_penalty(images, discriminator.discriminator(images, text.sentence))
+    added = torch.stack(losses[2.0]) - torch.stack(losses[0.0])
+    torch.testing.assert_close(added, 6 * penalty * torch.tensor([1, 0, 0, 1]), rtol=1e-3, atol=1e-5)
 
 
-def test_parts_of_a_batch_make_the_step_of_the_whole(vocabulary, tiny_recipe):
-    """Without batch norm's statistics, which are those of a part."""
-    states = []
+def test_accumulated_gradients_match_the_whole_batch(vocabulary, tiny_recipe):
+    """In evaluation mode: batch norm's statistics would be those of each part."""
+    steps = []
     for accumulate in (1, 5):
         glam = dataclasses.replace(tiny_recipe.glam, accumulate=accumulate)
         state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
-        for trainee in state.trainees().values():
-            trainee.module.eval()
-        outcome = adversarial_step(state, make_batch(vocabulary, (0, 0, 0, 0, 1)), glam)
-        states.append((state, outcome))
-    (whole, expected), (parts, outcome) = states
+        for network in state.networks().values():
+            network.module.eval()
+        result = adversarial_step(state, make_batch(vocabulary, (0, 0, 0, 0, 1)), glam)
+        steps.append((state, result))
+    (whole, expected), (accumulated, result) = steps
     for name in ("kl", "redescription", "generator_total", "discriminator_8", "discriminator_16"):
-        torch.testing.assert_close(outcome.losses[name], expected.losses[name], msg=name)
-    for one, other in zip(whole.trainees().values(), parts.trainees().values()):
-        for mine, theirs in zip(one.module.parameters(), other.module.parameters()):
-            torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.losses[name], expected.losses[name], msg=name)
+    for name, network in whole.networks().items():
+        others = accumulated.networks()[name].module.parameters()
+        for parameter, other in zip(network.module.parameters(), others, strict=True):
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_networks_take_the_same_step(vocabulary, tiny_recipe, monkeypatch):
     torch.compiler.reset()
     compile_in_place, compiled = torch.nn.Module.compile, []
 
-    def without_code(module):
+    def compile_without_code_generation(module):
         compiled.append(type(module).__name__)
         compile_in_place(module, backend="aot_eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_code_generation)
     recipe = dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, compile=True))
-    plain, fast = make_state(vocabulary, tiny_recipe), make_state(vocabulary, recipe)
-    assert compiled == [*["PairedDiscriminator"] * 2, "Painter", *["Judge"] * 2]
+    eager, fast = make_state(vocabulary, tiny_recipe), make_state(vocabulary, recipe)
+    assert compiled == [*["PairedDiscriminator"] * 2, "ConditionedGenerator", *["DiscriminatorPass"] * 2]
     for _ in range(2):
-        expected = adversarial_step(plain, make_batch(vocabulary), recipe.glam).losses
+        expected = adversarial_step(eager, make_batch(vocabulary), recipe.glam).losses
         losses = adversarial_step(fast, make_batch(vocabulary), recipe.glam).losses
         for name, loss in losses.items():
             torch.testing.assert_close(loss, expected[name], rtol=1e-3, atol=1e-4, msg=name)
-    assert fast.painter.module.state_dict().keys() == plain.painter.module.state_dict().keys()
+    assert fast.generator.module.state_dict().keys() == eager.generator.module.state_dict().keys()

@@ -1,4 +1,4 @@
-"""What is measured and drawn while a model trains, and what that leaves alone."""
+"""Validation metrics and samples during training, and that they do not affect it."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from mirror_modules import MirrorGAN
 from mirror_modules.metrics import r_precision
+from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.training import loop
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import load_pair, train
-from mirror_modules.training.pretrain import EncoderPair
 from mirror_modules.training.state import start
 from mirror_modules.training.validation import (
     Unseen,
@@ -26,12 +26,12 @@ from mirror_modules.training.validation import (
 )
 
 
-def validated(folder):
+def validation_lines(folder):
     lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
     return [line for line in lines if any(name.startswith("validation") for name in line)]
 
 
-def trained(folder):
+def training_lines(folder):
     lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name not in ("seconds", "waited")}
@@ -45,26 +45,26 @@ def splits(tiny_recipe):
     return load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
 
 
-def test_validation_measures_every_phase_and_changes_none(tiny_run, tiny_recipe, tmp_path):
+def test_validation_measures_every_phase_without_affecting_it(tiny_run, tiny_recipe, tmp_path):
     logging = dataclasses.replace(tiny_recipe.logging, validate_every=2)
     folder = train(dataclasses.replace(tiny_recipe, logging=logging), tmp_path / "run")
-    assert trained(folder) == trained(tiny_run)
-    for phase in ("stem", "stream", "glam", "judge"):
+    assert training_lines(folder) == training_lines(tiny_run)
+    for phase in ("stem", "stream", "glam", "evaluator"):
         assert folder.weights(phase).read_bytes() == tiny_run.weights(phase).read_bytes()
-    named = {
+    names = {
         (line["phase"], line["step"]): sorted(name for name in line if "validation" in name)
-        for line in validated(folder)
+        for line in validation_lines(folder)
     }
-    assert named == {
+    assert names == {
         ("stem", 2): ["validation_r_precision"],
         ("stream", 2): ["validation_cross_entropy", "validation_image_information", "validation_word_accuracy"],
         ("glam", 2): ["validation_r_precision", "validation_redescription"],
-        ("judge", 2): ["validation_r_precision"],
+        ("evaluator", 2): ["validation_r_precision"],
     }
-    assert validated(tiny_run) == []
+    assert validation_lines(tiny_run) == []
 
 
-def test_a_few_pairs_are_of_all_parts_of_a_data_set():
+def test_spread_selects_evenly_spaced_pairs():
     rows = torch.arange(11)
     unseen = Unseen([f"caption {i}" for i in range(11)], rows, rows, rows)
     few = unseen.spread(4)
@@ -74,8 +74,8 @@ def test_a_few_pairs_are_of_all_parts_of_a_data_set():
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_measuring_leaves_the_captioner_alone(tiny_recipe, tmp_path, weight):
-    """Its statistics too, and also where no loss asks it."""
+def test_validation_does_not_change_the_captioner(tiny_recipe, tmp_path, weight):
+    """Nor its batch-norm statistics, with and without a redescription loss."""
     recipe = dataclasses.replace(
         tiny_recipe,
         glam=dataclasses.replace(tiny_recipe.glam, redescription_weight=weight, redescription_ratio=None),
@@ -86,7 +86,7 @@ def test_measuring_leaves_the_captioner_alone(tiny_recipe, tmp_path, weight):
     assert all(torch.equal(captioner[name], value) for name, value in load_file(folder.weights("stream")).items())
 
 
-def test_a_pair_is_measured_as_the_metric_says(tiny_run, tiny_recipe, splits):
+def test_the_r_precision_of_a_pair_matches_the_metric(tiny_run, tiny_recipe, splits):
     pair, unseen = load_pair(tiny_run, "stem", tiny_recipe, splits), unseen_pairs(splits, tiny_recipe.model.max_words)
     pair.train()
     measured = measure_pair(pair, unseen, candidates=11, seed=3)
@@ -99,70 +99,72 @@ def test_a_pair_is_measured_as_the_metric_says(tiny_run, tiny_recipe, splits):
     assert measured == {"r_precision": pytest.approx(expected.top1)}
 
 
-def test_a_captioner_is_measured_word_by_word(tiny_run, tiny_recipe, splits):
+def test_the_metrics_of_a_captioner_match_the_loops(tiny_run, tiny_recipe, splits):
     captioner = MirrorGAN.from_pretrained(tiny_run.model).captioner
     unseen = unseen_pairs(splits, tiny_recipe.model.max_words)
-    right = total = words = 0.0
+    correct = total = words = 0.0
     measured = measure_captioner(captioner.train(), unseen, 5)
     assert captioner.training
     captioner.eval()
     for image, tokens, mask in zip(unseen.images, unseen.tokens, unseen.word_mask):
         length = int(mask.sum())
-        told = torch.cat((tokens[:length], torch.tensor([1])))
+        targets = torch.cat((tokens[:length], torch.tensor([1])))
         with torch.no_grad():
-            logits = captioner((image.permute(2, 0, 1) / 127.5 - 1)[None], told[None])[0].log_softmax(dim=1)
+            logits = captioner((image.permute(2, 0, 1) / 127.5 - 1)[None], targets[None])[0].log_softmax(dim=1)
         for i in range(length + 1):
-            total -= float(logits[i, told[i]])
-            right += int(logits[i].argmax() == told[i])
+            total -= float(logits[i, targets[i]])
+            correct += int(logits[i].argmax() == targets[i])
             words += 1
     assert measured["cross_entropy"] == pytest.approx(total / words, rel=1e-4)
-    assert measured["word_accuracy"] == pytest.approx(right / words)
+    assert measured["word_accuracy"] == pytest.approx(correct / words)
 
 
-class Teller(torch.nn.Module):
-    """Predicts with probability 0.7 the word whose number is the brightness of the image's first pixel."""
+class PixelCaptioner(torch.nn.Module):
+    """Predicts, with probability 0.7, the token whose id is the byte value of the image's first pixel."""
 
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding(4, 1)
 
     def forward(self, images, tokens, word_mask):
-        told = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        predicted = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
         probabilities = torch.full((*tokens.shape, 4), 0.1)
-        probabilities[torch.arange(len(images)), :, told] = 0.7
+        probabilities[torch.arange(len(images)), :, predicted] = 0.7
         return probabilities.log()
 
 
-def test_an_images_information_is_what_another_image_lacks():
+def test_image_information_is_the_mean_log_ratio_to_another_image():
     tokens = torch.tensor([[2], [3], [2]])
     mask = torch.ones(3, 1, dtype=torch.bool)
     images = torch.zeros(3, 3, 2, 2) + (tokens.view(3, 1, 1, 1) / 127.5 - 1)
-    # In a round of three, image 1 meets caption 0 or 2, and its own caption another 2: one of three pairs still agrees.
-    # End tokens are never told rightly, at whichever image.
+    # Each image gets another one's caption, in a cycle of three: one of these pairs still matches, the other two lower
+    # the log-probability of the word by log 7. The end token, one of two tokens per caption, is never predicted.
     expected = 2 / 3 * math.log(7) / 2
-    for shown, told in ((images, expected), (images[:1].expand(3, -1, -1, -1), 0)):
-        _, own = word_accuracy(Teller(), shown, tokens, mask)
-        assert image_information(Teller(), shown, tokens, mask, own, 0) == pytest.approx(told, rel=1e-5, abs=1e-6)
+    captioner = PixelCaptioner()
+    for given, information in ((images, expected), (images[:1].expand(3, -1, -1, -1), 0)):
+        _, entropy = word_accuracy(captioner, given, tokens, mask)
+        measured = image_information(captioner, given, tokens, mask, entropy, 0)
+        assert measured == pytest.approx(information, rel=1e-5, abs=1e-6)
 
 
-def test_the_evaluations_judge_is_never_asked(tiny_recipe, tmp_path, monkeypatch):
-    asked = []
+def test_model_selection_uses_the_encoders_of_stem(tiny_recipe, tmp_path, monkeypatch):
+    pairs = []
     measure = loop.measure_generator
 
-    def watch(state, pair, *arguments):
-        asked.append(pair)
+    def record(state, pair, *arguments):
+        pairs.append(pair)
         return measure(state, pair, *arguments)
 
-    monkeypatch.setattr(loop, "measure_generator", watch)
+    monkeypatch.setattr(loop, "measure_generator", record)
     glam = dataclasses.replace(tiny_recipe.glam, keep_best="r_precision")
     folder = train(dataclasses.replace(tiny_recipe, glam=glam), tmp_path / "run")
-    of_stem = load_file(folder.weights("stem"))
-    (pair,) = asked
+    stem = load_file(folder.weights("stem"))
+    (pair,) = pairs
     assert isinstance(pair, EncoderPair)
-    assert all(torch.equal(value, of_stem[name]) for name, value in pair.state_dict().items())
+    assert all(torch.equal(value, stem[name]) for name, value in pair.state_dict().items())
 
 
-def test_samples_are_of_the_same_captions_and_noise(tiny_run, tiny_recipe, splits):
+def test_samples_use_fixed_captions_and_noise_and_the_averaged_generator(tiny_run, tiny_recipe, splits):
     sheets = sorted(tiny_run.samples.iterdir())
     assert [path.name for path in sheets] == ["glam-00000002.png", "glam-00000003.png"]
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
@@ -172,14 +174,14 @@ def test_samples_are_of_the_same_captions_and_noise(tiny_run, tiny_recipe, split
     other = draw_samples(state, unseen, seed=4, need_weights=False).images
     assert all(torch.equal(one, two) for one, two in zip(first, again))
     assert not torch.equal(first[-1], other[-1])
-    # They are the averaged generator's: the one in training may be anywhere.
+    # The generator in training is not used.
     with torch.no_grad():
-        for parameter in state.painter.module.parameters():
+        for parameter in state.generator.module.parameters():
             parameter.fill_(float("nan"))
     assert all(torch.equal(one, two) for one, two in zip(first, draw_samples(state, unseen, 3, False).images))
 
 
-def test_tensorboard_has_everything(tiny_recipe, tmp_path):
+def test_tensorboard_gets_all_scalars_and_images(tiny_recipe, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -204,7 +206,7 @@ def test_tensorboard_has_everything(tiny_recipe, tmp_path):
     assert [event.step for event in events.Images("glam/attention")] == [2, 3]
 
 
-def test_resumed_tensorboard_has_each_step_once(tiny_recipe, tmp_path, monkeypatch):
+def test_tensorboard_of_a_resumed_run_has_each_step_once(tiny_recipe, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,13 +215,13 @@ def test_resumed_tensorboard_has_each_step_once(tiny_recipe, tmp_path, monkeypat
     recipe = dataclasses.replace(tiny_recipe, logging=logging, engine=engine)
     step, calls = loop.matching_step, []
 
-    def stop(*arguments):
+    def interrupt_third_step(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "matching_step", stop)
+    monkeypatch.setattr(loop, "matching_step", interrupt_third_step)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run", phases=["stem"])
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Judges: is it a photograph, and does it belong to this sentence? (MirrorGAN, Sec. 3.4)"""
+"""Discriminators: is an image a photograph, and does it match this sentence? (MirrorGAN, Sec. 3.4)"""
 
 from mirror_modules.adversarial.discriminator import PairedDiscriminator, PairedLogits
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty

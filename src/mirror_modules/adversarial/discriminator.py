@@ -1,4 +1,4 @@
-"""A paired discriminator judges an image alone and an image with a sentence (MirrorGAN, Sec. 3.4)."""
+"""The paired discriminator: one logit for an image alone, one for an image with a sentence (MirrorGAN, Sec. 3.4)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mirror_modules._checks import check_batch, check_choice, check_features, ch
 Normalization = Literal["batch", "spectral", "none"]
 
 SMALLEST_RESOLUTION = 4
-# After so many halvings the map of a 64 pixel image is 4 x 4; larger images are narrowed to the same width again.
+# Stride-2 convolutions from 64 pixels to 4. Larger images need more, and their channels are then reduced to as many.
 FULL_WIDTH_HALVINGS = 4
 
 
 class PairedLogits(NamedTuple):
-    """What a paired discriminator says of a batch of images."""
+    """Logits of a paired discriminator for a batch of images."""
 
     realism: Tensor
-    """Is it a photograph? The sentence is not looked at. (B,)"""
+    """Is the image a photograph? Does not depend on the sentence. (B,)"""
     consistency: Tensor
-    """Does it belong to this sentence? (B,)"""
+    """Does the image match the sentence? (B,)"""
 
 
 class SentenceConv2d(nn.Conv2d):
-    """A 3x3 convolution of features with a sentence at each of their positions, where it is never laid out.
+    """A 3x3 convolution over features and a sentence repeated at every position, which is never materialized.
 
         conv2d(cat(features, sentence at each position), weight, padding=1)
 
-    The sentence is the same everywhere: each of the kernel's nine places multiplies it once, and a matrix of zeros and
-    ones adds those up that lie within the map.
+    The sentence is the same everywhere, so each of the kernel's nine taps multiplies it only once. A binary matrix then
+    sums, for each position, the taps that lie within the map.
     """
 
     def __init__(self, channels: int, text_dim: int, *, bias: bool = False) -> None:
@@ -39,15 +39,15 @@ class SentenceConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W), (B, D) -> (B, C, H, W)."""
-        of_features, of_sentence = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
-        places = F.linear(sentence, of_sentence.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, 9))
-        is_within = F.unfold(places.new_ones(1, 1, *features.shape[2:]), 3, padding=1)
-        said = (places @ is_within).unflatten(2, features.shape[2:])
-        return F.conv2d(features, of_features, self.bias, padding=1) + said
+        feature_weight, sentence_weight = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
+        taps = F.linear(sentence, sentence_weight.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, 9))
+        is_within = F.unfold(taps.new_ones(1, 1, *features.shape[2:]), 3, padding=1)
+        sentence_term = (taps @ is_within).unflatten(2, features.shape[2:])
+        return F.conv2d(features, feature_weight, self.bias, padding=1) + sentence_term
 
 
 class WholeMapConv2d(nn.Conv2d):
-    """A convolution whose kernel is as large as the map, to one number: a product, (B, C, 4, 4) -> (B,)."""
+    """A convolution to one channel whose kernel covers the whole map, as a matrix product: (B, C, 4, 4) -> (B,)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 1, SMALLEST_RESOLUTION)
@@ -58,20 +58,36 @@ class WholeMapConv2d(nn.Conv2d):
 
 
 class PairedDiscriminator(nn.Module):
-    """Judge images of one resolution, alone and with a sentence (MirrorGAN, Sec. 3.4).
+    """Discriminate images of one resolution, both alone and paired with a sentence (MirrorGAN, Sec. 3.4).
 
         h = CNN(image),    realism = a(h),    consistency = b(conv(h, sentence))
 
-    Convolutions of stride 2 halve the image down to 4 x 4 and double the channels each time; past 64 pixels, 3x3
-    convolutions narrow them again to 8 * channels. Both heads see the whole 4 x 4 map. The results are logits: use
-    them with `discriminator_loss` and `generator_loss`.
+    Stride-2 convolutions downsample the image to 4 x 4 and double the channels each time; above 64 pixels, 3x3
+    convolutions reduce them to 8 * channels again. Both heads cover the whole 4 x 4 map. The outputs are logits, for
+    `discriminator_loss` and `generator_loss`.
 
     Args:
-        resolution: Height and width of the images, a power of two from 4 up.
+        resolution: Height and width of the images, a power of two of at least 4.
         text_dim: Features D of the sentence.
         channels: Channels after the first convolution.
-        normalization: "batch" has batch norms as published, "spectral" instead divides each convolution by its largest
+        normalization: "batch" uses batch norm as published, "spectral" instead divides each convolution by its largest
             singular value, "none" does neither.
+
+    Raises:
+        ValueError: `resolution` is not a power of two of at least 4, a size is not a positive integer, or
+            `normalization` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import PairedDiscriminator
+        >>> discriminator = PairedDiscriminator(resolution=16, text_dim=5, channels=2)
+        >>> images, sentence = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 5)
+        >>> logits = discriminator(images, sentence)
+        >>> logits.realism.shape, logits.consistency.shape
+        (torch.Size([3]), torch.Size([3]))
+        >>> features = discriminator.features(images)  # computed once, for any number of sentences
+        >>> discriminator.logits(features, sentence.roll(1, dims=0)).consistency.shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -83,13 +99,13 @@ class PairedDiscriminator(nn.Module):
         check_positive(owner, resolution=resolution, text_dim=text_dim, channels=channels)
         if resolution < SMALLEST_RESOLUTION or resolution & (resolution - 1):
             raise ValueError(
-                f"{owner}: resolution must be a power of two from {SMALLEST_RESOLUTION} up, but it is {resolution}."
+                f"{owner}: resolution must be a power of two of at least {SMALLEST_RESOLUTION}, but it is {resolution}."
             )
         self.resolution, self.text_dim = resolution, text_dim
         halvings = (resolution // SMALLEST_RESOLUTION).bit_length() - 1
-        # A batch norm takes a bias away again.
+        # Batch norm subtracts the mean, and with it any bias.
         has_norm = normalization == "batch"
-        # A 4 x 4 image is not halved: one convolution that keeps its size.
+        # A 4 x 4 image is not downsampled: its only convolution keeps the size.
         layers: list[nn.Module] = [
             nn.Conv2d(3, channels, 4, stride=2, padding=1, bias=False)
             if halvings
@@ -114,7 +130,17 @@ class PairedDiscriminator(nn.Module):
                 nn.utils.parametrizations.spectral_norm(module)
 
     def features(self, images: Tensor) -> Tensor:
-        """Look at images (B, 3, resolution, resolution) in [-1, 1]; features (B, F, 4, 4) for `judge`."""
+        """Extract the features of images, which `logits` takes with any number of sentences.
+
+        Args:
+            images: In [-1, 1], (B, 3, resolution, resolution).
+
+        Returns:
+            Features, (B, F, 4, 4) with F = `feature_dim`.
+
+        Raises:
+            ValueError: `images` are not floating point or have another shape.
+        """
         check_images("PairedDiscriminator", images)
         if tuple(images.shape[2:]) != (self.resolution, self.resolution):
             raise ValueError(
@@ -123,8 +149,19 @@ class PairedDiscriminator(nn.Module):
             )
         return self.trunk(images)
 
-    def judge(self, features: Tensor, sentence: Tensor) -> PairedLogits:
-        """Judge features (B, F, 4, 4) with sentences (B, D)."""
+    def logits(self, features: Tensor, sentence: Tensor) -> PairedLogits:
+        """Compute both logits from the features of images.
+
+        Args:
+            features: Image features from `features`, (B, F, 4, 4).
+            sentence: Sentence features, (B, D).
+
+        Returns:
+            Logits of realism and consistency, each (B,).
+
+        Raises:
+            ValueError: `features` do not have F channels, `sentence` does not have D features, or batch sizes disagree.
+        """
         check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
         check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         check_batch("PairedDiscriminator", images=features, sentence=sentence)
@@ -135,7 +172,7 @@ class PairedDiscriminator(nn.Module):
         return PairedLogits(self.realism_head(features), self.consistency_head(joint))
 
     def forward(self, images: Tensor, sentence: Tensor) -> PairedLogits:
-        """Judge images with sentences.
+        """Compute both logits of images paired with sentences.
 
         Args:
             images: In [-1, 1], (B, 3, resolution, resolution).
@@ -145,12 +182,12 @@ class PairedDiscriminator(nn.Module):
             Logits of realism and consistency, each (B,).
 
         Raises:
-            ValueError: Sizes disagree.
+            ValueError: `images` are not floating point, or sizes disagree.
         """
-        return self.judge(self.features(images), sentence)
+        return self.logits(self.features(images), sentence)
 
     def extra_repr(self) -> str:
-        """The sizes, as `print` shows them."""
+        """Show the sizes in `print`."""
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 

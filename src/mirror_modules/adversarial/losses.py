@@ -26,44 +26,56 @@ def discriminator_loss(
     objective: Objective = "logistic",
     mismatched_weight: float | Tensor = 1.0,
 ) -> Tensor:
-    """What a discriminator minimizes (MirrorGAN, Sec. 3.4).
+    """Compute the loss of a discriminator (MirrorGAN, Sec. 3.4).
 
         L_D = - 1/2 E log D(x) - 1/2 E log(1 - D(I)) - 1/2 E log D(x, s) - 1/2 E log(1 - D(I, s))
 
     `x` is a real image, `I` a generated one, `s` their sentence. Mismatched pairs, real images with another image's
-    sentence, are not in the paper; they add - 1/2 E log(1 - D(x, s')). The published code weighs otherwise: half the
+    sentence, are not in the paper; they add - 1/2 E log(1 - D(x, s')). The published code uses other weights: half the
     sum of the two real terms plus a third of the sum of the three others. The hinge loss has max(0, 1 - logit) in place
     of - log D, and max(0, 1 + logit) in place of - log(1 - D).
 
     Args:
         real: Logits of real images with their sentences.
         fake: Logits of generated images with their sentences.
-        mismatched: Consistency logits of mismatched pairs, any number of them; None leaves the term out.
-        weighting: "paper" or "release", the published code's.
+        mismatched: Consistency logits of mismatched pairs, any number of them; None omits the term.
+        weighting: "paper", or "release" for the weights of the published code.
         through: "logits" is exact. "probabilities" rounds as the published code does: a probability close to 0 or 1
             loses its digits, and no logarithm exceeds 100.
         objective: "logistic" as above, or "hinge".
-        mismatched_weight: Weight of the term of mismatched pairs within the sum.
+        mismatched_weight: Weight of the mismatched pairs' term within the sum.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, options exclude each other, or "release" comes with `mismatched=None`.
+        ValueError: An option is unknown, options are incompatible, or "release" comes with `mismatched=None`.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import PairedLogits
+        >>> from mirror_modules.functional import discriminator_loss
+        >>> undecided = PairedLogits(realism=torch.zeros(3), consistency=torch.zeros(3))
+        >>> round(discriminator_loss(undecided, undecided).item(), 4)  # 4 * 1/2 log 2
+        1.3863
+        >>> discriminator_loss(undecided, undecided, objective="hinge").item()
+        2.0
     """
     _check_options("discriminator_loss", weighting, through, objective)
-    # An empty batch of mismatched pairs has no mean. Its sum is 0, and the graph is that of a batch with pairs, as
-    # processes that train together need it.
-    wrong = at_least_float32(real.realism if mismatched is None else mismatched)[:0].sum()
+    # With no mismatched pairs, use an empty sum: zero, but still in the graph, which DDP requires.
+    mismatched_loss = at_least_float32(real.realism if mismatched is None else mismatched)[:0].sum()
     if mismatched is not None and mismatched.numel() > 0:
-        wrong = mismatched_weight * _says_no(mismatched, through, objective)
-    accepted = _says_yes(real.realism, through, objective) + _says_yes(real.consistency, through, objective)
-    rejected = _says_no(fake.realism, through, objective) + _says_no(fake.consistency, through, objective) + wrong
+        mismatched_loss = mismatched_weight * _fake_loss(mismatched, through, objective)
+    positive = _real_loss(real.realism, through, objective) + _real_loss(real.consistency, through, objective)
+    negative = _fake_loss(fake.realism, through, objective) + _fake_loss(fake.consistency, through, objective)
+    negative = negative + mismatched_loss
     if weighting == "paper":
-        return 0.5 * (accepted + rejected)
+        return 0.5 * (positive + negative)
     if mismatched is None:
-        raise ValueError("discriminator_loss: weighting='release' averages over mismatched pairs too; give some.")
-    return accepted / 2 + rejected / 3
+        raise ValueError(
+            "discriminator_loss: weighting='release' averages over mismatched pairs too; pass `mismatched`."
+        )
+    return positive / 2 + negative / 3
 
 
 def generator_loss(
@@ -73,7 +85,7 @@ def generator_loss(
     through: Through = "logits",
     objective: Objective = "logistic",
 ) -> Tensor:
-    """What the generator minimizes at one stage (MirrorGAN, Sec. 3.4).
+    """Compute the adversarial loss of the generator at one stage (MirrorGAN, Sec. 3.4).
 
         L_G = - 1/2 E log D(I) - 1/2 E log D(I, s)
 
@@ -81,7 +93,7 @@ def generator_loss(
 
     Args:
         fake: Logits of generated images with their sentences.
-        weighting: "paper", or "release" with weights of 1, as the published code.
+        weighting: "paper", or "release" with weights of 1, as in the published code.
         through: See `discriminator_loss`.
         objective: See `discriminator_loss`.
 
@@ -89,47 +101,67 @@ def generator_loss(
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, or options exclude each other.
+        ValueError: An option is unknown, or options are incompatible.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import PairedLogits
+        >>> from mirror_modules.functional import generator_loss
+        >>> undecided = PairedLogits(realism=torch.zeros(3), consistency=torch.zeros(3))
+        >>> round(generator_loss(undecided).item(), 4)  # 2 * 1/2 log 2
+        0.6931
+        >>> fooled = PairedLogits(realism=torch.ones(3), consistency=torch.ones(3))
+        >>> generator_loss(fooled, objective="hinge").item()
+        -1.0
     """
     _check_options("generator_loss", weighting, through, objective)
     weight = 0.5 if weighting == "paper" else 1.0
     if objective == "hinge":
         return -weight * (at_least_float32(fake.realism).mean() + at_least_float32(fake.consistency).mean())
-    return weight * (_says_yes(fake.realism, through, objective) + _says_yes(fake.consistency, through, objective))
+    return weight * (_real_loss(fake.realism, through, objective) + _real_loss(fake.consistency, through, objective))
 
 
-def r1_penalty(images: Tensor, verdict: PairedLogits) -> Tensor:
-    """Half the squared gradient of what a discriminator says of real images, the R1 penalty of Mescheder et al. (2018).
+def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
+    """Penalize the discriminator's gradient at real images: the R1 penalty of Mescheder et al. (2018).
 
         R1 = 1/2 E || d (realism + consistency) / d image ||^2
 
     Args:
-        images: What was judged, (B, 3, H, W), with `requires_grad`.
-        verdict: The logits, which depend on them.
+        images: Real images, (B, 3, H, W), with `requires_grad`.
+        logits: A discriminator's logits of these images.
 
     Returns:
-        A scalar, at least 0; its own gradient is a second derivative of the discriminator.
+        A scalar, at least 0. Its own gradient is a second derivative of the discriminator.
 
     Raises:
-        ValueError: `images` need no gradient.
+        ValueError: `images` do not require a gradient.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import PairedLogits
+        >>> from mirror_modules.functional import r1_penalty
+        >>> images = torch.ones(2, 3, 4, 4, requires_grad=True)
+        >>> total = images.sum(dim=(1, 2, 3))
+        >>> r1_penalty(images, PairedLogits(realism=total, consistency=total)).item()  # 1/2 * 48 * 2^2
+        96.0
     """
     if not images.requires_grad:
-        raise ValueError("r1_penalty: images need a gradient; judge images.detach().requires_grad_(True).")
-    said = at_least_float32(verdict.realism).sum() + at_least_float32(verdict.consistency).sum()
-    (gradient,) = torch.autograd.grad(said, images, create_graph=True)
+        raise ValueError("r1_penalty: images must require a gradient; use images.detach().requires_grad_(True).")
+    total = at_least_float32(logits.realism).sum() + at_least_float32(logits.consistency).sum()
+    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
     return 0.5 * at_least_float32(gradient).square().sum() / len(images)
 
 
-def _says_yes(logits: Tensor, through: Through, objective: Objective) -> Tensor:
-    """- E log D, or its hinge."""
+def _real_loss(logits: Tensor, through: Through, objective: Objective) -> Tensor:
+    """- E log D, or E max(0, 1 - logit)."""
     logits = at_least_float32(logits)
     if objective == "hinge":
         return F.relu(1 - logits).mean()
     return F.softplus(-logits).mean() if through == "logits" else _cross_entropy_of_probabilities(logits, 1.0)
 
 
-def _says_no(logits: Tensor, through: Through, objective: Objective) -> Tensor:
-    """- E log(1 - D), or its hinge."""
+def _fake_loss(logits: Tensor, through: Through, objective: Objective) -> Tensor:
+    """- E log(1 - D), or E max(0, 1 + logit)."""
     logits = at_least_float32(logits)
     if objective == "hinge":
         return F.relu(1 + logits).mean()
@@ -137,7 +169,7 @@ def _says_no(logits: Tensor, through: Through, objective: Objective) -> Tensor:
 
 
 def _cross_entropy_of_probabilities(logits: Tensor, target: float) -> Tensor:
-    # Autocast refuses this function for every input; these are float32 or wider.
+    # Autocast rejects this function even for float32 inputs, as these are.
     with torch.autocast(logits.device.type, enabled=False):
         return F.binary_cross_entropy(torch.sigmoid(logits), torch.full_like(logits, target))
 
@@ -147,4 +179,4 @@ def _check_options(owner: str, weighting: str, through: str, objective: str) -> 
     check_choice(owner, "through", through, ("logits", "probabilities"))
     check_choice(owner, "objective", objective, ("logistic", "hinge"))
     if objective == "hinge" and through == "probabilities":
-        raise ValueError(f"{owner}: the hinge loss is one of logits; use through='logits'.")
+        raise ValueError(f"{owner}: objective='hinge' is defined on logits; use through='logits'.")

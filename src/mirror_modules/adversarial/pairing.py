@@ -16,24 +16,34 @@ class Mismatch(NamedTuple):
     partner: Tensor
     """Row whose sentence each row takes; a permutation. (B,)"""
     valid: Tensor
-    """True where the partner is of another class. All are, where no class fills more than half of the batch. (B,)"""
+    """True where the partner is of another class: everywhere, if no class fills more than half of the batch. (B,)"""
 
 
 def mismatch(class_ids: Tensor, *, generator: torch.Generator | None = None) -> Mismatch:
-    """Pair each row with one of another class: a random derangement of the batch.
+    """Pair each row with a row of another class: a random derangement of the batch.
 
-    Rows are sorted by class, in random order, and moved on by the size of the largest class. Nobody then meets its own
+    Rows are sorted by class, in random order, and rolled by the size of the largest class. No row then meets its own
     class, provided that no class fills more than half of the batch; otherwise as many rows as possible are valid.
 
     Args:
         class_ids: One class per row, (B,). Images of one class, or one image with several captions, share an id.
-        generator: Source of the random order.
+        generator: Source of the random order; None uses torch's global generator.
 
     Returns:
         Partners and their validity.
 
     Raises:
-        ValueError: `class_ids` is not (B,).
+        ValueError: `class_ids` is not (B,), or is empty.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import mismatch
+        >>> class_ids = torch.tensor([7, 7, 3, 5])
+        >>> pairs = mismatch(class_ids)
+        >>> (class_ids[pairs.partner] != class_ids).tolist()
+        [True, True, True, True]
+        >>> mismatch(torch.tensor([7, 7])).valid.tolist()  # nothing to pair with
+        [False, False]
     """
     if class_ids.ndim != 1 or class_ids.shape[0] == 0:
         raise ValueError(f"mismatch: class_ids must be (B,), one per row, but they are {shape_of(class_ids)}.")

@@ -1,77 +1,81 @@
-"""What a data set on disk holds: counts, sizes, words, classes, and what of it is damaged."""
+"""Statistics of a data set on disk: images, sizes, classes, captions, words, damaged files."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from mirror_modules._checks import check_positive
-from mirror_modules.data.damage import DamagedSample, ErrorReport, Skipped
-from mirror_modules.data.files import CaptionedFiles
+from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, Skipped, printable
+from mirror_modules.data.readers.files import SPLITS, CaptionedFiles
 from mirror_modules.data.sample import CaptionedImage
+from mirror_modules.data.sources import open_captions, recognize
 from mirror_modules.stem.vocabulary import split_words
 
-LISTED = 20
+MAX_LISTED = 20
+RESOLUTION = 64  # default of the samples
 
 
 class Spread(NamedTuple):
-    """Where some numbers lie."""
+    """Minimum, median and maximum."""
 
-    smallest: float
-    middle: float
-    largest: float
+    minimum: float
+    median: float
+    maximum: float
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> Spread | None:
-        """Their least, median and greatest; None if there is no number."""
-        listed = list(numbers)
-        return cls(min(listed), median(listed), max(listed)) if listed else None
+        """The spread of `numbers`; None if there are none."""
+        values = list(numbers)
+        return cls(min(values), median(values), max(values)) if values else None
 
     def __str__(self) -> str:
         return " / ".join(f"{number:g}" for number in self)
 
 
 class SplitFacts(NamedTuple):
-    """What one split holds."""
+    """Statistics of one split. All but `damaged` count intact samples only."""
 
     images: int
-    """Those that can be read, as everything below."""
     captions_each: Spread | None
+    """Captions per image."""
     captions: int
     shorter_side: Spread | None
-    """Of the images as they are stored, in pixels."""
+    """Pixels of the images as stored."""
     longer_side: Spread | None
     caption_words: Spread | None
+    """Words per caption."""
     long_captions: int
     """Captions of more than `max_words` words."""
     classes: frozenset[int]
     words: Counter[str]
-    """How often each word occurs."""
+    """Occurrences of each word."""
     damaged: tuple[Skipped, ...]
-    pictures: tuple[CaptionedImage, ...]
-    """Some samples, spread over all."""
+    samples: tuple[CaptionedImage, ...]
+    """A few samples, evenly spaced."""
 
 
 def inspect_split(
-    dataset: CaptionedFiles, *, max_words: int = 18, pictures: int = 8, progress: Callable[[], object] = lambda: None
+    dataset: CaptionedFiles, *, max_words: int = 18, samples: int = 8, progress: Callable[[], object] = lambda: None
 ) -> SplitFacts:
-    """Read every image of a split that was opened with `on_error="list"`.
+    """Read every image of a split and collect statistics.
 
     Args:
-        dataset: The split.
-        max_words: Captions of more words are counted as long.
-        pictures: Samples to keep.
+        dataset: The split, opened with `on_error="list"`.
+        max_words: Captions of more words count as long.
+        samples: Number of samples to keep.
         progress: Called after each sample.
 
     Returns:
-        What it holds.
+        The statistics.
 
     Raises:
         ValueError: A number is below 1.
     """
-    check_positive("inspect_split", max_words=max_words, pictures=pictures)
+    check_positive("inspect_split", max_words=max_words, samples=samples)
     damaged = ErrorReport("list")
     damaged.skipped += dataset.report.skipped
     entries, sizes = [], []
@@ -84,16 +88,16 @@ def inspect_split(
         except DamagedSample as error:
             damaged.add("inspect_split", *error.skipped)
         else:
-            # The first one at or after each of the evenly spaced places.
-            if len(kept) < pictures and i >= len(kept) * len(dataset) // pictures:
+            # The first intact sample at or after each evenly spaced index.
+            if len(kept) < samples and i >= len(kept) * len(dataset) // samples:
                 kept.append(sample)
         progress()
     lengths, words = [], Counter[str]()
     for entry in entries:
         for caption in entry.captions:
-            found = split_words(caption)
-            lengths.append(len(found))
-            words.update(found)
+            caption_words = split_words(caption)
+            lengths.append(len(caption_words))
+            words.update(caption_words)
     return SplitFacts(
         images=len(entries),
         captions_each=Spread.of(len(entry.captions) for entry in entries),
@@ -105,21 +109,21 @@ def inspect_split(
         classes=frozenset(entry.class_id for entry in entries),
         words=words,
         damaged=tuple(damaged.skipped),
-        pictures=tuple(kept),
+        samples=tuple(kept),
     )
 
 
 def describe_splits(training: SplitFacts, validation: SplitFacts, *, max_words: int = 18, min_count: int = 1) -> str:
-    """A table of both splits, the vocabulary of the training captions, and the damaged files by name.
+    """Format a table of both splits, the coverage of the training vocabulary, and a list of damaged files.
 
     Args:
-        training: Of the captions that the vocabulary is built from.
-        validation: Of those that are read with it.
-        max_words: As given to `inspect_split`.
+        training: Statistics of the training split, whose captions make up the vocabulary.
+        validation: Statistics of the validation split, whose words are looked up in that vocabulary.
+        max_words: As passed to `inspect_split`.
         min_count: Occurrences that a word needs to enter the vocabulary.
 
     Returns:
-        Several lines.
+        Several lines of text.
 
     Raises:
         ValueError: A number is below 1.
@@ -132,31 +136,95 @@ def describe_splits(training: SplitFacts, validation: SplitFacts, *, max_words: 
         ("longer side, pixels", lambda facts: facts.longer_side),
         ("classes", lambda facts: f"{len(facts.classes):,}"),
         ("captions", lambda facts: f"{facts.captions:,}"),
-        ("captions of an image", lambda facts: facts.captions_each),
-        ("words of a caption", lambda facts: facts.caption_words),
+        ("captions per image", lambda facts: facts.captions_each),
+        ("words per caption", lambda facts: facts.caption_words),
         (f"longer than {max_words} words", lambda facts: _share(facts.long_captions, facts.captions)),
         ("distinct words", lambda facts: f"{len(facts.words):,}"),
     ]
-    lines = [f"{'':<22} {'training':>20} {'validation':>20}   (least / median / greatest)"]
+    lines = [f"{'':<22} {'training':>20} {'validation':>20}   (minimum / median / maximum)"]
     for name, value in rows:
         cells = (str(value(facts) if value(facts) is not None else "-") for facts in (training, validation))
         lines.append(f"{name:<22} " + " ".join(f"{cell:>20}" for cell in cells))
     known = {word for word, count in training.words.items() if count >= min_count}
-    read = sum(count for word, count in validation.words.items() if word in known)
+    covered = sum(count for word, count in validation.words.items() if word in known)
     lines += [
-        f"vocabulary: {len(known):,} words of training captions, with min_count={min_count}; they are "
-        f"{_share(read, sum(validation.words.values()))} of the words of validation captions, and "
-        f"{_share(len(known & validation.words.keys()), len(validation.words))} of the distinct ones",
+        f"vocabulary: {len(known):,} words from the training captions, with min_count={min_count}; it covers "
+        f"{_share(covered, sum(validation.words.values()))} of the words of the validation captions, and "
+        f"{_share(len(known & validation.words.keys()), len(validation.words))} of the distinct words",
     ]
-    # Where each image is its own class, numbers of classes say nothing.
+    # Meaningless if each image is its own class.
     if len(training.classes) < training.images and len(validation.classes) < validation.images:
         lines.append(f"classes in both splits: {len(training.classes & validation.classes):,}")
     damaged = [*training.damaged, *validation.damaged]
     if damaged:
         lines.append(f"damaged: {len(damaged):,} of {training.images + validation.images + len(damaged):,}")
-        lines += [f"  {file} {reason}" for file, reason in damaged[:LISTED]]
-        lines += [f"  and {len(damaged) - LISTED:,} more"] * (len(damaged) > LISTED)
+        lines += [f"  {file} {reason}" for file, reason in damaged[:MAX_LISTED]]
+        lines += [f"  and {len(damaged) - MAX_LISTED:,} more"] * (len(damaged) > MAX_LISTED)
     return "\n".join(lines)
+
+
+class Inspection(NamedTuple):
+    """The result of `inspect_folder`."""
+
+    text: str
+    """Several lines: the format, the statistics, the damaged files."""
+    samples: tuple[CaptionedImage, ...]
+    """A few samples of both splits, all of one size; empty if no image can be read."""
+
+
+def inspect_folder(
+    path: str | Path,
+    *,
+    source: str = "auto",
+    resolution: int | None = None,
+    max_words: int = 18,
+    min_count: int = 1,
+) -> Inspection:
+    """Read every file of a data set and report statistics and damaged files.
+
+    Args:
+        path: Folder of the data set.
+        source: Its format, as for `open_captions`.
+        resolution: Height and width of the samples; None takes 64, or less if the folder was prepared at less.
+        max_words: Captions of more words count as long.
+        min_count: Occurrences that a word needs to enter the vocabulary.
+
+    Returns:
+        The statistics as text, and a few samples.
+
+    Raises:
+        FileNotFoundError: The folder, or a part of its layout, is missing.
+        ValueError: The folder has no known format, a list in it is damaged, or a number is below 1.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from mirror_modules.data.inspection import inspect_folder
+        >>> root = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (40, 30), "red").save(root / "red.png")
+        >>> _ = (root / "red.txt").write_text("a red sheet of paper")
+        >>> text, samples = inspect_folder(root)
+        >>> len(samples), samples[0].image.shape
+        (1, (64, 64, 3))
+    """
+    from tqdm import tqdm
+
+    sizes = {} if resolution is None else {"resolution": resolution}
+    check_positive("inspect_folder", **sizes, max_words=max_words, min_count=min_count)
+    name = recognize(path) if source == "auto" else source
+    if resolution is None:
+        resolution = RESOLUTION
+        if name == "prepared":
+            resolution = min(resolution, *open_captions(path, SPLITS[0], 1, name).stored_size(0))
+    facts = []
+    for split in SPLITS:
+        dataset = open_captions(path, split, resolution, name, on_error="list")
+        with tqdm(total=len(dataset), desc=f"{split} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
+            facts.append(inspect_split(dataset, max_words=max_words, progress=bar.update))
+    text = f"{printable(path)} is read as {name!r}\n"
+    text += describe_splits(*facts, max_words=max_words, min_count=min_count)
+    return Inspection(text, tuple(sample for each in facts for sample in each.samples))
 
 
 def _share(part: int, whole: int) -> str:

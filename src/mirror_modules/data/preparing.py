@@ -1,4 +1,4 @@
-"""Decode and resize a data set once, into files that are read without decoding."""
+"""Decode and resize a data set once, into files that need no decoding."""
 
 from __future__ import annotations
 
@@ -10,38 +10,37 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.data.damage import DamagedSample, Skipped, printable
-from mirror_modules.data.files import SPLITS, CaptionedFiles, Entry, check_apart
-from mirror_modules.data.images import MOST_PIXELS
-from mirror_modules.data.prepared import AGAIN, FORMAT, PREPARED, PreparedCaptions
+from mirror_modules._files import flush_to_disk, locked, read_json, write_json, write_whole
+from mirror_modules.data.readers.damage import DamagedSample, Skipped, printable
+from mirror_modules.data.readers.files import SPLITS, CaptionedFiles, Entry, check_apart
+from mirror_modules.data.readers.images import MAX_PIXELS
+from mirror_modules.data.readers.prepared import FORMAT, PREPARED, REMEDY, PreparedCaptions
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.sources import open_captions, recognize
-from mirror_modules.models.pretrained import flush_to_disk, read_json, write_json, write_whole
 
 OWNER = "prepare_captions"
-LARGEST = math.isqrt(MOST_PIXELS)
+MAX_RESOLUTION = math.isqrt(MAX_PIXELS)
 
 
 class Prepared(NamedTuple):
-    """What `prepare_captions` wrote."""
+    """The result of `prepare_captions`."""
 
     folder: Path
-    """Where it lies; `open_captions` reads it."""
+    """The folder written, which `open_captions` reads."""
     source: str
-    """The format of the originals."""
+    """Format of the originals."""
     resolution: int
     """Height and width of all images."""
     images: dict[str, int]
-    """How many there are in each split."""
+    """Number of images in each split."""
     skipped: tuple[Skipped, ...]
-    """What was left out, of both splits."""
+    """Skipped samples of both splits."""
 
 
 def prepare_captions(
@@ -56,39 +55,56 @@ def prepare_captions(
 ) -> Prepared:
     """Decode and resize both splits of a data set on disk into a folder that `PreparedCaptions` reads.
 
-    The folder appears when all of it is written. Before, the files gather in a hidden folder beside it, where the same
-    call goes on after it was stopped; a call that differs in an argument, or in the originals, begins anew.
+    The folder appears once it is complete. Until then, files are collected in a hidden folder beside it, from which the
+    same call resumes after an interruption; a call with other arguments, or with changed originals, starts over.
 
     Args:
         path: Folder of the originals.
-        out: Folder to make. One that was made by the same call already is left as it is.
-        resolution: Height and width of the images. Somewhat more than the model's leaves room for random crops.
-        source: The format of the originals, as for `open_captions`.
-        on_error: "stop" raises an error for the first damaged sample, "skip" leaves it out as long as few are damaged.
-        shard_size: Samples that one file holds at most. The images of a split in one file need not be copied into
-            memory to be trained on.
-        progress: Called with (split, samples done, samples in all) after each sample, and after those found done.
+        out: Folder to create. If the same call already created it, it is left unchanged.
+        resolution: Height and width of the images; somewhat above the model's leaves room for random crops.
+        source: Format of the originals, as for `open_captions`.
+        on_error: "stop" raises at the first damaged sample; "skip" skips damaged samples up to 5 % of a split.
+        shard_size: Maximal number of samples per file. If a split fits in one file, training maps its images into
+            memory instead of copying them.
+        progress: Called with (split, samples done, samples in total) after each sample, and once for each file that an
+            earlier call completed.
 
     Returns:
-        How many images there are, and what was left out.
+        The folder, the number of images in it, and the skipped samples.
 
     Raises:
         FileExistsError: `out` holds something else.
         FileNotFoundError: `path`, or a part of its layout, is missing.
-        ValueError: An argument is unknown or out of its range, `path` has no format that is known or is a prepared
-            folder, an image is in both splits, samples are damaged, or another process prepares the same.
+        ValueError: An argument is unknown or out of range, `path` has no known format or is itself a prepared folder,
+            an image is in both splits, samples are damaged, or another process prepares the same folder.
         OSError: A file cannot be written, for instance because the disk is full.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from mirror_modules.data import prepare_captions
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for split in ("train", "validation"):
+        ...     (root / split).mkdir()
+        ...     Image.new("RGB", (40, 30)).save(root / split / "black.png")
+        ...     _ = (root / split / "black.txt").write_text("a black square")
+        >>> prepared = prepare_captions(root, root / "cache", resolution=16)
+        >>> prepared.images, prepared.skipped
+        ({'train': 1, 'validation': 1}, ())
     """
     check_positive(OWNER, resolution=resolution, shard_size=shard_size)
-    if resolution > LARGEST:
-        raise ValueError(f"{OWNER}: resolution={resolution} exceeds {LARGEST}, which is as large as images may be.")
+    if resolution > MAX_RESOLUTION:
+        raise ValueError(
+            f"{OWNER}: resolution={resolution} exceeds {MAX_RESOLUTION}, the largest size that can be decoded."
+        )
     check_choice(OWNER, "on_error", on_error, ("stop", "skip"))
-    # Where a link leads: a folder cannot take the place of the link itself.
+    # The target of a symbolic link: a folder cannot be renamed onto the link itself.
     out = Path(os.path.realpath(out))
     name = recognize(path) if source == "auto" else source
     if name == "prepared":
         raise ValueError(
-            f"{OWNER}: {path} is prepared already, and images lose by being resized twice; name originals."
+            f"{OWNER}: {path} is already prepared, and resizing images twice degrades them; pass the originals."
         )
     splits = [open_captions(path, split, resolution, name, on_error=on_error) for split in SPLITS]
     check_apart(OWNER, *splits)
@@ -98,9 +114,9 @@ def prepare_captions(
     unfinished = out.with_name(f".{out.name}.{digest[:16]}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        with _locked(unfinished) as is_mine:
-            if not is_mine:
-                raise ValueError(f"{OWNER}: another process prepares {out} from the same originals; wait for it.")
+        with locked(unfinished) as is_acquired:
+            if not is_acquired:
+                raise ValueError(f"{OWNER}: another process is preparing {out} from the same originals; wait for it.")
             contents = [_write_split(unfinished, dataset, shard_size, progress) for dataset in splits]
             facts = {
                 "format": FORMAT,
@@ -116,24 +132,25 @@ def prepare_captions(
         message = f"{OWNER}: {out} cannot be written ({error.strerror or error})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += (
-                f"; it needs about {sum(map(len, splits)) * resolution**2 * 3 / 2**20:.0f} MiB. What is done is kept "
-                f"in {unfinished}: make room, and the same call goes on with it"
+                f"; it needs about {sum(map(len, splits)) * resolution**2 * 3 / 2**20:.0f} MiB. Completed files are "
+                f"kept in {unfinished}: free some space and repeat the call to resume"
             )
         raise OSError(f"{message}.") from error
     return _summary(out)
 
 
 class _Shard(NamedTuple):
-    """What became of some samples of a split."""
+    """A file of images, from a range of samples of a split."""
 
     file: str
     lines: list[str]
-    """What is said of each image in the file."""
+    """A line of JSON for each image in the file."""
     skipped: list[Skipped]
+    """The skipped samples of the range."""
 
 
 class _Content(NamedTuple):
-    """The files of a split."""
+    """All files of a split."""
 
     shards: list[_Shard]
 
@@ -153,7 +170,7 @@ def _write_split(
         rows = range(start, min(start + shard_size, total))
         notes = folder / f"{dataset.split}-{number:05}.json"
         if notes.is_file():
-            # Written after the images: they are whole.
+            # The notes are written after the images, which are therefore complete.
             file, lines, skipped = read_json(notes)
             shard = _Shard(file, lines, [Skipped(*each) for each in skipped])
             dataset.report.skipped += shard.skipped
@@ -179,7 +196,7 @@ def _write_shard(
     damaged_before: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> _Shard:
-    """Write the images of some samples as one array; damaged ones leave no hole."""
+    """Write the images of a range of samples as one array, contiguously: damaged samples are skipped."""
     shard = _Shard(path.name, [], [])
 
     def samples() -> Iterator[CaptionedImage]:
@@ -201,22 +218,22 @@ def _write_shard(
     return shard
 
 
-def _write_array(path: Path, samples: Iterable[CaptionedImage], most: int, resolution: int) -> None:
-    """Write images one after the other as a .npy file, and how many they are at last.
+def _write_array(path: Path, samples: Iterable[CaptionedImage], capacity: int, resolution: int) -> None:
+    """Stream images into a .npy file; the number of images in its header is corrected at the end.
 
-    Not through a memory map: on a full disk the process would be killed, and no error told.
+    Not through a memory map: on a full disk the process would be killed without an error message.
     """
     with path.open("wb") as file:
-        _write_header(file, most, resolution)
+        _write_header(file, capacity, resolution)
         begin, count = file.tell(), 0
         for sample in samples:
             file.write(np.ascontiguousarray(sample.image).data)
             count += 1
         file.seek(0)
-        # The format leaves room for the first size to change.
+        # The .npy format pads the header, so that the first dimension can change in place.
         _write_header(file, count, resolution)
         if file.tell() != begin:
-            raise ValueError(f"{OWNER}: the header of {path.name} has changed its length; give another shard_size.")
+            raise ValueError(f"{OWNER}: the header of {path.name} changed its length; choose another shard_size.")
 
 
 def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
@@ -225,8 +242,8 @@ def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
 
 
 def _line(entry: Entry, root: Path) -> str:
-    said = {"file": _name(entry, root), "captions": entry.captions, "class_id": entry.class_id}
-    return json.dumps(said, ensure_ascii=False)
+    row = {"file": _name(entry, root), "captions": entry.captions, "class_id": entry.class_id}
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _name(entry: Entry, root: Path) -> str:
@@ -234,27 +251,27 @@ def _name(entry: Entry, root: Path) -> str:
 
 
 def _digest(splits: list[CaptionedFiles], settings: list[object]) -> str:
-    """What tells a cache from all others: the settings, what is said of each original, its size and its last change."""
+    """A hash of everything that determines the folder: settings, and per original its metadata, size and mtime."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for dataset in splits:
         for entry in dataset.entries:
             file = (entry.image if entry.part is None else entry.part.file).stat()
-            said = [_line(entry, dataset.root), entry.box, file.st_size, file.st_mtime_ns]
-            digest.update(json.dumps(said).encode())
+            facts = [_line(entry, dataset.root), entry.box, file.st_size, file.st_mtime_ns]
+            digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 
 
 def _is_done(out: Path, digest: str) -> bool:
-    """Is the folder there already?
+    """Whether the same call already created the folder.
 
     Raises:
-        FileExistsError: Something else is.
+        FileExistsError: `out` holds something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     facts = read_json(out / PREPARED) if (out / PREPARED).is_file() else None
     if not isinstance(facts, dict):
-        raise FileExistsError(f"{OWNER}: {out} exists and is not empty; name a folder that is to be made.")
+        raise FileExistsError(f"{OWNER}: {out} exists and is not empty; name a folder that does not exist yet.")
     if facts.get("digest") != digest:
         raise FileExistsError(
             f"{OWNER}: {out} was prepared with other settings or from other originals; remove it, or name another "
@@ -264,51 +281,30 @@ def _is_done(out: Path, digest: str) -> bool:
 
 
 def _publish(unfinished: Path, out: Path) -> None:
-    """Let the finished folder appear, without what only helped to make it."""
-    named = {PREPARED, *(f"{split}.jsonl" for split in SPLITS)}
+    """Remove temporary files and rename the finished folder to its final name."""
+    final = {PREPARED, *(f"{split}.jsonl" for split in SPLITS)}
     for file in unfinished.iterdir():
-        if file.name.startswith(".") or (file.name not in named and file.suffix != ".npy"):
+        if file.name.startswith(".") or (file.name not in final and file.suffix != ".npy"):
             file.unlink()
     flush_to_disk(unfinished)
     if out.exists():
-        # An empty folder, as `_is_done` has seen; elsewhere than on POSIX it would be in the way.
+        # An empty folder, as `_is_done` checked; only POSIX renames onto one.
         out.rmdir()
     os.replace(unfinished, out)
     flush_to_disk(out.parent)
     for other in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 16}"):
-        with _locked(other) as is_mine:
-            if is_mine:
+        with locked(other) as is_acquired:
+            if is_acquired:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder; False if another process does. Systems without such a lock hold nothing."""
-    try:
-        import fcntl
-    except ImportError:
-        # Windows has none.
-        yield True
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_mine = True
-    except BlockingIOError:
-        is_mine = False
-    try:
-        yield is_mine
-    finally:
-        os.close(handle)
-
-
 def _summary(out: Path) -> Prepared:
-    # Opened, so that what is reported can be read.
+    # Opening both splits verifies the files.
     splits = {split: PreparedCaptions(out, split=split, resolution=1) for split in SPLITS}
     facts = read_json(out / PREPARED)
     try:
         source, resolution = facts["source"], facts["resolution"]
         skipped = tuple(Skipped(*each) for each in facts["skipped"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{OWNER}: {out / PREPARED} lacks a part ({error}); {AGAIN}.") from error
+        raise ValueError(f"{OWNER}: {out / PREPARED} lacks a field ({error}); {REMEDY}.") from error
     return Prepared(out, source, resolution, {split: len(dataset) for split, dataset in splits.items()}, skipped)

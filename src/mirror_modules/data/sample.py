@@ -1,4 +1,4 @@
-"""What every data set of captioned images hands out."""
+"""The sample type that every data set of captioned images returns."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from numpy.typing import NDArray
 
 
 class CaptionedImage(NamedTuple):
-    """One image and everything that is said of it."""
+    """An RGB image with its captions, class and attributes.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mirror_modules.data import CaptionedImage, InMemoryCaptions
+        >>> black = CaptionedImage(np.zeros((5, 7, 3), np.uint8), ("a black wall", "a wall"), class_id=0, attributes={})
+        >>> data = InMemoryCaptions([black], max_words=18)  # a list of samples is a data set
+        >>> data.images.shape, data.tokens.shape
+        (torch.Size([1, 5, 7, 3]), torch.Size([2, 3]))
+    """
 
     image: NDArray[np.uint8]
-    """Red, green, blue. (H, W, 3)"""
+    """RGB, (H, W, 3)."""
     captions: tuple[str, ...]
-    """At least one sentence, each of which describes the image alone."""
+    """At least one caption. Each describes the whole image on its own."""
     class_id: int
-    """Images of one class may share a description: they are not each other's mismatches."""
+    """Images of one class may share captions, so they never serve as each other's mismatched pairs."""
     attributes: Mapping[str, str]
-    """What is known of the image, for example {"petal_color": "red"}; empty where nothing is."""
+    """Labels such as {"petal_color": "red"}; empty if the data set has none."""
 
 
 class CaptionedImages(Protocol):
-    """A data set: anything with a length that gives a `CaptionedImage` for an index."""
+    """A map-style data set: any object with a length that returns a `CaptionedImage` for an index."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""One door to all data sets on disk: which format a folder has is seen from what lies in it."""
+"""Open any data set on disk, with its format recognized from the files in the folder."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirror_modules._checks import check_choice
-from mirror_modules.data.caption_folder import IMAGE_SUFFIXES, LISTS, CaptionFolder
-from mirror_modules.data.coco_captions import CocoCaptions
-from mirror_modules.data.cub_birds import CubBirds
-from mirror_modules.data.files import SPLITS, CaptionedFiles
-from mirror_modules.data.oxford_flowers import OxfordFlowers
-from mirror_modules.data.prepared import PREPARED, PreparedCaptions
-from mirror_modules.data.shard_folder import ShardFolder
-from mirror_modules.data.shards import find_shards
+from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES, LISTS, CaptionFolder
+from mirror_modules.data.readers.coco_captions import CocoCaptions
+from mirror_modules.data.readers.cub_birds import CubBirds
+from mirror_modules.data.readers.files import SPLITS, CaptionedFiles
+from mirror_modules.data.readers.oxford_flowers import OxfordFlowers
+from mirror_modules.data.readers.prepared import PREPARED, PreparedCaptions
+from mirror_modules.data.readers.shard_folder import ShardFolder
+from mirror_modules.data.readers.shards import find_shards
 
 
 class Format(NamedTuple):
-    """A way in which captioned images lie in a folder."""
+    """A format of captioned images in a folder."""
 
     reader: Callable[..., CaptionedFiles]
-    sign: str
-    """What tells it from the others, in words."""
-    fits: Callable[[Path], bool]
-    """Does a folder show the sign?"""
+    signature: str
+    """The files that identify the format, for error messages."""
+    matches: Callable[[Path], bool]
+    """Whether a folder has these files."""
 
 
 def _is_caption_folder(root: Path) -> bool:
@@ -50,7 +50,7 @@ FORMATS: dict[str, Format] = {
     ),
     "folder": Format(
         CaptionFolder,
-        "captions.jsonl, captions.csv, or an image with a .txt of its name, here or in train/ and validation/",
+        "captions.jsonl, captions.csv, or an image with a .txt of the same name, here or in train/ and validation/",
         _is_caption_folder,
     ),
     "webdataset": Format(
@@ -60,27 +60,27 @@ FORMATS: dict[str, Format] = {
     ),
     "prepared": Format(PreparedCaptions, PREPARED, lambda root: (root / PREPARED).is_file()),
 }
-"""What `open_captions` reads, by name."""
+"""The formats that `open_captions` reads, by name."""
 
 
 def recognize(path: str | Path) -> str:
     """The name of a folder's format.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It has none of the formats; the message says what was looked for.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The folder matches no format; the message lists the files that identify each.
     """
     root = Path(path)
     if not root.is_dir():
-        raise FileNotFoundError(f"open_captions: there is no folder {root}; give the one that holds the data set.")
-    name = _recognized(root)
+        raise FileNotFoundError(f"open_captions: there is no folder {root}; pass the folder of the data set.")
+    name = _recognize(root)
     if name is None:
-        looked_for = "; ".join(f"{name}: {each.sign}" for name, each in FORMATS.items())
-        below = next((child for child in sorted(root.iterdir()) if child.is_dir() and _recognized(child)), None)
+        signatures = "; ".join(f"{name}: {each.signature}" for name, each in FORMATS.items())
+        below = next((child for child in sorted(root.iterdir()) if child.is_dir() and _recognize(child)), None)
         hint = f" Did you mean {below}?" if below else ""
         raise ValueError(
-            f"open_captions: {root} has no format that is known. Looked for {looked_for}.{hint} "
-            "A format that is named as source says what it misses."
+            f"open_captions: {root} has no known format. Looked for {signatures}.{hint} "
+            "Name a format as source to learn which files it lacks."
         )
     return name
 
@@ -96,23 +96,38 @@ def open_captions(
     """Open a data set on disk.
 
     Args:
-        path: Its folder.
+        path: Folder of the data set.
         split: "train" or "validation".
-        resolution: Height and width of its images in pixels.
-        source: "oxford-flowers", "birds", "coco", "folder", "webdataset" for shards, or "prepared" for what
-            `prepare_captions` wrote; "auto" sees it from the folder.
-        on_error: "stop" raises an error for the first damaged sample, "skip" leaves it out as long as few are damaged
-            (5 %), "list" leaves out any number; `report` of the result holds them.
+        resolution: Height and width of the images in pixels.
+        source: Format of the data set: "oxford-flowers", "birds", "coco", "folder", "webdataset" (shards) or "prepared"
+            (written by `prepare_captions`); "auto" recognizes it from the files in the folder.
+        on_error: "stop" raises at the first damaged sample; "skip" skips damaged samples up to 5 % of the split; "list"
+            skips any number of them. The `report` of the result lists them.
+
+    Returns:
+        The split of the data set.
 
     Raises:
         FileNotFoundError: The folder, or a part of its layout, is missing.
-        ValueError: An argument is unknown, the folder has none of the formats, or a file does not hold what it should.
+        ValueError: An argument is unknown, the folder has no known format, or a file has invalid content.
         ImportError: Pillow is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from mirror_modules.data import open_captions
+        >>> root = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (40, 30), "red").save(root / "red.png")
+        >>> _ = (root / "red.txt").write_text("a red sheet of paper")
+        >>> captions = open_captions(root, resolution=16)
+        >>> type(captions).__name__, captions[0].captions
+        ('CaptionFolder', ('a red sheet of paper',))
     """
     check_choice("open_captions", "source", source, ("auto", *FORMATS))
     name = recognize(path) if source == "auto" else source
     return FORMATS[name].reader(path, split=split, resolution=resolution, on_error=on_error)
 
 
-def _recognized(root: Path) -> str | None:
-    return next((name for name, each in FORMATS.items() if each.fits(root)), None)
+def _recognize(root: Path) -> str | None:
+    return next((name for name, each in FORMATS.items() if each.matches(root)), None)

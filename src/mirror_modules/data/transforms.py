@@ -1,4 +1,4 @@
-"""Batches of images between the data set and the model: floats, random crops, pyramids."""
+"""Transforms of image batches between data set and model: floats and bytes, random crops, pyramids."""
 
 from __future__ import annotations
 
@@ -13,22 +13,50 @@ from mirror_modules._checks import check_images, check_positive, shape_of
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bytes (B, H, W, 3) become floats (B, 3, H, W): x / 127.5 - 1, from 0..255 to [-1, 1].
+    """Convert bytes (B, H, W, 3) to the model's floats (B, 3, H, W): x / 127.5 - 1, from 0..255 to [-1, 1].
+
+    Args:
+        images: Bytes (B, H, W, 3).
+
+    Returns:
+        Floats in [-1, 1], (B, 3, H, W), contiguous.
 
     Raises:
         ValueError: The images are not uint8 (B, H, W, 3).
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.data import to_float
+        >>> to_float(torch.tensor([[[[0, 255, 255]]]], dtype=torch.uint8)).flatten().tolist()
+        [-1.0, 1.0, 1.0]
+        >>> to_float(torch.zeros(2, 5, 7, 3, dtype=torch.uint8)).shape
+        torch.Size([2, 3, 5, 7])
     """
     check_bytes("to_float", images)
-    # One copy, and the rest in place: this is a good part of what a small network's loader does.
+    # One copy, the rest in place: this is a good share of a small network's loading time.
     floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return floats.div_(127.5).sub_(1)
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Floats (B, 3, H, W) in [-1, 1] become bytes (B, H, W, 3): the way back from `to_float`, rounded and clipped.
+    """Convert floats (B, 3, H, W) in [-1, 1] to bytes (B, H, W, 3), rounded and clipped: the inverse of `to_float`.
+
+    Args:
+        images: Floats (B, 3, H, W); values outside [-1, 1] are clipped.
+
+    Returns:
+        Bytes (B, H, W, 3), detached.
 
     Raises:
         ValueError: The images are not floats (B, 3, H, W).
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.data import to_bytes
+        >>> to_bytes(torch.tensor([-1.0, 0.5, 7.0]).reshape(1, 3, 1, 1)).flatten().tolist()
+        [0, 191, 255]
+        >>> to_bytes(torch.zeros(2, 3, 5, 7)).shape
+        torch.Size([2, 5, 7, 3])
     """
     check_images("to_bytes", images)
     values = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
@@ -38,22 +66,30 @@ def to_bytes(images: Tensor) -> Tensor:
 def random_crop_flip(
     images: Tensor, resolution: int, generator: torch.Generator | None = None, *, flip: bool = True
 ) -> Tensor:
-    """Cut a square at a random place out of each image and mirror every second one, left to right.
+    """Crop a random square from each image and flip it horizontally with probability 1/2.
 
-    Do not flip where captions tell left from right. The places are drawn on the CPU, so a seeded CPU generator gives
-    the same crops on every device.
+    Do not flip images whose captions distinguish left from right. Positions and flips are drawn on the CPU, so a seeded
+    CPU generator gives the same crops on every device.
 
     Args:
         images: Bytes (B, H, W, 3), H and W at least `resolution`.
-        resolution: Height and width of the result.
-        generator: Source of the places and flips; None is torch's global one.
-        flip: Whether to mirror.
+        resolution: Height and width of the crops.
+        generator: Generator of positions and flips; None uses torch's global one.
+        flip: Whether to flip at all.
 
     Returns:
         Bytes (B, resolution, resolution, 3).
 
     Raises:
         ValueError: The images are not uint8 (B, H, W, 3), or smaller than `resolution`.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.data import random_crop_flip
+        >>> images = torch.arange(2 * 5 * 7 * 3, dtype=torch.uint8).reshape(2, 5, 7, 3)
+        >>> first, again = (random_crop_flip(images, 4, torch.Generator().manual_seed(0)) for _ in range(2))
+        >>> first.shape, torch.equal(first, again)
+        (torch.Size([2, 4, 4, 3]), True)
     """
     check_bytes("random_crop_flip", images)
     check_positive("random_crop_flip", resolution=resolution)
@@ -67,18 +103,18 @@ def random_crop_flip(
 
 
 class Crops(NamedTuple):
-    """Where a square is cut out of each image, on the CPU."""
+    """Position and flip of one square crop per image, on the CPU."""
 
     top: Tensor
     """First row, (B, 1)."""
     left: Tensor
     """First column, (B, 1)."""
     mirrored: Tensor
-    """Whether left and right change places, (B, 1)."""
+    """True for a horizontally flipped crop, (B, 1)."""
 
 
 def draw_crops(batch: int, height: int, width: int, resolution: int, generator: torch.Generator | None = None) -> Crops:
-    """Random places of squares in `batch` images of one size, every second one mirrored."""
+    """Draw uniform positions and fair flips of square crops from `batch` images of one size."""
     return Crops(
         top=torch.randint(height - resolution + 1, (batch, 1), generator=generator),
         left=torch.randint(width - resolution + 1, (batch, 1), generator=generator),
@@ -87,9 +123,9 @@ def draw_crops(batch: int, height: int, width: int, resolution: int, generator: 
 
 
 def crop_flip(images: Tensor, rows: Tensor, resolution: int, crops: Crops) -> Tensor:
-    """Cut a square out of each of the images (N, H, W, 3) in `rows` (B,): bytes (B, resolution, resolution, 3)."""
+    """Crop one square from each of the images (N, H, W, 3) at `rows` (B,): bytes (B, resolution, resolution, 3)."""
     squares = images.new_empty(len(rows), resolution, resolution, 3)
-    # One by one: to gather whole images first, and then their pixels, takes several times as long.
+    # A loop over images: gathering whole images first and their pixels second takes several times as long.
     for i, (row, top, left, mirrored) in enumerate(zip(rows.tolist(), *(part[:, 0].tolist() for part in crops))):
         square = images[row, top : top + resolution, left : left + resolution]
         squares[i] = square.flip(1) if mirrored else square
@@ -97,24 +133,32 @@ def crop_flip(images: Tensor, rows: Tensor, resolution: int, crops: Crops) -> Te
 
 
 def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:
-    """The same images at several resolutions, each pixel the mean of the area it covers.
+    """Resize images to several resolutions; each pixel is the mean of the area it covers.
 
     Args:
         images: Floats (B, 3, H, W).
-        resolutions: Heights (= widths) wanted, none above H or W, commonly coarse to fine.
+        resolutions: Height and width of each level, at most H and W; usually coarse to fine.
 
     Returns:
-        One (B, 3, r, r) for each resolution r, in the order asked for.
+        One (B, 3, r, r) per resolution r, in the given order.
 
     Raises:
-        ValueError: The images are not floats (B, 3, H, W), or a resolution is above their size.
+        ValueError: The images are not floats (B, 3, H, W), or a resolution exceeds their size.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.data import image_pyramid
+        >>> images = torch.arange(16.0).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
+        >>> coarse, fine = image_pyramid(images, (2, 4))
+        >>> coarse[0, 0].tolist(), torch.equal(fine, images)
+        ([[2.5, 4.5], [10.5, 12.5]], True)
     """
     check_images("image_pyramid", images)
     check_positive("image_pyramid", **{f"resolutions[{i}]": r for i, r in enumerate(resolutions)})
     if max(resolutions, default=0) > min(images.shape[2:]):
         raise ValueError(
             f"image_pyramid: resolutions {tuple(resolutions)} exceed the images {shape_of(images)}; "
-            "give larger images or ask for less."
+            "pass larger images or lower resolutions."
         )
     return [F.adaptive_avg_pool2d(images, resolution) for resolution in resolutions]
 

@@ -3,17 +3,24 @@
 from mirror_modules.glam.attention import (
     GlobalLocalAttention,
     GlobalLocalContext,
+    WordAttention,
+    WordContext,
     global_local_attention,
     sentence_attention,
     word_attention,
 )
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
+from mirror_modules.glam.stages import StageAttention, StageContext
 
 __all__ = [
     "CascadedGenerator",
     "GeneratedImages",
     "GlobalLocalAttention",
     "GlobalLocalContext",
+    "StageAttention",
+    "StageContext",
+    "WordAttention",
+    "WordContext",
     "global_local_attention",
     "sentence_attention",
     "word_attention",

@@ -1,4 +1,4 @@
-"""The two attentions of a stage: each position mixes the words, each channel weighs the sentence (Sec. 3.2).
+"""The attentions of a refinement stage: words mixed at each position, the sentence reweighted per channel (Sec. 3.2).
 
 Shape suffixes: B batch, C channels of the stage, D word features, E condition features, L words, H x W positions,
 N = H * W.
@@ -31,22 +31,47 @@ SentenceAxis = Literal["channels", "positions"]
 
 OPERATION = "global_local_attention"
 ELEMENTS_ON_A_CPU = 2**18
-"""Elements of the features that are attended at a time on a CPU: what its caches hold."""
+"""Feature elements in one tile on a CPU: about what its caches hold."""
 FEW_ELEMENTS = 2**22
-"""So many are not divided on a CPU: computing them twice would cost more time than their little memory is worth."""
+"""Up to this many elements the CPU path does not tile: recomputation would cost more time than the memory is worth."""
 
 
 class GlobalLocalContext(NamedTuple):
-    """What the words and the sentence say to each image position."""
+    """Word and sentence context of each image position, with the attention maps."""
 
     word_context: Tensor
     """Mixture of the words at each position. (B, C, H, W)"""
     sentence_context: Tensor
-    """The sentence, weighted anew at each position. (B, C, H, W)"""
+    """The sentence feature, reweighted at each position. (B, C, H, W)"""
     word_weights: Tensor | None
-    """Share of each word at each position; sums to 1 over L. (B, L, H, W), or None if not asked for."""
+    """Weight of each word at each position; sums to 1 over L. (B, L, H, W), or None if not requested."""
     sentence_weights: Tensor | None
-    """Share of each channel at each position; sums to 1 over C. (B, C, H, W), or None if not asked for."""
+    """Weight of each channel at each position; sums to 1 over the softmax axis. (B, C, H, W), or None if not
+    requested."""
+
+    @property
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """Both contexts, in the order in which a refinement stage appends them to the features."""
+        return self.word_context, self.sentence_context
+
+
+class WordContext(NamedTuple):
+    """Word context of each image position, with the attention map."""
+
+    word_context: Tensor
+    """Mixture of the words at each position. (B, C, H, W)"""
+    word_weights: Tensor | None
+    """Weight of each word at each position; sums to 1 over L. (B, L, H, W), or None if not requested."""
+
+    @property
+    def contexts(self) -> tuple[Tensor]:
+        """The word context alone."""
+        return (self.word_context,)
+
+    @property
+    def sentence_weights(self) -> None:
+        """None: this attention does not use the sentence."""
+        return None
 
 
 def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,6 +91,17 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
 
     Raises:
         ValueError: A caption has no real word, or sizes disagree.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import functional
+        >>> features, words = torch.randn(2, 3, 5, 7), torch.randn(2, 4, 3)
+        >>> word_mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+        >>> context, weights = functional.word_attention(features, words, word_mask)
+        >>> tuple(context.shape), tuple(weights.shape)
+        ((2, 3, 5, 7), (2, 4, 5, 7))
+        >>> weights[1, 2:].sum().item()  # padding gets no weight
+        0.0
     """
     _check_projected("word_attention", features, "words", words, "(B, L, C)")
     check_word_mask("word_attention", words, word_mask, may_stall=False)
@@ -78,15 +114,15 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
     if word_mask is None:
         scores_BLN = words @ features_BCN
     else:
-        # The least finite number and not -inf: padding alone gives no NaN. Added within the product, it costs no pass.
-        # What the padding holds must not outweigh it.
+        # The lowest finite number rather than -inf: a caption of padding alone gives no NaN. baddbmm adds it within the
+        # matrix product, which saves a pass over the scores. Padding is zeroed first, or its scores could outweigh it.
         words = words.masked_fill(~word_mask.unsqueeze(2), 0.0)
         lowest = torch.finfo(words.dtype).min
         padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
         scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), words, features_BCN)
     weights_BLN = torch.softmax(at_least_float32(scores_BLN), dim=1).to(scores_BLN.dtype)
     if word_mask is not None and is_unchecked(word_mask):
-        # A caption without words, which could not be refused, gets zeros.
+        # The check did not read the mask here; the weights of a caption without a real word become zero.
         weights_BLN = weights_BLN * rearrange(word_mask, "b l -> b l 1")
     context_BCN = words.mT @ weights_BLN
     return (
@@ -98,25 +134,34 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
 def sentence_attention(
     features: Tensor, sentence: Tensor, *, score_matrix: Tensor | None = None, axis: SentenceAxis = "channels"
 ) -> tuple[Tensor, Tensor]:
-    """Weigh the sentence anew at every image position (MirrorGAN, Sec. 3.2).
+    """Reweight the sentence at every image position (MirrorGAN, Sec. 3.2).
 
         context[n] = sentence o weights[n],    weights[n] = softmax_c(features[n] o sentence)
 
-    `o` multiplies elementwise. The paper names no axis for the softmax: over channels is what its published code does;
-    over positions, the result would vanish as 1/N and is therefore multiplied by N.
+    `o` multiplies elementwise. The paper does not name the softmax axis; its published code normalizes over channels.
+    Normalized over positions, the context would vanish as 1/N and is therefore multiplied by N.
 
     Args:
         features: Image features, (B, C, H, W).
         sentence: Sentence feature already projected to the image channels, (B, C).
-        score_matrix: Mixes the scores over channels before the softmax, (C, C), as the published code does; None as in
-            the paper.
-        axis: "channels" or "positions": over which axis the weights sum to 1.
+        score_matrix: Mixes the scores across channels before the softmax, (C, C), as the published code does; None as
+            in the paper.
+        axis: "channels" or "positions", the axis over which the weights sum to 1.
 
     Returns:
         The context (B, C, H, W) and the weights (B, C, H, W).
 
     Raises:
         ValueError: Sizes disagree, or `axis` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import functional
+        >>> context, weights = functional.sentence_attention(torch.zeros(1, 4, 5, 7), torch.full((1, 4), 2.0))
+        >>> tuple(context.shape), tuple(weights.shape)
+        ((1, 4, 5, 7), (1, 4, 5, 7))
+        >>> weights[0, 0, 0, 0].item(), context[0, 0, 0, 0].item()  # equal scores: weights of 1/C
+        (0.25, 0.5)
     """
     _check_projected("sentence_attention", features, "sentence", sentence, "(B, C)")
     check_choice("sentence_attention", "axis", axis, ("channels", "positions"))
@@ -150,12 +195,12 @@ def global_local_attention(
     score_matrix: Tensor | None = None,
     sentence_axis: SentenceAxis = "channels",
 ) -> GlobalLocalContext:
-    """Word attention and sentence attention of one stage (MirrorGAN, Sec. 3.2).
+    """Compute word attention and sentence attention of one stage (MirrorGAN, Sec. 3.2).
 
-    "torch" computes some samples, or some rows of a large one, at a time and recomputes them in the backward pass;
-    "triton" makes one pass over the features, forward and backward. Under autocast, all inputs are cast as for a matrix
-    product. On a GPU and in a compiled graph, which cannot look at the mask without a stall, a caption without a word
-    is not refused: it gets a context of zeros.
+    "torch" works in tiles, a few samples or a few rows of a large sample at a time, and recomputes each tile in the
+    backward pass; "triton" makes one pass over the features, forward and backward. Under autocast, all inputs are cast
+    as for a matrix product. On a GPU and in a compiled graph, where reading the mask would force a synchronization, a
+    caption without a real word raises no error: its word context is zero.
 
     Args:
         features: Image features, (B, C, H, W).
@@ -163,17 +208,27 @@ def global_local_attention(
         sentence: Sentence feature already projected to the image channels, (B, C).
         word_mask: True for a real word, (B, L); None if all are.
         need_weights: Also return the attention maps.
-        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` tells which
-            one "auto" takes, and why.
+        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` returns the
+            choice of "auto" and the reason for it.
         score_matrix: See `sentence_attention`.
         sentence_axis: See `sentence_attention`.
 
     Returns:
-        Both contexts (B, C, H, W), and the attention maps if asked for.
+        Both contexts (B, C, H, W), and the attention maps if requested.
 
     Raises:
         ValueError: A caption has no real word; sizes, precisions or devices disagree; an option is unknown.
         NotImplementedError: `impl` names an implementation that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import functional
+        >>> features, words, sentence = torch.randn(2, 3, 5, 7), torch.randn(2, 4, 3), torch.randn(2, 3)
+        >>> result = functional.global_local_attention(features, words, sentence, need_weights=True)
+        >>> tuple(result.word_context.shape), tuple(result.sentence_context.shape)
+        ((2, 3, 5, 7), (2, 3, 5, 7))
+        >>> tuple(result.word_weights.shape), tuple(result.sentence_weights.shape)
+        ((2, 4, 5, 7), (2, 3, 5, 7))
     """
     _check_projected(OPERATION, features, "words", words, "(B, L, C)")
     _check_projected(OPERATION, features, "sentence", sentence, "(B, C)")
@@ -220,7 +275,7 @@ def choose_attention(
     score_matrix: Tensor | None = None,
     sentence_axis: SentenceAxis = "channels",
 ) -> kernels.Choice:
-    """The implementation that `global_local_attention` takes for the same arguments."""
+    """Choose the implementation that `global_local_attention` runs for the same arguments."""
     options = {
         "score_matrix": score_matrix is not None,
         "sentence_axis='positions'": sentence_axis == "positions",
@@ -249,8 +304,22 @@ class GlobalLocalAttention(nn.Module):
         condition_dim: Features E of the condition.
         impl: "auto", "torch" or "triton"; a named implementation runs or raises.
         sentence_bias: Give `V` a bias, as the published code does.
-        score_projection: Mix the scores over channels before the softmax, as the published code does.
+        score_projection: Mix the scores across channels before the softmax, as the published code does.
         sentence_axis: "channels" or "positions"; see `sentence_attention`.
+
+    Raises:
+        ValueError: A size is not positive, or an option is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import GlobalLocalAttention
+        >>> attention = GlobalLocalAttention(feature_dim=8, word_dim=16, condition_dim=10)
+        >>> features, words, condition = torch.randn(2, 8, 5, 7), torch.randn(2, 4, 16), torch.randn(2, 10)
+        >>> result = attention(features, words, condition, need_weights=True)
+        >>> [tuple(context.shape) for context in result.contexts]
+        [(2, 8, 5, 7), (2, 8, 5, 7)]
+        >>> tuple(result.word_weights.shape)
+        (2, 4, 5, 7)
     """
 
     def __init__(
@@ -269,6 +338,7 @@ class GlobalLocalAttention(nn.Module):
         check_choice("GlobalLocalAttention", "sentence_axis", sentence_axis, ("channels", "positions"))
         kernels.check_impl("GlobalLocalAttention", impl)
         self.feature_dim, self.word_dim, self.condition_dim = feature_dim, word_dim, condition_dim
+        self.context_dim = 2 * feature_dim
         self.impl = impl
         self.sentence_axis: SentenceAxis = sentence_axis
         self.word_projection = nn.Linear(word_dim, feature_dim, bias=False)
@@ -284,7 +354,7 @@ class GlobalLocalAttention(nn.Module):
         *,
         need_weights: bool = False,
     ) -> GlobalLocalContext:
-        """Attend.
+        """Project words and condition to the image channels and attend to both.
 
         Args:
             features: Image features, (B, C, H, W).
@@ -294,7 +364,7 @@ class GlobalLocalAttention(nn.Module):
             need_weights: Also return the attention maps.
 
         Returns:
-            Both contexts (B, C, H, W), and the attention maps if asked for.
+            Both contexts (B, C, H, W), and the attention maps if requested.
 
         Raises:
             ValueError: A caption has no real word, or sizes disagree.
@@ -316,12 +386,76 @@ class GlobalLocalAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The sizes, as `print` shows them."""
+        """Sizes for `print`."""
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}, condition_dim={self.condition_dim}"
 
 
+class WordAttention(nn.Module):
+    """Attend to the words alone: the attention of AttnGAN, used in MirrorGAN as an ablation.
+
+        word_context = sum_l (U w_l) * softmax_l(f^T U w_l)
+
+    Args:
+        feature_dim: Channels C of the image features.
+        word_dim: Features D of a word.
+        condition_dim: Not used; accepted so that the class has the signature of an attention factory.
+
+    Raises:
+        ValueError: A size is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import WordAttention
+        >>> attention = WordAttention(feature_dim=8, word_dim=16)
+        >>> result = attention(torch.randn(2, 8, 5, 7), torch.randn(2, 4, 16), need_weights=True)
+        >>> tuple(result.word_context.shape), tuple(result.word_weights.shape)
+        ((2, 8, 5, 7), (2, 4, 5, 7))
+    """
+
+    def __init__(self, feature_dim: int, word_dim: int, condition_dim: int | None = None) -> None:
+        super().__init__()
+        check_positive("WordAttention", feature_dim=feature_dim, word_dim=word_dim)
+        self.feature_dim, self.word_dim = feature_dim, word_dim
+        self.context_dim = feature_dim
+        self.word_projection = nn.Linear(word_dim, feature_dim, bias=False)
+
+    def forward(
+        self,
+        features: Tensor,
+        words: Tensor,
+        condition: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> WordContext:
+        """Project the words to the image channels and attend to them.
+
+        Args:
+            features: Image features, (B, C, H, W).
+            words: Word features, (B, L, D).
+            condition: Not used.
+            word_mask: True for a real word, (B, L); None if all are.
+            need_weights: Also return the attention map.
+
+        Returns:
+            The context (B, C, H, W), and the attention map if requested.
+
+        Raises:
+            ValueError: A caption has no real word, or sizes disagree.
+        """
+        owner = "WordAttention"
+        check_features(owner, "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
+        check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
+        context, weights = word_attention(features, self.word_projection(words), word_mask)
+        return WordContext(context, weights if need_weights else None)
+
+    def extra_repr(self) -> str:
+        """Sizes for `print`."""
+        return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}"
+
+
 def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
-    """Some samples at a time or, if they are large and may be divided, some rows of one sample."""
+    """Tiles of several samples or, where samples are large and may be divided, of several rows of one sample."""
     batch, channels, height, width = features.shape
     if features.device.type == "cpu" and features.numel() <= FEW_ELEMENTS:
         return []
@@ -329,10 +463,10 @@ def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
     rows = max(1, elements // max(1, channels * width))
     if rows < height and may_divide:
         places = [(slice(b, b + 1), slice(y, y + rows)) for b in range(batch) for y in range(0, height, rows)]
-        return [((b, EVERYTHING, y), (b, EVERYTHING, y), b, b, b, EVERYTHING) for b, y in places]
+        return [Tile((b, EVERYTHING, y), ((b, EVERYTHING, y), b, b, b, EVERYTHING)) for b, y in places]
     samples = max(1, rows // max(1, height))
     starts = (slice(b, b + samples) for b in range(0, batch, samples))
-    return [(b, b, b, b, b, EVERYTHING) for b in starts]
+    return [Tile(b, (b, b, b, b, EVERYTHING)) for b in starts]
 
 
 def _check_score_matrix(owner: str, features: Tensor, score_matrix: Tensor | None) -> None:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_choice, check_features, check_positive, check_word_mask
-from mirror_modules.glam.attention import SentenceAxis
+from mirror_modules._checks import check_batch, check_features, check_positive, check_word_mask
+from mirror_modules.glam.attention import GlobalLocalAttention, WordAttention
 from mirror_modules.glam.stages import SMALLEST_RESOLUTION, ImageHead, InitialStage, RefinementStage
 
-Attention = Literal["global-local", "word", "none"]
+AttentionFactory = Callable[[int, int, int], nn.Module]
+"""(feature_dim, word_dim, condition_dim) -> a module that fulfills `StageAttention`."""
 
 
 class GeneratedImages(NamedTuple):
-    """What a generator made of a batch of captions."""
+    """Images of a batch of captions, with the attention maps of the generator."""
 
     images: list[Tensor]
     """One batch per stage, coarse to fine, in [-1, 1]. Each (B, 3, resolution, resolution)."""
     word_weights: list[Tensor]
-    """Word attention of each refinement stage, if asked for, else empty. Each (B, L, H, W), of the stage before."""
+    """Word attention map of each refinement stage; empty if not requested. Each (B, L, H, W), where H x W is the
+    resolution of the stage before."""
     sentence_weights: list[Tensor]
-    """Sentence attention of each refinement stage, if asked for, else empty. Each (B, C, H, W)."""
+    """Sentence attention map of each refinement stage; empty if not requested. Each (B, C, H, W)."""
 
 
 class CascadedGenerator(nn.Module):
-    """Noise, condition and words -> images of growing resolution (MirrorGAN, Sec. 3.2).
+    """Noise, condition and words -> images of increasing resolution (MirrorGAN, Sec. 3.2).
 
         f_0 = F_0(z, s_ca),    f_i = F_i(f_{i-1}, Att_i(f_{i-1}, w, s_ca)),    I_i = G_i(f_i)
 
@@ -36,18 +38,28 @@ class CascadedGenerator(nn.Module):
         condition_dim: Features E of the condition.
         word_dim: Features D of a word.
         channels: Channels C of the features of each stage.
-        resolutions: Image sizes, coarse to fine: powers of two from 4 up, each larger than the one before. Their number
-            is the number of stages.
+        resolutions: Image sizes, coarse to fine: increasing powers of two from 4 up, one per stage.
         residual_blocks: Residual blocks in each refinement stage.
-        attention: "global-local" (MirrorGAN), "word" (AttnGAN) or "none".
-        intermediate_images: Draw an image at each stage; otherwise at the finest alone.
-        impl: Implementation of the attention: "auto", "torch" or "triton".
-        sentence_bias: See `GlobalLocalAttention`.
-        score_projection: See `GlobalLocalAttention`.
-        sentence_axis: See `GlobalLocalAttention`.
+        attention: "global-local" (MirrorGAN), "word" (AttnGAN), "none", or a factory. The factory is called as
+            `attention(feature_dim, word_dim, condition_dim)` once per refinement stage, coarse to fine, and returns a
+            module that fulfills `mirror_modules.glam.StageAttention`. It may be a class or, for options,
+            `functools.partial(GlobalLocalAttention, sentence_bias=True)`.
+        intermediate_images: Generate an image at each stage; otherwise only at the finest.
 
     Raises:
-        ValueError: A size is not positive, the resolutions do not fit, or `attention` is unknown.
+        ValueError: A size is not positive, the resolutions do not fit, `attention` is neither a known name nor a
+            factory, or its modules have no `context_dim`.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import CascadedGenerator
+        >>> generator = CascadedGenerator(noise_dim=5, condition_dim=7, word_dim=13, channels=4, resolutions=(8, 16))
+        >>> noise, condition, words = torch.randn(2, 5), torch.randn(2, 7), torch.randn(2, 11, 13)
+        >>> generated = generator(noise, condition, words, need_weights=True)
+        >>> [tuple(images.shape) for images in generated.images]
+        [(2, 3, 8, 8), (2, 3, 16, 16)]
+        >>> [tuple(weights.shape) for weights in generated.word_weights]
+        [(2, 11, 8, 8)]
     """
 
     def __init__(
@@ -59,17 +71,13 @@ class CascadedGenerator(nn.Module):
         channels: int = 32,
         resolutions: Sequence[int] = (64, 128, 256),
         residual_blocks: int = 2,
-        attention: Attention = "global-local",
+        attention: Literal["global-local", "word", "none"] | AttentionFactory = "global-local",
         intermediate_images: bool = True,
-        impl: str = "auto",
-        sentence_bias: bool = False,
-        score_projection: bool = False,
-        sentence_axis: SentenceAxis = "channels",
     ) -> None:
         super().__init__()
         owner = "CascadedGenerator"
         check_positive(owner, noise_dim=noise_dim, condition_dim=condition_dim, word_dim=word_dim, channels=channels)
-        check_choice(owner, "attention", attention, ("global-local", "word", "none"))
+        factory = _attention_factory(attention)
         if not isinstance(residual_blocks, int) or residual_blocks < 0:
             raise ValueError(f"{owner}: residual_blocks must be 0 or more, but it is {residual_blocks!r}.")
         self.resolutions = _check_resolutions(resolutions)
@@ -77,16 +85,10 @@ class CascadedGenerator(nn.Module):
         self.initial = InitialStage(noise_dim, condition_dim, channels, self.resolutions[0])
         self.refinements = nn.ModuleList(
             RefinementStage(
-                word_dim,
-                condition_dim,
                 channels,
                 (fine // coarse).bit_length() - 1,
                 residual_blocks,
-                attention,
-                impl=impl,
-                sentence_bias=sentence_bias,
-                score_projection=score_projection,
-                sentence_axis=sentence_axis,
+                _build_attention(factory, channels, word_dim, condition_dim),
             )
             for coarse, fine in zip(self.resolutions, self.resolutions[1:])
         )
@@ -102,7 +104,7 @@ class CascadedGenerator(nn.Module):
         *,
         need_weights: bool = False,
     ) -> GeneratedImages:
-        """Generate.
+        """Generate a batch of images.
 
         Args:
             noise: Standard normal, (B, Z).
@@ -112,7 +114,7 @@ class CascadedGenerator(nn.Module):
             need_weights: Also return the attention maps.
 
         Returns:
-            Images in [-1, 1], coarse to fine, and the attention maps if asked for.
+            Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
             ValueError: A caption has no real word, or sizes disagree.
@@ -127,25 +129,58 @@ class CascadedGenerator(nn.Module):
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
         for refinement in self.refinements:
-            features, word_weights, sentence_weights = refinement(stage_features[-1], condition, words, word_mask)
-            stage_features.append(features)
-            if need_weights and word_weights is not None:
-                generated.word_weights.append(word_weights)
-            if need_weights and sentence_weights is not None:
-                generated.sentence_weights.append(sentence_weights)
+            stage = refinement(stage_features[-1], condition, words, word_mask, need_weights=need_weights)
+            stage_features.append(stage.features)
+            # An attention module of the user's own may return its maps unconditionally.
+            if need_weights and stage.word_weights is not None:
+                generated.word_weights.append(stage.word_weights)
+            if need_weights and stage.sentence_weights is not None:
+                generated.sentence_weights.append(stage.sentence_weights)
         for head, features in zip(self.heads, stage_features[-len(self.heads) :]):
             generated.images.append(head(features))
         return generated
+
+
+def _attention_factory(attention: object) -> AttentionFactory | None:
+    """The factory that `attention` names or is; None for "none"."""
+    if isinstance(attention, nn.Module):
+        name = type(attention).__name__
+        raise ValueError(
+            f"CascadedGenerator: attention is one {name} module, which all stages would share; give a factory that "
+            f"makes one per stage, such as the class {name} or functools.partial({name}, ...)."
+        )
+    factories: dict[str, AttentionFactory | None]
+    factories = {"global-local": GlobalLocalAttention, "word": WordAttention, "none": None}
+    if isinstance(attention, str) and attention in factories:
+        return factories[attention]
+    if not callable(attention):
+        raise ValueError(
+            f"CascadedGenerator: attention must be 'global-local', 'word', 'none' or a factory "
+            f"(feature_dim, word_dim, condition_dim) -> nn.Module, but it is {attention!r}."
+        )
+    return attention
+
+
+def _build_attention(factory: AttentionFactory | None, *sizes: int) -> nn.Module | None:
+    if factory is None:
+        return None
+    attention = factory(*sizes)
+    if attention is None:
+        raise ValueError(
+            "CascadedGenerator: the attention factory returned None, expected an nn.Module (see "
+            "mirror_modules.glam.StageAttention); attention='none' builds a generator without attention."
+        )
+    return attention
 
 
 def _check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
     powers = all(
         isinstance(size, int) and size >= SMALLEST_RESOLUTION and size & (size - 1) == 0 for size in resolutions
     )
-    growing = all(coarse < fine for coarse, fine in itertools.pairwise(resolutions))
-    if len(resolutions) == 0 or not powers or not growing:
+    increasing = all(coarse < fine for coarse, fine in itertools.pairwise(resolutions))
+    if len(resolutions) == 0 or not powers or not increasing:
         raise ValueError(
-            f"CascadedGenerator: resolutions must be growing powers of two from {SMALLEST_RESOLUTION} up, "
+            f"CascadedGenerator: resolutions must be increasing powers of two from {SMALLEST_RESOLUTION} up, "
             f"such as (64, 128, 256), but they are {resolutions!r}."
         )
     return tuple(resolutions)

@@ -6,34 +6,98 @@ Shape suffixes as in `attention.py`.
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirror_modules._checks import shape_of
 from mirror_modules._norms import FeatureBatchNorm
-from mirror_modules.glam.attention import GlobalLocalAttention, SentenceAxis, word_attention
 
 SMALLEST_RESOLUTION = 4
 
 
-def gate(features: Tensor) -> Tensor:
-    """The gated linear unit, `F.glu(features, dim=1)`, in a form whose gradient is laid out as the features are.
+class StageContext(Protocol):
+    """Result of a `StageAttention`, such as `GlobalLocalContext` or `WordContext`."""
 
-    That of torch's own is contiguous even if they are channels-last, and a batch norm takes several times as long for a
-    mixture of both.
+    @property
+    def contexts(self) -> tuple[Tensor, ...]:
+        """Tensors (B, c, H, W) at the size of the features; their channels c add up to `context_dim`."""
+        ...
+
+    @property
+    def word_weights(self) -> Tensor | None:
+        """Attention map over the words, (B, L, H, W); None without `need_weights`, or if there is no such map."""
+        ...
+
+    @property
+    def sentence_weights(self) -> Tensor | None:
+        """Attention map over the sentence, (B, C, H, W); None without `need_weights`, or if there is no such map."""
+        ...
+
+
+class StageAttention(Protocol):
+    """Contract of the attention module of a `RefinementStage`: any `nn.Module` with this attribute and this forward.
+
+    `GlobalLocalAttention` and `WordAttention` are two of them.
+    """
+
+    context_dim: int
+    """Number of channels that the contexts append to the features."""
+
+    def forward(
+        self,
+        features: Tensor,
+        words: Tensor,
+        condition: Tensor,
+        word_mask: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> StageContext:
+        """Attend from the features of a stage to the text.
+
+        Args:
+            features: Image features, (B, C, H, W).
+            words: Word features, (B, L, D).
+            condition: Augmented condition, (B, E).
+            word_mask: True for a real word, (B, L); None if all are.
+            need_weights: Also return the attention maps.
+
+        Returns:
+            The contexts, and the attention maps if requested.
+        """
+        ...
+
+
+class StageResult(NamedTuple):
+    """Features of a refinement stage, with the attention maps that led to them."""
+
+    features: Tensor
+    """(B, C, growth * H, growth * W)"""
+    word_weights: Tensor | None
+    """(B, L, H, W), or None; see `StageContext`."""
+    sentence_weights: Tensor | None
+    """(B, C, H, W), or None; see `StageContext`."""
+
+
+def gate(features: Tensor) -> Tensor:
+    """Gated linear unit, equal to `F.glu(features, dim=1)`, whose gradient has the memory format of the features.
+
+    The gradient of `F.glu` is contiguous even for channels-last features, and the backward pass of a batch norm takes
+    several times as long for mixed memory formats.
     """
     value, openness = features.chunk(2, dim=1)
     return value * openness.sigmoid()
 
 
 class DoublingConv2d(nn.Conv2d):
-    """A 3x3 convolution of the map at twice its size, which is never made.
+    """A 3x3 convolution of the feature map at twice its size, without computing that larger map.
 
         conv2d(interpolate(features, scale_factor=2, mode="nearest"), weight, padding=1)
 
-    Where weights of the kernel meet copies of one pixel, their sum meets the pixel. With the sums taken beforehand, it
-    is a transposed convolution of stride 2 by a 4x4 kernel: 16 multiplications per pixel instead of 36.
+    Kernel weights that meet copies of the same pixel act through their sum. Summed in advance, they form the 4x4 kernel
+    of a transposed convolution of stride 2: 16 multiplications per input pixel instead of 36.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -48,7 +112,7 @@ class DoublingConv2d(nn.Conv2d):
 
 
 class UpBlock(nn.Module):
-    """Double the resolution: nearest neighbor, 3x3 convolution, batch norm, gated linear unit."""
+    """Double the resolution: nearest-neighbor upsampling, 3x3 convolution, batch norm, gated linear unit."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -98,74 +162,62 @@ class InitialStage(nn.Module):
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
 
-class WordAttention(nn.Module):
-    """Word attention alone, `sum_l (U w_l) * softmax_l(f^T U w_l)`: the attention of AttnGAN, an ablation here."""
-
-    def __init__(self, feature_dim: int, word_dim: int) -> None:
-        super().__init__()
-        self.word_projection = nn.Linear(word_dim, feature_dim, bias=False)
-
-    def forward(self, features: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W), (B, L, D) -> context (B, C, H, W), weights (B, L, H, W)."""
-        return word_attention(features, self.word_projection(words), word_mask)
-
-
 class RefinementStage(nn.Module):
     """Features of one resolution -> features of the next: `f_i = F_i(f_{i-1}, Att_i(f_{i-1}, w, s_ca))` (Sec. 3.2).
 
-    Features and contexts are concatenated, brought to 2C channels by a 1x1 convolution (left out where they have
-    2C already, which is so with word attention alone), refined by residual blocks and upsampled to C channels.
+    Features and contexts are concatenated, brought to 2C channels by a 1x1 convolution (omitted where they already have
+    2C, as with word attention), refined by residual blocks and upsampled to C channels.
+
+    Args:
+        channels: Channels C of the features.
+        doublings: How many times the resolution doubles.
+        residual_blocks: Number of residual blocks.
+        attention: A module that fulfills `StageAttention`; None for a stage without attention.
+
+    Raises:
+        ValueError: `attention` is not a Module with a `context_dim`.
     """
 
-    def __init__(
-        self,
-        word_dim: int,
-        condition_dim: int,
-        channels: int,
-        doublings: int,
-        residual_blocks: int,
-        attention: str,
-        *,
-        impl: str = "auto",
-        sentence_bias: bool = False,
-        score_projection: bool = False,
-        sentence_axis: SentenceAxis = "channels",
-    ) -> None:
+    def __init__(self, channels: int, doublings: int, residual_blocks: int, attention: nn.Module | None) -> None:
         super().__init__()
-        self.attention: GlobalLocalAttention | WordAttention | None = None
-        if attention == "global-local":
-            self.attention = GlobalLocalAttention(
-                channels,
-                word_dim,
-                condition_dim,
-                impl=impl,
-                sentence_bias=sentence_bias,
-                score_projection=score_projection,
-                sentence_axis=sentence_axis,
-            )
-        elif attention == "word":
-            self.attention = WordAttention(channels, word_dim)
-        inputs = {"global-local": 3, "word": 2, "none": 1}[attention]
-        self.fusion = nn.Identity() if inputs == 2 else nn.Conv2d(inputs * channels, 2 * channels, 1, bias=False)
-        self.residual = nn.Sequential(*(ResidualBlock(2 * channels) for _ in range(residual_blocks)))
-        widths = [2 * channels] + [channels] * doublings
+        context_dim = 0 if attention is None else _context_dim(attention)
+        self.attention = attention
+        fused, inputs = 2 * channels, channels + context_dim
+        self.fusion = nn.Identity() if inputs == fused else nn.Conv2d(inputs, fused, 1, bias=False)
+        self.residual = nn.Sequential(*(ResidualBlock(fused) for _ in range(residual_blocks)))
+        widths = [fused] + [channels] * doublings
         self.upsample = nn.Sequential(*(UpBlock(before, after) for before, after in itertools.pairwise(widths)))
 
     def forward(
-        self, features: Tensor, condition: Tensor, words: Tensor, word_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B, C, H, W) -> (B, C, growth * H, growth * W), and the attention maps, None where there are none."""
-        word_weights = sentence_weights = None
-        inputs = [features]
-        if isinstance(self.attention, GlobalLocalAttention):
-            context = self.attention(features, words, condition, word_mask, need_weights=True)
-            inputs += [context.word_context, context.sentence_context]
-            word_weights, sentence_weights = context.word_weights, context.sentence_weights
-        elif self.attention is not None:
-            word_context, word_weights = self.attention(features, words, word_mask)
-            inputs.append(word_context)
-        fused = self.fusion(torch.cat(inputs, dim=1))
-        return self.upsample(self.residual(fused)), word_weights, sentence_weights
+        self,
+        features: Tensor,
+        condition: Tensor,
+        words: Tensor,
+        word_mask: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> StageResult:
+        """Attend, fuse, refine and upsample.
+
+        Args:
+            features: Features of the stage before, (B, C, H, W).
+            condition: Augmented condition, (B, E).
+            words: Word features, (B, L, D).
+            word_mask: True for a real word, (B, L); None if all are.
+            need_weights: Also return the attention maps.
+
+        Returns:
+            Features (B, C, growth * H, growth * W), and the attention maps if requested.
+
+        Raises:
+            ValueError: The attention module returns no contexts, or their channels do not add up to its `context_dim`.
+        """
+        if self.attention is None:
+            return StageResult(self.upsample(self.residual(self.fusion(features))), None, None)
+        attended = self.attention(features, words, condition, word_mask, need_weights=need_weights)
+        fused = self.fusion(torch.cat((features, *_contexts(self.attention, attended)), dim=1))
+        refined = self.upsample(self.residual(fused))
+        return StageResult(refined, attended.word_weights, attended.sentence_weights)
 
 
 class ImageHead(nn.Module):
@@ -178,3 +230,32 @@ class ImageHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 3, H, W)."""
         return torch.tanh(self.conv(features))
+
+
+def _context_dim(attention: object) -> int:
+    context_dim = getattr(attention, "context_dim", None)
+    if not isinstance(attention, nn.Module) or not isinstance(context_dim, int) or context_dim < 1:
+        raise ValueError(
+            "RefinementStage: attention must be an nn.Module with a positive int attribute `context_dim`, the number "
+            "of channels that its contexts append to the features (see mirror_modules.glam.StageAttention), but it is "
+            f"a {type(attention).__name__} with context_dim={context_dim!r}."
+        )
+    return context_dim
+
+
+def _contexts(attention: nn.Module, attended: object) -> tuple[Tensor, ...]:
+    contexts: tuple[Tensor, ...] | None = getattr(attended, "contexts", None)
+    name = type(attention).__name__
+    if contexts is None:
+        raise ValueError(
+            f"RefinementStage: {name} must return an object with `contexts`, `word_weights` and `sentence_weights`, "
+            f"such as a GlobalLocalContext, but it returned a {type(attended).__name__}."
+        )
+    channels = sum(context.shape[1] for context in contexts)
+    if channels != attention.context_dim:
+        listed = ", ".join(map(shape_of, contexts))
+        raise ValueError(
+            f"RefinementStage: the contexts of {name} have {channels} channels in all ({listed}) but its context_dim "
+            f"is {attention.context_dim}; the two must be equal."
+        )
+    return contexts

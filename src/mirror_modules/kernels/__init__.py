@@ -1,4 +1,4 @@
-"""The Triton kernels as operators of torch, and the choice between them and the definitions."""
+"""Triton kernels as custom operators of torch, and the choice between them and the PyTorch definitions."""
 
 from mirror_modules.kernels.attention import global_local_attention
 from mirror_modules.kernels.choice import LARGEST_GAMMA, Choice, Facts, Machine, check_impl, choose, machine_of

@@ -1,4 +1,4 @@
-"""What the operators share when they launch a kernel. Triton is imported when a kernel first runs, never before."""
+"""Helpers of the operators for launching kernels. Triton is not imported before a kernel first runs."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 
 def next_power_of_2(size: int) -> int:
-    """The padded size of a block: Triton's are powers of two."""
+    """Round up to a power of two, as Triton requires for the sizes of blocks."""
     return 1 << (size - 1).bit_length()
 
 
 def accumulator(dtype: torch.dtype) -> Any:
-    """Sums are float32, but float64 where the interpreter is given that."""
+    """The dtype of sums: float32, or float64 for the float64 inputs that only the interpreter accepts."""
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def float32_precision() -> str:
-    """How float32 matrices are multiplied: as torch does it, which takes tf32 only if it is told to."""
+    """The precision of float32 matrix products: that of torch, which uses tf32 only if it is enabled."""
     matmul = torch.backends.cuda.matmul
-    # Reading the old switch raises once somebody has set the new one, which torch 2.9 brought.
+    # Reading the old setting raises once the new one, introduced in torch 2.9, has been set.
     use_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if use_tf32 else "ieee"
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    """The backward pass of an operator that is itself a backward pass."""
-    raise NotImplementedError("The Triton kernels have no second derivative; use impl='torch' where you need one.")
+    """Backward pass of an operator that is itself a backward pass."""
+    raise NotImplementedError("The Triton kernels have no second derivative; use impl='torch' if you need one.")
 
 
 def on_device_of(tensor: Tensor) -> ExitStack:
-    """Launch on the tensor's device, whichever is the current one, and multiply in the tensor's own precision.
+    """Launch on the tensor's device, even if it is not the current one, and with autocast off.
 
-    The inputs are cast before an operator is called. What it multiplies itself, autocast would cast again.
+    The inputs are cast before an operator is called; autocast would cast the operands of its matrix products again.
     """
     stack = ExitStack()
     if tensor.device.type == "cuda":

@@ -1,6 +1,6 @@
-"""`global_local_attention` as an operator of torch.library, run by Triton kernels.
+"""`global_local_attention` as a custom operator of torch.library, implemented by Triton kernels.
 
-Autograd, `torch.compile`, checkpointing and DDP see an ordinary operator. Triton is imported when it first runs.
+Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported when it first runs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from mirror_modules.kernels._launch import (
 from mirror_modules.kernels.choice import AMPLE_SHARED_MEMORY, machine_of
 
 LARGEST_WORDS = 2**15
-"""Bytes of the words that a program holds at a time, padding included; half of it where shared memory is not ample."""
+"""Bytes of a chunk of words in a program, padding included; half of that on GPUs with less shared memory than
+`AMPLE_SHARED_MEMORY`."""
 PROGRAMS = 1024
-"""Programs that a backward pass is divided into where the positions suffice: several per processor of a large GPU."""
+"""Target number of programs of a backward pass, given enough positions: several per multiprocessor of a large GPU."""
 SMALLEST_SPAN = 256
-"""Least positions of a program of the backward pass: a multiple of each tile."""
+"""Fewest positions per program of the backward pass: a multiple of every tile size."""
 LARGEST_IEEE = 64
-"""Padded channels up to which float32 is multiplied without tensor cores. Beyond, such a product holds whole rows in
-registers and spills them; three products of tf32 parts keep float32's accuracy and do not."""
+"""Most padded channels for which float32 matrix products run without tensor cores. With more, such a product holds
+whole rows in registers and spills them; three tf32 products keep the accuracy of float32 without spilling."""
 OPERATOR = "mirror_modules::global_local_attention"
 
 
@@ -40,8 +41,8 @@ OPERATOR = "mirror_modules::global_local_attention"
 def global_local_attention(
     features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both contexts and both maps of `functional.global_local_attention`; maps that are not asked for are empty."""
-    from mirror_modules.kernels import attention_triton as kernels
+    """Both contexts and both maps of `functional.global_local_attention`; without `need_weights` the maps are empty."""
+    from mirror_modules.kernels import attention_triton
 
     results = _empty_results(features, words, sentence, word_mask, need_weights)
     if features.numel() == 0:
@@ -51,13 +52,13 @@ def global_local_attention(
     features, *strides = _by_position(features)
     for context in results[:2]:
         strides += _by_position(context)[1:]
-    text = words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)
+    text_inputs = words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)
     with on_device_of(features):
-        kernels.launch(
-            kernels.forward_kernel,
-            kernels.tuned_forward_kernel,
+        attention_triton.launch(
+            attention_triton.forward_kernel,
+            attention_triton.tuned_forward_kernel,
             lambda meta: (-(-positions // meta["BLOCK_N"]) * batch,),
-            (features, *text, *results, positions, channels, length, *strides),
+            (features, *text_inputs, *results, positions, channels, length, *strides),
             {"HAS_MASK": word_mask is not None, "NEED_WEIGHTS": need_weights, **_constants(features, length)},
         )
     return results
@@ -92,31 +93,31 @@ def global_local_attention_backward(
     word_weights_gradient: Tensor | None,
     sentence_weights_gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features, words and sentence from those of the contexts and, if there are any, of the maps."""
-    from mirror_modules.kernels import attention_triton as kernels
+    """Gradients of features, words and sentence, given those of the contexts and optionally of the maps."""
+    from mirror_modules.kernels import attention_triton
 
     batch, channels, height, width = features.shape
     positions, length = height * width, words.shape[1]
-    result = _empty_like(features)
+    features_result = _empty_like(features)
     if features.numel() == 0:
-        return result, torch.zeros_like(words), torch.zeros_like(sentence)
+        return features_result, torch.zeros_like(words), torch.zeros_like(sentence)
     span = max(SMALLEST_SPAN, -(-positions * batch // (PROGRAMS * SMALLEST_SPAN)) * SMALLEST_SPAN)
     spans = -(-positions // span)
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    words_result = words.new_empty((spans, batch, length, channels), dtype=wide)
-    sentence_result = words.new_empty((spans, batch, channels), dtype=wide)
-    of_weights = word_weights_gradient, sentence_weights_gradient
-    maps = [_by_position(tensor) for tensor in (features, word_gradient, sentence_gradient, result)]
+    accumulator_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    words_result = words.new_empty((spans, batch, length, channels), dtype=accumulator_dtype)
+    sentence_result = words.new_empty((spans, batch, channels), dtype=accumulator_dtype)
+    weights_gradients = word_weights_gradient, sentence_weights_gradient
+    maps = [_by_position(tensor) for tensor in (features, word_gradient, sentence_gradient, features_result)]
     with on_device_of(features):
-        kernels.launch(
-            kernels.backward_kernel,
-            kernels.tuned_backward_kernel,
+        attention_triton.launch(
+            attention_triton.backward_kernel,
+            attention_triton.tuned_backward_kernel,
             (spans * batch,),
             (
                 *(maps[0][0], words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)),
                 *(maps[1][0], maps[2][0]),
-                *(None if tensor is None else tensor.contiguous() for tensor in of_weights),
-                *(result, words_result, sentence_result),
+                *(None if gradient is None else gradient.contiguous() for gradient in weights_gradients),
+                *(features_result, words_result, sentence_result),
                 *(batch, positions, channels, length, span),
                 *(stride for _, *strides in maps for stride in strides),
             ),
@@ -127,7 +128,7 @@ def global_local_attention_backward(
                 **_constants(features, length),
             },
         )
-    return result, words_result.sum(dim=0).to(words.dtype), sentence_result.sum(dim=0).to(sentence.dtype)
+    return features_result, words_result.sum(dim=0).to(words.dtype), sentence_result.sum(dim=0).to(sentence.dtype)
 
 
 @global_local_attention_backward.register_fake
@@ -137,24 +138,24 @@ def _empty_gradients(
     return _empty_like(features), words.new_empty(words.shape), sentence.new_empty(sentence.shape)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     features, words, sentence, word_mask = ctx.saved_tensors
-    of_contexts = [torch.zeros_like(features) if gradient is None else gradient for gradient in gradients[:2]]
-    of_maps = [None if gradient is None or gradient.numel() == 0 else gradient for gradient in gradients[2:]]
-    return *global_local_attention_backward(features, words, sentence, word_mask, *of_contexts, *of_maps), None, None
+    contexts = [torch.zeros_like(features) if gradient is None else gradient for gradient in gradients[:2]]
+    maps = [None if gradient is None or gradient.numel() == 0 else gradient for gradient in gradients[2:]]
+    return *global_local_attention_backward(features, words, sentence, word_mask, *contexts, *maps), None, None
 
 
-global_local_attention.register_autograd(_differentiate, setup_context=_keep_inputs)
+global_local_attention.register_autograd(_backward, setup_context=_save_inputs)
 global_local_attention_backward.register_autograd(refuse_second_derivative)
 
 
 def _empty_like(maps: Tensor) -> Tensor:
-    """Empty maps, channels-last if these are."""
+    """Uninitialized maps of the same shape, channels-last if the given maps are."""
     is_channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
     return torch.empty_like(maps, memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
@@ -162,8 +163,7 @@ def _empty_like(maps: Tensor) -> Tensor:
 def _by_position(maps: Tensor) -> tuple[Tensor, int, int, int]:
     """Maps (B, C, H, W) and their strides over samples, channels and positions.
 
-    Channels-first and channels-last maps are taken as they are; maps in which a row does not follow on the one before
-    are copied.
+    Channels-first and channels-last maps are not copied; maps whose rows are not adjacent in memory are.
     """
     height, width = maps.shape[2:]
     if height > 1 and width > 1 and maps.stride(2) != width * maps.stride(3):
@@ -176,7 +176,7 @@ def _as_bytes(word_mask: Tensor | None) -> Tensor | None:
 
 
 def _constants(features: Tensor, length: int) -> dict[str, Any]:
-    """Padded sizes, at least 16 by 16 for the tensor cores, and the precision of products."""
+    """Block sizes, at least 16 by 16 for the tensor cores, and the precision of matrix products."""
     block_c = max(16, next_power_of_2(features.shape[1]))
     shared_memory = machine_of(features.device).shared_memory
     is_small = shared_memory is not None and shared_memory < AMPLE_SHARED_MEMORY

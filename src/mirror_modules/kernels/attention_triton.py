@@ -1,14 +1,14 @@
 """Both attentions of a stage in one pass over the features, forward and backward (MirrorGAN, Sec. 3.2).
 
-A program takes a tile of positions with all of their channels: the sentence's softmax over channels and the words'
-softmax over words then need nothing from outside of the tile. The words are small and stay on the chip; the features
-are read once and each context is written once, which is the least traffic there can be.
+A program processes a tile of positions with all of their channels, so that the softmax over channels (sentence) and the
+softmax over words need no data from other tiles. The words are small and stay on chip; the features are read once and
+each context is written once, which is the minimum of memory traffic.
 
-Captions of more words than fit at a time are walked through in chunks, with a running maximum and sum. The backward
-pass recomputes the weights from the inputs; nothing but these is kept.
+Captions that do not fit on chip are processed in chunks of words, with a running maximum and sum (online softmax). The
+backward pass recomputes the weights from the inputs, the only tensors saved.
 
 Shape suffixes as in `glam/attention.py`; N positions of a tile, L words of a chunk. Sizes are padded to powers of two;
-`channel < C` and `word < L` tell what is real.
+the masks `channel < C` and `word < L` exclude the padding.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-3.0e38)
-"""Score of padding: finite, so that padding alone gives weights of 0 and not NaN."""
+"""Score of padding: finite, so that a caption of padding alone has weights of 0 instead of NaN."""
 
 
 @triton.jit
 def _load_tile(pointer, b, position, channel, stride_b, stride_c, stride_n, N, C):
-    """Positions by channels of sample b, (N, C); channels or positions may be the contiguous axis."""
+    """Load positions by channels of sample b, (N, C); channels or positions may be the contiguous axis."""
     offsets = position[:, None].to(tl.int64) * stride_n + channel[None, :].to(tl.int64) * stride_c
     inside = (position[:, None] < N) & (channel[None, :] < C)
     return tl.load(pointer + b * stride_b + offsets, mask=inside, other=0.0)
@@ -40,7 +40,7 @@ def _store_tile(pointer, value_NC, b, position, channel, stride_b, stride_c, str
 
 @triton.jit
 def _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK: tl.constexpr):
-    """The words of a chunk (L, C), and which of them are real (L,)."""
+    """Load the words of a chunk (L, C) and the mask of real words (L,)."""
     real_L = word < L
     if HAS_MASK:
         real_L = real_L & (tl.load(word_mask + b * L + word, mask=real_L, other=0) != 0)
@@ -63,16 +63,16 @@ def _sentence_weights(features_NC, sentence_C, channel, C):
 
 
 @triton.jit
-def _add_scores(largest_N, scores_NL, real_L):
-    """The new running maximum, what to scale older sums by, and the exponentials of this chunk."""
+def _online_softmax(largest_N, scores_NL, real_L):
+    """Step of the online softmax: new running maximum, factor for the previous sums, exponentials of this chunk."""
     new_largest_N = tl.maximum(largest_N, tl.max(scores_NL, axis=1))
     shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - new_largest_N[:, None]), 0.0)
     return new_largest_N, tl.exp(largest_N - new_largest_N), shares_NL
 
 
 @triton.jit
-def _divide(shares, total_N):
-    """A caption without a real word, which only a compiled graph lets through, gets zeros."""
+def _normalize(shares, total_N):
+    """Divide by the sum; a caption without a real word, which passes unchecked on a GPU, gets zeros."""
     return shares / tl.where(total_N > 0, total_N, 1.0)[:, None]
 
 
@@ -81,29 +81,29 @@ def _scores_and_share_gradients(
     features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
     HAS_MAPS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a chunk of words, and what the contexts and the maps ask of its shares (N, L)."""
+    """Scores of a chunk of words, and the gradient of its shares through the contexts and the maps, both (N, L)."""
     scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
-    of_shares_NL = tl.dot(gradient_NC, tl.trans(words_LC), input_precision=PRECISION, out_dtype=ACCUMULATE)
+    grad_shares_NL = tl.dot(gradient_NC, tl.trans(words_LC), input_precision=PRECISION, out_dtype=ACCUMULATE)
     if HAS_MAPS:
-        of_shares_NL += _load_tile(word_weights_gradient, b, position, word, L.to(tl.int64) * N, N, 1, N, L)
-    return scores_NL, of_shares_NL
+        grad_shares_NL += _load_tile(word_weights_gradient, b, position, word, L.to(tl.int64) * N, N, 1, N, L)
+    return scores_NL, grad_shares_NL
 
 
 @triton.jit
-def _descend(
-    shares_NL, of_shares_NL, mean_N, features_NC, gradient_NC, words_LC, words_sum_LC, result_NC,
+def _add_gradients(
+    shares_NL, grad_shares_NL, mean_N, features_NC, gradient_NC, words_LC, words_sum_LC, result_NC,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a chunk of words contributes to the gradients of the words (L, C) and of the features (N, C)."""
-    of_scores_NL = (shares_NL * (of_shares_NL - mean_N[:, None])).to(words_LC.dtype)
+    """Add the contributions of a chunk of words to the gradients of the words (L, C) and of the features (N, C)."""
+    grad_scores_NL = (shares_NL * (grad_shares_NL - mean_N[:, None])).to(words_LC.dtype)
     shares_NL = shares_NL.to(words_LC.dtype)
     words_sum_LC = tl.dot(
         tl.trans(shares_NL), gradient_NC, words_sum_LC, input_precision=PRECISION, out_dtype=ACCUMULATE
     )
     words_sum_LC = tl.dot(
-        tl.trans(of_scores_NL), features_NC, words_sum_LC, input_precision=PRECISION, out_dtype=ACCUMULATE
+        tl.trans(grad_scores_NL), features_NC, words_sum_LC, input_precision=PRECISION, out_dtype=ACCUMULATE
     )
-    result_NC = tl.dot(of_scores_NL, words_LC, result_NC, input_precision=PRECISION, out_dtype=ACCUMULATE)
+    result_NC = tl.dot(grad_scores_NL, words_LC, result_NC, input_precision=PRECISION, out_dtype=ACCUMULATE)
     return words_sum_LC, result_NC
 
 
@@ -118,7 +118,7 @@ def forward_kernel(
     HAS_MASK: tl.constexpr, NEED_WEIGHTS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of positions of one sample."""
+    """Process one tile of positions of one sample."""
     tiles = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     position = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,13 +132,13 @@ def forward_kernel(
         word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
         words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
         scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
-        largest_N, older_N, shares_NL = _add_scores(largest_N, scores_NL, real_L)
-        total_N = total_N * older_N + tl.sum(shares_NL, axis=1)
-        context_NC = context_NC * older_N[:, None]
+        largest_N, rescale_N, shares_NL = _online_softmax(largest_N, scores_NL, real_L)
+        total_N = total_N * rescale_N + tl.sum(shares_NL, axis=1)
+        context_NC = context_NC * rescale_N[:, None]
         context_NC = tl.dot(
             shares_NL.to(words_LC.dtype), words_LC, context_NC, input_precision=PRECISION, out_dtype=ACCUMULATE
         )
-    context_NC = _divide(context_NC, total_N)
+    context_NC = _normalize(context_NC, total_N)
     _store_tile(word_context, context_NC, b, position, channel, context_b, context_c, context_n, N, C)
     if NEED_WEIGHTS:
         for chunk in range(CHUNKS):
@@ -146,7 +146,7 @@ def forward_kernel(
             words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
             scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
             shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - largest_N[:, None]), 0.0)
-            _store_tile(word_weights, _divide(shares_NL, total_N), b, position, word, L.to(tl.int64) * N, N, 1, N, L)
+            _store_tile(word_weights, _normalize(shares_NL, total_N), b, position, word, L.to(tl.int64) * N, N, 1, N, L)
 
     sentence_C = tl.load(sentence + b * C + channel, mask=channel < C, other=0.0).to(ACCUMULATE)
     weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
@@ -172,11 +172,11 @@ def backward_kernel(
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`span` positions of one sample, tile by tile.
+    """Process `span` positions of one sample, tile by tile.
 
-    The gradients of words and sentence are sums over all positions. Each program writes its share into a row of its
-    own, (spans, B, L, C) and (spans, B, C), and the caller adds the rows: no atomics, so that the same inputs give the
-    same bits.
+    The gradients of words and sentence are sums over all positions. Each program writes its partial sum into its own
+    row of (spans, B, L, C) and (spans, B, C), and the caller adds the rows: without atomics, equal inputs give bitwise
+    equal gradients.
     """
     spans = tl.cdiv(N, span)
     part = tl.program_id(0) % spans
@@ -201,27 +201,29 @@ def backward_kernel(
             sentence_gradient_b, sentence_gradient_c, sentence_gradient_n, N, C,
         ).to(ACCUMULATE)  # fmt: skip
         weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
-        of_weights_NC = gradient_NC * sentence_C[None, :]
+        grad_weights_NC = gradient_NC * sentence_C[None, :]
         if HAS_SENTENCE_MAPS:
-            of_weights_NC += _load_tile(sentence_weights_gradient, b, position, channel, C.to(tl.int64) * N, N, 1, N, C)
-        of_scores_NC = weights_NC * (of_weights_NC - tl.sum(weights_NC * of_weights_NC, axis=1)[:, None])
-        sentence_sum_C += tl.sum(gradient_NC * weights_NC + of_scores_NC * features_NC.to(ACCUMULATE), axis=0)
-        result_NC = of_scores_NC * sentence_C[None, :]
+            grad_weights_NC += _load_tile(
+                sentence_weights_gradient, b, position, channel, C.to(tl.int64) * N, N, 1, N, C
+            )
+        grad_scores_NC = weights_NC * (grad_weights_NC - tl.sum(weights_NC * grad_weights_NC, axis=1)[:, None])
+        sentence_sum_C += tl.sum(gradient_NC * weights_NC + grad_scores_NC * features_NC.to(ACCUMULATE), axis=0)
+        result_NC = grad_scores_NC * sentence_C[None, :]
 
-        # Words: context = p w, p = softmax_l(f w^T); the softmax takes mean = sum_l p_l dp_l off each dp_l
+        # Words: context = p w, p = softmax_l(f w^T); the softmax subtracts mean = sum_l p_l dp_l from each dp_l
         gradient_NC = _load_tile(
             word_gradient, b, position, channel, word_gradient_b, word_gradient_c, word_gradient_n, N, C
         )
         if CHUNKS == 1:
-            scores_NL, of_shares_NL = _scores_and_share_gradients(
+            scores_NL, grad_shares_NL = _scores_and_share_gradients(
                 features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
                 HAS_WORD_MAPS, ACCUMULATE, PRECISION,
             )  # fmt: skip
             shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - tl.max(scores_NL, axis=1)[:, None]), 0.0)
-            shares_NL = _divide(shares_NL, tl.sum(shares_NL, axis=1))
-            mean_N = tl.sum(shares_NL * of_shares_NL, axis=1)
-            words_sum_LC, result_NC = _descend(
-                shares_NL, of_shares_NL, mean_N, features_NC, gradient_NC, words_LC, words_sum_LC, result_NC,
+            shares_NL = _normalize(shares_NL, tl.sum(shares_NL, axis=1))
+            mean_N = tl.sum(shares_NL * grad_shares_NL, axis=1)
+            words_sum_LC, result_NC = _add_gradients(
+                shares_NL, grad_shares_NL, mean_N, features_NC, gradient_NC, words_LC, words_sum_LC, result_NC,
                 ACCUMULATE, PRECISION,
             )  # fmt: skip
         else:
@@ -231,27 +233,27 @@ def backward_kernel(
             for chunk in range(CHUNKS):
                 word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
                 words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
-                scores_NL, of_shares_NL = _scores_and_share_gradients(
+                scores_NL, grad_shares_NL = _scores_and_share_gradients(
                     features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
                     HAS_WORD_MAPS, ACCUMULATE, PRECISION,
                 )  # fmt: skip
-                largest_N, older_N, shares_NL = _add_scores(largest_N, scores_NL, real_L)
-                total_N = total_N * older_N + tl.sum(shares_NL, axis=1)
-                mean_N = mean_N * older_N + tl.sum(shares_NL * of_shares_NL, axis=1)
+                largest_N, rescale_N, shares_NL = _online_softmax(largest_N, scores_NL, real_L)
+                total_N = total_N * rescale_N + tl.sum(shares_NL, axis=1)
+                mean_N = mean_N * rescale_N + tl.sum(shares_NL * grad_shares_NL, axis=1)
             mean_N = mean_N / tl.where(total_N > 0, total_N, 1.0)
             for chunk in range(CHUNKS):
                 word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
                 words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
-                scores_NL, of_shares_NL = _scores_and_share_gradients(
+                scores_NL, grad_shares_NL = _scores_and_share_gradients(
                     features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
                     HAS_WORD_MAPS, ACCUMULATE, PRECISION,
                 )  # fmt: skip
                 shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - largest_N[:, None]), 0.0)
-                words_sum_LC, result_NC = _descend(
-                    _divide(shares_NL, total_N), of_shares_NL, mean_N, features_NC, gradient_NC, words_LC,
+                words_sum_LC, result_NC = _add_gradients(
+                    _normalize(shares_NL, total_N), grad_shares_NL, mean_N, features_NC, gradient_NC, words_LC,
                     tl.zeros((BLOCK_L, BLOCK_C), ACCUMULATE), result_NC, ACCUMULATE, PRECISION,
                 )  # fmt: skip
-                # The sums of all chunks do not fit on the chip: each tile adds to what this program wrote before.
+                # The sums of all chunks do not fit on chip: each tile adds to the values this program wrote before.
                 row = words_result + word[:, None] * C + channel[None, :]
                 inside = (word[:, None] < L) & (channel[None, :] < C)
                 if start > first:
@@ -267,11 +269,11 @@ def backward_kernel(
 
 
 TILES = [(16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 4), (128, 8)]
-"""Positions and warps of a program."""
+"""Candidates: positions per tile, and warps of a program."""
 
 
 def fitting_tiles(block_c: int, element_size: int) -> list[tuple[int, int]]:
-    """Tiles that are neither too small to pay nor too large for the registers, from those that need fewer."""
+    """Tiles neither too small to be efficient nor too large for the registers, in order of registers per thread."""
     bytes_per_thread = {tile: tile[0] * block_c * element_size // (32 * tile[1]) for tile in TILES}
     return sorted((tile for tile in TILES if 16 <= bytes_per_thread[tile] <= 64), key=bytes_per_thread.__getitem__)
 
@@ -281,7 +283,7 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
     return [config for config in configs if (config.kwargs["BLOCK_N"], config.num_warps) in tiles]
 
 
-# Keyed by the padded sizes and the layout: another batch, resolution or length of captions does not tune again.
+# Keyed by padded sizes and layout: another batch size, resolution or caption length does not trigger a new tuning.
 _tune = triton.autotune(
     configs=[triton.Config({"BLOCK_N": positions}, num_warps=warps, num_stages=2) for positions, warps in TILES],
     key=["BLOCK_C", "BLOCK_L", "CHUNKS", "PRECISION", "feature_n"],
@@ -291,10 +293,10 @@ tuned_forward_kernel, tuned_backward_kernel = _tune(forward_kernel), _tune(backw
 
 
 def launch(kernel: Any, tuned: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Run the kernel with the fastest tile, or with one that depends on sizes alone.
+    """Launch a kernel with the fastest tile, or with a tile that depends on the sizes alone.
 
-    The sums of a backward pass are added up tile by tile, so their last bits depend on the tile, and what is fastest
-    may differ from run to run: where torch is told to be deterministic, nothing is tuned. Nor is it in the interpreter.
+    A backward pass accumulates its sums tile by tile, so that their last bits depend on the tile, and the fastest tile
+    may differ between runs: with torch's deterministic algorithms nothing is tuned, nor in the interpreter.
     """
     if torch.are_deterministic_algorithms_enabled() or not arguments[0].is_cuda:
         tiles = fitting_tiles(constants["BLOCK_C"], min(4, arguments[0].element_size()))

@@ -1,4 +1,4 @@
-"""The choice between implementations: a pure function of facts, so that it can be tested without a GPU."""
+"""The choice between implementations: a pure function of facts, testable without a GPU."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ LARGEST = {
     "global_local_attention": {"channels": 256, "words": 256},
     "word_region_similarity": {"regions": 1024, "words": 256, "features": 1024},
 }
-"""Sizes up to which each kernel is written and tested."""
+"""Largest sizes that each kernel supports and is tested with."""
 
 LARGEST_GAMMA = 8
-"""Of `gamma_attention` in either direction: shares of the regions, exp(gamma * (share - 1)), must fit into float16."""
+"""Largest |gamma_attention| for which exp(gamma * (share - 1)) fits in float16."""
 AMPLE_SHARED_MEMORY = 160 * 1024
-"""Bytes that a program can share on the GPUs of data centers; those for games have less."""
+"""Bytes of shared memory per program on data center GPUs; consumer GPUs have less."""
 LARGEST_ON_SMALL_CHIPS = 64
-"""Channels in float32 of `global_local_attention` where shared memory is not ample."""
+"""Most float32 channels of `global_local_attention` on GPUs with less shared memory than that."""
 
 
 class Machine(NamedTuple):
-    """What the device of the tensors can do."""
+    """Capabilities of the device of the tensors."""
 
     device: str
-    """Its type: "cpu", "cuda", ..."""
+    """Device type: "cpu", "cuda", ..."""
     capability: tuple[int, int] | None = None
-    """CUDA compute capability, such as (9, 0); None elsewhere."""
+    """CUDA compute capability, such as (9, 0); None on other devices."""
     shared_memory: int | None = None
-    """Bytes that a program can share on chip; None where that is not known."""
+    """Bytes of shared memory per program; None if unknown."""
     has_triton: bool = False
-    """Is Triton installed? Looked up only where it could run."""
+    """Whether Triton is installed; checked only if a kernel could run on the device."""
     interprets: bool = False
-    """Does Triton's interpreter run kernels on the CPU (TRITON_INTERPRET=1)? For tests: it is slow."""
+    """Whether Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
 
 
 class Facts(NamedTuple):
-    """All that the choice depends on."""
+    """Everything the choice depends on."""
 
     machine: Machine
+    """Capabilities of the device."""
     dtypes: tuple[torch.dtype, ...]
-    """Of the floating point inputs, as autocast makes them."""
+    """Dtypes of the floating point inputs, after the casts of autocast."""
     sizes: dict[str, int]
-    """The sizes that `LARGEST` limits."""
+    """The sizes limited by `LARGEST`."""
     options: tuple[str, ...] = ()
-    """Options in use that only the definition has."""
+    """Options in use that only the PyTorch definition supports."""
 
 
 class Choice(NamedTuple):
-    """What runs and why."""
+    """The implementation of a call, and the reason for it."""
 
     implementation: str
-    """ "torch" or "triton"."""
+    """Either "torch" or "triton"."""
     reason: str
-    """One sentence for people."""
+    """One human-readable sentence."""
 
 
 def choose(operation: str, impl: str, facts: Facts) -> Choice:
@@ -68,36 +69,57 @@ def choose(operation: str, impl: str, facts: Facts) -> Choice:
     Args:
         operation: A key of `LARGEST`.
         impl: "auto", "torch" or "triton". A named implementation runs or raises; "auto" takes the fastest that applies.
-        facts: What the choice depends on.
+        facts: Everything the choice depends on.
 
     Raises:
-        ValueError: `impl` is none of the three.
+        ValueError: `impl` is unknown.
         NotImplementedError: `impl` names an implementation that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.kernels import Facts, Machine, choose
+        >>> gpu = Machine("cuda", capability=(9, 0), has_triton=True)
+        >>> facts = Facts(gpu, dtypes=(torch.bfloat16,), sizes={"channels": 32, "words": 18})
+        >>> choose("global_local_attention", "auto", facts).implementation
+        'triton'
+        >>> choose("global_local_attention", "auto", facts._replace(sizes={"channels": 300, "words": 18})).reason
+        'the Triton kernel cannot run: there are 300 channels, and the kernel takes 1 to 256'
     """
     check_impl(operation, impl)
     if impl == "torch":
-        return Choice("torch", "it was asked for")
+        return Choice("torch", "it was requested")
     obstacle = _obstacle(operation, facts)
     if impl == "triton":
         if obstacle:
             raise NotImplementedError(
                 f"{operation}: impl='triton' cannot run: {obstacle}; use impl='auto' or impl='torch'."
             )
-        return Choice("triton", "it was asked for")
+        return Choice("triton", "it was requested")
     if obstacle:
         return Choice("torch", f"the Triton kernel cannot run: {obstacle}")
     if facts.machine.interprets:
-        return Choice("torch", "Triton only interprets its kernels here, which is slow")
-    return Choice("triton", f"the fused kernel applies, and is the fastest on {facts.machine.device}")
+        return Choice("torch", "Triton would interpret the kernel, which is slow")
+    return Choice("triton", f"the fused kernel applies and is the fastest on {facts.machine.device}")
 
 
 def check_impl(owner: str, impl: str) -> None:
-    """Require a known name; whether that implementation can run is known only once there are tensors."""
+    """Require the name of an implementation; whether it can run depends on the tensors.
+
+    Raises:
+        ValueError: `impl` is not "auto", "torch" or "triton".
+
+    Examples:
+        >>> from mirror_modules.kernels import check_impl
+        >>> check_impl("MyLayer", "triton")
+        >>> check_impl("MyLayer", "cuda")
+        Traceback (most recent call last):
+        ValueError: MyLayer: impl must be one of 'auto', 'torch', 'triton', but it is 'cuda'.
+    """
     check_choice(owner, "impl", impl, IMPLEMENTATIONS)
 
 
 def _obstacle(operation: str, facts: Facts) -> str | None:
-    """Why the kernel cannot run; None if it can."""
+    """The reason why the kernel cannot run; None if it can."""
     machine = facts.machine
     if machine.device != "cuda" and not machine.interprets:
         return f"the tensors are on {machine.device!r}, and the kernel needs a CUDA device"
@@ -109,7 +131,7 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
     if len(names) > 1:
         return f"the inputs mix {' and '.join(names)}; convert them to one"
     if machine.interprets and facts.dtypes[0] == torch.bfloat16:
-        return "Triton's interpreter, which TRITON_INTERPRET=1 asks for, computes bfloat16 wrongly"
+        return "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 incorrectly"
     if facts.dtypes[0] not in DTYPES and not (machine.interprets and facts.dtypes[0] == torch.float64):
         return f"the inputs are {names[0]}, and the kernel takes float32, float16 and bfloat16"
     for name, size in facts.sizes.items():
@@ -122,12 +144,19 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
             f"on a device with {machine.shared_memory // 1024} KiB of shared memory"
         )
     if facts.options:
-        return f"only the definition has {' and '.join(facts.options)}"
+        return f"only impl='torch' supports {' and '.join(facts.options)}"
     return None
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Look up what there is to know of a device."""
+    """Look up the capabilities of a device.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.kernels import machine_of
+        >>> machine_of(torch.device("meta"))
+        Machine(device='meta', capability=None, shared_memory=None, has_triton=False, interprets=False)
+    """
     interprets = device.type in ("cpu", "cuda") and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interprets:
         return Machine(device.type)

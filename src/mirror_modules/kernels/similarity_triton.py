@@ -1,11 +1,12 @@
 """The steps between the matrix products of `word_region_similarity`, forward and backward.
 
-All large products (words with regions, shares with regions, and their gradients) are whole matrices, which torch's own
-product runs at full rate without padding each caption to a power of two. What is left between them is done here, in one
-pass over the maps for each step: two softmaxes and a cosine, and their gradients.
+All large products (words with regions, shares with regions, and their gradients) are products of whole matrices, which
+torch computes at full speed without padding each caption to a power of two. The steps between them run here, with one
+pass over the maps each: two softmaxes, a cosine, and their gradients.
 
 Shape suffixes as in `stem/matching.py`; E images of a chunk. Maps are (J * L, E, R), contiguous, with R padded so that
-rows are aligned: `region < R` is real, `region < stride_e` exists. Contexts are (E, J * L, D), contiguous.
+rows are aligned: `region < R` selects real regions, `region < stride_e` all in memory. Contexts are (E, J * L, D),
+contiguous.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from mirror_modules.kernels.attention_triton import MASKED
 
 SHORTEST = tl.constexpr(1e-8)
-"""Features shorter than this have no direction."""
+"""Least norm of a feature in a cosine, as in `stem/matching.py`."""
 
 
 @triton.jit
@@ -45,11 +46,11 @@ def attend_kernel(
     scores, result, word_mask, R, L, stride_row, stride_e, gamma_attention,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Scores -> shares of the regions, without their denominator; `result` may be `scores`.
+    """Compute the shares of the regions from the scores, up to their denominator; `result` may be `scores`.
 
         share[l, r] = exp(gamma * (softmax_l(scores)[l, r] - 1))
 
-    The cosine of a context does not depend on the context's length, so the softmax over the regions needs no sum.
+    The cosine of a context does not depend on its norm, so that the softmax over the regions needs no sum.
     """
     j, e = tl.program_id(0), tl.program_id(1)
     word, region = tl.arange(0, BLOCK_L), tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -63,36 +64,36 @@ def attend_kernel(
 
 @triton.jit
 def attend_backward_kernel(
-    scores, of_shares, along_words, word_mask, R, L, stride_row, stride_e, gamma_attention,
+    scores, grad_shares, grad_products, word_mask, R, L, stride_row, stride_e, gamma_attention,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What the regions have to do with the words: turns `of_shares` into the gradient of the scores, in place.
+    """Backpropagate from the shares to the scores; the result replaces `grad_shares`.
 
-    `of_shares` is the gradient of the shares through the contexts' lengths; `along_words` (E, J * L) is the gradient of
-    the products of contexts and words, which adds `along_words * scores` to it. Those products also lead straight to
-    the regions and to the words, by `along_words * shares`, which is added to the result.
+    `grad_shares` is the gradient of the shares through the norms of the contexts. `grad_products` (E, J * L), the
+    gradient of the products context . word, adds `grad_products * scores` to it. The products also depend on regions
+    and words directly: the result includes `grad_products * shares`.
     """
     j, e = tl.program_id(0), tl.program_id(1)
     word, region = tl.arange(0, BLOCK_L), tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_L = _real_words(word_mask, j, word, L)
     offsets_LR, inside = _map_offsets(j, e, word, region, L, stride_row, stride_e)
     scores_LR = tl.load(scores + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
-    of_shares_LR = tl.load(of_shares + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
+    grad_shares_LR = tl.load(grad_shares + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
     row = e.to(tl.int64) * tl.num_programs(0) * L + j * L + word
-    along_words_L = tl.load(along_words + row, mask=word < L, other=0.0)
+    grad_products_L = tl.load(grad_products + row, mask=word < L, other=0.0)
 
     words_LR = _shares_of_words(scores_LR, real_L)
     shares_LR = tl.exp(gamma_attention * (words_LR - 1))
-    of_words_LR = gamma_attention * shares_LR * (of_shares_LR + along_words_L[:, None] * scores_LR)
-    of_scores_LR = words_LR * (of_words_LR - tl.sum(words_LR * of_words_LR, axis=0)[None, :])
-    result_LR = of_scores_LR + along_words_L[:, None] * shares_LR
+    grad_words_LR = gamma_attention * shares_LR * (grad_shares_LR + grad_products_L[:, None] * scores_LR)
+    grad_scores_LR = words_LR * (grad_words_LR - tl.sum(words_LR * grad_words_LR, axis=0)[None, :])
+    result_LR = grad_scores_LR + grad_products_L[:, None] * shares_LR
     result_LR = tl.where(real_L[:, None] & (region[None, :] < R), result_LR, 0.0)
-    tl.store(of_shares + offsets_LR, result_LR.to(of_shares.dtype.element_ty), mask=inside)
+    tl.store(grad_shares + offsets_LR, result_LR.to(grad_shares.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _at_least(value, least):
-    """NaN stays NaN, which `tl.maximum` would hide."""
+    """Clamp from below; unlike `tl.maximum`, this propagates NaN."""
     return tl.where(value < least, least, value)
 
 
@@ -101,7 +102,7 @@ def _products(
     contexts, words, j, e, J, L, D, word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Each word of a caption (L,): its product with its context, and the lengths of both."""
+    """For each word of a caption, its product with its context and the norms of both, each (L,)."""
     product_L = tl.zeros((BLOCK_L,), ACCUMULATE)
     context_L = tl.zeros((BLOCK_L,), ACCUMULATE)
     word_L = tl.zeros((BLOCK_L,), ACCUMULATE)
@@ -129,7 +130,7 @@ def similarity_kernel(
     contexts, words, word_mask, result, J, L, D, gamma_word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Contexts and words -> log sum_l exp(gamma_word * cos(context_l, word_l)), (E, J)."""
+    """Compute log sum_l exp(gamma_word * cos(context_l, word_l)) from contexts and words, (E, J)."""
     j, e = tl.program_id(0), tl.program_id(1)
     word = tl.arange(0, BLOCK_L)
     real_L = _real_words(word_mask, j, word, L)
@@ -142,14 +143,14 @@ def similarity_kernel(
 
 @triton.jit
 def similarity_backward_kernel(
-    contexts, words, word_mask, similarity, gradient, along_words, of_words, J, L, D, gamma_word,
+    contexts, words, word_mask, similarity, gradient, grad_products, grad_word_norms, J, L, D, gamma_word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the similarity (E, J) -> of the products and lengths that the cosines are made of.
+    """Backpropagate from the similarity (E, J) to the products and norms in the cosines.
 
-    - `along_words` (E, J * L): of the products context . word.
-    - `contexts`, in place: the contexts times the gradient of half their squared length.
-    - `of_words` (E, J * L): of half the squared length of the word.
+    - `grad_products` (E, J * L): gradient of the products context . word.
+    - `contexts`, in place: the contexts times the gradient of half their squared norm.
+    - `grad_word_norms` (E, J * L): gradient of half the squared norm of the word.
     """
     j, e = tl.program_id(0), tl.program_id(1)
     word = tl.arange(0, BLOCK_L)
@@ -158,17 +159,17 @@ def similarity_backward_kernel(
     cosine_L = _cosine(product_L, context_L, word_L)
     pair = e.to(tl.int64) * J + j
     share_L = tl.exp(gamma_word * cosine_L - tl.load(similarity + pair))
-    of_cosine_L = tl.where(real_L, tl.load(gradient + pair) * gamma_word * share_L, 0.0)
+    grad_cosine_L = tl.where(real_L, tl.load(gradient + pair) * gamma_word * share_L, 0.0)
 
     row = pair * L + word
-    tl.store(along_words + row, of_cosine_L / (context_L * word_L), mask=word < L)
-    tl.store(of_words + row, -of_cosine_L * cosine_L / (word_L * word_L), mask=word < L)
-    # Divided in two steps: the square of a short length would leave the range of float32.
-    of_length_L = tl.where(context_L > SHORTEST, -of_cosine_L * cosine_L / context_L, 0.0)
+    tl.store(grad_products + row, grad_cosine_L / (context_L * word_L), mask=word < L)
+    tl.store(grad_word_norms + row, -grad_cosine_L * cosine_L / (word_L * word_L), mask=word < L)
+    # Two divisions: the square of a small norm would leave the range of float32.
+    grad_norm_L = tl.where(context_L > SHORTEST, -grad_cosine_L * cosine_L / context_L, 0.0)
     for start in range(0, D, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)
         inside = (word[:, None] < L) & (feature[None, :] < D)
         offsets_LD = row[:, None] * D + feature[None, :]
         context_LD = tl.load(contexts + offsets_LD, mask=inside, other=0.0).to(ACCUMULATE)
-        context_LD = context_LD / context_L[:, None] * of_length_L[:, None]
+        context_LD = context_LD / context_L[:, None] * grad_norm_L[:, None]
         tl.store(contexts + offsets_LD, context_LD.to(contexts.dtype.element_ty), mask=inside)

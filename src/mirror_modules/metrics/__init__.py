@@ -1,4 +1,4 @@
-"""What a text-to-image model is measured by."""
+"""Metrics of text-to-image models, on the features of any extractor, and of captions."""
 
 from mirror_modules.metrics.diversity import Diversity, diversity
 from mirror_modules.metrics.expected_hits import expected_hits

@@ -1,4 +1,4 @@
-"""What every measure requires of the features it is given."""
+"""Checks and normalization of features, shared by the metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mirror_modules._checks import shape_of
 
 
 def check_tensors(owner: str, **values: object) -> None:
-    """Require tensors, and not arrays or lists of numbers.
+    """Require tensors rather than arrays or lists of numbers.
 
     Raises:
-        ValueError: Something else came.
+        ValueError: A value is not a tensor.
     """
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -22,10 +22,10 @@ def check_tensors(owner: str, **values: object) -> None:
 
 
 def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...]) -> None:
-    """Require finite floating point features of the axes in `layout`, the first of them with at least `fewest` entries.
+    """Require finite floating-point features with the axes of `layout`, the first ones of at least the sizes `fewest`.
 
     Raises:
-        ValueError: No tensor, another number of axes, whole numbers, too few entries, NaN or infinity.
+        ValueError: Not a tensor, another number of axes, not floating point, too few entries, NaN or infinity.
     """
     check_tensors(owner, **{name: features})
     axes = layout.strip("()").split(", ")
@@ -33,22 +33,22 @@ def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewes
         raise ValueError(f"{owner}: {name} must be {layout}, but they are {shape_of(features)}.")
     if not features.is_floating_point():
         raise ValueError(f"{owner}: {name} must be floating point, but they are {features.dtype}; convert them.")
-    # Of the last axis, one feature is enough.
+    # The last axis needs only one feature.
     for axis, size, least in zip(axes, features.shape, (*fewest, 1)):
         if size < least:
             raise ValueError(
                 f"{owner}: {name} must be {layout} with {axis} at least {least}, but they are {shape_of(features)}; "
-                "give more of them."
+                "pass more of them."
             )
     if not bool(features.isfinite().all()):
-        raise ValueError(f"{owner}: {name} hold NaN or infinite values; look at what made them.")
+        raise ValueError(f"{owner}: {name} contain NaN or infinite values; check how they were computed.")
 
 
 def check_pairs(owner: str, images: Tensor, sentences: Tensor) -> None:
     """Require finite features (N, D) of images and of their own captions.
 
     Raises:
-        ValueError: Something is no tensor of floating point numbers, shapes disagree, or a feature is NaN or infinite.
+        ValueError: Not a floating-point tensor, shapes disagree, or a feature is NaN or infinite.
     """
     check_tensors(owner, images=images, sentences=sentences)
     if images.ndim != 2 or images.shape != sentences.shape:
@@ -56,14 +56,14 @@ def check_pairs(owner: str, images: Tensor, sentences: Tensor) -> None:
             f"{owner}: images and sentences must both be (N, D), but they are {shape_of(images)} and "
             f"{shape_of(sentences)}."
         )
-    # NaN is never smaller than anything: a diverged generator would rank first everywhere.
+    # No comparison with NaN is true: without this check, a diverged generator would rank first everywhere.
     check_measurable(owner, "images", images, "(N, D)", (1,))
     check_measurable(owner, "sentences", sentences, "(N, D)", (1,))
 
 
 def directions(features: Tensor) -> Tensor:
-    """Features (..., D) of length 1, in float64; those that are all zero stay so."""
+    """Normalize features (..., D) to length 1, in float64; zero features stay zero."""
     features = features.double()
     largest = features.abs().amax(dim=-1, keepdim=True)
-    # The squares of features as they are may leave the range of float64, or be lost beside what keeps 0 from dividing.
+    # Scaled first: squares of the raw features may overflow float64, or vanish next to the epsilon of F.normalize.
     return F.normalize(features / largest.masked_fill(largest == 0, 1.0), dim=-1)

@@ -1,4 +1,4 @@
-"""Diversity: how much do images of one caption differ?"""
+"""Diversity: how much do images of the same caption differ?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mirror_modules.metrics._features import check_measurable, directions
 
 
 class Diversity(NamedTuple):
-    """Mean distance of two images of one caption, in [0, 2]; 0 if all images of a caption are the same."""
+    """Mean distance between two images of the same caption, in [0, 2]; 0 if all images of a caption are identical."""
 
     mean: float
     standard_error: float
@@ -20,12 +20,12 @@ class Diversity(NamedTuple):
 
 @torch.no_grad()
 def diversity(features: Tensor) -> Diversity:
-    """Mean pairwise distance of the images that were drawn from one caption with different noise.
+    """Compute the mean pairwise distance between images generated from the same caption with different noise.
 
         diversity = mean_c mean_{i < j} ( 1 - cos(features[c, i], features[c, j]) )
 
-    The distance is that of directions: it has the same bounds for each extractor, and does not grow with the length of
-    the features, as a Euclidean one does. It is half the squared Euclidean distance of features of length 1.
+    The cosine distance has the same bounds for every extractor and, unlike the Euclidean one, does not grow with the
+    length of the features. It is half the squared Euclidean distance of features of length 1.
 
     Args:
         features: Features of S images for each of C captions, (C, S, D). The extractor defines the distance.
@@ -34,15 +34,25 @@ def diversity(features: Tensor) -> Diversity:
         Mean over the captions, and its standard error.
 
     Raises:
-        ValueError: Not (C, S, D), fewer than two captions or samples, or a feature is not finite or zero.
+        ValueError: Not (C, S, D), fewer than two captions or samples, or a feature is not finite or is zero.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import diversity
+        >>> orthogonal = torch.eye(3).expand(2, 3, 3)  # 2 captions, 3 images each
+        >>> round(diversity(orthogonal).mean, 4)
+        1.0
+        >>> identical = torch.ones(2, 3, 5)
+        >>> round(diversity(identical).mean, 4)
+        0.0
     """
     check_measurable("diversity", "features", features, "(C, S, D)", (2, 2))
     is_zero = (features == 0).all(dim=2)
     if bool(is_zero.any()):
         caption, sample = is_zero.nonzero()[0].tolist()
         raise ValueError(
-            f"diversity: features[{caption}, {sample}] is zero, which has no direction; look at what made it."
+            f"diversity: features[{caption}, {sample}] is zero and has no direction; check how it was computed."
         )
-    # The mean of half the squared distances of all pairs is the variance, which takes no pairs.
+    # The mean of half the squared distances over all pairs is the variance, which needs no loop over pairs.
     per_caption = directions(features).var(dim=1, correction=1).sum(dim=1)
     return Diversity(float(per_caption.mean()), float(per_caption.std(correction=1)) / len(per_caption) ** 0.5)

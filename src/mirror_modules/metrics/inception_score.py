@@ -1,4 +1,4 @@
-"""Inception score: one class per image, and all classes there? (Salimans et al., 2016; MirrorGAN, Sec. 4.1)"""
+"""Inception score: confident and diverse class predictions (Salimans et al., 2016; MirrorGAN, Sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InceptionScore(NamedTuple):
 
     mean: float
     standard_deviation: float
-    """Root mean square deviation of the splits from `mean`: what published tables print after the sign ±."""
+    """Root mean square deviation of the splits from `mean`, as published tables print it after ±."""
 
 
 @torch.no_grad()
@@ -27,24 +27,34 @@ def inception_score(
     splits: int = 10,
     generator: torch.Generator | None = None,
 ) -> InceptionScore:
-    """How sure a classifier is of each image, and how evenly its classes occur (Salimans et al., Sec. 4).
+    """Score how confident a classifier is about each image and how evenly classes occur (Salimans et al., Sec. 4).
 
         score = exp( mean_n KL(p_n || mean_n p_n) ),    p_n = softmax(predictions[n])
 
-    The score is taken within each of `splits` parts, which differ in size by one image at most, and averaged. A part of
-    M images cannot score more than M.
+    The score is computed within each of `splits` parts, which differ in size by at most one image, and averaged. A part
+    of M images cannot score more than M.
 
     Args:
-        predictions: What a classifier says of generated images, (N, K) for K classes. The classifier defines the score.
+        predictions: A classifier's predictions for generated images, (N, K) with K classes. The classifier defines the
+            score.
         kind: "logits", or "probabilities" that sum to 1 over K.
         splits: Number of parts.
-        generator: Shuffles the images before they are split. None keeps their order: only for images in random order.
+        generator: Shuffles the images before the split. None keeps their order: only for images in random order.
 
     Returns:
         Mean and deviation over the splits.
 
     Raises:
-        ValueError: Not (N, K), not finite, no probabilities, or fewer than two images in a split.
+        ValueError: Not (N, K), not finite, not probabilities, or fewer than two images in a split.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import inception_score
+        >>> confident = torch.eye(7).repeat(6, 1)  # each of 7 classes on 6 images
+        >>> round(inception_score(confident, kind="probabilities", splits=3).mean, 4)
+        7.0
+        >>> round(inception_score(torch.zeros(42, 7), splits=3).mean, 4)  # uniform predictions
+        1.0
     """
     check_positive("inception_score", splits=splits)
     check_choice("inception_score", "kind", kind, ("logits", "probabilities"))
@@ -52,7 +62,7 @@ def inception_score(
     if len(predictions) < 2 * splits:
         raise ValueError(
             f"inception_score: splits={splits} needs {2 * splits} images, two in each, but there are "
-            f"{len(predictions)}; give more images, or lower splits."
+            f"{len(predictions)}; pass more images, or lower splits."
         )
     if kind == "probabilities":
         _check_probabilities(predictions)
@@ -64,22 +74,22 @@ def inception_score(
 
 
 def _score(predictions: Tensor, kind: str) -> Tensor:
-    # Probabilities of half precision sum to 1 only nearly.
+    # Half-precision probabilities sum to 1 only approximately.
     p = predictions.softmax(dim=1) if kind == "logits" else predictions / predictions.sum(dim=1, keepdim=True)
-    # The mean of KL(p_n || mean p) is the entropy of the mean without the mean of the entropies. entr(0) is 0.
+    # The mean of KL(p_n || mean p) is the entropy of the mean minus the mean of the entropies. entr(0) is 0.
     return (torch.special.entr(p.mean(dim=0)).sum() - torch.special.entr(p).sum(dim=1).mean()).exp()
 
 
 def _check_probabilities(predictions: Tensor) -> None:
     if bool((predictions < 0).any()):
         raise ValueError(
-            f"inception_score: predictions hold {float(predictions.min()):.3g}, which is no probability; "
-            'give kind="logits" if these are logits.'
+            f"inception_score: predictions contain {float(predictions.min()):.3g}, which is not a probability; "
+            'pass kind="logits" if these are logits.'
         )
     sums = predictions.double().sum(dim=1)
     worst = sums[(sums - 1).abs().argmax()]
     if abs(float(worst) - 1) > 0.01:
         raise ValueError(
-            f"inception_score: a row of predictions sums to {float(worst):.3g}, and probabilities sum to 1; "
-            'give kind="logits" if these are logits.'
+            f"inception_score: a row of predictions sums to {float(worst):.3g}, but probabilities sum to 1; "
+            'pass kind="logits" if these are logits.'
         )

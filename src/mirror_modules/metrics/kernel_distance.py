@@ -1,4 +1,4 @@
-"""Kernel distance of two sets of features: KID (Bińkowski et al., 2018)."""
+"""Kernel distance between two sets of features: KID (Bińkowski et al., 2018)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mirror_modules.metrics._features import check_measurable
 
 
 class KernelDistance(NamedTuple):
-    """The squared distance; without bias, so that it may be below 0 where the two sets hardly differ."""
+    """The squared distance. The estimate is unbiased, so it may be negative where the two sets hardly differ."""
 
     mean: float
     standard_deviation: float
-    """Root mean square deviation of the subsets from `mean`. Subsets overlap: it says less than it seems."""
+    """Root mean square deviation of the subsets from `mean`. Subsets overlap, so it understates the uncertainty."""
 
 
 @torch.no_grad()
@@ -28,26 +28,32 @@ def kernel_distance(
     subset_size: int = 1000,
     generator: torch.Generator | None = None,
 ) -> KernelDistance:
-    """Maximum mean discrepancy of two sets of features under a cubic kernel (Bińkowski et al., Sec. 4).
+    """Compute the maximum mean discrepancy of two sets of features under a cubic kernel (Bińkowski et al., Sec. 4).
 
         distance = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
         k(x, y) = (x . y / D + 1)^3
 
-    It is the unbiased estimate of the squared discrepancy, averaged over subsets, each of which is drawn without
-    replacement from either set.
+    The result is the unbiased estimate of the squared discrepancy, averaged over subsets that are drawn from each set
+    without replacement.
 
     Args:
         features_a: Features of one set of images, (N, D).
-        features_b: Features of the other, by the same extractor, (M, D). The extractor defines the distance.
+        features_b: Features of the other set, by the same extractor, (M, D). The extractor defines the distance.
         subsets: Number of subsets.
-        subset_size: Images of either set in a subset, at least 2, at most N and M.
-        generator: Source of the draws; None takes torch's global one.
+        subset_size: Images of each set in a subset, at least 2, at most N and M.
+        generator: Source of the draws; None uses torch's global generator.
 
     Returns:
-        Mean and deviation over the subsets. Published tables often print the figure times 100 or 1000.
+        Mean and deviation over the subsets. Published tables often print the value times 100 or 1000.
 
     Raises:
         ValueError: Not (N, D) and (M, D), a feature is not finite, or a set is smaller than a subset.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import kernel_distance
+        >>> kernel_distance(torch.zeros(9, 5), torch.ones(9, 5), subset_size=4)  # 1 + (1 + 1)^3 - 2
+        KernelDistance(mean=7.0, standard_deviation=0.0)
     """
     check_measurable("kernel_distance", "features_a", features_a, "(N, D)", (2,))
     check_measurable("kernel_distance", "features_b", features_b, "(M, D)", (2,))
@@ -63,7 +69,7 @@ def kernel_distance(
     if smaller < subset_size:
         raise ValueError(
             f"kernel_distance: subset_size={subset_size} needs as many images in both sets, but one has {smaller}; "
-            "give more images, or lower it."
+            "pass more images, or lower it."
         )
     distances = torch.stack(
         [
@@ -83,6 +89,6 @@ def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Ten
 def _discrepancy(a: Tensor, b: Tensor) -> Tensor:
     within_a, within_b, between = ((x @ y.mT / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     pairs = len(a) * (len(a) - 1)
-    # An image with itself is no pair of two draws: with it, the estimate would be too large.
+    # Without the diagonal: pairs of an image with itself would bias the estimate upwards.
     same_a, same_b = ((kernel.sum() - kernel.diagonal().sum()) / pairs for kernel in (within_a, within_b))
     return same_a + same_b - 2 * between.mean()

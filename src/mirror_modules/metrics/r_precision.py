@@ -1,4 +1,4 @@
-"""R-precision: does an image find its own caption among mismatched ones? (MirrorGAN, Sec. 4.1; AttnGAN, Sec. 4)"""
+"""R-precision: does an image retrieve its own caption? (MirrorGAN, Sec. 4.1; AttnGAN, Sec. 4)"""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from mirror_modules._checks import check_positive, shape_of
 from mirror_modules.metrics._features import check_pairs, check_tensors, directions
 
-# Scores that are held at once: 30,000 images with as many captions would need 7 GB in one piece.
+# Scores in memory at a time: 30,000 images with as many captions would need 7 GB at once.
 LARGEST_BLOCK = 2**24
 
 
 class RPrecision(NamedTuple):
-    """Share of images that rank their own caption among the first k, in [0, 1]."""
+    """Fraction of images that rank their own caption among the first k, in [0, 1]."""
 
     top1: float
     top2: float
@@ -25,15 +25,15 @@ class RPrecision(NamedTuple):
 
 
 class RPrecisionFolds(NamedTuple):
-    """Means over folds of the share of images that rank their own caption among the first k, in [0, 1]."""
+    """Mean over folds of the fraction of images that rank their own caption among the first k, in [0, 1]."""
 
     top1: float
     top2: float
     top3: float
     standard_errors: tuple[float, float, float]
-    """Standard error of each of the three means: the deviation of a sample of folds, divided by sqrt(folds)."""
+    """Standard error of each of the three means: the sample standard deviation of the folds over sqrt(folds)."""
     standard_deviations: tuple[float, float, float]
-    """Root mean square deviation of the folds from each mean: what published tables print after the sign ±."""
+    """Root mean square deviation of the folds from each mean, as published tables print it after ±."""
 
 
 @torch.no_grad()
@@ -48,26 +48,36 @@ def r_precision(
 ) -> RPrecision:
     """Rank the caption of each image among mismatched captions by cosine similarity (R = 1).
 
-        top-k = share of images whose own caption is among the first k of `candidates`
+        top-k = fraction of images whose own caption is among the first k of `candidates`
 
-    Each image sees its own caption and `candidates - 1` others, drawn without replacement. Where candidates have
-    exactly the score of the own caption, its expected rank under random order counts, so that constant features give
+    Each image ranks its own caption and `candidates - 1` others, drawn without replacement. Candidates that tie with
+    its own caption are ranked in random order, of which the expectation counts: constant features score exactly at
     chance, 1 / candidates.
 
     Args:
         images: Global image features, (N, D).
         sentences: Sentence features of the images' own captions, (N, D).
-        class_ids: (N,); candidates are drawn from other classes only. None admits every other caption.
-        image_ids: (N,); rows of one photograph share a number, and its other captions are never candidates. None if
-            each row is a photograph of its own.
-        candidates: Captions that each image ranks, its own included.
-        generator: Source of the draws; None takes torch's global one.
+        class_ids: (N,); candidates are drawn from other classes only. None allows every other caption.
+        image_ids: (N,); rows of the same photograph share an id, and its other captions are never candidates. None if
+            every row is a different photograph.
+        candidates: Number of captions that each image ranks, including its own.
+        generator: Source of the draws; None uses torch's global generator.
 
     Returns:
-        Top-1, top-2 and top-3 precision and the standard error of the first.
+        Top-1, top-2 and top-3 precision, and the standard error of the first.
 
     Raises:
         ValueError: Shapes disagree, a feature is not finite, or there are too few mismatched captions.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import r_precision
+        >>> distinct = torch.eye(5)
+        >>> r_precision(distinct, distinct, candidates=4).top1
+        1.0
+        >>> constant = torch.ones(5, 3)  # all captions are tied: chance
+        >>> round(r_precision(constant, constant, candidates=4).top1, 4)
+        0.25
     """
     hits = _hits("r_precision", images, sentences, class_ids, image_ids, candidates, generator)
     top1, top2, top3 = hits.mean(dim=0).tolist()
@@ -85,28 +95,36 @@ def r_precision_folds(
     folds: int = 10,
     generator: torch.Generator | None = None,
 ) -> RPrecisionFolds:
-    """R-precision as tables report it: the mean over ten folds (AttnGAN, Sec. 4; MirrorGAN, Sec. 4.1).
+    """Compute R-precision as tables report it: the mean over ten folds (AttnGAN, Sec. 4; MirrorGAN, Sec. 4.1).
 
-        top-k = mean_f p_f,    p_f = share of the images in fold f whose own caption is among the first k
+        top-k = mean_f p_f,    p_f = fraction of images in fold f whose own caption is among the first k
 
-    Every image ranks its own caption among candidates drawn from the captions of all images, as in `r_precision`.
-    The images are then shuffled and cut into folds, which share no image and differ in size by one image at most.
+    Every image ranks its own caption among candidates drawn from the captions of all images, as in `r_precision`. The
+    images are then shuffled and split into disjoint folds, which differ in size by at most one image.
 
     Args:
-        images: Global image features, (N, D); the papers take N = 30,000.
+        images: Global image features, (N, D); the papers use N = 30,000.
         sentences: Sentence features of the images' own captions, (N, D).
-        class_ids: (N,); candidates are drawn from other classes only. None admits every other caption.
-        image_ids: (N,); rows of one photograph share a number, and its other captions are never candidates. None if
-            each row is a photograph of its own.
-        candidates: Captions that each image ranks, its own included.
+        class_ids: (N,); candidates are drawn from other classes only. None allows every other caption.
+        image_ids: (N,); rows of the same photograph share an id, and its other captions are never candidates. None if
+            every row is a different photograph.
+        candidates: Number of captions that each image ranks, including its own.
         folds: Number of disjoint parts, at least 2.
-        generator: Source of the draws and of the order; None takes torch's global one.
+        generator: Source of the draws and of the order; None uses torch's global generator.
 
     Returns:
         Means of top-1, top-2 and top-3 precision over the folds, their standard errors and their deviations.
 
     Raises:
         ValueError: As `r_precision`; or there are fewer than 2 folds, or fewer images than folds.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import r_precision_folds
+        >>> distinct = torch.eye(6)
+        >>> result = r_precision_folds(distinct, distinct, candidates=4, folds=3)
+        >>> result.top1, result.standard_errors
+        (1.0, (0.0, 0.0, 0.0))
     """
     check_positive("r_precision_folds", folds=folds)
     if folds < 2:
@@ -117,11 +135,11 @@ def r_precision_folds(
             f"r_precision_folds: folds={folds} needs as many images, but there are {len(hits)}; lower folds."
         )
     order = torch.randperm(len(hits), generator=generator, device=None if generator is None else generator.device)
-    shares = torch.stack([fold.mean(dim=0) for fold in hits[order.to(hits.device)].tensor_split(folds)])
-    top1, top2, top3 = shares.mean(dim=0).tolist()
-    errors1, errors2, errors3 = (shares.std(dim=0, correction=1) / folds**0.5).tolist()
-    spread1, spread2, spread3 = shares.std(dim=0, correction=0).tolist()
-    return RPrecisionFolds(top1, top2, top3, (errors1, errors2, errors3), (spread1, spread2, spread3))
+    precisions = torch.stack([fold.mean(dim=0) for fold in hits[order.to(hits.device)].tensor_split(folds)])
+    top1, top2, top3 = precisions.mean(dim=0).tolist()
+    error1, error2, error3 = (precisions.std(dim=0, correction=1) / folds**0.5).tolist()
+    deviation1, deviation2, deviation3 = precisions.std(dim=0, correction=0).tolist()
+    return RPrecisionFolds(top1, top2, top3, (error1, error2, error3), (deviation1, deviation2, deviation3))
 
 
 def _hits(
@@ -133,7 +151,7 @@ def _hits(
     candidates: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Probability that each image has its own caption among its first k, k = 1, 2, 3: (N, 3). 0 or 1 without ties."""
+    """Compute the probability that each image's caption is in its top k, k = 1, 2, 3: (N, 3). 0 or 1 without ties."""
     check_pairs(owner, images, sentences)
     count = images.shape[0]
     for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):
@@ -146,8 +164,8 @@ def _hits(
     if candidates < 2:
         raise ValueError(f"{owner}: candidates must be at least 2, but it is {candidates}.")
     blocks = torch.arange(count, device=images.device).split(max(1, LARGEST_BLOCK // count))
-    most = max(int(_excluded(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
-    fewest = count - most
+    most_excluded = max(int(_excluded(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
+    fewest = count - most_excluded
     if fewest < candidates - 1:
         raise ValueError(
             f"{owner}: candidates={candidates} needs {candidates - 1} mismatched captions for each image, but one "
@@ -157,13 +175,14 @@ def _hits(
     image_directions, sentence_directions = directions(images), directions(sentences)
     hits = []
     for rows in blocks:
-        lottery = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
-        lottery.masked_fill_(_excluded(rows, count, class_ids, image_ids), float("-inf"))
-        drawn = lottery.topk(candidates - 1, dim=1).indices
+        # The largest of independent uniform keys are a draw without replacement.
+        keys = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
+        keys.masked_fill_(_excluded(rows, count, class_ids, image_ids), float("-inf"))
+        drawn = keys.topk(candidates - 1, dim=1).indices
         similarity = image_directions[rows] @ sentence_directions.mT
         own_score = similarity.gather(1, rows.unsqueeze(1))
         others = similarity.gather(1, drawn)
-        # Equal captions have equal features, yet a matrix product may round their scores apart.
+        # Equal captions have equal features, but a matrix product may round their scores differently.
         tied = torch.isclose(others, own_score, rtol=0.0, atol=1e-9)
         better = ((others > own_score) & ~tied).sum(dim=1)
         ties = tied.sum(dim=1)
@@ -172,7 +191,7 @@ def _hits(
 
 
 def _excluded(rows: Tensor, count: int, class_ids: Tensor | None, image_ids: Tensor | None) -> Tensor:
-    """True where a caption may not be a candidate of an image in `rows`: (R, N)."""
+    """Mark the captions that may not be candidates of the images in `rows`: (R, N)."""
     excluded = rows.unsqueeze(1) == torch.arange(count, device=rows.device)
     for ids in (class_ids, image_ids):
         if ids is not None:

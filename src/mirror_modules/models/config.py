@@ -1,4 +1,4 @@
-"""The sizes and choices of a MirrorGAN, as one frozen record."""
+"""Sizes and options of a MirrorGAN, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class MirrorGANConfig:
-    """Sizes and choices of a `MirrorGAN`; the defaults are the paper's sizes with our choices.
+    """Sizes and options of a `MirrorGAN`; the default sizes are the paper's.
 
-    `paper` and `release` are presets; the page "Differences" of the documentation lists what each changes.
+    `paper` and `release` are presets; the documentation page "Differences" lists the options of each.
+
+    Raises:
+        ValueError: `resolutions` is empty.
+
+    Examples:
+        >>> from mirror_modules import MirrorGANConfig
+        >>> config = MirrorGANConfig.release(channels=16)
+        >>> config.channels, config.resolutions, config.score_projection
+        (16, (64, 128, 256), True)
+        >>> MirrorGANConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     embedding_dim: int = 300
@@ -20,9 +31,9 @@ class MirrorGANConfig:
     word_dim: int = 256
     """Features D of a word and of the sentence."""
     text_dropout: float = 0.5
-    """Dropout of the word embeddings while the text encoder is trained."""
+    """Dropout probability of the word embeddings during training of the text encoder."""
     max_words: int = 18
-    """Longer captions are cut after so many words."""
+    """Longer captions are truncated to this many words."""
     noise_dim: int = 100
     """Features Z of the noise."""
     condition_dim: int = 100
@@ -34,46 +45,47 @@ class MirrorGANConfig:
     residual_blocks: int = 2
     """Residual blocks of each refinement stage."""
     attention: Literal["global-local", "word", "none"] = "global-local"
-    """What a refinement stage attends to."""
+    """Attention of each refinement stage: MirrorGAN's, AttnGAN's (words alone) or none."""
     sentence_bias: bool = False
-    """Bias of the sentence projection V; in the published code, not in the paper."""
+    """Bias of the sentence projection V: in the published code, not in the paper. "global-local" only."""
     score_projection: bool = False
-    """1x1 convolution before the sentence attention's softmax; in the published code, not in the paper."""
+    """1x1 convolution before the softmax of the sentence attention: in the published code, not in the paper.
+    "global-local" only."""
     sentence_axis: Literal["channels", "positions"] = "channels"
-    """Axis of the sentence attention's softmax."""
+    """Softmax axis of the sentence attention. "global-local" only."""
     discriminator_channels: int = 64
     """Channels after the first convolution of each discriminator."""
     discriminator_normalization: Literal["batch", "spectral", "none"] = "batch"
-    """Batch norms in the discriminators as published, spectral norms of their convolutions instead, or neither."""
+    """Normalization of the discriminators: batch norm as published, spectral norm of the convolutions, or none."""
     image_backbone: str = "inception_v3"
     """Backbone of the image encoder that trains the text encoder: "conv", "inception_v3" or a torchvision ResNet."""
     captioner_backbone: str = "resnet152"
     """Backbone of the captioner: "conv", "inception_v3" or a torchvision ResNet."""
     captioner_projection: bool = False
-    """Show the captioner the image encoder's projected feature, and not the bare backbone's."""
+    """Feed the captioner the projected feature of an image encoder instead of the bare backbone's."""
     captioner_embedding_dim: int = 256
     """Features of a word embedding in the captioner."""
     captioner_hidden_dim: int = 512
     """Features of the captioner's LSTM."""
 
     def __post_init__(self) -> None:
-        # JSON has lists only.
+        # JSON stores tuples as lists.
         object.__setattr__(self, "resolutions", tuple(self.resolutions))
         if not self.resolutions:
-            raise ValueError("MirrorGANConfig: resolutions must be one or more, coarse to fine, but there is none.")
+            raise ValueError("MirrorGANConfig: resolutions is empty; give at least one image size, coarse to fine.")
 
     @classmethod
     def paper(cls, **changes: Any) -> MirrorGANConfig:
-        """The model as the paper's equations have it. `changes` override single fields."""
+        """Preset: the model of the paper's equations. `changes` override single fields."""
         return cls(**changes)
 
     @classmethod
     def release(cls, **changes: Any) -> MirrorGANConfig:
-        """The model as the published code has it, so that its weights fit. `changes` override single fields."""
+        """Preset: the model of the published code, which loads its weights. `changes` override single fields."""
         return cls(**{"sentence_bias": True, "score_projection": True, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """All fields, as JSON can store them."""
         return {**dataclasses.asdict(self), "resolutions": list(self.resolutions)}
 
     @classmethod

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mirror_modules.glam import CascadedGenerator, GeneratedImages
+from mirror_modules.glam import CascadedGenerator, GeneratedImages, GlobalLocalAttention
+from mirror_modules.glam.generator import AttentionFactory
 from mirror_modules.models.config import MirrorGANConfig
+from mirror_modules.models.pretrained import CONFIG_FILE, load_weights, read_model_folder, save_model
 from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, Vocabulary
 from mirror_modules.stem.image_encoder import build_backbone
 from mirror_modules.stream import Captioner
@@ -20,8 +24,21 @@ class MirrorGAN(nn.Module):
     """Text encoder, conditioning augmentation, cascaded generator and captioner, with the vocabulary they share.
 
     Args:
-        config: Sizes and choices.
-        vocabulary: What the text encoder reads and the captioner writes.
+        config: Sizes and options.
+        vocabulary: Words that the text encoder and the captioner share.
+
+    Raises:
+        ValueError: The config holds sizes that do not fit together, or an unknown option.
+
+    Examples:
+        >>> from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+        >>> config = MirrorGANConfig(channels=4, resolutions=(8, 16), captioner_backbone="conv")
+        >>> model = MirrorGAN(config, Vocabulary.build(["a small red flower", "a white flower"]))
+        >>> generated = model.generate(["a red flower"], seed=0)
+        >>> [tuple(images.shape) for images in generated.images]
+        [(1, 3, 8, 8), (1, 3, 16, 16)]
+        >>> len(model.describe(generated.images[-1]))
+        1
     """
 
     def __init__(self, config: MirrorGANConfig, vocabulary: Vocabulary) -> None:
@@ -41,14 +58,11 @@ class MirrorGAN(nn.Module):
             channels=config.channels,
             resolutions=config.resolutions,
             residual_blocks=config.residual_blocks,
-            attention=config.attention,
-            sentence_bias=config.sentence_bias,
-            score_projection=config.score_projection,
-            sentence_axis=config.sentence_axis,
+            attention=_attention(config),
         )
-        eye = build_backbone(config.captioner_backbone)
+        backbone = build_backbone(config.captioner_backbone)
         self.captioner = Captioner(
-            ImageEncoder(eye, config.word_dim) if config.captioner_projection else eye,
+            ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
             len(vocabulary),
             embedding_dim=config.captioner_embedding_dim,
             hidden_dim=config.captioner_hidden_dim,
@@ -56,7 +70,7 @@ class MirrorGAN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.text_encoder.embedding.weight.device
 
     def forward(
@@ -68,17 +82,17 @@ class MirrorGAN(nn.Module):
         condition_noise: Tensor | None = None,
         need_weights: bool = False,
     ) -> GeneratedImages:
-        """Generate from token ids.
+        """Generate images from token ids.
 
         Args:
-            tokens: (B, L), as `Vocabulary.encode` gives them.
+            tokens: Token ids, (B, L), as `Vocabulary.encode` returns them.
             word_mask: True for a real word, (B, L); None if all are.
-            noise: Standard normal, (B, Z); None draws anew.
-            condition_noise: Draw of the conditioning augmentation, (B, E); None draws anew.
+            noise: Standard normal, (B, Z); sampled if None.
+            condition_noise: Standard normal noise of the conditioning augmentation, (B, E); sampled if None.
             need_weights: Also return the attention maps.
 
         Returns:
-            Images in [-1, 1], coarse to fine, and the attention maps if asked for.
+            Images in [-1, 1], coarse to fine, and the attention maps if requested.
         """
         words, sentence = self.text_encoder(tokens, word_mask)
         condition = self.conditioning(sentence, noise=condition_noise)
@@ -90,21 +104,22 @@ class MirrorGAN(nn.Module):
     def generate(
         self, captions: Sequence[str], *, seed: int | None = None, need_weights: bool = False
     ) -> GeneratedImages:
-        """Draw one image per caption, in evaluation mode.
+        """Generate one image per caption, in evaluation mode.
 
         Args:
-            captions: Strings; words that the vocabulary lacks are read as unknown, with a warning that names them.
-            seed: Makes the images repeatable: image i depends on its caption, on the seed and on i. None draws anew.
+            captions: Strings; words outside the vocabulary are encoded as unknown, with a warning that names them.
+            seed: Makes the images reproducible: image i depends only on its caption, the seed and i. None samples new
+                noise.
             need_weights: Also return the attention maps.
 
         Returns:
-            Images in [-1, 1], coarse to fine, and the attention maps if asked for.
+            Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption holds no word, or `seed` is out of range.
+            ValueError: A caption has no word, or `seed` is out of range.
         """
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
-        noise, condition_noise = self._draw_noise(len(tokens), seed)
+        noise, condition_noise = self._sample_noise(len(tokens), seed)
         with evaluating(self):
             return self(
                 tokens.to(self.device),
@@ -114,12 +129,12 @@ class MirrorGAN(nn.Module):
                 need_weights=need_weights,
             )
 
-    def _draw_noise(self, count: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    def _sample_noise(self, count: int, seed: int | None) -> tuple[Tensor, Tensor]:
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"MirrorGAN.generate: seed must be from 0 to 2**63 - 1, but it is {seed}.")
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        # Row by row: one large draw has other numbers for its first rows than a small one.
+        # Row by row: in a single call, the first rows would depend on the number of rows, and images on their batch.
         sizes = [self.config.noise_dim, self.config.condition_dim]
         rows = [torch.randn(sum(sizes), generator=generator) for _ in range(count)]
         noise, condition_noise = torch.stack(rows).to(self.text_encoder.embedding.weight).split(sizes, dim=1)
@@ -127,14 +142,17 @@ class MirrorGAN(nn.Module):
 
     @torch.no_grad()
     def describe(self, images: Tensor, *, beam_width: int = 3) -> list[str]:
-        """Read captions off images, in evaluation mode.
+        """Caption images, in evaluation mode.
 
         Args:
             images: In [-1, 1], (B, 3, H, W).
-            beam_width: How many captions are followed at a time; 1 is greedy.
+            beam_width: Number of beams; 1 is greedy decoding.
 
         Returns:
             One caption per image.
+
+        Raises:
+            ValueError: `images` are not (B, 3, H, W), or `beam_width` is not positive.
         """
         with evaluating(self):
             tokens = self.captioner.describe(
@@ -143,27 +161,49 @@ class MirrorGAN(nn.Module):
         return self.vocabulary.decode(tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, vocabulary.json and model.safetensors into a folder, made if need be."""
-        from mirror_modules.models.pretrained import save_model
+        """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.
 
-        save_model(self, folder)
+        Raises:
+            OSError: A file cannot be written.
+        """
+        save_model(self, self.config, self.vocabulary, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> MirrorGAN:
-        """Read a model that `save_pretrained` wrote, in evaluation mode.
+        """Load a model that `save_pretrained` wrote; the result is in evaluation mode.
+
+        Args:
+            folder: A folder with config.json, vocabulary.json and model.safetensors.
+            device: Device of the weights.
 
         Raises:
-            FileNotFoundError: The folder, or one of its files, is missing.
+            FileNotFoundError: The folder or one of its files is missing.
             ValueError: A file is damaged, or the weights do not fit the configuration or the vocabulary.
         """
-        from mirror_modules.models.pretrained import load_model
+        saved = read_model_folder(folder)
+        try:
+            model = cls(saved.config, saved.vocabulary)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{Path(folder) / CONFIG_FILE} is not a valid model configuration: {error}") from error
+        load_weights(model, saved.weights)
+        return model.to(device).eval()
 
-        return load_model(folder).to(device).eval()
+
+def _attention(config: MirrorGANConfig) -> Literal["word", "none"] | AttentionFactory:
+    """The `attention` argument of `CascadedGenerator`; the options of the config apply to "global-local" only."""
+    if config.attention != "global-local":
+        return config.attention
+    return partial(
+        GlobalLocalAttention,
+        sentence_bias=config.sentence_bias,
+        score_projection=config.score_projection,
+        sentence_axis=config.sentence_axis,
+    )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then each part has its own mode again, so that a frozen one stays frozen."""
+    """Switch to evaluation mode, and restore the mode of each submodule on exit, so that frozen ones stay frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

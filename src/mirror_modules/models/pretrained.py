@@ -1,71 +1,25 @@
-"""Saving and loading: safetensors and JSON, never pickle. A file appears whole or not at all."""
+"""Save and load weights and model folders: safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mirror_modules._files import read_json, write_json, write_whole
 from mirror_modules.models.config import MirrorGANConfig
-from mirror_modules.models.mirrorgan import MirrorGAN
 from mirror_modules.stem import Vocabulary
 
 FORMAT = "mirror-modules model 1"
 CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: what stood there before is never half lost."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        flush_to_disk(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
-
-
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the state of a Module as safetensors, whole or not at all.
+    """Write the state of a Module to a safetensors file, atomically: whole or not at all.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     safetensors = _safetensors()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -76,10 +30,10 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Read the state of a Module from safetensors; on any error the Module stays as it was.
+    """Load the state of a Module from a safetensors file; on any error the Module is unchanged.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, or its tensors do not fit.
     """
     if not path.is_file():
@@ -93,14 +47,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def check_state(owner: str, module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Require that a state has the names and shapes that the Module expects, and say which do not fit."""
+    """Require the tensor names and shapes of the Module's own state.
+
+    Raises:
+        ValueError: A tensor is missing, unknown or of another shape; the message names it.
+    """
     expected = module.state_dict()
     missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    if missing or foreign:
+    unknown = [name for name in state if name not in expected]
+    if missing or unknown:
         raise ValueError(
-            f"{owner}: {source} holds weights of something else: {len(missing)} tensors are missing"
-            f"{_first(missing)}, {len(foreign)} are unknown{_first(foreign)}."
+            f"{owner}: {source} holds the weights of another module: {len(missing)} tensors are missing"
+            f"{_first(missing)}, {len(unknown)} are unknown{_first(unknown)}."
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
@@ -110,19 +68,33 @@ def check_state(owner: str, module: nn.Module, state: dict[str, Tensor], source:
             )
 
 
-def save_model(model: MirrorGAN, folder: str | Path) -> None:
+class SavedModel(NamedTuple):
+    """Contents of a model folder, with the weights still on disk."""
+
+    config: MirrorGANConfig
+    vocabulary: Vocabulary
+    weights: Path
+    """The safetensors file."""
+
+
+def save_model(model: nn.Module, config: MirrorGANConfig, vocabulary: Vocabulary, folder: str | Path) -> None:
     """Write config.json, vocabulary.json and model.safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "vocabulary_size": len(model.vocabulary), **model.config.to_dict()}
-    # The weights first: if the disk fills up, it is here, and the model that stood in the folder is still whole.
+    content = {"format": FORMAT, "vocabulary_size": len(vocabulary), **config.to_dict()}
+    # Weights first: on a full disk this is the write that fails, and the previous model in the folder is still whole.
     save_weights(model, folder / WEIGHTS_FILE)
-    write_whole(folder / VOCABULARY_FILE, model.vocabulary.save)
+    write_whole(folder / VOCABULARY_FILE, vocabulary.save)
     write_json(folder / CONFIG_FILE, content)
 
 
-def load_model(folder: str | Path) -> MirrorGAN:
-    """Read what `save_model` wrote."""
+def read_model_folder(folder: str | Path) -> SavedModel:
+    """Read the configuration and the vocabulary of a folder that `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the vocabulary belongs to another model.
+    """
     folder = Path(folder)
     for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -141,11 +113,10 @@ def load_model(folder: str | Path) -> MirrorGAN:
             "restore the vocabulary that belongs to these weights."
         )
     try:
-        model = MirrorGAN(MirrorGANConfig.from_dict(fields), vocabulary)
+        config = MirrorGANConfig.from_dict(fields)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} describes no model: {error}") from error
-    load_weights(model, folder / WEIGHTS_FILE)
-    return model.eval()
+        raise ValueError(f"{folder / CONFIG_FILE} is not a valid model configuration: {error}") from error
+    return SavedModel(config, vocabulary, folder / WEIGHTS_FILE)
 
 
 def _first(names: list[str]) -> str:

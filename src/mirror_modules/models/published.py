@@ -1,26 +1,28 @@
-"""Public checkpoints of AttnGAN and MirrorGAN -> our Modules.
+"""Conversion of the public AttnGAN and MirrorGAN checkpoints to our modules.
 
     conditioning, generator = load_published_generator(load_published("netG.pth"))
 
-Each part has a table of (published prefix, our prefix). `<k>` stands for a number, and each side counts from its k:
-with `h_net<2>.` and `refinements.<0>.`, the published `h_net3.` is our `refinements.1.`.
+Each part has a table of (published prefix, our prefix). `<k>` stands for a number, counted from k on either side: with
+`h_net<2>.` and `refinements.<0>.`, the published `h_net3.` is our `refinements.1.`.
 
-The weights read the token ids of the vocabulary that was published beside them, which are not our `Vocabulary`'s.
+The weights expect the token ids of the vocabulary that was published with them, not those of our `Vocabulary`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mirror_modules._checks import shape_of
 from mirror_modules.adversarial import PairedDiscriminator
-from mirror_modules.glam import CascadedGenerator
+from mirror_modules.glam import CascadedGenerator, GlobalLocalAttention
+from mirror_modules.glam.generator import AttentionFactory
 from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, TorchvisionBackbone
 from mirror_modules.stream import Captioner
 
@@ -68,7 +70,7 @@ IMAGE_ENCODER: Table = (
     ("Conv2d_", "backbone.network.Conv2d_"),
     ("Mixed_", "backbone.network.Mixed_"),
 )
-# The captioner was published as two files; "cnn." and "rnn." tell their tensors apart.
+# The captioner was published as two files; the prefixes "cnn." and "rnn." distinguish their tensors.
 CAPTIONER: Table = (
     ("cnn.resnet.0.", "image_encoder.network.conv1."),
     ("cnn.resnet.1.", "image_encoder.network.bn1."),
@@ -85,11 +87,23 @@ NUMBER = re.compile(r"<(\d+)>")
 
 
 def load_published(path: str | Path) -> dict[str, Tensor]:
-    """Read a published .pth file, of old and new formats, without running code out of it.
+    """Load a published .pth file, in any format that torch has written, without executing code from it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The published state, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds something else than named tensors.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or holds anything but named tensors.
+
+    Examples:
+        >>> from mirror_modules.models.published import load_published
+        >>> state = load_published("netG.pth")  # doctest: +SKIP
+        >>> state["ca_net.fc.weight"].shape  # doctest: +SKIP
+        torch.Size([400, 256])
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a published .pth file.")
@@ -99,63 +113,147 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); download it again.") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors, as a state_dict is.")
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors such as a state_dict.")
     return state
 
 
 def convert_conditioning(state: State) -> dict[str, Tensor]:
-    """The conditioning augmentation's part of a published generator -> state of `ConditioningAugmentation`."""
+    """Convert the conditioning augmentation in a published generator to a state of `ConditioningAugmentation`.
+
+    See `convert_generator` for arguments and errors.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_conditioning
+        >>> state = {"ca_net.fc.weight": torch.zeros(12, 5), "ca_net.fc.bias": torch.zeros(12)}
+        >>> list(convert_conditioning(state))
+        ['linear.weight', 'linear.bias']
+    """
     return _convert("convert_conditioning", _select(state, conditioning=True), CONDITIONING)
 
 
 def convert_attention(state: State) -> dict[str, Tensor]:
-    """A published attention alone -> state of `GlobalLocalAttention` with sentence_bias and score_projection."""
+    """Convert a published attention to a state of `GlobalLocalAttention` with sentence_bias and score_projection.
+
+    See `convert_generator` for arguments and errors.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_attention
+        >>> converted = convert_attention({"conv_context.weight": torch.zeros(3, 5, 1, 1)})
+        >>> {name: tuple(tensor.shape) for name, tensor in converted.items()}
+        {'word_projection.weight': (3, 5)}
+    """
     return _convert("convert_attention", state, ATTENTION)
 
 
 def convert_generator(state: State) -> dict[str, Tensor]:
-    """A published generator, but for its conditioning augmentation -> state of `CascadedGenerator`.
+    """Convert a published generator, except its conditioning augmentation, to a state of `CascadedGenerator`.
 
-    Like every `convert_...`: names may begin with "module.", as DataParallel writes them; `num_batches_tracked`, which
-    old files lack, becomes 0.
+    As in every `convert_...` function, names may begin with "module.", the prefix of DataParallel, and
+    `num_batches_tracked`, which old files lack, becomes 0.
+
+    Args:
+        state: The published state, or a part of it.
+
+    Returns:
+        The same tensors under our names.
 
     Raises:
-        ValueError: A name is not that of a published tensor.
+        ValueError: The state holds a tensor that the published part does not have.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_generator
+        >>> list(convert_generator({"module.h_net3.att.conv_context.weight": torch.zeros(3, 5, 1, 1)}))
+        ['refinements.1.attention.word_projection.weight']
     """
     return _convert("convert_generator", _select(state, conditioning=False), GENERATOR)
 
 
 def convert_discriminator(state: State) -> dict[str, Tensor]:
-    """A published discriminator of any stage -> state of `PairedDiscriminator`."""
+    """Convert a published discriminator of any stage to a state of `PairedDiscriminator`.
+
+    See `convert_generator` for arguments and errors.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_discriminator
+        >>> list(convert_discriminator({"UNCOND_DNET.outlogits.0.bias": torch.zeros(1)}))
+        ['realism_head.bias']
+    """
     return _convert("convert_discriminator", state, DISCRIMINATOR)
 
 
 def convert_text_encoder(state: State) -> dict[str, Tensor]:
-    """A published text encoder -> state of `TextEncoder`."""
+    """Convert a published text encoder to a state of `TextEncoder`.
+
+    See `convert_generator` for arguments and errors.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_text_encoder
+        >>> list(convert_text_encoder({"encoder.weight": torch.zeros(11, 5)}))
+        ['embedding.weight']
+    """
     return _convert("convert_text_encoder", state, TEXT_ENCODER)
 
 
 def convert_image_encoder(state: State) -> dict[str, Tensor]:
-    """A published image encoder -> state of `ImageEncoder` on torchvision's Inception v3."""
+    """Convert a published image encoder to a state of `ImageEncoder` with torchvision's Inception v3.
+
+    See `convert_generator` for arguments and errors.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_image_encoder
+        >>> list(convert_image_encoder({"emb_features.weight": torch.zeros(3, 5, 1, 1)}))
+        ['region_projection.weight']
+    """
     return _convert("convert_image_encoder", state, IMAGE_ENCODER)
 
 
 def convert_captioner(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
-    """A published caption CNN and caption RNN -> state of `Captioner` on a torchvision ResNet; {} leaves one out."""
+    """Convert a published caption CNN and caption RNN to a state of `Captioner` with a torchvision ResNet.
+
+    See `convert_generator` for errors.
+
+    Args:
+        cnn_state: State of the caption CNN; {} if not needed.
+        rnn_state: State of the caption RNN; {} if not needed.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.models.published import convert_captioner
+        >>> list(convert_captioner({"linear.bias": torch.zeros(3)}, {"embed.weight": torch.zeros(11, 3)}))
+        ['image_projection.bias', 'embedding.weight']
+    """
     return _convert("convert_captioner", _both(cnn_state, rnn_state), CAPTIONER)
 
 
 def load_published_generator(state: State) -> tuple[ConditioningAugmentation, CascadedGenerator]:
-    """Build the conditioning augmentation and the generator that a published state was saved from.
+    """Build the conditioning augmentation and the generator of a published state, and load its weights.
 
-    Sizes, number of stages, residual blocks, kind of attention and heads are read off the state: AttnGAN, AttnDCGAN and
-    MirrorGAN are told apart by it. Like every `load_published_...`, the result is in evaluation mode.
+    Sizes, number of stages, residual blocks, attention and heads are inferred from the state, which distinguishes
+    AttnGAN, AttnDCGAN and MirrorGAN. As with every `load_published_...` function, the result is in evaluation mode.
+
+    Args:
+        state: The published state.
+
+    Returns:
+        Both modules.
 
     Raises:
         ValueError: A tensor is unknown, missing or of the wrong shape; the message names it.
+
+    Examples:
+        >>> from mirror_modules.models.published import load_published, load_published_generator
+        >>> conditioning, generator = load_published_generator(load_published("netG.pth"))  # doctest: +SKIP
+        >>> generator.resolutions  # doctest: +SKIP
+        (64, 128, 256)
     """
     owner = "load_published_generator"
-    state = _plain(state)
+    state = _strip_prefix(state)
     affine, text_dim = _shape(owner, state, "ca_net.fc.weight", 2)
     condition_dim = affine // 4
     one_head = "img_net.img.0.weight" in state
@@ -168,16 +266,8 @@ def load_published_generator(state: State) -> tuple[ConditioningAugmentation, Ca
         channels=channels,
         resolutions=[coarsest * 2**stage for stage in range(_count(state, "h_net<1>."))],
         residual_blocks=_count(state, "h_net2.residual.<0>."),
-        attention=(
-            "global-local"
-            if "h_net2.att.linear.weight" in state
-            else "word"
-            if "h_net2.att.conv_context.weight" in state
-            else "none"
-        ),
+        attention=_published_attention(state),
         intermediate_images=not one_head,
-        sentence_bias="h_net2.att.linear.bias" in state,
-        score_projection="h_net2.att.conv_sentence_vis.weight" in state,
     )
     conditioning = ConditioningAugmentation(text_dim, condition_dim)
     return (
@@ -187,9 +277,18 @@ def load_published_generator(state: State) -> tuple[ConditioningAugmentation, Ca
 
 
 def load_published_discriminator(state: State) -> PairedDiscriminator:
-    """Build the discriminator that a published state was saved from; see `load_published_generator`."""
+    """Build the discriminator of a published state, and load its weights.
+
+    See `load_published_generator` for arguments and errors.
+
+    Examples:
+        >>> from mirror_modules.models.published import load_published, load_published_discriminator
+        >>> discriminator = load_published_discriminator(load_published("netD0.pth"))  # doctest: +SKIP
+        >>> discriminator.resolution  # doctest: +SKIP
+        64
+    """
     owner = "load_published_discriminator"
-    state = _plain(state)
+    state = _strip_prefix(state)
     width, joint_width, *_ = _shape(owner, state, "COND_DNET.jointConv.0.weight", 4)
     coarsest_map = 64 if _count(state, "img_code_s64.<0>.") else 32 if _count(state, "img_code_s32.<0>.") else 16
     channels = _shape(owner, state, "img_code_s16.0.weight", 4)[0]
@@ -198,9 +297,20 @@ def load_published_discriminator(state: State) -> PairedDiscriminator:
 
 
 def load_published_text_encoder(state: State) -> TextEncoder:
-    """Build the text encoder that a published state was saved from; see `load_published_generator`."""
+    """Build the text encoder of a published state, and load its weights.
+
+    See `load_published_generator` for arguments and errors.
+
+    Examples:
+        >>> from mirror_modules import TextEncoder
+        >>> from mirror_modules.models.published import load_published_text_encoder
+        >>> ours = TextEncoder(11, embedding_dim=5, feature_dim=6).state_dict()
+        >>> published = {name.replace("embedding.", "encoder.").replace("lstm.", "rnn."): ours[name] for name in ours}
+        >>> load_published_text_encoder(published).feature_dim
+        6
+    """
     owner = "load_published_text_encoder"
-    state = _plain(state)
+    state = _strip_prefix(state)
     vocabulary_size, embedding_dim = _shape(owner, state, "encoder.weight", 2)
     feature_dim = 2 * _shape(owner, state, "rnn.weight_hh_l0", 2)[1]
     encoder = TextEncoder(vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim)
@@ -208,30 +318,47 @@ def load_published_text_encoder(state: State) -> TextEncoder:
 
 
 def load_published_image_encoder(state: State) -> ImageEncoder:
-    """Build the image encoder that a published state was saved from; see `load_published_generator`.
+    """Build the image encoder of a published state, and load its weights.
 
-    It takes its images raw, in [-1, 1], as it was trained.
+    Its images are in [-1, 1] without ImageNet normalization, as in its training. See `load_published_generator` for
+    arguments and errors.
+
+    Examples:
+        >>> from mirror_modules.models.published import load_published, load_published_image_encoder
+        >>> encoder = load_published_image_encoder(load_published("image_encoder200.pth"))  # doctest: +SKIP
+        >>> encoder.image_dim  # doctest: +SKIP
+        256
     """
     owner = "load_published_image_encoder"
-    state = _plain(state)
+    state = _strip_prefix(state)
     feature_dim = _shape(owner, state, "emb_features.weight", 4)[0]
     encoder = ImageEncoder("inception_v3", feature_dim)
     return _load(owner, encoder, state, IMAGE_ENCODER)
 
 
 def load_published_captioner(cnn_state: State, rnn_state: State, *, backbone: str = "resnet152") -> Captioner:
-    """Build the captioner that a published pair of states was saved from; see `load_published_generator`.
+    """Build the captioner of a published pair of states, and load its weights.
 
-    It takes its images raw, in [-1, 1], as it was trained.
+    Its images are in [-1, 1] without ImageNet normalization, as in its training.
 
     Args:
-        cnn_state: The caption CNN's.
-        rnn_state: The caption RNN's.
+        cnn_state: State of the caption CNN.
+        rnn_state: State of the caption RNN.
         backbone: The torchvision ResNet in the caption CNN.
 
+    Returns:
+        The captioner, in evaluation mode.
+
     Raises:
-        ValueError: A tensor is unknown, missing or of the wrong shape; the message names it, with "cnn." or "rnn." in
-            front.
+        ValueError: A tensor is unknown, missing or of the wrong shape; the message names it with the prefix "cnn." or
+            "rnn.".
+
+    Examples:
+        >>> from mirror_modules.models.published import load_published, load_published_captioner
+        >>> cnn_state, rnn_state = load_published("cnn.pth"), load_published("rnn.pth")  # doctest: +SKIP
+        >>> captioner = load_published_captioner(cnn_state, rnn_state)  # doctest: +SKIP
+        >>> captioner.vocabulary_size  # doctest: +SKIP
+        5450
     """
     owner = "load_published_captioner"
     state = _both(cnn_state, rnn_state)
@@ -245,28 +372,38 @@ def load_published_captioner(cnn_state: State, rnn_state: State, *, backbone: st
     return _load(owner, captioner, state, CAPTIONER)
 
 
-def _plain(state: State) -> dict[str, Tensor]:
-    """Without the prefix that DataParallel puts before each name."""
+def _published_attention(state: State) -> Literal["word", "none"] | AttentionFactory:
+    if "h_net2.att.linear.weight" in state:
+        return partial(
+            GlobalLocalAttention,
+            sentence_bias="h_net2.att.linear.bias" in state,
+            score_projection="h_net2.att.conv_sentence_vis.weight" in state,
+        )
+    return "word" if "h_net2.att.conv_context.weight" in state else "none"
+
+
+def _strip_prefix(state: State) -> dict[str, Tensor]:
+    """Remove the prefix that DataParallel adds to each name."""
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _select(state: State, *, conditioning: bool) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in _plain(state).items() if name.startswith("ca_net.") == conditioning}
+    return {name: tensor for name, tensor in _strip_prefix(state).items() if name.startswith("ca_net.") == conditioning}
 
 
 def _both(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
-    parts = {"cnn": _plain(cnn_state), "rnn": _plain(rnn_state)}
+    parts = {"cnn": _strip_prefix(cnn_state), "rnn": _strip_prefix(rnn_state)}
     return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
 
 def _count(state: State, prefix: str) -> int:
-    """How many different numbers stand at the `<k>` of a prefix."""
+    """Count the different numbers at the `<k>` of a prefix."""
     pattern = _pattern(prefix)
     return len({match[1] for name in state if (match := pattern.match(name))})
 
 
 def _shape(owner: str, state: State, name: str, axes: int) -> tuple[int, ...]:
-    """Shape of a tensor that sizes are read off."""
+    """Shape of a tensor from which sizes are inferred."""
     if name not in state:
         raise ValueError(f"{owner}: {name!r} is missing from the published state; does it belong to another part?")
     if state[name].ndim != axes:
@@ -279,40 +416,40 @@ def _pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _rename(published: str, table: Table) -> str | None:
-    """Our name of a published tensor, None if no row of the table begins it."""
+    """Our name of a published tensor; None if no prefix of the table matches."""
     for before, after in table:
         match = _pattern(before).match(published)
         if match is None:
             continue
-        steps = [int(number) - int(first) for number, first in zip(match.groups(), NUMBER.findall(before))]
-        if all(step >= 0 for step in steps):
-            return _numbered(after, steps) + published[match.end() :]
+        offsets = [int(number) - int(first) for number, first in zip(match.groups(), NUMBER.findall(before))]
+        if all(offset >= 0 for offset in offsets):
+            return _numbered(after, offsets) + published[match.end() :]
     return None
 
 
-def _numbered(prefix: str, steps: list[int]) -> str:
-    numbers = iter(steps)
-    return NUMBER.sub(lambda first: str(int(first[1]) + next(numbers)), prefix)
+def _numbered(prefix: str, offsets: list[int]) -> str:
+    remaining = iter(offsets)
+    return NUMBER.sub(lambda first: str(int(first[1]) + next(remaining)), prefix)
 
 
 def _published_names(owner: str, state: State, table: Table) -> dict[str, str]:
-    """Published name of each of our tensors."""
+    """Map each of our tensor names to the published one."""
     names: dict[str, str] = {}
     for published in state:
         ours = _rename(published, table)
         if ours is None or ours in names:
-            raise ValueError(f"{owner}: {published!r} has no place here; does the state belong to another part?")
+            raise ValueError(f"{owner}: {published!r} is unexpected; does the state belong to another part?")
         names[ours] = published
     return names
 
 
 def _as_linear(weight: Tensor) -> Tensor:
-    """Weight of a 1x1 convolution -> weight of a linear layer; any other stays, for the check of shapes to name."""
+    """Weight of a 1x1 convolution -> weight of a linear layer; any other is kept, for the shape check to name."""
     return weight[:, :, 0, 0] if weight.shape[2:] == (1, 1) else weight
 
 
 def _convert(owner: str, state: State, table: Table) -> dict[str, Tensor]:
-    state = _plain(state)
+    state = _strip_prefix(state)
     converted = {
         ours: _as_linear(state[published]) if ours.endswith(POINTWISE) else state[published]
         for ours, published in _published_names(owner, state, table).items()
@@ -329,14 +466,14 @@ def _load(owner: str, module: AnyModule, state: State, table: Table) -> AnyModul
     expected = module.state_dict()
     for ours, tensor in converted.items():
         if ours not in expected:
-            raise ValueError(f"{owner}: {published[ours]!r} has no place in this {type(module).__name__}.")
+            raise ValueError(f"{owner}: {published[ours]!r} is unexpected in this {type(module).__name__}.")
         if tensor.shape != expected[ours].shape:
             raise ValueError(
-                f"{owner}: {published[ours]!r} is {shape_of(state[published[ours]])}, which does not become "
-                f"our {ours!r} {shape_of(expected[ours])}, the size that the other tensors ask for."
+                f"{owner}: {published[ours]!r} is {shape_of(state[published[ours]])}, which does not fit our {ours!r} "
+                f"{shape_of(expected[ours])}, whose size follows from the other tensors."
             )
     missing = [ours for ours in expected if ours not in converted]
     if missing:
-        raise ValueError(f"{owner}: the published state lacks what becomes our {missing[0]!r}; is the file complete?")
+        raise ValueError(f"{owner}: the published state has no tensor for our {missing[0]!r}; is the file complete?")
     module.load_state_dict(converted)
     return module.eval()

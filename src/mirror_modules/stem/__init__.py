@@ -2,7 +2,15 @@
 
 from mirror_modules.stem.conditioning import Condition, ConditioningAugmentation, kl_divergence
 from mirror_modules.stem.image_encoder import ConvBackbone, ImageEncoder, ImageFeatures, TorchvisionBackbone
-from mirror_modules.stem.matching import MatchingLoss, MatchingTerms, matching_loss, word_region_similarity
+from mirror_modules.stem.matching import (
+    MatchingLoss,
+    MatchingTerms,
+    contrastive_terms,
+    image_sentence_similarity,
+    matching_loss,
+    word_region_attention,
+    word_region_similarity,
+)
 from mirror_modules.stem.text_encoder import TextEncoder, TextFeatures
 from mirror_modules.stem.vocabulary import END, PAD, UNKNOWN, Vocabulary
 
@@ -21,7 +29,10 @@ __all__ = [
     "TextFeatures",
     "TorchvisionBackbone",
     "Vocabulary",
+    "contrastive_terms",
+    "image_sentence_similarity",
     "kl_divergence",
     "matching_loss",
+    "word_region_attention",
     "word_region_similarity",
 ]

@@ -1,4 +1,4 @@
-"""Conditioning augmentation: a sentence becomes a distribution of conditions (MirrorGAN, Sec. 3.1)."""
+"""Conditioning augmentation: a distribution of conditions around each sentence (MirrorGAN, Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -12,31 +12,40 @@ from mirror_modules._checks import at_least_float32, check_choice, check_feature
 
 
 class Condition(NamedTuple):
-    """A draw from the distribution of a sentence, and the distribution."""
+    """A sample from the conditioning distribution of each sentence, and the parameters of that distribution."""
 
     sample: Tensor
     """mean + exp(log_variance / 2) * noise. (B, E)"""
     mean: Tensor
-    """(B, E)"""
+    """Mean of the distribution. (B, E)"""
     log_variance: Tensor
-    """(B, E)"""
+    """Logarithm of its variance, per element. (B, E)"""
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """Divergence of N(mean, variance) from N(0, I), which keeps conditions close to a standard normal.
+    """KL divergence of N(mean, variance) from N(0, I), which keeps conditions close to a standard normal.
 
         KL = 1/2 (mean^2 + variance - 1 - log variance)    per element
 
     Args:
-        mean: (B, E).
-        log_variance: (B, E).
-        reduction: "mean" over all elements, as the published code, or "sum" over the features and mean over the batch.
+        mean: Mean of the distribution, (B, E).
+        log_variance: Logarithm of its variance, (B, E).
+        reduction: "mean" over all elements, as in the published code, or "sum" over the features and mean over the
+            batch.
 
     Returns:
         A scalar, at least 0.
 
     Raises:
         ValueError: Shapes disagree, or `reduction` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import kl_divergence
+        >>> kl_divergence(torch.zeros(2, 5), torch.zeros(2, 5))  # the standard normal itself
+        tensor(0.)
+        >>> kl_divergence(torch.ones(2, 5), torch.zeros(2, 5), reduction="sum")
+        tensor(2.5000)
     """
     check_choice("kl_divergence", "reduction", reduction, ("mean", "sum"))
     if mean.shape != log_variance.shape:
@@ -47,7 +56,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mea
 
 
 class ConditioningAugmentation(nn.Module):
-    """Draw a condition from a learned normal distribution around the sentence (MirrorGAN, Sec. 3.1).
+    """Sample a condition from a learned normal distribution around the sentence (MirrorGAN, Sec. 3.1).
 
         sample = mu(s) + sigma(s) * eps,    eps ~ N(0, I)
 
@@ -56,6 +65,20 @@ class ConditioningAugmentation(nn.Module):
     Args:
         text_dim: Features D of the sentence.
         condition_dim: Features E of the condition.
+
+    Raises:
+        ValueError: A size is not a whole number of at least 1.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import ConditioningAugmentation
+        >>> augmentation = ConditioningAugmentation(text_dim=64, condition_dim=20)
+        >>> sentence = torch.randn(3, 64)
+        >>> augmentation(sentence).sample.shape
+        torch.Size([3, 20])
+        >>> condition = augmentation(sentence, noise=torch.zeros(3, 20))
+        >>> bool((condition.sample == condition.mean).all())
+        True
     """
 
     def __init__(self, text_dim: int, condition_dim: int = 100) -> None:
@@ -65,11 +88,11 @@ class ConditioningAugmentation(nn.Module):
         self.linear = nn.Linear(text_dim, 4 * condition_dim)
 
     def forward(self, sentence: Tensor, *, noise: Tensor | None = None) -> Condition:
-        """Draw a condition.
+        """Sample a condition.
 
         Args:
             sentence: Sentence features, (B, D).
-            noise: The draw eps, (B, E); None draws a new one, also in evaluation. Zeros give the mean.
+            noise: Standard normal noise eps, (B, E); None samples it, also in eval mode. Zeros give the mean.
 
         Returns:
             The sample, the mean and the log variance, each (B, E).

@@ -1,7 +1,7 @@
-"""Images become region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1).
+"""Image encoders: region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1).
 
-A backbone is any Module `images (B, 3, H, W) in [-1, 1] -> ImageFeatures` that states its sizes as `region_dim` and
-`image_dim`. One that trains from scratch is here; torchvision's are one argument away.
+A backbone is any Module `images (B, 3, H, W) in [-1, 1] -> ImageFeatures` with its sizes in the attributes `region_dim`
+and `image_dim`. `ConvBackbone` trains from scratch; `TorchvisionBackbone` wraps torchvision's networks.
 """
 
 from __future__ import annotations
@@ -16,29 +16,42 @@ from torch import Tensor, nn
 from mirror_modules._checks import check_images, check_positive
 from mirror_modules._norms import MapBatchNorm
 
-# Mean and standard deviation of ImageNet's photographs in [0, 1], per color.
+# Mean and standard deviation of ImageNet's images in [0, 1], per color channel.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(NamedTuple):
-    """What an image encoder sees in a batch of images."""
+    """Local and global features of a batch of images."""
 
     regions: Tensor
-    """One feature per region, row by row. (B, R, D)"""
+    """One feature per region, in row-major order. (B, R, D)"""
     image: Tensor
-    """One feature per image. (B, D)"""
+    """One global feature per image. (B, D)"""
 
 
 class ConvBackbone(nn.Module):
     """A small convolutional network that trains from scratch.
 
-    Each block halves the resolution and doubles the channels. Regions are the last but one block's positions (at 64
-    pixels and four blocks, 8 x 8). The global feature is the last block's mean and maximum: the maximum keeps what is
-    small in an image. The input is taken raw, in [-1, 1].
+    Each block halves the resolution and doubles the channels. Regions are the positions of the second-to-last block
+    (8 x 8 for 64 pixels and four blocks). The global feature concatenates the mean and the maximum of the last block:
+    the maximum keeps small objects. Images are not normalized: the input is in [-1, 1].
 
     Args:
         channels: Channels of the first block.
-        blocks: Number of blocks; images need at least 2**blocks pixels on each side.
+        blocks: Number of blocks, at least 2; images need at least 2**blocks pixels on each side.
+
+    Raises:
+        ValueError: A size is not a whole number of at least 1, or there are fewer than 2 blocks.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.stem import ConvBackbone
+        >>> backbone = ConvBackbone(channels=4, blocks=3)
+        >>> features = backbone(torch.rand(2, 3, 32, 24) * 2 - 1)
+        >>> features.regions.shape, features.image.shape  # 8 x 6 regions
+        (torch.Size([2, 48, 8]), torch.Size([2, 32]))
+        >>> backbone.region_dim, backbone.image_dim
+        (8, 32)
     """
 
     def __init__(self, channels: int = 32, blocks: int = 4) -> None:
@@ -52,7 +65,7 @@ class ConvBackbone(nn.Module):
         self.blocks = nn.ModuleList(_block(before, after) for before, after in zip([3, *widths], widths))
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """(B, 3, H, W) -> regions (B, R, region_dim), image (B, image_dim)."""
+        """Encode images (B, 3, H, W) into regions (B, R, region_dim) and image (B, image_dim)."""
         check_images("ConvBackbone", images, self.smallest)
         maps = [images]
         for block in self.blocks:
@@ -70,21 +83,29 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 
 class TorchvisionBackbone(nn.Module):
-    """Inception v3 or a ResNet of torchvision, without its classifier.
+    """torchvision's Inception v3 or one of its ResNets, without the classifier.
 
-    Images in [-1, 1] become what torchvision's weights were trained on: for a ResNet they are normalized with
-    ImageNet's statistics; for Inception they are resized to 299 pixels and stay in [-1, 1], as torchvision's own
-    network undoes ImageNet's normalization (its `transform_input`). Regions are Inception's `Mixed_6e` (17 x 17 x 768,
-    as in the paper) or a ResNet's `layer3`; the global feature is the last block's mean.
+    Images in [-1, 1] are converted to the input on which torchvision's weights were trained: for a ResNet they are
+    normalized with ImageNet's statistics; for Inception they are resized to 299 pixels and stay in [-1, 1], because
+    torchvision's own network undoes ImageNet's normalization (its `transform_input`). Regions are the positions of
+    Inception's `Mixed_6e` (17 x 17 x 768, as in the paper) or of a ResNet's `layer3`; the global feature is the mean of
+    the last block.
 
     Args:
-        name: "inception_v3", or a ResNet's name such as "resnet18" or "resnet152".
-        weights: As in torchvision, such as "DEFAULT"; fetched by torchvision where there is a network. None starts from
-            random weights.
-        normalize: Normalize for a ResNet; the published captioners were trained on raw images in [-1, 1].
+        name: "inception_v3", or the name of a ResNet such as "resnet18" or "resnet152".
+        weights: As in torchvision, such as "DEFAULT", which torchvision downloads; None initializes at random.
+        normalize: Normalize the input of a ResNet; the published captioners were trained on raw images in [-1, 1].
 
     Raises:
-        ValueError: torchvision has no such network.
+        ValueError: `name` is neither of these.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.stem import TorchvisionBackbone
+        >>> backbone = TorchvisionBackbone("resnet18").eval()
+        >>> features = backbone(torch.rand(1, 3, 64, 64) * 2 - 1)
+        >>> features.regions.shape, features.image.shape  # 4 x 4 regions
+        (torch.Size([1, 16, 256]), torch.Size([1, 512]))
     """
 
     def __init__(self, name: str, weights: Any = None, *, normalize: bool = True) -> None:
@@ -99,15 +120,14 @@ class TorchvisionBackbone(nn.Module):
         self.normalize = normalize and name != "inception_v3"
         self.resize_to: int | None
         self.resize_to, self.region_layer = (299, "Mixed_6e") if name == "inception_v3" else (None, "layer3")
-        # Both families run their children one after the other, up to the pooling; Inception's auxiliary classifier
-        # alone stands beside the path.
+        # Both families are a sequence of their children up to the pooling, except for Inception's auxiliary classifier.
         layers = {layer: child for layer, child in network.named_children() if layer != "AuxLogits"}
         trunk = list(layers)[: list(layers).index("avgpool")]
         self.network = nn.Sequential(OrderedDict((layer, layers[layer]) for layer in trunk))
         self.region_dim = 768 if name == "inception_v3" else layers["layer4"][0].conv1.in_channels
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """(B, 3, H, W) in [-1, 1] -> regions (B, R, region_dim), image (B, image_dim)."""
+        """Encode images (B, 3, H, W) in [-1, 1] into regions (B, R, region_dim) and image (B, image_dim)."""
         check_images("TorchvisionBackbone", images)
         if self.resize_to is not None:
             images = F.interpolate(images, (self.resize_to, self.resize_to), mode="bilinear", antialias=True)
@@ -121,34 +141,46 @@ class TorchvisionBackbone(nn.Module):
 
 
 def _normalize_for_imagenet(images: Tensor) -> Tensor:
-    # Made anew and not kept as buffers: a Module made on the meta device would fill them with anything.
+    # Created in each call instead of registered as buffers, which `to_empty` would fill with uninitialized memory.
     mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = images.new_tensor(IMAGENET_STD).view(3, 1, 1)
     return ((images + 1) / 2 - mean) / std
 
 
 def build_backbone(name: str, weights: Any = None) -> nn.Module:
-    """Make a backbone from its name: "conv", "inception_v3" or a torchvision ResNet.
+    """Build a backbone from its name: "conv", "inception_v3" or a torchvision ResNet.
 
     Raises:
-        ValueError: The name is unknown, or weights are asked for where none are published.
+        ValueError: The name is unknown, or weights are given for "conv", which has no published ones.
     """
     if name != "conv":
         return TorchvisionBackbone(name, weights)
     if weights is not None:
-        raise ValueError("build_backbone: the backbone 'conv' has no published weights; leave weights=None.")
+        raise ValueError("build_backbone: the backbone 'conv' has no published weights; use weights=None.")
     return ConvBackbone()
 
 
 class ImageEncoder(nn.Module):
     """Region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1; AttnGAN's DAMSM).
 
-        regions = backbone regions W_r,    image = backbone image W_g + b_g
+        regions = backbone_regions W_r,    image = backbone_image W_g + b_g
 
     Args:
-        backbone: A Module (see this file's head), or a name for `build_backbone`.
-        feature_dim: Features D of regions and image, equal to the text encoder's.
-        weights: Torchvision weights for a named backbone.
+        backbone: A Module that maps images (B, 3, H, W) to `ImageFeatures` and has the int attributes `region_dim` and
+            `image_dim`; or a name: "conv", "inception_v3" or a torchvision ResNet.
+        feature_dim: Features D of regions and image, equal to those of the text encoder.
+        weights: torchvision's weights for a named backbone, such as "DEFAULT".
+
+    Raises:
+        ValueError: The name is unknown, the Module has no sizes, or `weights` are given for another backbone.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import ImageEncoder
+        >>> encoder = ImageEncoder(feature_dim=16)  # a small convolutional backbone
+        >>> features = encoder(torch.rand(2, 3, 64, 64) * 2 - 1)
+        >>> features.regions.shape, features.image.shape
+        (torch.Size([2, 64, 16]), torch.Size([2, 16]))
     """
 
     def __init__(self, backbone: nn.Module | str = "conv", feature_dim: int = 256, *, weights: Any = None) -> None:
@@ -157,7 +189,7 @@ class ImageEncoder(nn.Module):
         if isinstance(backbone, str):
             backbone = build_backbone(backbone, weights)
         elif weights is not None:
-            raise ValueError("ImageEncoder: weights go with a backbone's name; load them into the Module yourself.")
+            raise ValueError("ImageEncoder: weights need the name of a backbone; load them into your Module yourself.")
         self.backbone = backbone
         self.region_dim = self.image_dim = feature_dim
         self.region_projection = nn.Linear(_size(backbone, "region_dim"), feature_dim, bias=False)
@@ -171,6 +203,9 @@ class ImageEncoder(nn.Module):
 
         Returns:
             Regions (B, R, D) and image (B, D).
+
+        Raises:
+            ValueError: `images` are not floats (B, 3, H, W).
         """
         check_images("ImageEncoder", images)
         features = self.backbone(images)
@@ -181,6 +216,6 @@ def _size(backbone: nn.Module, name: str) -> int:
     size = getattr(backbone, name, None)
     if not isinstance(size, int):
         raise ValueError(
-            f"ImageEncoder: the backbone {type(backbone).__name__} must state its size as an int `{name}`."
+            f"ImageEncoder: the backbone {type(backbone).__name__} must have its size in an int attribute `{name}`."
         )
     return size

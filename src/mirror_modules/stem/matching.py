@@ -28,22 +28,22 @@ from mirror_modules.stem.text_encoder import TextFeatures
 
 OPERATION = "word_region_similarity"
 ELEMENTS_ON_A_CPU = 2**21
-"""Elements of an attention map (images, captions, L, R) that exist at a time on a CPU."""
+"""Elements of the attention maps (images, captions, L, R) of a tile on a CPU."""
 SHORTEST = 1e-8
-"""Features shorter than this have no direction; their cosine fades to 0."""
+"""Least norm of a feature in a cosine; the cosine of shorter features fades to 0."""
 
 
 class MatchingTerms(NamedTuple):
     """The four cross entropies of text-image matching; each is a scalar, log(B) at chance."""
 
     caption_by_words: Tensor
-    """Find the caption of each image by its words."""
+    """Retrieve the caption of each image by its words."""
     image_by_words: Tensor
-    """Find the image of each caption by its words."""
+    """Retrieve the image of each caption by its words."""
     caption_by_sentence: Tensor
-    """Find the caption of each image by the sentence."""
+    """Retrieve the caption of each image by the sentence."""
     image_by_sentence: Tensor
-    """Find the image of each caption by the sentence."""
+    """Retrieve the image of each caption by the sentence."""
 
     @property
     def total(self) -> Tensor:
@@ -67,11 +67,11 @@ def word_region_similarity(
         context[l]    = sum_r attention[l, r] * v_r
         similarity    = log sum_l exp(gamma_word * cos(context[l], w_l))
 
-    Nothing of all pairs exists but the result. "torch" computes some images and captions at a time and recomputes them
-    in the backward pass (a compiled graph, whose compiler plans its own memory, takes all at once); "triton" does so
-    too, with fused softmaxes. Under autocast, regions and words are cast as for a matrix product. On a GPU and in a
-    compiled graph, which cannot look at the mask without a stall, a caption without a word is not refused: it is about
-    -1e38 similar to any image, without gradient.
+    Only the result is kept for all pairs. "torch" computes tiles of images and captions and recomputes them in the
+    backward pass (a compiled graph takes all pairs at once, because its compiler plans its own memory); "triton" does
+    the same with fused softmaxes. Under autocast, regions and words are cast as for a matrix product. On a GPU and in a
+    compiled graph, where checking the mask would force a synchronization, a caption without a word raises no error: its
+    similarity to any image is about -1e38, with a gradient of zero.
 
     Args:
         regions: Region features v, (I, R, D).
@@ -79,8 +79,8 @@ def word_region_similarity(
         word_mask: True for a real word, (J, L); None if all are.
         gamma_attention: Sharpness of the attention over regions.
         gamma_word: Weight of the best matching words.
-        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` tells which
-            one "auto" takes, and why.
+        impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` returns the
+            choice of "auto" and its reason.
 
     Returns:
         Similarity, (I, J), float32 or wider, between -gamma_word and gamma_word + log L.
@@ -88,14 +88,17 @@ def word_region_similarity(
     Raises:
         ValueError: A caption has no real word; sizes, precisions or devices disagree; a gamma is not finite.
         NotImplementedError: `impl` names an implementation that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import word_region_similarity
+        >>> red, blue, round, star = 4 * torch.eye(4)
+        >>> words = torch.stack((torch.stack((red, round)), torch.stack((blue, star))))
+        >>> regions = torch.stack((torch.stack((star, blue, blue)), torch.stack((red, red, round))))
+        >>> word_region_similarity(regions, words).argmax(dim=1)  # the caption of each image
+        tensor([1, 0])
     """
-    if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
-        raise ValueError(
-            f"{OPERATION}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
-            f"{shape_of(regions)} and {shape_of(words)}."
-        )
-    check_word_mask(OPERATION, words, word_mask, may_stall=False)
-    check_alike(OPERATION, word_mask, regions=regions, words=words)
+    _check_pairs(OPERATION, regions, words, word_mask)
     check_number(OPERATION, gamma_attention=gamma_attention, gamma_word=gamma_word)
     choice = choose_similarity(regions, words, gamma_attention=gamma_attention, impl=impl)
     regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
@@ -120,7 +123,7 @@ def choose_similarity(
     gamma_word: float = 5.0,
     impl: str = "auto",
 ) -> kernels.Choice:
-    """The implementation that `word_region_similarity` takes for the same arguments."""
+    """Choose the implementation that `word_region_similarity` runs for the same arguments."""
     options = {
         f"gamma_attention beyond {kernels.LARGEST_GAMMA}": abs(gamma_attention) > kernels.LARGEST_GAMMA,
         "transforms of torch.func and forward-mode derivatives": is_transformed(),
@@ -135,13 +138,13 @@ def choose_similarity(
 
 
 def _tiles(regions: Tensor, words: Tensor) -> list[Tile]:
-    """Some images with some captions at a time: all captions, unless those are too many for a single image."""
+    """Tiles of images by captions: all captions, unless they are too many even for a single image."""
     per_pair = max(1, regions.shape[1] * words.shape[1])
     elements = ELEMENTS_ON_A_CPU if regions.device.type == "cpu" else ELEMENTS_ON_A_GPU
     captions = max(1, elements // per_pair)
     images = max(1, captions // max(1, words.shape[0]))
     return [
-        ((i, j), i, j, j)
+        Tile((i, j), (i, j, j))
         for i in (slice(i, i + images) for i in range(0, regions.shape[0], images))
         for j in (slice(j, j + captions) for j in range(0, words.shape[0], captions))
     ]
@@ -150,12 +153,12 @@ def _tiles(regions: Tensor, words: Tensor) -> list[Tile]:
 def _similarity(
     regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
-    """(I, J), as the equations have it. Words come before captions, so that both softmaxes run over whole rows."""
+    """Evaluate the equations, (I, J). With words before captions, both softmaxes run over whole rows."""
     words_LJD = words_JLD.transpose(0, 1)
     attention_ILJR = _attention(regions_IRD, words_JLD, mask_JL, gamma_attention)
     context_ILJD = (attention_ILJR.to(regions_IRD.dtype).flatten(1, 2) @ regions_IRD).unflatten(1, words_LJD.shape[:2])
     cosine_ILJ = F.cosine_similarity(at_least_float32(context_ILJD), at_least_float32(words_LJD), dim=3, eps=SHORTEST)
-    # The least finite number and not -inf, here and below: a caption without words must not give NaN.
+    # The least finite number instead of -inf, here and below: a caption without words must not give NaN.
     logits_ILJ = gamma_word * cosine_ILJ
     return logits_ILJ.masked_fill(~mask_JL.mT, torch.finfo(logits_ILJ.dtype).min).logsumexp(dim=1)
 
@@ -168,18 +171,52 @@ def _attention(regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_at
     return torch.softmax(gamma_attention * torch.softmax(scores_ILJR, dim=1), dim=3)
 
 
-def word_region_attention(regions: Tensor, words: Tensor, word_mask: Tensor, *, gamma_attention: float = 4.0) -> Tensor:
-    """Share of each region in each word, for every image with every caption: `attention` of `word_region_similarity`.
+def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor | None) -> None:
+    if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
+        raise ValueError(
+            f"{owner}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
+            f"{shape_of(regions)} and {shape_of(words)}."
+        )
+    check_word_mask(owner, words, word_mask, may_stall=False)
+    check_alike(owner, word_mask, regions=regions, words=words)
+
+
+def word_region_attention(
+    regions: Tensor, words: Tensor, word_mask: Tensor | None = None, *, gamma_attention: float = 4.0
+) -> Tensor:
+    """Attention of each word over the regions, for every image with every caption (AttnGAN, eq. 7 to 9).
+
+        scores[l, r] = w_l . v_r
+        attention[l] = softmax_r(gamma_attention * softmax_l(scores)[l])
+
+    These are the maps inside `word_region_similarity`, which itself never holds them for all pairs.
 
     Args:
-        regions: (I, R, D).
-        words: (J, L, D).
-        word_mask: True for a real word, (J, L).
-        gamma_attention: Sharpness.
+        regions: Region features v, (I, R, D).
+        words: Word features w, (J, L, D).
+        word_mask: True for a real word, (J, L); None if all are.
+        gamma_attention: Sharpness of the attention over regions.
 
     Returns:
-        (I, J, L, R), float32 or wider; sums to 1 over R.
+        (I, J, L, R), float32 or wider; sums to 1 over R. Rows of padding are uniform.
+
+    Raises:
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; `gamma_attention` is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.stem import word_region_attention
+        >>> red, blue, round = 4 * torch.eye(3)
+        >>> regions, words = torch.stack((red, round, blue)), torch.stack((red, blue))
+        >>> attention = word_region_attention(regions.unsqueeze(0), words.unsqueeze(0))
+        >>> attention.shape, attention.argmax(dim=3)  # the region of each word
+        (torch.Size([1, 1, 2, 3]), tensor([[[0, 2]]]))
     """
+    owner = "word_region_attention"
+    _check_pairs(owner, regions, words, word_mask)
+    check_number(owner, gamma_attention=gamma_attention)
+    if word_mask is None:
+        word_mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
     return rearrange(_attention(regions, words, word_mask, gamma_attention), "i l j r -> i j l r")
 
 
@@ -194,7 +231,7 @@ def matching_loss(
     gamma_loss: float = 10.0,
     impl: str = "auto",
 ) -> MatchingTerms:
-    """Cross entropy of finding the right caption and the right image within a batch (AttnGAN, eq. 11 to 13).
+    """Cross entropy of retrieving the caption of each image and the image of each caption (AttnGAN, eq. 11 to 13).
 
         logits[i, j] = gamma_loss * R(i, j),    R by words (`word_region_similarity`) and by cos(image_i, sentence_j)
 
@@ -202,7 +239,7 @@ def matching_loss(
         image_features: Regions (B, R, D) and image (B, D).
         text_features: Words (B, L, D) and sentence (B, D); row i belongs to image i.
         word_mask: True for a real word, (B, L); None if all are.
-        class_ids: (B,); pairs of one class are left out of each other's negatives. None leaves out nothing.
+        class_ids: (B,); pairs of the same class are not negatives of each other. None: all other pairs are negatives.
         gamma_attention: See `word_region_similarity`.
         gamma_word: See `word_region_similarity`.
         gamma_loss: Sharpness of the cross entropy.
@@ -212,7 +249,18 @@ def matching_loss(
         The four terms.
 
     Raises:
-        ValueError: A caption has no real word, or sizes disagree.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; a gamma is not finite.
+        NotImplementedError: `impl` names an implementation that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import ImageFeatures, TextFeatures
+        >>> from mirror_modules.functional import matching_loss
+        >>> image_features = ImageFeatures(regions=torch.zeros(4, 9, 8), image=torch.zeros(4, 8))
+        >>> text_features = TextFeatures(words=torch.zeros(4, 5, 8), sentence=torch.zeros(4, 8))
+        >>> terms = matching_loss(image_features, text_features)
+        >>> round(terms.image_by_words.item(), 4), round(terms.total.item(), 4)  # chance: log 4 each
+        (1.3863, 5.5452)
     """
     owner = "matching_loss"
     regions, image = image_features
@@ -236,7 +284,32 @@ def matching_loss(
 
 
 def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
-    """Cosine of every global image feature (I, D) with every sentence feature (J, D): (I, J)."""
+    """Cosine of every global image feature with every sentence feature (AttnGAN, Sec. 3.2).
+
+        similarity[i, j] = v_i . s_j / (|v_i| |s_j|)
+
+    Args:
+        images: Global image features v, (I, D).
+        sentences: Sentence features s, (J, D).
+
+    Returns:
+        Similarity, (I, J), float32 or wider, between -1 and 1.
+
+    Raises:
+        ValueError: Sizes disagree.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.stem import image_sentence_similarity
+        >>> images, sentences = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+        >>> image_sentence_similarity(images, sentences).tolist()
+        [[0.0], [1.0]]
+    """
+    if images.ndim != 2 or sentences.ndim != 2 or images.shape[1] != sentences.shape[1]:
+        raise ValueError(
+            "image_sentence_similarity: images must be (I, D) and sentences (J, D) with the same D, but they are "
+            f"{shape_of(images)} and {shape_of(sentences)}."
+        )
     images, sentences = at_least_float32(images), at_least_float32(sentences)
     return F.cosine_similarity(images.unsqueeze(1), sentences.unsqueeze(0), dim=2)
 
@@ -244,33 +317,69 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
 def contrastive_terms(
     similarity: Tensor, class_ids: Tensor | None = None, *, gamma_loss: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of finding column i in row i, and row i in column i, of a similarity (B, B).
+    """Cross entropy of retrieving the caption of each image, and the image of each caption (AttnGAN, eq. 11 and 12).
+
+        caption = - mean_i log softmax_j(gamma_loss * similarity)[i, i]
+        image   = - mean_i log softmax_j(gamma_loss * similarity^T)[i, i]
 
     Args:
-        similarity: Row i is image i, column j is caption j.
-        class_ids: (B,); other pairs of one class are left out. None leaves out nothing.
-        gamma_loss: Sharpness.
+        similarity: Row i is image i, column j is caption j, (B, B); matching pairs are on the diagonal.
+        class_ids: (B,); pairs of the same class are not negatives of each other. None: all other pairs are negatives.
+        gamma_loss: Sharpness of the softmax.
 
     Returns:
-        Two scalars: find the caption of each image, find the image of each caption.
+        Two scalars: the loss of retrieving captions, and that of retrieving images.
+
+    Raises:
+        ValueError: `similarity` is not square, or `class_ids` does not fit it.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.stem import contrastive_terms
+        >>> captions, images = contrastive_terms(torch.zeros(4, 4))
+        >>> round(captions.item(), 4), round(images.item(), 4)  # chance: log 4
+        (1.3863, 1.3863)
+        >>> captions, _ = contrastive_terms(torch.zeros(4, 4), class_ids=torch.tensor([5, 5, 7, 7]))
+        >>> round(captions.item(), 4)  # one negative less: log 3
+        1.0986
     """
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(f"contrastive_terms: similarity must be (B, B), but it is {shape_of(similarity)}.")
+    if class_ids is not None and class_ids.shape != similarity.shape[:1]:
+        raise ValueError(
+            f"contrastive_terms: class_ids must be ({len(similarity)},), one per pair, but they are "
+            f"{shape_of(class_ids)}."
+        )
     labels = torch.arange(len(similarity), device=similarity.device)
     logits = gamma_loss * similarity
     if class_ids is not None:
-        same_class = class_ids.unsqueeze(1) == class_ids.unsqueeze(0)
-        others = ~torch.eye(len(similarity), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(same_class & others, float("-inf"))
+        is_same_class = class_ids.unsqueeze(1) == class_ids.unsqueeze(0)
+        is_other_pair = ~torch.eye(len(similarity), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(is_same_class & is_other_pair, float("-inf"))
     return F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)
 
 
 class MatchingLoss(nn.Module):
-    """`matching_loss` with its three gammas (AttnGAN's DAMSM; MirrorGAN, Sec. 3.1).
+    """Text-image matching loss (AttnGAN's DAMSM; MirrorGAN, Sec. 3.1): `matching_loss` as a Module.
 
     Args:
         gamma_attention: Sharpness of the attention over regions; 4 in the published code, 5 in the AttnGAN paper.
         gamma_word: Weight of the best matching words.
         gamma_loss: Sharpness of the cross entropy.
         impl: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: `impl` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import ImageEncoder, MatchingLoss, TextEncoder
+        >>> image_encoder = ImageEncoder(feature_dim=8)
+        >>> text_encoder = TextEncoder(vocabulary_size=50, feature_dim=8)
+        >>> images, tokens = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randint(3, 50, (2, 7))
+        >>> terms = MatchingLoss()(image_encoder(images), text_encoder(tokens))
+        >>> len(terms), terms.total.shape
+        (4, torch.Size([]))
     """
 
     def __init__(

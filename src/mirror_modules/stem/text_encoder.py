@@ -1,4 +1,4 @@
-"""Captions become word features and a sentence feature: `w, s = RNN(T)` (MirrorGAN, Sec. 3.1)."""
+"""Text encoder: word features and a sentence feature of captions, `w, s = RNN(T)` (MirrorGAN, Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirror_modules._checks import check_positive, check_tokens, check_word_mask
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder reads in a batch of captions."""
+    """Features of a batch of captions."""
 
     words: Tensor
     """One feature per word, zero at padding. (B, L, D)"""
@@ -25,14 +25,26 @@ class TextEncoder(nn.Module):
 
         words = hidden states of both directions,    sentence = last hidden state of both directions
 
-    Captions are packed by length, so that the backward direction starts at the last real word: a caption alone and the
-    same caption padded in a batch have the same features.
+    Captions are packed by length, so that the backward direction starts at the last real word: padding does not change
+    the features of a caption.
 
     Args:
         vocabulary_size: Number of token ids.
         embedding_dim: Features of a word embedding.
         feature_dim: Features D of a word and of the sentence; even, half for each direction.
-        dropout: Probability with which an embedding's element is dropped in training.
+        dropout: Dropout probability of the elements of the embeddings, in training.
+
+    Raises:
+        ValueError: A size is not a whole number of at least 1, or `feature_dim` is odd.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import TextEncoder
+        >>> encoder = TextEncoder(vocabulary_size=50, feature_dim=16)
+        >>> tokens = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
+        >>> features = encoder(tokens, word_mask=tokens != 0)
+        >>> features.words.shape, features.sentence.shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 16]))
     """
 
     def __init__(
@@ -50,7 +62,7 @@ class TextEncoder(nn.Module):
         self.lstm = nn.LSTM(embedding_dim, feature_dim // 2, batch_first=True, bidirectional=True)
 
     def forward(self, tokens: Tensor, word_mask: Tensor | None = None) -> TextFeatures:
-        """Read captions.
+        """Encode captions.
 
         Args:
             tokens: Token ids, (B, L).
@@ -60,7 +72,7 @@ class TextEncoder(nn.Module):
             Word features (B, L, D), zero at padding, and sentence features (B, D).
 
         Raises:
-            ValueError: A token lies outside the vocabulary, a caption has no real word, or padding precedes a word.
+            ValueError: A token is outside the vocabulary, a caption has no real word, or padding precedes a word.
         """
         check_tokens("TextEncoder", tokens, self.vocabulary_size)
         check_word_mask("TextEncoder", tokens, word_mask)

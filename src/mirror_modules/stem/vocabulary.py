@@ -1,4 +1,4 @@
-"""One vocabulary for STEM and STREAM: what the text encoder reads, the captioner writes."""
+"""Vocabulary shared by STEM's text encoder and STREAM's captioner: captions to token ids and back."""
 
 from __future__ import annotations
 
@@ -12,31 +12,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PAD, END, UNKNOWN = 0, 1, 2
+PAD = 0
+"""Token id of padding."""
+END = 1
+"""Token id that ends a caption."""
+UNKNOWN = 2
+"""Token id of every word that the vocabulary lacks."""
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
 FORMAT = "mirror-modules vocabulary 1"
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words of a caption: runs of Unicode letters, their marks, and digits.
+    """Split a caption into lower-case words: runs of Unicode letters, combining marks and digits.
 
-    Marks count, so that scripts which write vowels as marks keep their words whole. Marks without a letter or a digit,
-    such as those of an emoji, are no word.
+    Marks belong to a word because some scripts write vowels as marks. Marks without a letter or a digit, such as those
+    of an emoji, are not a word.
     """
-    # Composed after lowering: some capitals have no composed form where their small letters have one.
+    # Compose after lower-casing: some capitals have no composed form although their small letters do.
     normal = unicodedata.normalize("NFC", caption.lower())
     runs = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in normal).split()
     return [run for run in runs if any(unicodedata.category(c)[0] in "LN" for c in run)]
 
 
 class Vocabulary:
-    """Words and their token ids. 0 pads, 1 ends a caption, 2 stands for every unknown word.
+    """Bidirectional map between words and token ids: 0 is padding, 1 the end of a caption, 2 any unknown word.
 
     Args:
-        words: The known words, the most important first; the first gets id 3.
+        words: The known words, most important first; ids start at 3.
 
     Raises:
         ValueError: A word is listed twice, or is not a lower-case word.
+
+    Examples:
+        >>> from mirror_modules import Vocabulary
+        >>> vocabulary = Vocabulary.build(["A small red flower.", "a large blue flower"])
+        >>> tokens, word_mask = vocabulary.encode(["a blue flower", "a small red flower"])
+        >>> word_mask.tolist()
+        [[True, True, True, False], [True, True, True, True]]
+        >>> vocabulary.decode(tokens)
+        ['a blue flower', 'a small red flower']
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -51,22 +65,22 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 1) -> Vocabulary:
-        """Collect the words that occur at least `min_count` times, the most frequent first.
+        """Collect the words that occur at least `min_count` times, most frequent first, ties in alphabetical order.
 
         Raises:
-            ValueError: There is no word to collect.
+            ValueError: No word occurs that often.
         """
         if isinstance(captions, str):
             raise ValueError("Vocabulary.build: captions must be a list of strings, but it is one string.")
         counts = Counter(word for caption in captions for word in split_words(caption))
         kept = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
         if not kept:
-            raise ValueError(f"Vocabulary.build: the captions hold no word that occurs min_count={min_count} times.")
+            raise ValueError(f"Vocabulary.build: no word occurs min_count={min_count} times in the captions.")
         return cls(kept)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """All entries by id; the first three are the special tokens."""
+        """All entries in the order of their ids; the first three are the special tokens."""
         return self._words
 
     def __len__(self) -> int:
@@ -87,42 +101,42 @@ class Vocabulary:
     def encode(
         self, captions: Sequence[str], *, max_words: int | None = None, warn_unknown: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Turn captions into token ids.
+        """Encode captions as token ids.
 
         Args:
             captions: Strings, each with at least one word.
-            max_words: Cut longer captions after so many words; None keeps them whole.
+            max_words: Truncate captions to this many words; None keeps them whole.
             warn_unknown: Warn once, naming the words that are not in the vocabulary.
 
         Returns:
-            Tokens (B, L) and word_mask (B, L), True for a real word; L is the longest caption's length. The end token
-            is not among them: see `append_end`.
+            Tokens (B, L) and word_mask (B, L), True for a real word; L is the length of the longest caption. There is
+            no end token: see `append_end`.
 
         Raises:
-            ValueError: There is no caption, or one holds no word.
+            ValueError: `captions` is empty, or a caption has no word.
         """
         if isinstance(captions, str):
             raise ValueError("Vocabulary.encode: captions must be a list of strings, but it is one string; wrap it.")
         split = [split_words(caption)[:max_words] for caption in captions]
         if not split:
-            raise ValueError("Vocabulary.encode: there is no caption; give at least one.")
+            raise ValueError("Vocabulary.encode: captions is empty; give at least one.")
         for i, words in enumerate(split):
             if not words:
-                raise ValueError(f"Vocabulary.encode: caption {i} ({captions[i]!r}) holds no word; write at least one.")
+                raise ValueError(f"Vocabulary.encode: caption {i} ({captions[i]!r}) has no word; write at least one.")
         unknown = list(dict.fromkeys(word for words in split for word in words if word not in self))
         if unknown and warn_unknown:
             listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-            warnings.warn(f"unknown words, read as {SPECIAL_TOKENS[UNKNOWN]}: {listed}", stacklevel=2)
+            warnings.warn(f"unknown words, encoded as {SPECIAL_TOKENS[UNKNOWN]}: {listed}", stacklevel=2)
         tokens = torch.full((len(split), max(map(len, split))), PAD, dtype=torch.long)
         for row, words in zip(tokens, split):
             row[: len(words)] = torch.tensor([self._ids[word] if word in self else UNKNOWN for word in words])
         return tokens, tokens != PAD
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Turn token ids (B, L) into captions, each up to its first end or padding token.
+        """Decode token ids (B, L) into captions, each up to its first end or padding token.
 
         Raises:
-            ValueError: `tokens` is not (B, L), or an id lies outside the vocabulary.
+            ValueError: `tokens` is not (B, L), or an id is outside the vocabulary.
         """
         if tokens.ndim != 2:
             raise ValueError(f"Vocabulary.decode: tokens must be (B, L), but they are {tuple(tokens.shape)}.")
@@ -131,7 +145,7 @@ class Vocabulary:
             words = []
             for token in row:
                 if not 0 <= token < len(self):
-                    raise ValueError(f"Vocabulary.decode: token {token} lies outside the {len(self)} entries.")
+                    raise ValueError(f"Vocabulary.decode: token {token} is outside the {len(self)} entries.")
                 if token in (PAD, END):
                     break
                 words.append(self._words[token])
@@ -139,16 +153,16 @@ class Vocabulary:
         return captions
 
     def save(self, path: str | Path) -> None:
-        """Write the vocabulary as JSON."""
+        """Write the vocabulary to a JSON file."""
         content = {"format": FORMAT, "words": self._words[len(SPECIAL_TOKENS) :]}
         Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a vocabulary that `save` wrote.
+        """Read a vocabulary from a file written by `save`.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             ValueError: The file is not a vocabulary.
         """
         try:

@@ -1,4 +1,4 @@
-"""The captioner: an image becomes a caption again (MirrorGAN, Sec. 3.3)."""
+"""The captioner: from an image back to its caption (MirrorGAN, Sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from mirror_modules._checks import check_batch, check_images, check_positive, check_tokens, check_word_mask
 from mirror_modules._norms import FeatureBatchNorm
 
-# The ids that `Vocabulary` gives; this part takes them as numbers, so that it works with any vocabulary.
+# The ids that `Vocabulary` assigns, as plain numbers: this part works with any vocabulary.
 PAD, END = 0, 1
 FORGET_BIAS = 2.0
 
 
 def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: int = END) -> tuple[Tensor, Tensor]:
-    """Put the end token after the last real word of each caption, so that a captioner learns when to stop.
+    """Append the end token after the last real word of each caption, so that a captioner learns when to stop.
 
     Args:
         tokens: Token ids, (B, L).
@@ -24,6 +24,19 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
 
     Returns:
         Tokens (B, L + 1) and word_mask (B, L + 1), in which the end token counts as a word.
+
+    Raises:
+        ValueError: A caption has no real word, or `word_mask` is not a bool tensor (B, L).
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import append_end
+        >>> tokens = torch.tensor([[5, 9, 4], [8, 6, 0]])
+        >>> longer, word_mask = append_end(tokens, tokens != 0)
+        >>> longer.tolist()
+        [[5, 9, 4, 1], [8, 6, 1, 0]]
+        >>> word_mask.tolist()
+        [[True, True, True, True], [True, True, True, False]]
     """
     check_word_mask("append_end", tokens, word_mask, may_stall=False)
     if word_mask is None:
@@ -34,18 +47,32 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
 
 
 class Captioner(nn.Module):
-    """An LSTM that reads the image first and then the words (MirrorGAN, Sec. 3.3).
+    """Predict a caption with an LSTM whose first input is the image, followed by the words (MirrorGAN, Sec. 3.3).
 
         x_{-1} = CNN(image),    x_t = W_e T_t,    p_{t+1} = softmax(W LSTM(x_t)),    t = -1 .. L - 2
 
     Step t predicts word t from the image and the words before it.
 
     Args:
-        image_encoder: A Module whose result has a field `image` (B, F), and which states F as `image_dim`: an
-            `ImageEncoder`, or a backbone. Its input range is [-1, 1]; what normalization it needs, it does itself.
+        image_encoder: A Module whose result has a field `image` (B, F), and which declares F as an int `image_dim`: an
+            `ImageEncoder`, or a backbone. It takes images in [-1, 1] and does any further normalization itself.
         vocabulary_size: Number V of token ids.
-        embedding_dim: Features of a word embedding, and of the image for the LSTM.
-        hidden_dim: Features of the LSTM's state.
+        embedding_dim: Features of a word embedding, and of the projected image.
+        hidden_dim: Features of the LSTM's hidden state.
+
+    Raises:
+        ValueError: A size is not a positive integer, or the image encoder has no int `image_dim`.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import Captioner
+        >>> from mirror_modules.stem import ConvBackbone
+        >>> captioner = Captioner(ConvBackbone(), vocabulary_size=50, embedding_dim=16, hidden_dim=32)
+        >>> images, tokens = torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([[5, 9, 4, 1], [8, 6, 1, 0]])
+        >>> captioner(images, tokens, tokens != 0).shape
+        torch.Size([2, 4, 50])
+        >>> captioner.eval().describe(images, max_words=6).shape
+        torch.Size([2, 6])
     """
 
     def __init__(
@@ -56,7 +83,7 @@ class Captioner(nn.Module):
         image_dim = getattr(image_encoder, "image_dim", None)
         if not isinstance(image_dim, int):
             raise ValueError(
-                f"Captioner: the image_encoder {type(image_encoder).__name__} must state the size of its image "
+                f"Captioner: the image_encoder {type(image_encoder).__name__} must declare the size of its image "
                 "feature as an int `image_dim`."
             )
         self.vocabulary_size = vocabulary_size
@@ -66,18 +93,18 @@ class Captioner(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         self.lstm = nn.LSTM(embedding_dim, hidden_dim, batch_first=True)
         with torch.no_grad():
-            # The image comes first and must be remembered for the whole caption: gates that start half closed forget
-            # it, and training then takes several times as long.
+            # The image is the first input and must be remembered for the whole caption: forget gates that start half
+            # closed lose it, and training then takes several times as long.
             self.lstm.get_parameter("bias_ih_l0")[hidden_dim : 2 * hidden_dim] = FORGET_BIAS
         self.output = nn.Linear(hidden_dim, vocabulary_size)
 
     def first_input(self, images: Tensor) -> Tensor:
-        """What the LSTM reads before the first word: images (B, 3, H, W) -> (B, embedding_dim)."""
+        """Encode images (B, 3, H, W) as the first input of the LSTM, (B, embedding_dim)."""
         check_images("Captioner", images)
         return self.project(self.image_encoder(images).image)
 
     def project(self, image_feature: Tensor) -> Tensor:
-        """What the image encoder sees, (B, image_dim), as the LSTM reads it: (B, embedding_dim)."""
+        """Project an image feature (B, image_dim) to the first input of the LSTM, (B, embedding_dim)."""
         return self.image_norm(self.image_projection(image_feature))
 
     def decode(self, first_input: Tensor, tokens: Tensor) -> Tensor:
@@ -88,20 +115,20 @@ class Captioner(nn.Module):
         return self.output(self._recur(inputs, None)[0])
 
     def _recur(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The LSTM, which autocast leaves alone on a CPU: many processors have none in bfloat16, and torch raises."""
+        """Run the LSTM, without autocast on a CPU: many processors have no bfloat16 LSTM, and torch raises."""
         if inputs.device.type != "cpu":
             return self.lstm(inputs, state)
         with torch.autocast("cpu", enabled=False):
             return self.lstm(inputs.to(self.output.weight.dtype), state)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
-        """Predict each word of captions.
+        """Predict each word of the captions.
 
         Args:
             images: In [-1, 1], (B, 3, H, W).
-            tokens: Token ids, (B, L), at best with their end token (`append_end`).
-            word_mask: True for a real word, (B, L), real words first. It is checked, and changes nothing: the LSTM
-                looks backward only, so that padding at the end has no influence.
+            tokens: Token ids, (B, L), preferably with the end token (`append_end`).
+            word_mask: True for a real word, (B, L), real words first. It is checked but has no effect: the LSTM is
+                causal, so padding at the end has no influence.
 
         Returns:
             Logits (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.
@@ -116,16 +143,19 @@ class Captioner(nn.Module):
     def describe(
         self, images: Tensor, *, beam_width: int = 1, max_words: int = 20, end_token: int | None = END
     ) -> Tensor:
-        """Write the most probable captions.
+        """Generate the most probable captions by beam search.
 
         Args:
             images: In [-1, 1], (B, 3, H, W).
-            beam_width: How many captions are followed at a time; 1 is greedy.
-            max_words: Longest caption, in words.
-            end_token: The id that ends a caption; None writes `max_words` words always.
+            beam_width: Number of beams; 1 is greedy decoding.
+            max_words: Maximum length of a caption, in words.
+            end_token: The id that ends a caption; None always generates `max_words` words.
 
         Returns:
             Token ids (B, max_words), 0 after the end token.
+
+        Raises:
+            ValueError: `images` are not floating point (B, 3, H, W), or a number is not a positive integer.
         """
         check_positive("Captioner.describe", beam_width=beam_width, max_words=max_words)
         return self.search(self.first_input(images), beam_width, max_words, end_token)
@@ -134,8 +164,8 @@ class Captioner(nn.Module):
     def search(self, first_input: Tensor, beam_width: int, max_words: int, end_token: int | None) -> Tensor:
         """Beam search from the first input (B, embedding_dim): token ids (B, max_words).
 
-        Captions that have ended keep their log probability and go on with padding, so that beams of different length
-        compete. Log probabilities are divided by the number of words only in the final choice.
+        Finished captions keep their log probability and continue with padding, so that beams of different length
+        compete. Log probabilities are divided by the number of words only in the final selection.
         """
         batch, width = first_input.shape[0], min(beam_width, self.vocabulary_size)
         rows = torch.arange(batch, device=first_input.device).unsqueeze(1)
@@ -149,7 +179,7 @@ class Captioner(nn.Module):
             hidden, state = self._recur(inputs.unsqueeze(1), state)
             log_p = self.output(hidden[:, 0]).float().log_softmax(dim=1).view(batch, width, -1)
             if end_token not in (None, PAD):
-                # Padding is no word: it follows the end, and nothing else may give it.
+                # Padding is not a word and may only follow the end token.
                 log_p[:, :, PAD] = float("-inf")
             only_padding = torch.full_like(log_p[0, 0], float("-inf"))
             only_padding[PAD] = 0.0

@@ -1,4 +1,4 @@
-"""The redescription loss: can the caption be read off the image? (MirrorGAN, Sec. 3.3)"""
+"""The redescription loss: can the caption be recovered from the image? (MirrorGAN, Sec. 3.3)"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reduction = Literal["word", "sentence"]
 def redescription_loss(
     logits: Tensor, tokens: Tensor, word_mask: Tensor | None = None, *, reduction: Reduction = "word"
 ) -> Tensor:
-    """Cross entropy between the words that a captioner reads off an image and the caption (MirrorGAN, Sec. 3.3).
+    """Compute the cross entropy between a captioner's predictions and the caption (MirrorGAN, Sec. 3.3).
 
         L_stream = - sum_t log p_t(T_t)
 
@@ -34,14 +34,23 @@ def redescription_loss(
         logits: (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.
         tokens: Token ids, (B, L).
         word_mask: True for a real word, (B, L); None if all are. Padding does not count.
-        reduction: "word" is the mean over all real words of the batch, as the published code; "sentence" the sum over
-            a caption's words, as the paper, and the mean over captions.
+        reduction: "word" is the mean over all real words of the batch, as in the published code; "sentence" the sum
+            over a caption's words, as in the paper, and the mean over captions.
 
     Returns:
         A scalar, at least 0.
 
     Raises:
         ValueError: Sizes disagree, a caption has no real word, or `reduction` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import redescription_loss
+        >>> logits, tokens = torch.zeros(1, 3, 4), torch.tensor([[2, 3, 0]])  # all 4 words equally likely
+        >>> round(redescription_loss(logits, tokens, tokens != 0).item(), 4)  # log 4
+        1.3863
+        >>> round(redescription_loss(logits, tokens, tokens != 0, reduction="sentence").item(), 4)  # 2 log 4
+        2.7726
     """
     owner = "redescription_loss"
     check_choice(owner, "reduction", reduction, ("word", "sentence"))
@@ -53,7 +62,7 @@ def redescription_loss(
     check_tokens(owner, tokens, logits.shape[2])
     check_word_mask(owner, tokens, word_mask, may_stall=False)
     if word_mask is not None:
-        # Selected before the softmax: what a captioner says at padding may be infinite, and its gradient then NaN.
+        # Masked before the softmax: logits at padding may be infinite, and their gradient would be NaN.
         logits = logits.where(word_mask.unsqueeze(2), 0.0)
     losses_BL = F.cross_entropy(at_least_float32(logits).mT, tokens.long(), reduction="none")
     if word_mask is None:
@@ -63,17 +72,33 @@ def redescription_loss(
 
 
 class RedescriptionLoss(nn.Module):
-    """Ask a frozen captioner to read the caption off a generated image (MirrorGAN, Sec. 3.3).
+    """Score generated images by the likelihood of their captions under a frozen captioner (MirrorGAN, Sec. 3.3).
 
-    The gradient reaches the image, never the captioner. The captioner is frozen for good: its parameters need no
-    gradient, its batch norms and dropouts are in evaluation mode, and neither `train()` nor `requires_grad_()` of this
-    loss, or of a model that contains it, wakes it. Its recurrent layers alone stay in training mode, without dropout,
-    because cuDNN cannot run backward through them otherwise.
+        loss = redescription_loss(captioner(images, tokens), tokens)
+
+    The gradient reaches the image, never the captioner. The captioner is frozen for good: its parameters require no
+    gradient, its batch norm and dropout layers are in evaluation mode, and neither `train()` nor `requires_grad_()` on
+    this loss, or on a model that contains it, unfreezes it. Only its recurrent layers stay in training mode, without
+    dropout, because cuDNN cannot run backward through them otherwise.
 
     Args:
         captioner: Any Module `(images, tokens, word_mask) -> logits (B, L, V)` where `logits[:, t]` predicts
-            `tokens[:, t]` from the image and `tokens[:, :t]`. It is changed in place.
+            `tokens[:, t]` from the image and `tokens[:, :t]`. It is modified in place.
         reduction: See `redescription_loss`.
+
+    Raises:
+        ValueError: `reduction` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import Captioner, RedescriptionLoss
+        >>> from mirror_modules.stem import ConvBackbone
+        >>> captioner = Captioner(ConvBackbone(), vocabulary_size=50, embedding_dim=16, hidden_dim=32)
+        >>> redescription = RedescriptionLoss(captioner)
+        >>> images = torch.rand(2, 3, 32, 32, requires_grad=True)
+        >>> redescription(images, torch.tensor([[5, 9, 4], [8, 6, 7]])).backward()
+        >>> images.grad.shape, all(parameter.grad is None for parameter in captioner.parameters())
+        (torch.Size([2, 3, 32, 32]), True)
     """
 
     def __init__(self, captioner: nn.Module, *, reduction: Reduction = "word") -> None:
@@ -92,7 +117,7 @@ class RedescriptionLoss(nn.Module):
     def _freeze(self) -> None:
         self.captioner.eval()
         self.captioner.requires_grad_(False)
-        # An optimizer moves whatever has a gradient, even one left over from the captioner's own training.
+        # An optimizer updates every parameter with a gradient, even one that remains from the captioner's own training.
         self.captioner.zero_grad(set_to_none=True)
         for module in self.captioner.modules():
             if isinstance(module, nn.RNNBase):
@@ -100,13 +125,13 @@ class RedescriptionLoss(nn.Module):
                 module.train()
 
     def _is_frozen(self) -> bool:
-        """False if somebody else who holds the captioner, such as a whole model, has set its modes or its gradients."""
-        learns = any(parameter.requires_grad for parameter in self.captioner.parameters())
+        """Check that no other owner of the captioner, such as a whole model, has changed its modes or gradients."""
+        is_trainable = any(parameter.requires_grad for parameter in self.captioner.parameters())
         modules = self.captioner.modules()
-        return not learns and all(module.training == isinstance(module, nn.RNNBase) for module in modules)
+        return not is_trainable and all(module.training == isinstance(module, nn.RNNBase) for module in modules)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
-        """Compare what the captioner reads with the caption.
+        """Compute the cross entropy of the captions, given the images.
 
         Args:
             images: In [-1, 1], (B, 3, H, W).
@@ -129,26 +154,35 @@ class RedescriptionLoss(nn.Module):
 
 
 def balance_gradients(images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Let a loss pull at each image `ratio` times as hard as another one does, whatever their weights are.
+    """Rescale the gradient of a second loss at each image to `ratio` times the norm of the first one's.
 
         g_i = a_i + ratio * |a_i| * b_i / |b_i|
 
-    The same images are given back twice. a_i is the gradient that comes back at image i through the first ones, b_i
-    through the second ones, and g_i is what the generator gets. A redescription loss of a fixed weight pulls tens of
-    times as hard at one image as at another, so that a few of them decide what it says.
+    Returns the images twice, one copy for each loss. a_i is the gradient that reaches image i through the first copy,
+    b_i the one through the second, and g_i is what the generator receives, whatever the weights of the losses. Under a
+    redescription loss of fixed weight, a few images receive gradients tens of times larger and dominate the update.
 
-        judged, read = balance_gradients(images, 0.25)
-        loss = adversarial_loss(judged) + redescription(read, tokens)
+        for_discriminator, for_captioner = balance_gradients(images, 0.25)
+        loss = adversarial_loss(for_discriminator) + redescription(for_captioner, tokens)
 
     Args:
         images: Generated images (B, ...).
-        ratio: Norm of the second loss's gradient, as a share of the first one's; 0 leaves the second loss out.
+        ratio: Gradient norm of the second loss as a fraction of the first one's; 0 disables the second loss.
 
     Returns:
-        Two tensors that equal `images`. Backward works once; second derivatives are refused by torch.
+        Two tensors that equal `images`. First derivatives only: torch raises on second ones.
 
     Raises:
-        ValueError: `ratio` is negative or no finite number.
+        ValueError: `ratio` is negative or not a finite number.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.functional import balance_gradients
+        >>> images = torch.zeros(2, 4, requires_grad=True)
+        >>> for_discriminator, for_captioner = balance_gradients(images, ratio=0.25)
+        >>> (for_discriminator.sum() + 1000 * for_captioner[:, 0].sum()).backward()
+        >>> images.grad[0].tolist()  # (1, 1, 1, 1), of norm 2, plus 0.25 * 2 in the direction of (1, 0, 0, 0)
+        [1.5, 1.0, 1.0, 1.0]
     """
     check_number("balance_gradients", ratio=ratio)
     if ratio < 0:
@@ -165,9 +199,9 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # In float32: the squares of half precision, and of scaled losses, leave its range.
+        # In float32: squares of half-precision gradients, especially of scaled losses, overflow or underflow.
         first, second = (at_least_float32(gradient).flatten(1) for gradient in gradients)
-        # Where the second one is silent it has no direction.
+        # A zero gradient has no direction; eps keeps it zero.
         second = F.normalize(second, dim=1, eps=torch.finfo(second.dtype).tiny)
-        pull = ctx.ratio * torch.linalg.vector_norm(first, dim=1, keepdim=True) * second
-        return (first + pull).view(gradients[0].shape).to(gradients[0].dtype), None
+        rescaled = ctx.ratio * torch.linalg.vector_norm(first, dim=1, keepdim=True) * second
+        return (first + rescaled).view(gradients[0].shape).to(gradients[0].dtype), None

@@ -1,8 +1,7 @@
-"""From a recipe to batches: the two splits in memory, and a loader of training batches."""
+"""The data of a recipe: both splits in memory, and the loader of training batches."""
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,10 +20,11 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
-from mirror_modules.data.files import CaptionedFiles, check_apart
-from mirror_modules.data.images import shrink
+from mirror_modules.data.readers.files import CaptionedFiles, check_apart
+from mirror_modules.data.readers.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
+from mirror_modules.training.distributed import is_main_process
 from mirror_modules.training.errors import TrainingError, is_dead_worker
 from mirror_modules.training.recipes import DataRecipe
 
@@ -33,14 +33,14 @@ CROP_MARGIN = 76 / 64
 
 
 class Splits(NamedTuple):
-    """Training and validation images, in memory, with the vocabulary of the training captions."""
+    """Training and validation images in memory, with the vocabulary of the training captions."""
 
     training: InMemoryCaptions
-    """Every phase is trained on these."""
+    """Images and captions that every phase is trained on."""
     validation: InMemoryCaptions
-    """What is measured is measured on these."""
-    left_out: Mapping[str, int] = {}
-    """How many samples of "training" and of "validation" are damaged, and not among them."""
+    """Images and captions for validation and evaluation."""
+    skipped: Mapping[str, int] = {}
+    """Number of damaged samples skipped in "training" and in "validation"."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -49,7 +49,7 @@ class Splits(NamedTuple):
 
 
 def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits:
-    """Draw or decode both splits, with a progress bar.
+    """Draw or decode both splits, with progress bars.
 
     Raises:
         ValueError: The recipe's source needs a path, its files are not as expected, or a file is in both splits.
@@ -66,15 +66,15 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
         )
     else:
         if recipe.path is None:
-            raise ValueError("this recipe trains on photographs: give their folder with --data PATH.")
+            raise ValueError("this recipe trains on photographs: pass their folder with --data PATH.")
         training = open_captions(recipe.path, "train", larger, recipe.source, on_error=recipe.on_error)
         validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
         reports = training.report, validation.report
         check_apart("load_splits", training, validation)
     in_training = _load(training, recipe, model, reports[0])
     in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
-    left_out = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
-    return Splits(in_training, in_validation, left_out)
+    skipped = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
+    return Splits(in_training, in_validation, skipped)
 
 
 def _load(
@@ -84,20 +84,20 @@ def _load(
     report: ErrorReport,
     vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:
-    """Read a split into memory. The one with a given vocabulary is not trained on."""
+    """Read a split into memory; the training split builds the vocabulary, the validation split is given it."""
     from tqdm import tqdm
 
     is_training = vocabulary is None
-    what, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
+    split, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    wanted: Any = dataset
-    # All of a data set is handed on as it is: one that was prepared need not be copied.
+    selected: Any = dataset
+    # A whole data set is passed on unwrapped: a prepared one is then memory-mapped and not copied.
     if count < len(dataset):
-        # Evenly spaced, so that a part of a data set sorted by class still holds all classes.
-        wanted = torch.utils.data.Subset(wanted, [i * len(dataset) // count for i in range(count)])
-    with tqdm(total=count, desc=f"{what} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
+        # Evenly spaced, so that a subset of a data set sorted by class still has all classes.
+        selected = torch.utils.data.Subset(selected, [i * len(dataset) // count for i in range(count)])
+    with tqdm(total=count, desc=f"{split} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
         loaded = InMemoryCaptions(
-            wanted,
+            selected,
             vocabulary,
             max_words=model.max_words,
             min_count=recipe.min_count,
@@ -105,15 +105,13 @@ def _load(
             progress=lambda done, total: bar.update(),
             report=report,
         )
-    # Of several processes, the first one speaks.
-    is_first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-    if report.skipped and is_first:
-        print(f"{what} images: {len(report.skipped)} left out, {len(loaded)} read: {report.listing()}")
+    if report.skipped and is_main_process():
+        print(f"{split} images: {len(report.skipped)} skipped, {len(loaded)} read: {report.listing()}")
     return loaded
 
 
 def at_resolution(images: Tensor, resolution: int) -> Tensor:
-    """Whole square images, bytes (B, H, H, 3), at the size of the model's where they are larger for random crops."""
+    """Resize square images, bytes (B, H, H, 3), that were loaded larger for random crops to the model's resolution."""
     if images.shape[1] == resolution:
         return images
     return torch.stack([torch.from_numpy(shrink(image, resolution)) for image in images.numpy()])
@@ -125,7 +123,7 @@ def load_batches(
     """Batches number `start` to `stop`, prepared by worker processes if there are any.
 
     Raises:
-        TrainingError: A worker has died.
+        TrainingError: A worker process died.
     """
     loader: DataLoader[CaptionBatch] = DataLoader(
         batches,
@@ -133,26 +131,26 @@ def load_batches(
         sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin_memory,
-        # There is nothing to convert, and to look for it in every caption takes a while.
-        collate_fn=_as_it_is,
-        # Otherwise it draws from the global source of random numbers, and a resumed run differs.
+        # Batches are tensors already; the default would traverse every caption.
+        collate_fn=_identity,
+        # Otherwise the loader draws from the global generator, and a resumed run differs.
         generator=torch.Generator(),
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_signals,
     )
     try:
         yield from loader
     except RuntimeError as error:
         if not is_dead_worker(error):
             raise
-        raise TrainingError(f"a process that prepares batches has died ({error}).") from error
+        raise TrainingError(f"a loader process died ({error}).") from error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _outlive_signals(worker: int) -> None:
-    """A signal to all processes of a run stops the training after its step, which still needs its batches."""
+def _ignore_signals(worker: int) -> None:
+    """Let workers survive a signal sent to all processes: the main process finishes its step with their batches."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -160,7 +158,7 @@ def _outlive_signals(worker: int) -> None:
 def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
     """A batch as networks take it: images as floats (B, 3, H, W) in [-1, 1].
 
-    What indexes stays on the CPU, where reading it makes no device wait.
+    Indices stay on the CPU, where reading them does not synchronize the device.
     """
     return batch._replace(
         images=to_float(batch.images.to(device, non_blocking=True)),
@@ -170,16 +168,15 @@ def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
 
 
 class UnseenCaption(NamedTuple):
-    """A validation image and a caption of it that no training image has."""
+    """A validation image with one of its captions, which no training image has."""
 
     image: int
-    """Row of the validation images."""
+    """Row in the validation images."""
     caption: str
-    """What is said of it."""
 
 
 def unseen_captions(splits: Splits) -> list[UnseenCaption]:
-    """For each validation image its first caption that does not occur, word for word, among the training captions."""
+    """For each validation image its first caption that does not occur verbatim among the training captions."""
     seen = {caption for captions in splits.training.captions for caption in captions}
     unseen = []
     for image, captions in enumerate(splits.validation.captions):

@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: written whole, told by their checksum, the last few and the best one kept.
+"""Checkpoints of a phase: written whole, verified by checksum, the newest few and the best one kept.
 
 `glam-00000250-3f9a0c11d2e4b5a7.pt` is phase `glam` after 250 steps; the name ends with the first digits of the file's
 SHA-256. The content is tensors and plain Python, for `torch.load(weights_only=True)`.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mirror_modules.models.pretrained import flush_to_disk
+from mirror_modules._files import flush_to_disk
 from mirror_modules.training.errors import is_dead_worker
 
 DIGITS = 16
@@ -25,9 +25,9 @@ class Checkpoints:
     """The checkpoints of one phase.
 
     Args:
-        folder: Where they lie; made with the first one.
-        phase: Whose they are.
-        kept: How many of the newest stay.
+        folder: Their folder, created with the first one.
+        phase: Name of the phase.
+        kept: Number of newest checkpoints that are kept.
     """
 
     def __init__(self, folder: Path, phase: str, kept: int) -> None:
@@ -35,24 +35,24 @@ class Checkpoints:
         self._name = re.compile(rf"{re.escape(phase)}-(\d+)-([0-9a-f]{{{DIGITS}}})\.pt")
 
     def files(self) -> dict[int, Path]:
-        """Each checkpoint by its step, oldest first."""
+        """The checkpoints by step, oldest first."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         found = [(match, self.folder / name) for name in names if (match := self._name.fullmatch(name))]
         return {int(match[1]): path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))}
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None = None) -> Path:
-        """Write a checkpoint, and only then remove the ones that are too many.
+        """Write a checkpoint, and only then remove old ones.
 
         Args:
-            step: Steps done.
+            step: Number of finished steps.
             state: Tensors and plain Python.
-            best_step: A step whose checkpoint stays, however old it is.
+            best_step: A step whose checkpoint is kept at any age.
 
         Returns:
             The file.
 
         Raises:
-            OSError: It cannot be written; the checkpoints that were there still are.
+            OSError: It cannot be written; older checkpoints are untouched.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{self.phase}-{step:08}"
@@ -63,7 +63,7 @@ class Checkpoints:
             except RuntimeError as error:
                 if is_dead_worker(error):
                     raise
-                # How torch says that a write failed, or that something else was raised in the middle of it.
+                # torch wraps a failed write, or anything else raised during it, in a RuntimeError.
                 raise error.__context__ or OSError(str(error)) from None
             path = self.folder / f"{self.phase}-{step:08}-{checksum(temporary)}.pt"
             flush_to_disk(temporary)
@@ -79,20 +79,21 @@ class Checkpoints:
         return path
 
     def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose content is what was written; None if there is none.
+        """The newest checkpoint whose checksum matches; None if there is none.
 
-        Damaged ones are named in a warning, and renamed, so that they are not met again.
+        Damaged checkpoints are renamed, so that they are not found again, and named in a warning.
         """
-        for left in self.folder.glob(f".{self.phase}-*"):
-            left.unlink()
+        for temporary in self.folder.glob(f".{self.phase}-*"):
+            temporary.unlink()
         for path in reversed(self.files().values()):
             if is_whole(path):
                 return path
-            aside = path.with_suffix(".damaged")
-            path.replace(aside)
-            before = "the checkpoint before it is taken" if self.files() else "there is no other: the phase begins anew"
+            renamed = path.with_suffix(".damaged")
+            path.replace(renamed)
+            fallback = "the one before it is used" if self.files() else "there is no other: the phase starts again"
             warnings.warn(
-                f"{path} is damaged: its checksum is not the one in its name. It is now {aside.name}, and {before}.",
+                f"{path} is damaged: its checksum is not the one in its name. It is now {renamed.name}, and "
+                f"{fallback}.",
                 stacklevel=2,
             )
         return None
@@ -108,7 +109,7 @@ def checksum(path: Path) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Is a checkpoint's content what was written?"""
+    """Whether a checkpoint exists and its checksum matches its name."""
     return path.is_file() and checksum(path) == path.stem.rpartition("-")[2]
 
 

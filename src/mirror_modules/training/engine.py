@@ -1,10 +1,10 @@
-"""The steps of a phase: where they begin, what is kept of them, and how they end.
+"""The steps of a phase: batches, checkpoints, validation, and every way in which a phase may end.
 
-    with PhaseRun(run, "glam", state, recipe.glam) as phase:
+    with PhaseRun(run, "glam", state, recipe.glam, state.networks()) as phase:
         for batch in phase.batches():
             phase.record(adversarial_step(state, batch, recipe.glam))
 
-A run that is stopped, by whatever, goes on from its newest whole checkpoint as if nothing had happened.
+An interrupted run continues from its newest whole checkpoint exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,46 +24,39 @@ from typing import Any, Protocol
 import torch
 
 from mirror_modules.data import CaptionBatch, RepeatableBatches
-from mirror_modules.data.batching import seeded
+from mirror_modules.data.seeding import seeded
 from mirror_modules.training.batches import Splits, load_batches, to_device
 from mirror_modules.training.checkpoints import Checkpoints, is_whole, load_checkpoint
+from mirror_modules.training.distributed import ProcessGroup
 from mirror_modules.training.errors import Interrupted, TrainingError, is_dead_worker, is_out_of_memory
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog, read_figures
-from mirror_modules.training.recipes import (
-    PHASES,
-    AdversarialRecipe,
-    CaptionerRecipe,
-    MatchingRecipe,
-    Recipe,
-    differences,
-)
-from mirror_modules.training.trainee import Outcome, Trainee
+from mirror_modules.training.network import StepResult, TrainedNetwork
+from mirror_modules.training.recipes import PHASES, PhaseRecipe, Recipe, differences
 from mirror_modules.training.validation import Unseen, unseen_pairs
-from mirror_modules.training.world import World
 
 # A terminal and torchrun may both send the same SIGINT.
-SECONDS_BETWEEN_WISHES = 1.0
+SECONDS_BETWEEN_SIGNALS = 1.0
 LOWER_IS_BETTER = ("cross_entropy", "redescription")
 
 
 class Signals:
-    """SIGINT and SIGTERM, remembered until the step is done. A second SIGINT ends at once."""
+    """Records SIGINT and SIGTERM until the current step is done. A second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._since = 0.0
 
     def __enter__(self) -> Signals:
-        # Python allows handlers in the main thread alone.
+        # Python installs handlers in the main thread only.
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._remember)
+                self._before[number] = signal.signal(number, self._record)
         return self
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        again = self.received is not None and time.monotonic() - self._since > SECONDS_BETWEEN_WISHES
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None and time.monotonic() - self._since > SECONDS_BETWEEN_SIGNALS
         if number == signal.SIGINT and again:
             raise KeyboardInterrupt
         if self.received is None:
@@ -75,56 +69,55 @@ class Signals:
 
 @dataclass
 class Run:
-    """What all phases of a run share."""
+    """What the phases of a run share."""
 
     recipe: Recipe
     folder: RunFolder
     splits: Splits
-    world: World
+    group: ProcessGroup
     signals: Signals = field(default_factory=Signals)
 
     @cached_property
     def unseen(self) -> Unseen:
-        """What is measured on."""
+        """The validation pairs on which metrics are computed."""
         return unseen_pairs(self.splits, self.recipe.model.max_words)
 
-    def stop_if_asked(self) -> None:
-        """Between two phases: end, if a signal has come.
+    def stop_if_interrupted(self) -> None:
+        """End the run between two phases if a signal was received on some rank.
 
         Raises:
-            Interrupted: It has.
+            Interrupted: A signal was received.
         """
-        if self.world.any(self.signals.received is not None):
+        if self.group.any(self.signals.received is not None):
             number = self.signals.received or signal.SIGTERM
             name = signal.Signals(number).name
             raise Interrupted(
-                f"stopped by {name}; finished phases are in {self.folder.path}. Go on with --resume.", number
+                f"stopped by {name}; finished phases are in {self.folder.path}. Continue with --resume.", number
             )
 
 
 class PhaseState(Protocol):
-    """What a phase carries from step to step."""
+    """Networks and optimizers of a phase."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         ...
 
 
 class PhaseRun:
-    """The steps of a phase that are still to be done.
+    """The remaining steps of a phase.
 
     Args:
         run: The run.
-        phase: The phase's name.
-        state: Its networks and optimizers, at the phase's beginning; entering puts them where the newest checkpoint
-            was.
-        recipe: The phase's steps and batch size.
-        trainees: Networks whose step sizes are logged.
-        with_images: Whether the steps look at images.
+        phase: Name of the phase.
+        state: Its networks and optimizers, initialized; entering the context restores the newest checkpoint.
+        recipe: The phase's fields of the recipe.
+        networks: Networks whose learning rates are logged.
+        with_images: Whether the steps use the images of a batch.
     """
 
     def __init__(
@@ -132,114 +125,120 @@ class PhaseRun:
         run: Run,
         phase: str,
         state: PhaseState,
-        recipe: MatchingRecipe | CaptionerRecipe | AdversarialRecipe,
-        trainees: dict[str, Trainee],
+        recipe: PhaseRecipe,
+        networks: dict[str, TrainedNetwork],
         *,
         with_images: bool = True,
     ) -> None:
-        self.run, self.phase, self.state, self.recipe, self.trainees = run, phase, state, recipe, trainees
-        self.engine, self.world, self.steps = run.recipe.engine, run.world, recipe.steps
+        self.run, self.phase, self.state, self.recipe, self.networks = run, phase, state, recipe, networks
+        self.engine, self.group, self.steps = run.recipe.engine, run.group, recipe.steps
         self.source = make_batches(run, phase, recipe, with_images=with_images)
         self.checkpoints = Checkpoints(run.folder.checkpoints, phase, self.engine.checkpoints_kept)
         self.best: dict[str, Any] = {}
-        device = self.world.device
+        device = self.group.device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
-        self.in_a_row = torch.zeros((), dtype=torch.long, device=device)
-        # Dropout is drawn from here: other numbers on each rank, whose images are others.
-        seed = seeded(run.recipe.seed, PHASES.index(phase), self.world.rank).initial_seed()
-        torch.manual_seed(seed)
+        self.consecutive = torch.zeros((), dtype=torch.long, device=device)
 
     def __enter__(self) -> PhaseRun:
-        newest = self.world.agree(self.checkpoints.newest_whole() if self.world.is_main else None)
-        done = None
-        if newest is not None:
-            done = self._restore(newest)
-        self.log = PhaseLog(
-            self.phase,
-            self.steps,
-            self.run.folder.log,
-            self.run.recipe.logging,
-            done=done,
-            writes=self.world.is_main,
-        ).__enter__()
-        if self.source.batch_size < self.recipe.batch_size:
-            self.log.say(f"batches of {self.source.batch_size}: there are no more training images")
-        if newest is not None:
-            self.log.say(f"goes on after step {self.step} of {self.steps}, from {newest}")
+        with ExitStack() as stack:
+            # Dropout draws from the global generator; each rank has other images and needs other draws.
+            stack.enter_context(self.group.fork_rng())
+            torch.manual_seed(seeded(self.run.recipe.seed, PHASES.index(self.phase), self.group.rank).initial_seed())
+            newest = self.group.broadcast(self.checkpoints.newest_whole() if self.group.is_main else None)
+            self.log = PhaseLog(
+                self.phase,
+                self.steps,
+                self.run.folder.log,
+                self.run.recipe.logging,
+                done=None if newest is None else self._restore(newest),
+                writes=self.group.is_main,
+            )
+            stack.enter_context(self._explained_errors())
+            stack.enter_context(self.log)
+            if self.source.batch_size < self.recipe.batch_size:
+                self.log.info(f"batch size reduced to {self.source.batch_size}: there are no more training images")
+            if newest is not None:
+                self.log.info(f"continues after step {self.step} of {self.steps}, from {newest}")
+            self._stack = stack.pop_all()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of finished steps."""
         return self.log.step
 
     def batches(self) -> Iterator[CaptionBatch]:
-        """The batches of the steps to be done; between two of them, what is due is saved."""
+        """The batches of the remaining steps; checkpoints are saved between two of them."""
         loader = load_batches(
             self.source,
             self.step,
             self.steps,
             workers=self.engine.loader_workers,
-            pin_memory=self.world.device.type == "cuda",
+            pin_memory=self.group.device.type == "cuda",
         )
-        self._stop_if_asked(saved=True)
+        self._stop_if_interrupted(saved=True)
         while self.step < self.steps:
             started = time.perf_counter()
-            batch = to_device(next(loader), self.world.device)
+            batch = to_device(next(loader), self.group.device)
             self.log.waited += time.perf_counter() - started
             yield batch
             if self.checkpoint_due:
                 self.save()
-            self._stop_if_asked(saved=self.checkpoint_due)
+            self._stop_if_interrupted(saved=self.checkpoint_due)
 
-    def record(self, outcome: Outcome) -> None:
-        """Count a step, and log it if it is due.
+    def record(self, result: StepResult) -> None:
+        """Count a step, and log it if a line is due.
 
         Raises:
-            TrainingError: Too many steps in a row were not finite.
+            TrainingError: Too many consecutive steps were not finite.
         """
-        self.skipped += ~outcome.finite
-        self.in_a_row = torch.where(outcome.finite, 0, self.in_a_row + 1)
-        figures: dict[str, Any] = dict(outcome.losses)
-        for name, trainee in self.trainees.items():
-            figures[f"learning_rate_{name}" if len(self.trainees) > 1 else "learning_rate"] = trainee.learning_rate
+        self.skipped += ~result.finite
+        self.consecutive = torch.where(result.finite, 0, self.consecutive + 1)
+        figures: dict[str, Any] = dict(result.losses)
+        for name, network in self.networks.items():
+            figures[f"learning_rate_{name}" if len(self.networks) > 1 else "learning_rate"] = network.learning_rate
         due = self.log.is_due()
         self.log.record(self.source.batch_size, figures, self.skipped)
-        if due or self.step % self.engine.most_skipped_in_a_row == 0:
+        if due or self.step % self.engine.max_skipped_steps == 0:
             self._check_finite(figures)
 
     def _check_finite(self, figures: dict[str, Any]) -> None:
-        in_a_row = int(self.in_a_row)
-        if in_a_row < min(self.engine.most_skipped_in_a_row, self.steps):
+        consecutive = int(self.consecutive)
+        if consecutive < min(self.engine.max_skipped_steps, self.steps):
             return
         values = read_figures(figures)
         names = [name for name, value in values.items() if not abs(value) < float("inf")]
         raise TrainingError(
-            f"phase {self.phase}: step {self.step} was number {in_a_row} in a row with a value that is not finite "
-            f"({', '.join(names) or 'on another rank'}); these steps were skipped, and {self._last_good()}. Lower the "
-            "learning rate or raise the precision, and begin anew, or look for what is not finite in the data."
+            f"phase {self.phase}: {consecutive} consecutive steps up to step {self.step} had a non-finite value "
+            f"({', '.join(names) or 'on another rank'}); these steps were skipped, and {self._newest_checkpoint()}. "
+            "Start again with a lower learning rate or a higher precision, or look for non-finite values in the data."
         )
 
     @property
     def checkpoint_due(self) -> bool:
-        """Is a checkpoint written after this step?"""
+        """Whether a checkpoint is written after this step."""
         return self.step % self.engine.checkpoint_every == 0 or self.step == self.steps
 
     @property
     def validation_due(self) -> bool:
-        """Is something measured on the validation images after this step?"""
+        """Whether validation metrics are computed after this step; on rank 0 only."""
         every = self.run.recipe.logging.validate_every
-        is_asked_for = every > 0 and self.step % every == 0
-        return self.world.is_main and (is_asked_for or (self.recipe.keep_best is not None and self.checkpoint_due))
+        is_requested = every > 0 and self.step % every == 0
+        return self.group.is_main and (is_requested or (self.recipe.keep_best is not None and self.checkpoint_due))
 
     @property
     def samples_due(self) -> bool:
-        """Is a sheet of samples drawn after this step?"""
+        """Whether a sheet of samples is generated after this step; on rank 0 only."""
         every = self.run.recipe.logging.samples_every
-        return self.world.is_main and every > 0 and (self.step % every == 0 or self.step == self.steps)
+        return self.group.is_main and every > 0 and (self.step % every == 0 or self.step == self.steps)
 
     def validated(self, figures: dict[str, float]) -> None:
-        """Log what was measured on the validation images, and remember the best step that has a checkpoint."""
+        """Log validation metrics, and update the best step among those with a checkpoint."""
         self.log.write({f"validation_{name}": round(value, 6) for name, value in figures.items()})
         name = self.recipe.keep_best
         if name is None or not self.checkpoint_due:
@@ -249,9 +248,9 @@ class PhaseRun:
             self.best = {"step": self.step, "value": figures[name]}
 
     def save(self) -> None:
-        """Write a checkpoint of all ranks."""
-        ranks = self.world.gather_states(_random_state(self.world.device))
-        if not self.world.is_main:
+        """Write a checkpoint with the random states of all ranks."""
+        ranks = self.group.all_gather_states(_random_state(self.group.device))
+        if not self.group.is_main:
             return
         content = {
             "phase": self.phase,
@@ -260,117 +259,120 @@ class PhaseRun:
             "random": ranks,
             "log": self.log.state_dict(),
             "best": self.best,
-            "skipped": [int(self.skipped), int(self.in_a_row)],
+            "skipped": [int(self.skipped), int(self.consecutive)],
         }
         self.checkpoints.save(self.step, content, self.best.get("step"))
 
-    def take_best(self) -> None:
-        """Put the networks where they were after the best step, if one is kept."""
-        best = self.world.agree(self.best)
+    def restore_best(self) -> None:
+        """Load the weights of the best step if `keep_best` selected one."""
+        best = self.group.broadcast(self.best)
         if not best or best["step"] == self.step:
             return
         path = self.checkpoints.files().get(best["step"])
         if path is None or not is_whole(path):
-            self.log.say(f"the checkpoint of the best step, {best['step']}, is lost or damaged; the last one is taken")
+            self.log.info(f"the checkpoint of the best step, {best['step']}, is missing or damaged; using the last one")
             return
-        self.log.say(f"step {best['step']} was the best: {self.recipe.keep_best} {best['value']:.4g}")
+        self.log.info(f"best step: {best['step']}, with {self.recipe.keep_best} {best['value']:.4g}")
         self.state.load_state_dict(load_checkpoint(path)["state"])
 
     def _restore(self, path: Path) -> dict[str, Any]:
-        """Put everything where a checkpoint has it, and give back what the log goes on from."""
+        """Restore networks, optimizers and random states from a checkpoint; returns the state of the log."""
         try:
             content = load_checkpoint(path)
             ranks, log, old = content["random"], content["log"], Recipe.from_dict(content["recipe"])
             if content["phase"] != self.phase or self.checkpoints.files().get(log["step"]) != path:
-                raise ValueError(f"it is one of phase {content['phase']!r} after step {log['step']}")
+                raise ValueError(f"it belongs to phase {content['phase']!r} after step {log['step']}")
             if other := [words for words, harmless in differences(old, self.run.recipe) if not harmless]:
                 raise ValueError(f"{'; '.join(other)}")
         except Exception as error:
-            # Whatever was put there: reading it may fail in any way.
+            # A damaged or foreign file may raise any exception.
             raise TrainingError(
                 f"{path} is no checkpoint of phase {self.phase!r} of this run ({' '.join(str(error).split())[:300]}); "
-                "remove it, and go on from the one before."
+                "remove it, and continue from the checkpoint before it."
             ) from error
-        if len(ranks) != self.world.size:
+        if len(ranks) != self.group.world_size:
             raise TrainingError(
-                f"{path} is of {len(ranks)} processes, and there are {self.world.size} now: a resumed run needs as "
-                "many."
+                f"{path} was written by {len(ranks)} processes, but this run has {self.group.world_size}: resume with "
+                "the same number."
             )
         self.state.load_state_dict(content["state"])
-        _set_random_state(ranks[self.world.rank], self.world.device)
+        _set_random_state(ranks[self.group.rank], self.group.device)
         self.best = content["best"]
         self.skipped.fill_(content["skipped"][0])
-        self.in_a_row.fill_(content["skipped"][1])
+        self.consecutive.fill_(content["skipped"][1])
         return dict(log)
 
-    def _stop_if_asked(self, *, saved: bool) -> None:
-        if not self.world.any(self.run.signals.received is not None):
+    def _stop_if_interrupted(self, *, saved: bool) -> None:
+        if not self.group.any(self.run.signals.received is not None):
             return
         if not saved:
             self.save()
-        # A process that leaves makes torchrun end the others, and the first one is still writing.
-        self.world.wait()
+        # If one rank exits, torchrun kills the rest: wait until rank 0 has saved.
+        self.group.barrier()
         number = self.run.signals.received or signal.SIGTERM
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} after step {self.step} of {self.steps} of phase {self.phase}; "
-            f"{self._last_good()}. Go on with --resume.",
+            f"{self._newest_checkpoint()}. Continue with --resume.",
             number,
         )
 
-    def _last_good(self) -> str:
+    def _newest_checkpoint(self) -> str:
         files = self.checkpoints.files()
         return f"the newest checkpoint is {files[max(files)]}" if files else "there is no checkpoint of this phase yet"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """Turn errors of the system and of torch into a TrainingError that names step, checkpoint and remedy."""
         try:
-            self.log.__exit__(kind, error, trace)
-        except OSError as unwritten:
-            # What could not be written to a full disk is tried once more when the file is closed.
-            error = error or unwritten
+            yield
+        except BaseException as error:
+            message = self._explanation(error)
+            if message is None:
+                raise
+            raise TrainingError(f"phase {self.phase}: {message}") from error
+
+    def _explanation(self, error: BaseException) -> str | None:
         if is_dead_worker(error):
-            raise TrainingError(
-                f"phase {self.phase}: after step {self.step} a process that prepares batches has died ({error}); "
-                f"{self._last_good()}. Go on with --resume, or without engine.loader_workers."
-            ) from error
+            return (
+                f"after step {self.step} a loader process died ({error}); {self._newest_checkpoint()}. Continue with "
+                "--resume, or without engine.loader_workers."
+            )
         if isinstance(error, OSError):
-            raise TrainingError(
-                f"phase {self.phase}: after step {self.step} the system refused something ({error}); "
-                f"{self._last_good()}. Mend the disk, and go on with --resume."
-            ) from error
+            return (
+                f"after step {self.step} the operating system raised an error ({error}); "
+                f"{self._newest_checkpoint()}. Fix the disk, and continue with --resume."
+            )
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise TrainingError(
-                f"phase {self.phase}: step {self.step + 1} needs more memory than there is; {self._last_good()}. Lower "
-                f"{self.phase}.batch_size, raise accumulate where the phase has it, or make the model smaller."
-            ) from error
-        if kind is not None and kind.__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise TrainingError(
-                f"phase {self.phase}: torch.compile failed ({' '.join(str(error).split())[:200]}); install a C++ "
-                "compiler, or Triton for a GPU, or leave engine.compile out."
-            ) from error
+            return (
+                f"step {self.step + 1} ran out of memory; {self._newest_checkpoint()}. Lower "
+                f"{self.phase}.batch_size, increase accumulate if the phase has it, or make the model smaller."
+            )
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            return (
+                f"torch.compile failed ({' '.join(str(error).split())[:200]}); install a C++ compiler, or Triton for a "
+                "GPU, or turn engine.compile off."
+            )
+        return None
 
 
-def make_batches(
-    run: Run, phase: str, recipe: MatchingRecipe | CaptionerRecipe | AdversarialRecipe, *, with_images: bool = True
-) -> RepeatableBatches:
+def make_batches(run: Run, phase: str, recipe: PhaseRecipe, *, with_images: bool = True) -> RepeatableBatches:
     """The batches of a phase for this rank.
 
     Raises:
-        ValueError: The batch cannot be divided equally.
+        ValueError: The batch cannot be divided equally among ranks and parts.
     """
-    captions, world = run.splits.training, run.world
-    parts = world.size * getattr(recipe, "accumulate", 1)
+    captions, group = run.splits.training, run.group
+    parts = group.world_size * getattr(recipe, "accumulate", 1)
     if recipe.batch_size % parts:
         raise ValueError(
-            f"{phase}.batch_size={recipe.batch_size} cannot be divided among {world.size} processes, "
-            f"{parts // world.size} parts each; give a multiple of {parts}."
+            f"{phase}.batch_size={recipe.batch_size} cannot be divided among {group.world_size} processes, "
+            f"{parts // group.world_size} parts each; give a multiple of {parts}."
         )
-    # A small data set has smaller batches.
+    # A small data set gets smaller batches.
     batch_size = min(recipe.batch_size, len(captions) // parts * parts)
     if batch_size == 0:
         raise ValueError(
-            f"phase {phase} divides each batch into {parts} parts, but there are {len(captions)} training images; take "
+            f"phase {phase} divides each batch into {parts} parts, but there are {len(captions)} training images; use "
             f"more images, fewer processes, or a lower {phase}.accumulate."
         )
     resolution = run.recipe.model.resolutions[-1]
@@ -379,8 +381,8 @@ def make_batches(
         batch_size,
         int(seeded(run.recipe.seed, 7, PHASES.index(phase)).initial_seed()),
         crop=resolution if captions.images.shape[1] > resolution else None,
-        rank=world.rank,
-        ranks=world.size,
+        rank=group.rank,
+        ranks=group.world_size,
         with_images=with_images,
     )
 
@@ -395,6 +397,6 @@ def _random_state(device: torch.device) -> torch.Tensor:
 def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
     length = len(torch.get_rng_state())
     torch.set_rng_state(state[:length])
-    # A checkpoint of a CPU has none for a GPU.
+    # A checkpoint written on a CPU has no state for a GPU.
     if device.type == "cuda" and len(state) > length:
         torch.cuda.set_rng_state(state[length:], device)

@@ -1,4 +1,4 @@
-"""What ends a run, besides its last step."""
+"""The errors that end a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; what is on disk is whole."""
+    """The training cannot continue; all files on disk are whole."""
 
 
 class Interrupted(TrainingError):
-    """SIGINT or SIGTERM came; the step was finished and its checkpoint written.
+    """SIGINT or SIGTERM was received; the step was finished and its checkpoint written.
 
     Args:
-        message: What is kept, and how to go on.
+        message: The newest checkpoint, and how to continue.
         number: The signal.
     """
 
@@ -25,15 +25,15 @@ class Interrupted(TrainingError):
 
     @property
     def status(self) -> int:
-        """The exit status, 128 and the signal, as a shell gives it: 130 or 143."""
+        """Exit status of a shell, 128 plus the signal: 130 or 143."""
         return 128 + signal.Signals(self.number)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Does an error of torch say that memory, of a GPU or of the machine, was not enough?"""
+    """Whether an error of torch means that the GPU or the machine ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def is_dead_worker(error: BaseException | None) -> bool:
-    """Does torch say that a process of a loader has died? It says so by a signal, in the middle of anything."""
+    """Whether an error means that a loader process died; torch raises it from a signal handler, at any point."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

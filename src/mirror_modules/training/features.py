@@ -1,4 +1,4 @@
-"""What frozen encoders say of captions and images: once for each, and not once per step."""
+"""Features of frozen encoders, computed once per caption or image instead of once per step."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirror_modules._tiles import in_chunks
 from mirror_modules.data import CaptionBatch, InMemoryCaptions, to_float
 from mirror_modules.stem import TextEncoder, TextFeatures
 
 FrozenFeatures = Callable[[CaptionBatch], TextFeatures]
-"""From a batch to the features of its captions."""
+"""Maps a batch to the features of its captions."""
 
-# Captions or images encoded at a time.
 CHUNK = 256
 
 
 class Cache(NamedTuple):
-    """Whether features are kept, and what that takes."""
+    """Whether features are cached, and their size."""
 
     fits: bool
     mebibytes: float
-    """Their size."""
 
     @classmethod
     def plan(cls, count: int, features: int, limit_mib: float) -> Cache:
-        """Can `count` times `features` numbers be kept?"""
+        """Whether count * features float32 numbers fit into the limit."""
         mebibytes = count * features * 4 / 2**20
         return cls(mebibytes <= limit_mib, mebibytes)
 
 
 def frozen_text(encoder: TextEncoder) -> FrozenFeatures:
-    """Encode the captions of each batch anew."""
+    """Encode the captions of each batch, without a cache."""
 
     @torch.no_grad()
     def encode(batch: CaptionBatch) -> TextFeatures:
@@ -44,12 +43,14 @@ def frozen_text(encoder: TextEncoder) -> FrozenFeatures:
 
 @torch.no_grad()
 def cached_text(encoder: TextEncoder, captions: InMemoryCaptions, device: torch.device) -> FrozenFeatures:
-    """Encode all captions now, and look them up for each batch."""
-    parts = [
-        encoder(tokens.to(device), word_mask.to(device))
-        for tokens, word_mask in zip(captions.tokens.split(CHUNK), captions.word_mask.split(CHUNK))
-    ]
-    words, sentences = torch.cat([part.words for part in parts]), torch.cat([part.sentence for part in parts])
+    """Encode all captions once, and index the features for each batch."""
+
+    def encode(tokens: Tensor, word_mask: Tensor) -> Tensor:
+        features = encoder(tokens.to(device), word_mask.to(device))
+        return torch.cat([features.words, features.sentence.unsqueeze(1)], dim=1)
+
+    features = in_chunks(encode, captions.tokens, captions.word_mask, size=CHUNK)
+    words, sentences = features[:, :-1], features[:, -1]
 
     def look_up(batch: CaptionBatch) -> TextFeatures:
         rows = batch.caption_rows.to(device, non_blocking=True)
@@ -60,5 +61,5 @@ def cached_text(encoder: TextEncoder, captions: InMemoryCaptions, device: torch.
 
 @torch.no_grad()
 def cached_images(encoder: nn.Module, captions: InMemoryCaptions, device: torch.device) -> Tensor:
-    """The global feature of every image of a data set, (N, F), by an encoder in evaluation mode."""
-    return torch.cat([encoder(to_float(images.to(device))).image for images in captions.images.split(CHUNK)])
+    """Global features (N, F) of all images of a data set, by an encoder in evaluation mode."""
+    return in_chunks(lambda images: encoder(to_float(images.to(device))).image, captions.images, size=CHUNK)

@@ -1,4 +1,4 @@
-"""The folder of a run: which file lies where, and that no run overwrites another."""
+"""The folder of a run: paths of its files, and checks that no run overwrites another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import mirror_modules
-from mirror_modules.models.pretrained import read_json, write_json
+from mirror_modules._files import locked, read_json, write_json
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.recipes import PHASES, Recipe, differences
 
@@ -24,15 +24,23 @@ WRITTEN_WHOLE = (
     *(f"{phase}.safetensors" for phase in PHASES),
 )
 
-
 LOCK = ".lock"
+FORMAT = "mirror-modules run 2"
 
 
 class RunFolder:
-    """The files of a run.
+    """The paths of a run's files.
 
     Args:
-        path: The folder, made if need be.
+        path: The folder; it is created when training starts.
+
+    Examples:
+        >>> from mirror_modules.training import RunFolder
+        >>> folder = RunFolder("runs/demo")
+        >>> folder.weights("glam").as_posix()
+        'runs/demo/phases/glam.safetensors'
+        >>> folder.report.name, folder.model.name
+        ('report.html', 'model')
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,23 +52,23 @@ class RunFolder:
         self.samples = self.path / "samples"
 
     def weights(self, phase: str) -> Path:
-        """Where a finished phase lies."""
+        """Path of a finished phase's weights."""
         return self.path / "phases" / f"{phase}.safetensors"
 
     def check(self, recipe: Recipe) -> None:
         """Require that the folder is new or empty, or holds a run of this recipe.
 
         Raises:
-            ValueError: The folder holds a run of another recipe, or something that is not a run.
+            ValueError: The folder holds a run of another recipe, of an earlier version, or something that is not a run.
         """
         if self.config.exists():
             found = [words for words, harmless in differences(self.read_recipe(), recipe) if not harmless]
             if found:
                 raise ValueError(
-                    f"{self.path} holds a run with other settings ({'; '.join(found)}); nothing in it was touched. "
+                    f"{self.path} holds a run with other settings ({'; '.join(found)}); nothing in it was changed. "
                     "Choose another --out, or remove the folder."
                 )
-        elif self.path.is_dir() and any(not _is_left_over(path) for path in self.path.iterdir()):
+        elif self.path.is_dir() and any(not _is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
         for path in (self.path, self.path / "phases", self.checkpoints, self.samples, self.model):
             if path.exists() and not path.is_dir():
@@ -68,37 +76,29 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder at the same time, where the system can.
+        """Lock the folder against other training processes, where the system has locks.
 
         Raises:
-            ValueError: One does.
+            ValueError: Another process trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:
-            # Windows has no such lock.
-            yield
-            return
-        with (self.path / LOCK).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        with locked(self.path / LOCK) as is_acquired:
+            if not is_acquired:
                 raise ValueError(
                     f"{self.path} is being trained by another process; wait for it, or choose another --out."
-                ) from error
+                )
             yield
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Require that the finished phases, if there are any, were trained with this vocabulary.
+        """Require that finished phases, if any, were trained with this vocabulary.
 
         Raises:
-            ValueError: They were trained with another.
+            ValueError: They were trained with another one.
         """
         if self.vocabulary.exists() and Vocabulary.load(self.vocabulary) != vocabulary:
             raise ValueError(
                 f"{self.vocabulary} is not the vocabulary of the training captions: they have changed since the run "
-                "began. Restore them, or choose another --out."
+                "started. Restore them, or choose another --out."
             )
 
     def read_recipe(self) -> Recipe:
@@ -106,7 +106,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: There is no run in the folder.
-            ValueError: The file is damaged, or is not of a run.
+            ValueError: The file is damaged, does not describe a run, or was written by an earlier version.
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} is not a run: config.json is missing; expected a folder of `train`.")
@@ -115,32 +115,37 @@ class RunFolder:
             raise ValueError(f"{self.config} holds no recipe; expected the config.json of a run.")
         if not isinstance(content.get("versions", {}), dict):
             raise ValueError(f"{self.config} is damaged: versions must be an object of names; remove that field.")
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.path} holds a run of another version of mirror-modules, which this one cannot read (its format "
+                f"is {content.get('format')!r}, not {FORMAT!r}); use that version, or train again with another --out."
+            )
         try:
             return Recipe.from_dict(content["recipe"])
         except ValueError as error:
-            raise ValueError(f"{self.config} is of another version, or was changed: {error}") from error
+            raise ValueError(f"{self.config} was written by another version, or edited: {error}") from error
 
     def begin(self, recipe: Recipe) -> None:
-        """Make the folder and write its config.json; a resumed run notes with which versions, if they are others."""
+        """Create the folder and write its config.json; a resumed run records its versions if they differ."""
         self.path.mkdir(parents=True, exist_ok=True)
         found = versions()
         before = read_json(self.config).get("versions", found) if self.config.exists() else found
-        content = {"recipe": recipe.to_dict(), "versions": before}
+        content = {"format": FORMAT, "recipe": recipe.to_dict(), "versions": before}
         if before != found:
             changed = ", ".join(
                 f"{name} {found[name]}, not {before.get(name)}" for name in found if found[name] != before.get(name)
             )
-            warnings.warn(f"{self.path} goes on with {changed}: its last digits may differ.", stacklevel=2)
+            warnings.warn(f"{self.path} continues with {changed}: results may differ in the last digits.", stacklevel=2)
             content["versions_since"] = found
         write_json(self.config, content)
         (self.path / "phases").mkdir(exist_ok=True)
-        for left in filter(_is_left_over, [*self.path.iterdir(), *(self.path / "phases").iterdir()]):
-            if left.name != LOCK:
-                left.unlink()
+        for leftover in filter(_is_leftover, [*self.path.iterdir(), *(self.path / "phases").iterdir()]):
+            if leftover.name != LOCK:
+                leftover.unlink()
 
 
 def versions() -> dict[str, str]:
-    """What a figure depends on besides its recipe."""
+    """Versions and machine, on which results depend besides the recipe."""
     return {
         "mirror_modules": mirror_modules.__version__,
         "torch": torch.__version__,
@@ -149,7 +154,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _is_left_over(path: Path) -> bool:
-    """Is it a file that a killed run did not get to rename, or to remove?"""
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed run left this file before it could rename or remove it."""
     names = [f".{name}." for name in WRITTEN_WHOLE]
     return path.is_file() and (path.name == LOCK or any(path.name.startswith(name) for name in names))

@@ -1,4 +1,4 @@
-"""What people see of a phase: a progress bar or a line now and then, metrics.jsonl, and TensorBoard where asked for."""
+"""The log of a phase: a progress bar or printed lines, metrics.jsonl, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirror_modules.models.pretrained import write_whole
+from mirror_modules._files import write_text
 from mirror_modules.training.recipes import LoggingRecipe
 
-# Fields of a line that are not figures of the training.
+# Fields of a line that are not training metrics.
 BOOKKEEPING = ("phase", "step", "seconds", "images", "waited", "skipped")
 
 
 class PhaseLog:
-    """Progress of one phase. Losses are read from the device only when they are logged.
+    """Progress of one phase. Losses are fetched from the device only when they are logged.
 
     Args:
-        phase: The phase's name.
-        steps: Steps it will have in the end.
-        path: The metrics.jsonl; lines of this phase after the steps that are done, from a run that was cut off, are
-            removed.
+        phase: Name of the phase.
+        steps: Total number of steps.
+        path: The metrics.jsonl; lines of this phase after the restored step, from an interrupted run, are removed.
         recipe: How often to log, and where.
-        done: What earlier runs did of the phase, as `state_dict` gave it.
-        writes: Whether this is the rank that writes and prints.
+        done: `state_dict` of the checkpoint to continue from; None starts the phase.
+        writes: Whether this rank writes and prints.
     """
 
     def __init__(
@@ -74,23 +73,23 @@ class PhaseLog:
 
     @property
     def seconds(self) -> float:
-        """Time spent in the phase, by earlier runs too."""
+        """Time spent in the phase, earlier runs included."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from. All lines so far are on disk afterwards."""
+        """The counters of a resumed run. All lines written so far are on disk afterwards."""
         if self.writes:
             self.file.flush()
             os.fsync(self.file.fileno())
         return {"step": self.step, "images": self.images, "seconds": self.seconds, "waited": self.waited}
 
     def is_due(self) -> bool:
-        """Will the step after those counted have a line? The first, the last, and every nth one has."""
+        """Whether the next step gets a line: the first, the last, and every nth one do."""
         step = self.step + 1
         return step % self.recipe.every == 0 or step in (1, self.steps)
 
     def record(self, images: int, figures: dict[str, Tensor | float], skipped: Tensor | None = None) -> None:
-        """Count one step of so many images, and log it if it is due."""
+        """Count a step of `images` images, and log it if a line is due."""
         due = self.is_due()
         self.step += 1
         self.images += images
@@ -108,14 +107,14 @@ class PhaseLog:
         quiet_for = time.perf_counter() - self.summarized
         if self.bar.disable and (quiet_for > 60 * self.recipe.summary_minutes or self.step == self.steps):
             self.summarized = time.perf_counter()
-            self.say(", ".join([self.summary(count), *(f"{name} {value}" for name, value in shown.items())]))
+            self.info(", ".join([self.summary(count), *(f"{name} {value}" for name, value in shown.items())]))
 
     def write(self, values: dict[str, float], **bookkeeping: float) -> None:
-        """Write a line of metrics.jsonl, and the same figures for TensorBoard."""
+        """Write a line of metrics.jsonl, and the same values to TensorBoard."""
         if not self.writes:
             return
         head = {"phase": self.phase, "step": self.step, "seconds": round(self.seconds, 3), "images": self.images}
-        # JSON has neither NaN nor infinities.
+        # JSON has neither NaN nor infinity.
         figures = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({**head, **bookkeeping, **figures}) + "\n")
         self.file.flush()
@@ -124,37 +123,42 @@ class PhaseLog:
                 self.board.add_scalar(f"{self.phase}/{name}", value, self.step)
 
     def show(self, name: str, picture: Any) -> None:
-        """Show a picture (height, width, 3) in TensorBoard."""
+        """Write a picture (height, width, 3) to TensorBoard, if it is on."""
         if self.board is not None:
             self.board.add_image(f"{self.phase}/{name}", picture, self.step, dataformats="HWC")
 
     def summary(self, skipped: int) -> str:
-        """How far the phase is, in words."""
+        """Progress in words: step, rate, time left, share of time spent waiting for data, skipped steps."""
         rate = (self.images - self.begun_with) / max(time.perf_counter() - self.started, 1e-9)
-        left = (self.steps - self.step) * self.images / max(self.step, 1) / max(rate, 1e-9)
+        remaining = (self.steps - self.step) * self.images / max(self.step, 1) / max(rate, 1e-9)
         parts = [f"step {self.step} of {self.steps}", f"{rate:.1f} images/s"]
         if self.step < self.steps:
-            parts.append(f"{int(left // 60)} min {int(left % 60)} s left")
+            parts.append(f"{int(remaining // 60)} min {int(remaining % 60)} s left")
         parts.append(f"{self.waited / max(self.seconds, 1e-9):.1%} waited for data")
         return ", ".join(parts + ([f"{skipped} steps skipped"] if skipped else []))
 
-    def say(self, words: str) -> None:
-        """Print a line that does not break the progress bar."""
+    def info(self, message: str) -> None:
+        """Print a line without breaking the progress bar."""
         if self.writes:
-            self.bar.write(f"{self.phase}: {words}", file=sys.stderr)
+            self.bar.write(f"{self.phase}: {message}", file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
         if self.writes:
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError:
+                # On a full disk, closing fails as the write before it did, whose error is the one to report.
+                if kind is None:
+                    raise
             if self.board is not None:
                 self.board.close()
 
 
 def read_figures(figures: dict[str, Tensor | float]) -> dict[str, float]:
-    """Scalars on a device as numbers, fetched together."""
+    """Scalars as Python numbers, fetched from the device in one transfer."""
     tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
     fetched = torch.stack([value.detach().float() for value in tensors.values()]).tolist() if tensors else []
     values = {**figures, **dict(zip(tensors, fetched))}
@@ -162,15 +166,15 @@ def read_figures(figures: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def truncate_phase(path: Path, phase: str, step: int) -> None:
-    """Remove the lines of a phase after a step from metrics.jsonl, and a last line that was cut off."""
+    """Remove from metrics.jsonl the lines of a phase after a step, and a truncated last line."""
     if path.exists():
         kept = [entry for entry in read_log(path) if entry["phase"] != phase or entry["step"] <= step]
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of metrics.jsonl. A last line without its end, from a run that was killed, is left out.
+    """The logged steps of metrics.jsonl. A truncated last line, from a run that was killed, is skipped.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -193,7 +197,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_logged(entry: dict[str, Any]) -> bool:
-    # Lines of a validation say nothing of waiting.
+    # Validation lines have no field `waited`.
     numbers = [entry.get(name) for name in ("step", "seconds", "images")] + [entry.get("waited", 0)]
     return isinstance(entry.get("phase"), str) and all(
         isinstance(number, int | float) and not isinstance(number, bool) and number >= 0 for number in numbers

@@ -1,4 +1,4 @@
-"""What the generator's training carries from step to step."""
+"""The state of the adversarial phase: generator, discriminators, their optimizers, moving average, random generator."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from mirror_modules.adversarial import PairedDiscriminator, PairedLogits, r1_penalty
 from mirror_modules.models import MirrorGAN
 from mirror_modules.stream import RedescriptionLoss
+from mirror_modules.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mirror_modules.training.features import FrozenFeatures, frozen_text
+from mirror_modules.training.network import MovingAverage, TrainedNetwork, prepare
 from mirror_modules.training.recipes import EngineRecipe, Recipe
-from mirror_modules.training.trainee import MovingAverage, Trainee, enroll
-from mirror_modules.training.world import ALONE, World
 
 
-class Painting(NamedTuple):
+class GeneratedBatch(NamedTuple):
     """Generated images with the distribution of their conditions."""
 
     images: list[Tensor]
-    """Coarse to fine, in [-1, 1]."""
+    """Coarse to fine, in [-1, 1]. Each (B, 3, resolution, resolution)."""
     mean: Tensor
+    """(B, E)"""
     log_variance: Tensor
+    """(B, E)"""
 
 
-class Painter(nn.Module):
-    """The part of a MirrorGAN that the adversarial phase trains: conditioning and generator."""
+class ConditionedGenerator(nn.Module):
+    """Conditioning augmentation and generator of a MirrorGAN, trained as one network."""
 
     def __init__(self, model: MirrorGAN) -> None:
         super().__init__()
@@ -35,26 +37,26 @@ class Painter(nn.Module):
 
     def forward(
         self, noise: Tensor, condition_noise: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor
-    ) -> Painting:
+    ) -> GeneratedBatch:
         """Generate images, coarse to fine."""
         condition = self.conditioning(sentence, noise=condition_noise)
         images = self.generator(noise, condition.sample, words, word_mask).images
-        return Painting(images, condition.mean, condition.log_variance)
+        return GeneratedBatch(images, condition.mean, condition.log_variance)
 
 
-class Verdicts(NamedTuple):
-    """What a discriminator says of real, generated and mismatched pairs."""
+class DiscriminatorOutputs(NamedTuple):
+    """Logits of real, generated and mismatched pairs, and the R1 penalty."""
 
     real: PairedLogits
     fake: PairedLogits
     mismatched: Tensor
-    """Consistency of real images with another image's sentence, any number of them."""
+    """Consistency logits of the mismatched pairs, (number of pairs,)."""
     penalty: Tensor
-    """The R1 penalty, 0 where it was not asked for."""
+    """0 in steps without R1."""
 
 
-class Judge(nn.Module):
-    """All that a discriminator judges in one step, in one forward pass; real images are looked at once."""
+class DiscriminatorPass(nn.Module):
+    """All logits that a discriminator's loss needs in a single forward, as DistributedDataParallel requires."""
 
     def __init__(self, discriminator: PairedDiscriminator) -> None:
         super().__init__()
@@ -62,98 +64,108 @@ class Judge(nn.Module):
 
     def forward(
         self, real: Tensor, fake: Tensor, sentence: Tensor, wrong: Tensor | None, wrong_sentence: Tensor, r1: bool
-    ) -> Verdicts:
-        """Judge real and generated images with their sentences, and the real ones of rows `wrong` with wrong ones."""
+    ) -> DiscriminatorOutputs:
+        """Logits of real and generated images with their sentences, and of the real images in rows `wrong` with others.
+
+        The features of the real images are computed once for matching and mismatched pairs.
+        """
         if r1:
             real = real.detach().requires_grad_(True)
         real_features, fake_features = self.discriminator.features(real), self.discriminator.features(fake)
-        real_verdict = self.discriminator.judge(real_features, sentence)
-        fake_verdict = self.discriminator.judge(fake_features, sentence)
-        mismatched = real_verdict.consistency[:0]
+        real_logits = self.discriminator.logits(real_features, sentence)
+        fake_logits = self.discriminator.logits(fake_features, sentence)
+        mismatched = real_logits.consistency[:0]
         if wrong is not None:
-            mismatched = self.discriminator.judge(real_features[wrong], wrong_sentence).consistency
-        penalty = r1_penalty(real, real_verdict) if r1 else real.new_zeros(())
-        return Verdicts(real_verdict, fake_verdict, mismatched, penalty)
+            mismatched = self.discriminator.logits(real_features[wrong], wrong_sentence).consistency
+        penalty = r1_penalty(real, real_logits) if r1 else real.new_zeros(())
+        return DiscriminatorOutputs(real_logits, fake_logits, mismatched, penalty)
 
 
 @dataclass
 class AdversarialState:
-    """Networks, optimizers and random source of phase `glam`."""
+    """Networks, optimizers and random generator of phase `glam`."""
 
     model: MirrorGAN
     text: FrozenFeatures
     """Word and sentence features of a batch's captions."""
-    painter: Trainee
+    generator: TrainedNetwork
+    """A `ConditionedGenerator`."""
     average: MovingAverage
-    judges: list[Trainee]
+    """Moving average of the generator."""
+    discriminators: list[TrainedNetwork]
+    """Each a `DiscriminatorPass`, coarse to fine."""
     redescription: RedescriptionLoss | None
     random: torch.Generator
-    """The same on all ranks: each draw is made for the whole batch."""
-    world: World
+    """Equal on all ranks: each draw is made for the whole batch."""
+    group: ProcessGroup
     engine: EngineRecipe
     steps_done: int = 0
 
-    def trainees(self) -> dict[str, Trainee]:
-        """All networks in training by their names."""
+    def networks(self) -> dict[str, TrainedNetwork]:
+        """All networks in training by name."""
         names = [f"discriminator_{resolution}" for resolution in self.model.config.resolutions]
-        return {"painter": self.painter, **dict(zip(names, self.judges))}
+        return {"generator": self.generator, **dict(zip(names, self.discriminators))}
 
     @property
-    def discriminators(self) -> list[PairedDiscriminator]:
-        """The judges' networks, coarse to fine."""
-        return [cast(Judge, judge.module).discriminator for judge in self.judges]
+    def paired_discriminators(self) -> list[PairedDiscriminator]:
+        """The discriminators alone, coarse to fine."""
+        return [cast(DiscriminatorPass, network.module).discriminator for network in self.discriminators]
 
     def draw(self, rows: int, features: int) -> Tensor:
-        """Standard normal noise for this rank's rows of the batch."""
-        whole = torch.randn(rows * self.world.size, features, generator=self.random)
-        return self.world.rows(whole).to(self.world.device, non_blocking=True)
+        """Standard normal noise (rows, features) for this rank's rows of the batch."""
+        whole = torch.randn(rows * self.group.world_size, features, generator=self.random)
+        return self.group.local_rows(whole).to(self.group.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, besides the frozen networks."""
+        """Everything that the next step depends on except frozen networks."""
         return {
-            "trainees": {name: trainee.state_dict() for name, trainee in self.trainees().items()},
+            "networks": {name: network.state_dict() for name, network in self.networks().items()},
             "average": self.average.state_dict(),
             "random": self.random.get_state(),
             "steps_done": self.steps_done,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        for name, trainee in self.trainees().items():
-            trainee.load_state_dict(state["trainees"][name])
+        """Restore a `state_dict`."""
+        for name, network in self.networks().items():
+            network.load_state_dict(state["networks"][name])
         self.average.load_state_dict(state["average"])
         self.random.set_state(state["random"])
         self.steps_done = state["steps_done"]
 
 
 def start(
-    model: MirrorGAN, recipe: Recipe, random: torch.Generator, world: World = ALONE, text: FrozenFeatures | None = None
+    model: MirrorGAN,
+    recipe: Recipe,
+    random: torch.Generator,
+    group: ProcessGroup = SINGLE_PROCESS,
+    text: FrozenFeatures | None = None,
 ) -> AdversarialState:
-    """Set up the adversarial phase around a model whose text encoder and captioner are trained.
+    """Set up the adversarial phase for a model whose text encoder and captioner are trained.
 
     Args:
         model: The model; it is trained in place.
-        recipe: What to train, and how.
-        random: Source of noise and pairs, equally seeded on all ranks.
-        world: Where it is trained.
-        text: Features of the captions that will be asked for; None encodes them in each step.
+        recipe: Losses, optimizers and precision.
+        random: Generator of noise and mismatched pairs, equally seeded on all ranks.
+        group: The process group.
+        text: Cached features of the training captions; None encodes captions in each step.
     """
     config, glam, engine = model.config, recipe.glam, recipe.engine
-    model.to(world.device)
+    model.to(group.device)
     for frozen in (model.text_encoder, model.captioner):
         frozen.requires_grad_(False).eval()
     redescription = None
-    # None goes with a ratio.
+    # The weight is None if a ratio is given instead.
     if glam.redescription_weight != 0:
         redescription = RedescriptionLoss(model.captioner, reduction=glam.redescription_reduction)
         if engine.channels_last:
             redescription.to(memory_format=torch.channels_last)
-    painter = Painter(model)
-    average = MovingAverage(painter, glam.average_decay)
+    generator = ConditionedGenerator(model)
+    average = MovingAverage(generator, glam.average_decay)
     if engine.channels_last:
         average.module.to(memory_format=torch.channels_last)
-    judges = [
-        Judge(
+    discriminators = [
+        DiscriminatorPass(
             PairedDiscriminator(
                 resolution,
                 config.word_dim,
@@ -164,24 +176,25 @@ def start(
         for resolution in config.resolutions
     ]
     if engine.compile:
-        for judge in judges:
-            # The generator's half of a step asks it alone.
-            judge.discriminator.compile()
+        for module in discriminators:
+            # The generator update calls the discriminator itself, without the wrapper.
+            module.discriminator.compile()
     common: dict[str, Any] = {
-        "largest_gradient_norm": glam.largest_gradient_norm,
+        "max_grad_norm": glam.max_grad_norm,
         "betas": (0.5, 0.999),
         "compiled": engine.compile,
     }
     return AdversarialState(
         model=model,
         text=text or frozen_text(model.text_encoder),
-        painter=enroll(painter, world, engine, learning_rate=glam.generator_learning_rate, **common),
+        generator=prepare(generator, group, engine, learning_rate=glam.generator_learning_rate, **common),
         average=average,
-        judges=[
-            enroll(judge, world, engine, learning_rate=glam.discriminator_learning_rate, **common) for judge in judges
+        discriminators=[
+            prepare(module, group, engine, learning_rate=glam.discriminator_learning_rate, **common)
+            for module in discriminators
         ],
         redescription=redescription,
         random=random,
-        world=world,
+        group=group,
         engine=engine,
     )

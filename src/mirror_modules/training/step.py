@@ -1,7 +1,9 @@
-"""One step of the adversarial phase, in the order in which it happens: paint, judge, describe, descend, average."""
+"""One step of the adversarial phase: update the discriminators, the generator, and the generator's moving average."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,13 +13,13 @@ from mirror_modules.adversarial import discriminator_loss, generator_loss, misma
 from mirror_modules.data import CaptionBatch, image_pyramid
 from mirror_modules.stem import kl_divergence
 from mirror_modules.stream import append_end, balance_gradients
+from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
-from mirror_modules.training.state import AdversarialState, Painting
-from mirror_modules.training.trainee import Outcome, autocast, untouched_unless
+from mirror_modules.training.state import AdversarialState, GeneratedBatch
 
 
 class Part(NamedTuple):
-    """A part of the batch, with all that is drawn for it. A step has one part, or several to save memory."""
+    """A part of the batch with its random draws. A step has one part, or several to save memory."""
 
     real: list[Tensor]
     """Real images, coarse to fine."""
@@ -28,140 +30,182 @@ class Part(NamedTuple):
     noise: Tensor
     condition_noise: Tensor
     wrong: Tensor | None
-    """Rows that have a mismatched sentence; None if no part of any rank has one."""
+    """Rows with a mismatched sentence; None if no part of any rank has one."""
     wrong_sentence: Tensor
-    """That sentence, for these rows."""
+    """The mismatched sentences of these rows."""
+    word_weight: Tensor
+    """Weight of this part's mean over words within the mean over all words, see `ProcessGroup.mean_weights`."""
+    pair_weight: Tensor
+    """The same for mismatched pairs."""
 
 
-def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> Outcome:
+def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> StepResult:
     """Train discriminators and generator on one batch of real pairs."""
-    resolutions, redescription = state.model.config.resolutions, state.redescription
-    parts = set_up(state, batch, recipe)
-    words_of_part = torch.stack([part.word_mask.sum() + len(part.word_mask) for part in parts])
-    pairs_of_part = torch.tensor([0 if part.wrong is None else len(part.wrong) for part in parts])
-    word_shares, pair_shares = state.world.shares(words_of_part), state.world.shares(pairs_of_part)
-    penalize = recipe.r1_weight > 0 and state.steps_done % recipe.r1_every == 0
-    losses: dict[str, Tensor] = {}
-
-    networks = [trainee.module for trainee in state.trainees().values()]
-    with untouched_unless(networks) as finite:
-        # Paint. The graph of one part is kept for the generator; of several, each is painted again.
+    parts = divide(state, batch, recipe)
+    with restoring_buffers([network.module for network in state.networks().values()]) as finite:
+        # The graph of a single part is reused by the generator update; of several parts, each is generated again.
         with torch.set_grad_enabled(len(parts) == 1):
-            paintings = [paint(state, part) for part in parts]
+            generated = [generate(state, part) for part in parts]
+        losses = update_discriminators(state, parts, generated, recipe, finite)
+        losses |= update_generator(state, parts, generated, recipe, finite)
+    all_finite = torch.stack(finite).all()
+    update_average(state, all_finite)
+    state.steps_done += 1
+    return StepResult(losses, all_finite)
 
-        # Judge: each discriminator learns from real, generated and mismatched pairs.
-        for i, (judge, resolution) in enumerate(zip(state.judges, resolutions)):
-            judge.optimizer.zero_grad()
-            total = torch.zeros((), device=state.world.device)
-            for j, (part, painting) in enumerate(zip(parts, paintings)):
-                with judge.part(last=j == len(parts) - 1):
-                    with autocast(state.engine, state.world.device):
-                        fake = painting.images[i].detach()
-                        verdicts = judge.parallel(
-                            part.real[i], fake, part.sentence, part.wrong, part.wrong_sentence, penalize
-                        )
-                        loss = discriminator_loss(
-                            *verdicts[:3],
-                            weighting=recipe.adversarial_weighting,
-                            objective=recipe.adversarial_objective,
-                            mismatched_weight=pair_shares[j],
-                        )
-                    penalty = recipe.r1_every * recipe.r1_weight * verdicts.penalty
-                    judge.backward((loss + penalty) / len(parts))
-                total += (loss + penalty).detach() / len(parts)
-            norm, good = judge.descend(total)
-            finite.append(good)
-            losses[f"discriminator_{resolution}"] = total
-            losses[f"discriminator_gradient_norm_{resolution}"] = norm
-            losses[f"accuracy_real_{resolution}"] = (verdicts.real.realism > 0).float().mean()
-            losses[f"accuracy_generated_{resolution}"] = (verdicts.fake.realism < 0).float().mean()
-            if len(verdicts.mismatched):
-                losses[f"accuracy_mismatched_{resolution}"] = (verdicts.mismatched < 0).float().mean()
 
-        # Describe, and judge the new images by the discriminators that have just learned.
-        painter = state.painter
-        painter.optimizer.zero_grad()
-        for judge in state.judges:
-            judge.module.requires_grad_(False)
-        for j, (part, painting) in enumerate(zip(parts, paintings)):
-            with painter.part(last=j == len(parts) - 1):
+def update_discriminators(
+    state: AdversarialState,
+    parts: Sequence[Part],
+    generated: Sequence[GeneratedBatch],
+    recipe: AdversarialRecipe,
+    finite: list[Tensor],
+) -> dict[str, Tensor]:
+    """Update each discriminator on real, generated and mismatched pairs; appends to the finiteness flags."""
+    has_penalty = recipe.r1_weight > 0 and state.steps_done % recipe.r1_every == 0
+    losses: dict[str, Tensor] = {}
+    for i, (network, resolution) in enumerate(zip(state.discriminators, state.model.config.resolutions)):
+        network.optimizer.zero_grad()
+        loss = torch.zeros((), device=state.group.device)
+        for part, fake in zip(parts, generated):
+            with network.accumulation(last=part is parts[-1]):
+                with autocast(state.engine, state.group.device):
+                    pairs = part.real[i], fake.images[i].detach(), part.sentence, part.wrong, part.wrong_sentence
+                    outputs = network.parallel(*pairs, has_penalty)
+                    adversarial = discriminator_loss(
+                        outputs.real,
+                        outputs.fake,
+                        outputs.mismatched,
+                        weighting=recipe.adversarial_weighting,
+                        objective=recipe.adversarial_objective,
+                        mismatched_weight=part.pair_weight,
+                    )
+                part_loss = adversarial + recipe.r1_every * recipe.r1_weight * outputs.penalty
+                network.backward(part_loss / len(parts))
+            loss += part_loss.detach() / len(parts)
+        norm, is_finite = network.optimizer_step(loss)
+        finite.append(is_finite)
+        losses[f"discriminator_{resolution}"] = loss
+        losses[f"discriminator_gradient_norm_{resolution}"] = norm
+        losses[f"accuracy_real_{resolution}"] = (outputs.real.realism > 0).float().mean()
+        losses[f"accuracy_generated_{resolution}"] = (outputs.fake.realism < 0).float().mean()
+        if len(outputs.mismatched):
+            losses[f"accuracy_mismatched_{resolution}"] = (outputs.mismatched < 0).float().mean()
+    return losses
+
+
+def update_generator(
+    state: AdversarialState,
+    parts: Sequence[Part],
+    generated: Sequence[GeneratedBatch],
+    recipe: AdversarialRecipe,
+    finite: list[Tensor],
+) -> dict[str, Tensor]:
+    """Update the generator against the discriminators just updated; appends to the finiteness flags."""
+    losses: dict[str, Tensor] = {}
+    state.generator.optimizer.zero_grad()
+    with frozen(state.discriminators):
+        for part, fake in zip(parts, generated):
+            with state.generator.accumulation(last=part is parts[-1]):
                 if len(parts) > 1:
-                    painting = paint(state, part)
-                terms = {"kl": kl_divergence(painting.mean, painting.log_variance)}
-                total = recipe.kl_weight * terms["kl"]
-                *coarser, finest = painting.images
-                judged, read = finest, finest
-                if redescription is not None and recipe.redescription_ratio is not None:
-                    judged, read = balance_gradients(finest, recipe.redescription_ratio)
-                with autocast(state.engine, state.world.device):
-                    for discriminator, resolution, image in zip(state.discriminators, resolutions, [*coarser, judged]):
-                        loss = generator_loss(
-                            discriminator(image, part.sentence),
-                            weighting=recipe.adversarial_weighting,
-                            objective=recipe.adversarial_objective,
-                        )
-                        terms[f"generator_{resolution}"] = loss
-                        total = total + loss
-                    if redescription is not None:
-                        loss = redescription(read, *append_end(part.tokens, part.word_mask))
-                        # A mean over words, of which the parts of a batch have different numbers.
-                        share = word_shares[j] if recipe.redescription_reduction == "word" else 1.0
-                        terms["redescription"] = share * loss
-                        # With a ratio, balance_gradients has scaled it.
-                        weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
-                        total = total + weight * terms["redescription"]
-                terms["generator_total"] = total
-                painter.backward(total / len(parts))
+                    fake = generate(state, part)
+                terms = generator_terms(state, part, fake, recipe)
+                state.generator.backward(terms["generator_total"] / len(parts))
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + term.detach() / len(parts)
-        for judge in state.judges:
-            judge.module.requires_grad_(True)
-
-        # Descend.
-        losses["generator_gradient_norm"], good = painter.descend(losses["generator_total"], finite)
-        finite.append(good)
-
-    # Average.
-    whole = torch.stack(finite).all()
-    state.average.update(painter.module, whole)
-    state.steps_done += 1
-    return Outcome(losses, whole)
+    norm, is_finite = state.generator.optimizer_step(losses["generator_total"], finite)
+    finite.append(is_finite)
+    return {**losses, "generator_gradient_norm": norm}
 
 
-def set_up(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> list[Part]:
-    """Read the captions, and draw noise and mismatched pairs."""
-    world, config, count = state.world, state.model.config, len(batch.images)
+def generator_terms(
+    state: AdversarialState, part: Part, fake: GeneratedBatch, recipe: AdversarialRecipe
+) -> dict[str, Tensor]:
+    """The terms of the generator's loss, unweighted, and their weighted sum `generator_total`."""
+    terms = {"kl": kl_divergence(fake.mean, fake.log_variance)}
+    total = recipe.kl_weight * terms["kl"]
+    *coarser, finest = fake.images
+    for_discriminator, for_captioner = finest, finest
+    if state.redescription is not None and recipe.redescription_ratio is not None:
+        for_discriminator, for_captioner = balance_gradients(finest, recipe.redescription_ratio)
+    with autocast(state.engine, state.group.device):
+        for discriminator, images in zip(state.paired_discriminators, [*coarser, for_discriminator]):
+            adversarial = generator_loss(
+                discriminator(images, part.sentence),
+                weighting=recipe.adversarial_weighting,
+                objective=recipe.adversarial_objective,
+            )
+            terms[f"generator_{discriminator.resolution}"] = adversarial
+            total = total + adversarial
+        if state.redescription is not None:
+            redescription = state.redescription(for_captioner, *append_end(part.tokens, part.word_mask))
+            # The parts of a batch have different numbers of words to average over.
+            share = part.word_weight if recipe.redescription_reduction == "word" else 1.0
+            terms["redescription"] = share * redescription
+            # With a ratio, balance_gradients scales the gradient.
+            weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
+            total = total + weight * terms["redescription"]
+    return {**terms, "generator_total": total}
+
+
+def update_average(state: AdversarialState, finite: Tensor) -> None:
+    """Update the moving average of the generator, unless the step was skipped."""
+    state.average.update(state.generator.module, finite)
+
+
+def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> list[Part]:
+    """Encode the captions, draw noise and mismatched pairs, and divide everything into the parts of the step."""
+    group, config, count = state.group, state.model.config, len(batch.images)
     words, sentence = state.text(batch)
     noise, condition_noise = state.draw(count, config.noise_dim), state.draw(count, config.condition_dim)
-    # A partner may be with another rank.
-    sentences = world.gather(sentence)
-    partner, valid = mismatch(world.gather(batch.class_ids), generator=state.random)
+    # The partner of a row may be on another rank.
+    sentences = group.all_gather(sentence)
+    partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
     has_wrong = recipe.mismatched_pairs and bool(valid.any())
-    partner, valid = world.rows(partner), world.rows(valid)
+    partner, valid = group.local_rows(partner), group.local_rows(valid)
     real = image_pyramid(batch.images, config.resolutions)
+    slices = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(count).chunk(recipe.accumulate)]
+    wrong = [valid[rows].nonzero().flatten() if has_wrong else None for rows in slices]
+    # Each caption's end token counts as a word.
+    words_of_part = torch.stack([batch.word_mask[rows].sum() + rows.stop - rows.start for rows in slices])
+    pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in wrong])
+    word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part)
     parts = []
-    for rows in torch.arange(count).chunk(recipe.accumulate):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        wrong = valid[part].nonzero().flatten() if has_wrong else None
-        theirs = partner[part][wrong] if wrong is not None else partner[:0]
+    for i, rows in enumerate(slices):
+        mismatched, device = wrong[i], sentences.device
+        partners = partner[:0] if mismatched is None else partner[rows][mismatched]
         parts.append(
             Part(
-                real=[images[part] for images in real],
-                words=words[part],
-                sentence=sentence[part],
-                tokens=batch.tokens[part],
-                word_mask=batch.word_mask[part],
-                noise=noise[part],
-                condition_noise=condition_noise[part],
-                wrong=None if wrong is None else wrong.to(sentences.device, non_blocking=True),
-                wrong_sentence=sentences[theirs.to(sentences.device, non_blocking=True)],
+                real=[images[rows] for images in real],
+                words=words[rows],
+                sentence=sentence[rows],
+                tokens=batch.tokens[rows],
+                word_mask=batch.word_mask[rows],
+                noise=noise[rows],
+                condition_noise=condition_noise[rows],
+                wrong=None if mismatched is None else mismatched.to(device, non_blocking=True),
+                wrong_sentence=sentences[partners.to(device, non_blocking=True)],
+                word_weight=word_weights[i],
+                pair_weight=pair_weights[i],
             )
         )
     return parts
 
 
-def paint(state: AdversarialState, part: Part) -> Painting:
-    """Generate images from the captions of a part."""
-    network = state.painter.parallel if torch.is_grad_enabled() else state.painter.module
-    with autocast(state.engine, state.world.device):
+def generate(state: AdversarialState, part: Part) -> GeneratedBatch:
+    """Generate images from the captions of a part; where gradients are enabled, through the parallel wrapper."""
+    network = state.generator.parallel if torch.is_grad_enabled() else state.generator.module
+    with autocast(state.engine, state.group.device):
         return network(part.noise, part.condition_noise, part.words, part.sentence, part.word_mask)
+
+
+@contextmanager
+def frozen(networks: Sequence[TrainedNetwork]) -> Iterator[None]:
+    """Disable gradients of the weights of these networks; gradients still flow through them to the images."""
+    for network in networks:
+        network.module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.module.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Drawn flowers with captions: a synthetic data set of any size that needs no files."""

@@ -1,0 +1,67 @@
+"""The built-in data set: drawn flowers with captions and ground-truth attributes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.flowers.attributes import ATTRIBUTES, class_id_of
+from mirror_modules.data.flowers.captions import write_captions
+from mirror_modules.data.flowers.drawing import MIN_RESOLUTION, draw_flower
+from mirror_modules.data.sample import CaptionedImage
+
+_SPLITS = ("train", "validation")
+
+
+class SyntheticFlowers:
+    """Drawn flowers with captions, each rendered on access.
+
+    A sample is a pure function of (seed, split, index): the flower does not depend on the resolution, nor the image on
+    `captions_per_image`. The splits use separate random streams.
+
+    Args:
+        size: Number of samples.
+        resolution: Height and width in pixels, at least 8.
+        seed: Seed, from 0 to 2**32 - 1.
+        split: "train" or "validation".
+        captions_per_image: Number of captions for each image.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> from mirror_modules.data import SyntheticFlowers
+        >>> flowers = SyntheticFlowers(1000, resolution=32, seed=0)
+        >>> sample = flowers[7]
+        >>> sample.image.shape, len(sample.captions), sorted(sample.attributes)[:3]
+        ((32, 32, 3), 5, ['background', 'center_color', 'petal_color'])
+        >>> SyntheticFlowers(8, resolution=64)[7].captions == sample.captions
+        True
+    """
+
+    def __init__(
+        self, size: int, *, resolution: int = 64, seed: int = 0, split: str = "train", captions_per_image: int = 5
+    ) -> None:
+        check_positive("SyntheticFlowers", size=size, resolution=resolution, captions_per_image=captions_per_image)
+        check_choice("SyntheticFlowers", "split", split, _SPLITS)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"SyntheticFlowers: seed must be from 0 to 2**32 - 1, but it is {seed}.")
+        if resolution < MIN_RESOLUTION:
+            raise ValueError(f"SyntheticFlowers: resolution must be at least {MIN_RESOLUTION}, but it is {resolution}.")
+        self.size = size
+        self.resolution = resolution
+        self.seed = seed
+        self.split = split
+        self.captions_per_image = captions_per_image
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        if not -self.size <= index < self.size:
+            raise IndexError(f"SyntheticFlowers: index {index} is out of range for {self.size} samples.")
+        rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index % self.size))
+        attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
+        image = draw_flower(attributes, self.resolution, rng)
+        captions = write_captions(attributes, rng, self.captions_per_image)
+        return CaptionedImage(image, tuple(captions), class_id_of(attributes), attributes)

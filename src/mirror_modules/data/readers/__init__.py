@@ -1,0 +1,1 @@
+"""Readers of captioned images on disk: one file per format, and their common code."""

@@ -1,0 +1,200 @@
+"""The common base of the data sets on disk: a list of image files with captions, decoded on access."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, printable
+from mirror_modules.data.readers.images import Box, decode_square, image_size, import_pillow, read_square
+from mirror_modules.data.sample import CaptionedImage
+
+SPLITS = ("train", "validation")
+# Control characters and lone surrogates; JSON can produce the latter, and UTF-8 cannot encode them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_WORD = re.compile(r"[^\W_]")
+
+
+class Part(NamedTuple):
+    """A byte range of a larger file."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read the bytes through a file handle of their own, so that processes share no file position."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Entry(NamedTuple):
+    """An image file with its captions and class."""
+
+    image: Path
+    captions: tuple[str, ...]
+    class_id: int
+    box: Box | None = None
+    """Bounding box to crop around; None uses the whole image."""
+    part: Part | None = None
+    """Byte range of the image, if `image` only names a member of an archive."""
+
+
+class CaptionedFiles:
+    """Square images with captions, read from disk: the base class of the readers.
+
+    Captions are read when the data set is opened, an image on access: its shorter side is resized (antialiased) and the
+    center square is kept. A `resolution` somewhat above the model's leaves room for random crops.
+    """
+
+    layout: ClassVar[str]
+    """Description of the files that the folder must hold, for error messages."""
+    entries: tuple[Entry, ...]
+    """Files, captions and class of each sample."""
+    report: ErrorReport
+    """The skipped samples. Pass it to `InMemoryCaptions`, which adds those that it skips."""
+
+    def __init__(self, root: str | Path, split: str, resolution: int, on_error: str) -> None:
+        check_choice(self._owner, "split", split, SPLITS)
+        check_positive(self._owner, resolution=resolution)
+        import_pillow()
+        self.root = Path(root)
+        self.split = split
+        self.resolution = resolution
+        self.report = ErrorReport(on_error)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self._owner}: there is no folder {self.root}; it must hold {self.layout}.")
+        self.entries = tuple(self._read_entries())
+        count, total = len(self.report.skipped), len(self.entries) + len(self.report.skipped)
+        self.report.check(self._owner, count, total)
+        self.report.share_at_opening = count / max(total, 1)
+        if not self.entries and on_error != "list":
+            raise ValueError(f"{self._owner}: there is no image in {self._source()}; {self._expected()}.")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        """The sample at `index`, which may be negative.
+
+        Raises:
+            IndexError: The index is out of range.
+            ValueError: The image cannot be read.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self._owner}: index {index} is out of range for {len(self)} samples.")
+        entry = self.entries[index]
+        return CaptionedImage(self._read_image(index % len(self)), entry.captions, entry.class_id, {})
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Width and height of an intact image as stored, before resizing."""
+        entry = self.entries[index]
+        return image_size(entry.image if entry.part is None else BytesIO(entry.part.read()))
+
+    def _read_image(self, index: int) -> NDArray[np.uint8]:
+        entry = self.entries[index]
+        if entry.part is None:
+            return read_square(entry.image, self.resolution, entry.box)
+        try:
+            content = entry.part.read()
+        except OSError as error:
+            raise DamagedSample(self._owner, entry.image, f"cannot be read ({error.strerror})") from error
+        return decode_square(content, str(entry.image), self.resolution)
+
+    @property
+    def _owner(self) -> str:
+        return type(self).__name__
+
+    def _source(self) -> str:
+        """Where the images of the split are listed, for error messages."""
+        return f"the {self.split} split of {self.root}"
+
+    def _expected(self) -> str:
+        """What a split without images lacks, for error messages."""
+        return f"the folder must hold {self.layout}"
+
+    def _read_entries(self) -> Iterator[Entry]:
+        raise NotImplementedError
+
+    def _require(self, *parts: str) -> None:
+        for part in parts:
+            if not (self.root / part).exists():
+                raise FileNotFoundError(
+                    f"{self._owner}: {self.root} has no {part}; the folder must hold {self.layout}."
+                )
+
+    def _skip(self, file: str | Path, reason: str, *, missing: bool = False) -> None:
+        self.report.add(self._owner, file, reason, missing=missing)
+
+    def _entry(
+        self, image: Path, lines: Iterable[str], source: str | Path, class_id: int, box: Box | None = None
+    ) -> Iterator[Entry]:
+        """The entry of one image, or none if its file is missing or no line has a word; `source` is then at fault."""
+        # Path.is_file raises an OSError for names that are too long; os.path.isfile returns False.
+        if not os.path.isfile(image):
+            self._skip(source, f"describes {image}, which does not exist", missing=True)
+        elif captions := clean_captions(lines):
+            yield Entry(image, captions, class_id, box)
+        else:
+            self._skip(source, f"holds no caption of {image.name}")
+
+
+def check_apart(owner: str, *splits: CaptionedFiles) -> None:
+    """Require that the splits have no image in common.
+
+    Raises:
+        ValueError: An image is in all of them.
+    """
+    shared = set.intersection(*({entry.image for entry in dataset.entries} for dataset in splits))
+    if shared:
+        raise ValueError(
+            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; validation on "
+            "training images measures nothing: remove them from one split."
+        )
+
+
+def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
+    """The lines that contain a word, stripped, with control characters replaced by spaces."""
+    captions = (_UNPRINTABLE.sub(" ", line).strip() for line in lines)
+    return tuple(caption for caption in captions if _WORD.search(caption))
+
+
+def class_of(name: str) -> int:
+    """Class id of a class name: a hash, equal in every process and in both splits."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
+
+
+def read_lines(owner: str, path: Path) -> list[str]:
+    """The non-blank lines of a text file, stripped.
+
+    Raises:
+        ValueError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        # Reading a named pipe would block forever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DamagedSample(owner, path, "is no regular file")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DamagedSample(owner, path, f"is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DamagedSample(owner, path, f"cannot be read ({error.strerror})") from error
+    # str.splitlines would also break lines at control characters.
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative file name stays within its folder."""
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,0 +1,206 @@
+"""Decode image files of common formats into square RGB arrays."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror_modules.data.readers.damage import DamagedSample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+# An explicit list: for some other formats Pillow starts external programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# JPEG files with more pixels are downscaled by the decoder. Smaller files are not: their pixels must not depend on how
+# a JPEG library downscales.
+LARGE_PIXELS = 2**24
+MAX_PIXELS = 2**26
+ORIENTATION = 0x0112
+
+
+class Box(NamedTuple):
+    """A bounding box in pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def read_square(path: Path, resolution: int, box: Box | None = None) -> NDArray[np.uint8]:
+    """Read an image, resize its shorter side to `resolution` (antialiased) and keep the center square, (H, W, 3).
+
+    The EXIF orientation is applied, transparent pixels are composited onto white, and 16-bit gray is scaled to bytes.
+
+    Args:
+        path: A JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
+        resolution: Height and width of the result.
+        box: Bounding box to crop around, with a margin (see `square_around`), in pixels as stored; None uses the whole
+            image.
+
+    Returns:
+        RGB bytes, (resolution, resolution, 3).
+
+    Raises:
+        ValueError: The file cannot be read as an image; the message names the file and the reason.
+        ImportError: Pillow is missing.
+        MemoryError: The decoded image does not fit in memory.
+    """
+    return _read("read_square", path, path, lambda: path.stat().st_size, resolution, box)
+
+
+def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint8]:
+    """`read_square` for the bytes of an image file.
+
+    Args:
+        content: The bytes.
+        name: Name of the image in error messages.
+        resolution: Height and width of the result.
+
+    Returns:
+        RGB bytes, (resolution, resolution, 3).
+
+    Raises:
+        ValueError: The bytes cannot be read as an image; the message gives the reason.
+        ImportError: Pillow is missing.
+    """
+    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None)
+
+
+def image_size(file: Path | BytesIO) -> tuple[int, int]:
+    """Width and height as stored, of a file that `read_square` can read."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+
+
+def square_around(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """The square around a bounding box, as in the published preparation of CUB, clipped to the image.
+
+        half_side = int(0.75 * max(box.width, box.height)), centered on the box
+
+    Args:
+        box: The bounding box, in pixels.
+        width: Width of the image.
+        height: Height of the image.
+
+    Returns:
+        First column, first row, and the column and row after the last: Pillow's (left, upper, right, lower).
+
+    Raises:
+        ValueError: The square lies outside the image.
+    """
+    half = max(int(max(box.width, box.height) * 0.75), 1)
+    x, y = int(box.left + box.width / 2), int(box.top + box.height / 2)
+    left, top, right, bottom = max(x - half, 0), max(y - half, 0), min(x + half, width), min(y + half, height)
+    if left >= right or top >= bottom:
+        raise ValueError(f"its bounding box {tuple(box)} lies outside its {width} x {height} pixels")
+    return left, top, right, bottom
+
+
+def shrink(pixels: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
+    """Resize square bytes (H, H, 3), antialiased, with the filter of `read_square`."""
+    from PIL import Image
+
+    return np.array(Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
+def import_pillow() -> None:
+    """Raise an ImportError that names the install command if Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Reading images needs Pillow: pip install 'mirror-modules[train]'.") from error
+
+
+def _read(
+    owner: str,
+    name: str | Path,
+    file: Path | BytesIO,
+    size: Callable[[], int],
+    resolution: int,
+    box: Box | None,
+) -> NDArray[np.uint8]:
+    import_pillow()
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns about large images and odd metadata, both of which are handled here.
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                return _to_square(image, resolution, box)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        reason = f"it is none of the formats {', '.join(FORMATS)}" if size() else "it is empty"
+        raise DamagedSample(owner, name, f"cannot be read as an image ({reason})") from error
+    # Decoders raise errors of every type on damaged bytes.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedSample(owner, name, f"cannot be read as an image ({reason})") from error
+
+
+def _to_square(image: PillowImage, resolution: int, box: Box | None) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    width, height = image.size
+    left, top, right, bottom = (0, 0, width, height) if box is None else square_around(box, width, height)
+    side = min(right - left, bottom - top)
+    x, y = left + (right - left - side) / 2, top + (bottom - top - side) / 2
+    if width * height > LARGE_PIXELS:
+        # At least twice the target size remains for the antialiased resize.
+        factor = max(side / (2 * resolution), 1)
+        image.draft(None, (int(width / factor), int(height / factor)))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels; at most {MAX_PIXELS} are decoded, downscale it")
+    scale_x, scale_y = image.width / width, image.height / height
+    crop = (
+        x * scale_x,
+        y * scale_y,
+        min((x + side) * scale_x, image.width),
+        min((y + side) * scale_y, image.height),
+    )
+    square = _to_rgb(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box=crop)
+    if square.mode == "RGBA":
+        white = Image.new("RGBA", square.size, "white")
+        white.alpha_composite(square)
+        square = white.convert("RGB")
+    # Rotating the center square gives the center square of the rotated image.
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(image.getexif().get(ORIENTATION, 1))
+    return np.array(square if turn is None else square.transpose(turn))
+
+
+def _to_rgb(image: PillowImage) -> PillowImage:
+    """Convert to 8-bit RGB, or to RGBA if the image has transparency."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; expected integers")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= 2**16:
+            raise ValueError(f"its pixels range from {low} to {high}; expected 8 or 16 bits")
+        # 65535 / 257 = 255; Pillow's own conversion clips everything above 255.
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)

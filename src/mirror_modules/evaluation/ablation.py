@@ -1,0 +1,328 @@
+"""Ablation of the generator's objective: the same data, seeds and steps, with one setting changed at a time.
+
+The phases before the generator are trained once per seed and shared by all cells. A cell is one setting of the
+generator's objective and attention; its run folder is like any other. Each cell is trained once per seed, each time in
+its own process, and resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mirror_modules._files import read_json, write_json, write_text
+from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
+from mirror_modules.evaluation.ablation_table import as_markdown, draw, summarize
+from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
+from mirror_modules.metrics import expected_hits
+from mirror_modules.models import MirrorGAN
+from mirror_modules.models.pretrained import load_weights
+from mirror_modules.training.batches import Splits, load_splits
+from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.folder import FORMAT, RunFolder, versions
+from mirror_modules.training.loop import load_pair, train
+from mirror_modules.training.recipes import Recipe, differences
+from mirror_modules.training.validation import (
+    generate_images,
+    image_features,
+    sentence_features,
+    unseen_pairs,
+    word_accuracy,
+)
+
+SHARED_PHASES = ("stem", "stream", "evaluator")
+KIND = "ablation"
+
+
+class Cell(NamedTuple):
+    """One setting of the ablation."""
+
+    name: str
+    """Shown in the tables; the name of the cell's folder is derived from it."""
+    fields: dict[str, Any]
+    """Recipe fields that the cell overrides, in the form that `Recipe.from_dict` accepts."""
+
+
+def ablation_cells() -> list[Cell]:
+    """The paper's ablation (Sec. 4.2), with and without mismatched pairs, plus balanced gradients.
+
+    Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; and
+    balanced gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
+    """
+    cells = [
+        Cell("word attention, weight 0", _fields(0.0, attention="word")),
+        Cell("word attention, weight 1", _fields(1.0, attention="word")),
+    ]
+    for mismatched in (True, False):
+        side = "" if mismatched else "no mismatched pairs, "
+        cells += [
+            Cell(f"{side}weight {weight:g}", _fields(weight, mismatched=mismatched))
+            for weight in (0.0, 1.0, 5.0, 10.0, 20.0)
+        ]
+    cells += [Cell(f"ratio {ratio:g}", _fields(None, ratio)) for ratio in (0.1, 0.25, 0.5, 1.0)]
+    return [
+        *cells,
+        Cell("word attention, ratio 0.25", _fields(None, 0.25, attention="word")),
+        Cell("no mismatched pairs, ratio 0.25", _fields(None, 0.25, mismatched=False)),
+    ]
+
+
+def _fields(
+    weight: float | None, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
+) -> dict[str, Any]:
+    glam = {"redescription_weight": weight, "redescription_ratio": ratio, "mismatched_pairs": mismatched}
+    return {"model": {"attention": attention}, "glam": glam}
+
+
+def ablate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    cells: Sequence[Cell],
+    seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train and evaluate every cell with every seed; write ablation.json, ablation.md and ablation.png.
+
+    Args:
+        recipe: The settings that all cells share.
+        out: The folder of the ablation; finished cells in it are reused.
+        cells: The settings to compare; `ablation_cells` lists those of the paper.
+        seeds: Each seed determines the data, initial weights and noise of one run per cell.
+        jobs: Number of processes that train at the same time; they divide the CPU threads among them.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The content of ablation.json.
+
+    Raises:
+        ValueError: The folder holds an ablation of another recipe, or an argument is out of range.
+        TrainingError: A process failed.
+
+    Examples:
+        >>> from mirror_modules.evaluation import ablate
+        >>> from mirror_modules.evaluation.ablation import ablation_cells
+        >>> from mirror_modules.training import get_recipe
+        >>> cells = [cell for cell in ablation_cells() if cell.name in ("weight 0", "ratio 0.25")]
+        >>> content = ablate(get_recipe("ablation"), "runs/ablation", cells=cells, jobs=2)  # doctest: +SKIP
+        >>> content["figures"]["ratio 0.25"]["r_precision"]["mean"]  # doctest: +SKIP
+        0.698
+    """
+    folder = Path(out)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"ablate: seeds must be one or more distinct numbers, but they are {list(seeds)}.")
+    for seed in seeds:
+        dataclasses.replace(recipe, seed=seed)
+    if jobs < 1:
+        raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")
+    _begin(folder, recipe)
+    tasks = [(recipe, folder, seed, device) for seed in seeds]
+    # Train it before the processes start: each of them would train its own.
+    _attribute_classifier(recipe, folder)
+    real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
+    missing = [task for task in tasks if not real_paths[task[2]].exists()]
+    _in_processes(train_shared, missing, jobs, title="shared phases")
+    unfinished = [
+        (cell, *task)
+        for task in tasks
+        for cell in cells
+        if not (_cell_folder(folder, cell, task[2]) / "result.json").exists()
+    ]
+    _in_processes(run_cell, unfinished, jobs, title="cells")
+    # The tables also include finished cells of earlier calls.
+    known = {cell.name: cell for cell in [*ablation_cells(), *cells]}
+    files = {name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for name, cell in known.items()}
+    files = {name: paths for name, paths in files.items() if all(path.exists() for path in paths)}
+    results = {name: [read_json(path) for path in paths] for name, paths in files.items()}
+    results["real images"] = [read_json(path) for path in real_paths.values()]
+    content = summarize(results, seeds)
+    content |= {
+        "recipe": recipe.to_dict(),
+        "cells": {name: known[name].fields for name in files},
+        "versions": versions(),
+    }
+    write_json(folder / "ablation.json", content)
+    write_text(folder / "ablation.md", as_markdown(content))
+    draw(content, folder / "ablation.png")
+    return content
+
+
+def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> None:
+    """Train one cell with one seed, evaluate it, and write the metrics to its result.json."""
+    run = RunFolder(_cell_folder(out, cell, seed))
+    recipe = dataclasses.replace(Recipe.from_dict(cell.fields, recipe), seed=seed)
+    shared = RunFolder(_shared_folder(out, seed))
+    run.check(recipe)
+    run.begin(recipe)
+    for phase in SHARED_PHASES:
+        if not run.weights(phase).exists():
+            shutil.copyfile(shared.weights(phase), run.weights(phase))
+    # Progress bars of processes that run at the same time would overwrite each other in the terminal.
+    with (run.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        train(recipe, run.path, phases=["glam"], device=device, resume=True)
+    model = MirrorGAN.from_pretrained(run.model, device=device)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    write_json(
+        run.path / "result.json", measure(recipe, run, splits, device, _attribute_classifier(recipe, out), model)
+    )
+
+
+def train_shared(recipe: Recipe, out: Path, seed: int, device: str) -> None:
+    """Train the phases that all cells of a seed share, and evaluate the real images as their ceiling."""
+    run, recipe = RunFolder(_shared_folder(out, seed)), dataclasses.replace(recipe, seed=seed)
+    run.path.mkdir(parents=True, exist_ok=True)
+    train(recipe, run.path, phases=SHARED_PHASES, device=device, resume=True)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    write_json(run.path / "real.json", measure(recipe, run, splits, device, _attribute_classifier(recipe, out), None))
+
+
+def _attribute_classifier(recipe: Recipe, out: Path) -> AttributeClassifier | None:
+    if recipe.data.source != "synthetic-flowers":
+        return None
+    return fit_attribute_classifier(out / "attributes.safetensors", recipe.model.resolutions[-1])
+
+
+def measure(
+    recipe: Recipe,
+    folder: RunFolder,
+    splits: Splits,
+    device: str,
+    classifier: AttributeClassifier | None,
+    model: MirrorGAN | None,
+) -> dict[str, list[float]]:
+    """Metrics per validation caption, in [0, 1]: `{"r_precision": [...], ...}`.
+
+    `r_precision` is the expected top-1 precision by the encoder pair of phase `evaluator`. `attributes` is the share of
+    the attributes in the caption that the attribute classifier predicts for the image; `colors` is the same share for
+    the two colors measured in the pixels. `words` holds a single value, the captioner's word accuracy over the split.
+
+    Args:
+        recipe: The recipe of the run.
+        folder: The run that holds the weights of phases `stream` and `evaluator`.
+        splits: The data of the recipe.
+        device: "cpu" or "cuda".
+        classifier: The attribute classifier of drawn flowers; None if the data have no attributes.
+        model: Generates the images; None evaluates the real images instead.
+    """
+    unseen = unseen_pairs(splits, recipe.model.max_words)
+    captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
+    load_weights(captioner, folder.weights("stream"))
+    pair = load_pair(folder, "evaluator", recipe, splits).to(device)
+    images = to_float(unseen.images)
+    if model is not None:
+        images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    precision = expected_hits(image_features(pair, images), sentences, candidates=recipe.evaluation.candidates)
+    accuracy, _ = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
+    metrics = {"r_precision": precision.tolist(), "words": [accuracy]}
+    if classifier is not None:
+        named = [attributes_named(caption) for caption in unseen.captions]
+        metrics["attributes"] = _shares_correct(classifier.predict(images), named)
+        metrics["colors"] = _shares_correct(measured_colors(to_bytes(images)), named)
+    return metrics
+
+
+def _shares_correct(predicted: Mapping[str, Sequence[str]], named: Sequence[Mapping[str, str]]) -> list[float]:
+    """For each caption, the share of its attributes, among the predicted ones, that match the prediction."""
+    shares = []
+    for i, attributes in enumerate(named):
+        correct = [predicted[name][i] == value for name, value in attributes.items() if name in predicted]
+        # Never empty: every caption names the color of the petals.
+        shares.append(sum(correct) / len(correct))
+    return shares
+
+
+def _in_processes(function: Callable[..., None], tasks: Sequence[tuple[Any, ...]], jobs: int, *, title: str) -> None:
+    """Call `function(*task)` for each task in its own process, with at most `jobs` processes at a time.
+
+    The first failure terminates the other processes.
+
+    Raises:
+        TrainingError: A process failed.
+    """
+    from tqdm import tqdm
+
+    if not tasks:
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(tasks)[::-1], list[Any]()
+    threads = max(1, torch.get_num_threads() // jobs)
+    with tqdm(total=len(tasks), desc=title, unit=" runs", dynamic_ncols=True) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(context.Process(target=_run_task, args=(function, waiting.pop(), threads)))
+                    running[-1].start()
+                connection.wait([process.sentinel for process in running])
+                for process in [process for process in running if not process.is_alive()]:
+                    running.remove(process)
+                    if process.exitcode != 0:
+                        raise TrainingError(
+                            f"a process of the ablation exited with status {process.exitcode}; its output gives the "
+                            "reason. Finished cells are kept: repeat the command to continue."
+                        )
+                    bar.update()
+        finally:
+            # On SIGTERM a training process finishes its step and saves a checkpoint.
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+
+
+def _terminate_with_parent() -> None:
+    """Terminate this process when its parent dies: an orphan would hold the run folder's lock."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
+    threading.Thread(target=_terminate_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        function(*task)
+    except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
+        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _shared_folder(out: Path, seed: int) -> Path:
+    return out / "shared" / f"seed-{seed}"
+
+
+def _cell_folder(out: Path, cell: Cell, seed: int) -> Path:
+    return out / "cells" / cell.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+
+
+def _begin(out: Path, recipe: Recipe) -> None:
+    """Create the folder with its config.json, or check that it holds an ablation of this recipe."""
+    config = out / "config.json"
+    if config.exists():
+        content = read_json(config)
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise ValueError(f"{config} does not belong to an ablation; choose another --out.")
+        changed = [text for text, harmless in differences(RunFolder(out).read_recipe(), recipe) if not harmless]
+        if changed:
+            raise ValueError(
+                f"{out} holds an ablation with other settings ({'; '.join(changed)}); choose another --out, or "
+                "remove it."
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no ablation; choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(config, {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()})

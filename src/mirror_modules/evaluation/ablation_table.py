@@ -1,0 +1,148 @@
+"""Results of an ablation: mean and deviation over seeds, paired differences with bootstrap intervals, and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirror_modules._files import write_whole
+
+RESAMPLES = 10_000
+INTERVAL = 0.95
+TITLES = {
+    "r_precision": "R-precision, top 1",
+    "attributes": "attribute accuracy",
+    "colors": "color accuracy",
+    "words": "word accuracy",
+}
+
+# Each cell and its baseline, which lacks the one setting that the cell adds.
+PAIRS = (
+    ("weight 0", "word attention, weight 0"),
+    ("weight 1", "word attention, weight 1"),
+    *((f"weight {weight}", "weight 0") for weight in (1, 5, 10, 20)),
+    *((f"no mismatched pairs, weight {weight}", "no mismatched pairs, weight 0") for weight in (1, 5, 10, 20)),
+    *((f"no mismatched pairs, weight {weight}", f"weight {weight}") for weight in (0, 20)),
+    *((f"ratio {ratio}", "weight 0") for ratio in ("0.1", "0.25", "0.5", "1")),
+    ("ratio 0.25", "weight 1"),
+    ("word attention, ratio 0.25", "word attention, weight 0"),
+    ("no mismatched pairs, ratio 0.25", "no mismatched pairs, weight 0"),
+)
+
+
+def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, and paired differences between cells with bootstrap intervals.
+
+    Args:
+        results: For each cell, the metrics of each seed as `measure` returns them.
+        seeds: The seeds, in the order of the results.
+
+    Returns:
+        "figures": for each cell and metric, its mean, its standard deviation over the seeds, and its value per seed.
+        "differences": for each pair of cells and each metric, the mean difference and the bounds of its interval.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for name, runs in results.items():
+        figures[name] = {}
+        for figure in runs[0]:
+            values = [float(np.mean(run[figure])) for run in runs]
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            figures[name][figure] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
+    compared = []
+    for name, baseline in PAIRS:
+        if name not in results or baseline not in results:
+            continue
+        for figure in results[name][0]:
+            paired = [
+                np.asarray(run[figure]) - np.asarray(baseline_run[figure])
+                for run, baseline_run in zip(results[name], results[baseline])
+            ]
+            low, high = bootstrap_interval(paired)
+            mean = float(np.mean([difference.mean() for difference in paired]))
+            compared.append(
+                {"cell": name, "against": baseline, "figure": figure, "mean": mean, "low": low, "high": high}
+            )
+    return {"seeds": list(seeds), "figures": figures, "differences": compared}
+
+
+def bootstrap_interval(differences: Sequence[np.ndarray[Any, Any]], *, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the mean paired difference, over both seeds and captions.
+
+    Each resample draws seeds with replacement, and for each of them captions with replacement. The interval covers the
+    middle 95 % of the resampled means. With few seeds it tends to be too narrow.
+
+    Args:
+        differences: For each seed, the difference at each caption.
+        seed: Seed of the resampling.
+
+    Returns:
+        The lower and the upper bound.
+    """
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(len(differences), size=(RESAMPLES, len(differences)))
+    # A seed that is drawn twice gets an independent resample of captions each time.
+    means = [np.mean([rng.choice(differences[i], len(differences[i])).mean() for i in drawn]) for drawn in seeds]
+    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    return float(low), float(high)
+
+
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """Format two Markdown tables: the metrics of each cell, and the paired differences with their intervals."""
+    figures = content["figures"]
+    columns = [name for name in TITLES if name in next(iter(figures.values()))]
+    seeds = ", ".join(map(str, content["seeds"]))
+    lines = [
+        f"Mean and standard deviation over seeds {seeds}, in %.",
+        "",
+        "| | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in figures.items():
+        cells = [_mean_and_deviation(row[each]["mean"], row[each]["deviation"]) for each in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Paired differences in percentage points, with {INTERVAL:.0%} bootstrap intervals over seeds and captions.",
+        "",
+        "| | against | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    by_pair: dict[tuple[str, str], dict[str, str]] = {}
+    for each in content["differences"]:
+        text = f"{100 * each['mean']:+.1f}"
+        # A single value of a single seed has no interval.
+        if each["low"] < each["high"]:
+            text += f" ({100 * each['low']:+.1f} to {100 * each['high']:+.1f})"
+        by_pair.setdefault((each["cell"], each["against"]), {})[each["figure"]] = text
+    for (name, baseline), row in by_pair.items():
+        lines.append(f"| {name} | {baseline} | " + " | ".join(row[each] for each in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(mean: float, deviation: float | None) -> str:
+    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Plot each metric of each cell: a dot per seed, a bar for the mean."""
+    from matplotlib.figure import Figure
+
+    figures = content["figures"]
+    names = list(figures)[::-1]
+    columns = [name for name in TITLES if name in figures[names[0]]]
+    picture = Figure(figsize=(4.2 * len(columns), 0.36 * len(names) + 1.2), layout="constrained")
+    panels = picture.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns):
+        for y, name in enumerate(names):
+            figure = figures[name][column]
+            axes.barh(y, 100 * figure["mean"], color="#d9cce0", height=0.7)
+            axes.plot(
+                [100 * value for value in figure["seeds"]], [y] * len(figure["seeds"]), "o", color="#7d4a92", ms=4
+            )
+        axes.set_xlabel(f"{TITLES[column]} (%)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    write_whole(path, lambda temporary: picture.savefig(temporary, dpi=120, format="png"))

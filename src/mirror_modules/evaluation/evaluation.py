@@ -1,0 +1,316 @@
+"""Evaluation of a trained run with networks that no generator was trained against (MirrorGAN, Sec. 4.1)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mirror_modules._files import write_json
+from mirror_modules._tiles import in_chunks
+from mirror_modules.data.transforms import to_float
+from mirror_modules.evaluation.attributes import (
+    CHUNK,
+    AttributeClassifier,
+    fit_attribute_classifier,
+    measure_attributes,
+)
+from mirror_modules.evaluation.extractors import (
+    Extractor,
+    attribute_extractor,
+    fit_class_extractor,
+    inception_extractor,
+)
+from mirror_modules.evaluation.report import Case, Showcase, write_report
+from mirror_modules.metrics import (
+    Diversity,
+    diversity,
+    expected_hits,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    r_precision_folds,
+    redescription_quality,
+)
+from mirror_modules.models import MirrorGAN
+from mirror_modules.training.batches import Splits, at_resolution, load_splits
+from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.log import read_log
+from mirror_modules.training.loop import load_pair
+from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.validation import (
+    Unseen,
+    derangement,
+    generate_images,
+    image_features,
+    image_information,
+    sentence_features,
+    unseen_pairs,
+    word_accuracy,
+)
+
+FOLDS = 10
+CASES = 8
+# Diversity: the number of captions, and the number of images generated from each.
+DIVERSE_CAPTIONS, IMAGES_PER_CAPTION = 30, 10
+
+
+class EvaluationNetworks(NamedTuple):
+    """Optional networks for the metrics other than R-precision."""
+
+    extractor: Extractor | None = None
+    """For FID, KID, Inception Score and diversity."""
+    classifier: AttributeClassifier | None = None
+    """For the attributes of synthetic flowers."""
+    missing: str = ""
+    """Why a requested network could not be trained; empty if none failed."""
+
+
+def evaluate(
+    out: str | Path, *, device: str = "cpu", fit_classifier: bool = False, inception: bool = False
+) -> dict[str, Any]:
+    """Evaluate a trained run; write evaluation.json, the pictures and report.html.
+
+    Each validation image has one caption that no training image has. Images are generated from these captions, and each
+    image ranks its caption against others of the validation split. The same metrics of the real images are the ceiling,
+    and those of images generated from other captions (shuffled) the floor. Word accuracy is the share of words and end
+    tokens that the captioner predicts correctly, given the preceding words; `image_information` is an estimate of the
+    pointwise mutual information of image and caption, in nats per token.
+
+    Args:
+        out: The folder of the run, with phases `stream`, `glam` and `evaluator` trained.
+        device: "cpu" or "cuda".
+        fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on synthetic flowers,
+            attribute accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the
+            reason is stored as `not_measured`.
+        inception: Use torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        FileNotFoundError: The folder is not a run, or a phase is missing.
+        ValueError: A file is damaged, there are too few captions, the training captions have changed since the run, or
+            the generator has diverged.
+        OSError: The weights of Inception are neither cached nor downloadable.
+
+    Examples:
+        >>> from mirror_modules.evaluation import evaluate
+        >>> metrics = evaluate("runs/demo", fit_classifier=True)  # doctest: +SKIP
+        >>> round(metrics["r_precision"]["generated"]["top1"], 3)  # doctest: +SKIP
+        0.782
+        >>> sorted(metrics["r_precision"])  # doctest: +SKIP
+        ['generated', 'real', 'shuffled']
+    """
+    folder = RunFolder(out)
+    recipe = folder.read_recipe()
+    for phase in PHASES:
+        if not folder.weights(phase).exists():
+            raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
+    model = MirrorGAN.from_pretrained(folder.model, device=device)
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    folder.check_vocabulary(splits.vocabulary)
+    if splits.vocabulary != model.vocabulary:
+        raise ValueError(
+            f"{folder.model} has a different vocabulary than the current training captions, so its token ids would "
+            "stand for other words: restore the data set that it was trained on, or train again."
+        )
+    pair = load_pair(folder, "evaluator", recipe, splits).to(device)
+    if inception and not _is_synthetic(recipe):
+        # A class classifier would only serve as the extractor, which Inception replaces.
+        networks = EvaluationNetworks()
+    else:
+        networks = load_evaluation_networks(folder, recipe, splits, fit_classifier)
+    if inception:
+        networks = networks._replace(extractor=inception_extractor(device=device))
+
+    unseen = unseen_pairs(splits, recipe.model.max_words)
+    real, generated = to_float(unseen.images), generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+    if not bool(generated.isfinite().all()):
+        raise ValueError(
+            f"the generator in {folder.model} generates images with NaN or infinite values, which cannot be evaluated: "
+            "its training has diverged. Train phase 'glam' again, for instance with a lower learning rate."
+        )
+    # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
+    others = derangement(len(generated), recipe.seed)
+    images = {"generated": generated, "real": real, "shuffled": generated[others]}
+    features = {name: image_features(pair, image) for name, image in images.items()}
+    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    predicted = {
+        name: word_accuracy(model.captioner, batch, unseen.tokens, unseen.word_mask) for name, batch in images.items()
+    }
+    candidates = recipe.evaluation.candidates
+    evaluation = {
+        "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
+        "chance": 1 / candidates,
+        "word_accuracy": {name: accuracy for name, (accuracy, _) in predicted.items()},
+        "image_information": {
+            name: image_information(
+                model.captioner, batch, unseen.tokens, unseen.word_mask, predicted[name][1], recipe.seed
+            )
+            for name, batch in images.items()
+        },
+        "redescription": {
+            name: redescription_quality(model.describe(batch), unseen.captions)._asdict()
+            for name, batch in images.items()
+        },
+        "images": len(generated),
+        "candidates": candidates,
+        "evaluator": "an encoder pair trained on the same training split with another seed; no other phase used it",
+        "skipped": dict(splits.skipped),
+        **_network_metrics(networks, model, splits, unseen, images, recipe.seed),
+        **_speed(folder),
+    }
+    precision = expected_hits(features["generated"], sentences, candidates=candidates)
+    cases = _cases(precision, unseen.captions, generated, unseen.images)
+    write_json(folder.evaluation, evaluation)
+    write_report(folder, recipe, _showcase(model, unseen, recipe, cases), evaluation)
+    return evaluation
+
+
+def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> EvaluationNetworks:
+    """Load the evaluation networks from the folder of a run; with `fit`, train and save missing ones if possible."""
+    path = folder.path / "classifiers" / ("attributes.safetensors" if _is_synthetic(recipe) else "classes.safetensors")
+    if not fit and not path.exists():
+        return EvaluationNetworks()
+    try:
+        if _is_synthetic(recipe):
+            classifier = fit_attribute_classifier(path, recipe.model.resolutions[-1])
+            return EvaluationNetworks(attribute_extractor(classifier), classifier)
+        return EvaluationNetworks(fit_class_extractor(path, splits.training, recipe.model.resolutions[-1], recipe.seed))
+    except TrainingError as error:
+        return EvaluationNetworks(missing=str(error))
+
+
+def _is_synthetic(recipe: Recipe) -> bool:
+    return recipe.data.source == "synthetic-flowers"
+
+
+def _precision(features: Tensor, sentences: Tensor, candidates: int, seed: int) -> dict[str, Any]:
+    result = r_precision_folds(
+        features,
+        sentences,
+        candidates=candidates,
+        folds=max(2, min(FOLDS, len(features) // 2)),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return {"top1": result.top1, "top2": result.top2, "top3": result.top3, "standard_errors": [*result.standard_errors]}
+
+
+def _network_metrics(
+    networks: EvaluationNetworks, model: MirrorGAN, splits: Splits, unseen: Unseen, images: dict[str, Tensor], seed: int
+) -> dict[str, Any]:
+    """Metrics that need the evaluation networks; the colors of synthetic flowers are measured without one."""
+    metrics: dict[str, Any] = {}
+    if splits.validation.attributes[0]:
+        metrics["attributes"] = {
+            name: measure_attributes(batch, unseen.captions, networks.classifier) for name, batch in images.items()
+        }
+    if networks.missing:
+        metrics["not_measured"] = networks.missing
+    extractor = networks.extractor
+    if extractor is not None:
+        metrics["extractor"] = extractor.name
+        metrics["features"] = _feature_metrics(extractor, splits.training.images, images, seed)
+        spread = _diversity(extractor, model, unseen, seed)
+        metrics["features"]["generated"] |= {
+            "diversity": spread.mean,
+            "diversity_standard_error": spread.standard_error,
+        }
+    return metrics
+
+
+def _feature_metrics(
+    extractor: Extractor, training: Tensor, images: dict[str, Tensor], seed: int
+) -> dict[str, dict[str, float]]:
+    """FID and KID from the validation images, and Inception Score, for generated and for real images.
+
+    The real baseline compares validation images with training images held out from the extractor, resized to match.
+    Distances are biased upward for few images, so both sides of the comparison use the same number of them.
+    """
+    random = torch.Generator().manual_seed(seed)
+    reference = extractor.features(images["real"])
+    real_rows = torch.arange(len(training))[extractor.held_out]
+    real_rows = real_rows[torch.randperm(len(real_rows), generator=random)[: len(reference)]]
+    generated_rows = torch.randperm(len(reference), generator=random)[: len(real_rows)]
+    resolution = images["real"].shape[2]
+
+    def real_features(rows: Tensor) -> Tensor:
+        return extractor.features(to_float(at_resolution(training[rows], resolution)))
+
+    compared = {
+        "generated": extractor.features(images["generated"][generated_rows]),
+        "real": in_chunks(real_features, real_rows, size=CHUNK),
+    }
+    metrics = {}
+    for name, features in compared.items():
+        random = torch.Generator().manual_seed(seed)
+        size = min(1000, len(features))
+        kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
+        logits = extractor.logits(images[name])
+        score = inception_score(logits, splits=min(FOLDS, len(logits) // 2), generator=random)
+        metrics[name] = {
+            "distance_images": len(features),
+            "frechet_distance": frechet_distance(features, reference),
+            "kernel_distance": kernel.mean,
+            "inception_score": score.mean,
+            "inception_score_deviation": score.standard_deviation,
+        }
+    return metrics
+
+
+def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> Diversity:
+    """Diversity of images generated from the same caption with different noise."""
+    sample = unseen.spread(DIVERSE_CAPTIONS)
+    tokens, word_mask = (
+        tensor.repeat_interleave(IMAGES_PER_CAPTION, dim=0) for tensor in (sample.tokens, sample.word_mask)
+    )
+    features = extractor.features(generate_images(model, tokens, word_mask, seed))
+    return diversity(features.unflatten(0, (len(sample.captions), IMAGES_PER_CAPTION)))
+
+
+def _cases(precision: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:
+    """The captions whose images have the highest, and those whose images have the lowest expected top-1 precision."""
+    order = precision.argsort(descending=True, stable=True).tolist()
+    count = min(CASES, len(order) // 2)
+    rows = {"best": order[:count], "worst": order[::-1][:count]}
+    return {
+        name: [Case(captions[i], generated[i], to_float(real[i : i + 1])[0], float(precision[i])) for i in indices]
+        for name, indices in rows.items()
+    }
+
+
+def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:
+    sample = unseen.spread(recipe.evaluation.report_images)
+    real = to_float(sample.images)
+    with warnings.catch_warnings():
+        # The captions come from the data set, where rare words are expected; the warning is meant for user input.
+        warnings.filterwarnings("ignore", message="unknown words")
+        generated = model.generate(sample.captions, seed=recipe.seed, need_weights=True)
+    words = [
+        [model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(sample.tokens, sample.word_mask)
+    ]
+    return Showcase(
+        captions=sample.captions,
+        words=words,
+        real=real,
+        generated=generated,
+        real_descriptions=model.describe(real),
+        generated_descriptions=model.describe(generated.images[-1]),
+        cases=cases,
+    )
+
+
+def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:
+    # Validation lines have no `waited` field; take the last training line of each phase.
+    last = {entry["phase"]: entry for entry in read_log(folder.log) if "waited" in entry}
+    seconds = {phase: max(entry["seconds"], 1e-9) for phase, entry in last.items()}
+    return {
+        "seconds": seconds,
+        "images_per_second": {phase: round(entry["images"] / seconds[phase], 1) for phase, entry in last.items()},
+        "waited_for_data": {phase: round(entry["waited"] / seconds[phase], 4) for phase, entry in last.items()},
+    }

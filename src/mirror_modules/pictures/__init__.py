@@ -1,0 +1,1 @@
+"""Pictures from tensors: image grids with captions, attention maps, PNG files."""

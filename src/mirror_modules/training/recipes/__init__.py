@@ -1,0 +1,36 @@
+"""Recipes: everything that determines the result of a run, by name."""
+
+from mirror_modules.training.recipes.named import RECIPES, ablation, demo, flowers_64, get_recipe, load_recipe
+from mirror_modules.training.recipes.records import (
+    PHASES,
+    AdversarialRecipe,
+    CaptionerRecipe,
+    DataRecipe,
+    EngineRecipe,
+    EvaluationRecipe,
+    LoggingRecipe,
+    MatchingRecipe,
+    PhaseRecipe,
+    Recipe,
+    differences,
+)
+
+__all__ = [
+    "PHASES",
+    "RECIPES",
+    "AdversarialRecipe",
+    "CaptionerRecipe",
+    "DataRecipe",
+    "EngineRecipe",
+    "EvaluationRecipe",
+    "LoggingRecipe",
+    "MatchingRecipe",
+    "PhaseRecipe",
+    "Recipe",
+    "ablation",
+    "demo",
+    "differences",
+    "flowers_64",
+    "get_recipe",
+    "load_recipe",
+]

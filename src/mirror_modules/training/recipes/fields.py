@@ -1,0 +1,67 @@
+"""Frozen records from JSON fields: overriding some of them, type checks with clear errors, comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def changed_fields(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Each field in which two records differ, in words, and whether the field is marked harmless."""
+    for each in dataclasses.fields(old):
+        before, now, name = getattr(old, each.name), getattr(new, each.name), prefix + each.name
+        if dataclasses.is_dataclass(before):
+            yield from changed_fields(before, now, f"{name}.")
+        elif before != now:
+            yield f"{name} is {before!r} there and {now!r} now", bool(each.metadata.get("harmless"))
+
+
+def override(record: Any, fields: Any, prefix: str = "") -> Any:
+    """A copy of a frozen record with some fields replaced, nested ones too."""
+    place = f" of {prefix.removesuffix('.')!r}" if prefix else ""
+    if not isinstance(fields, dict):
+        raise ValueError(f"Recipe: the value{place} must be an object of named fields, but it is {fields!r}.")
+    hints, changes = get_type_hints(type(record)), {}
+    for name, value in fields.items():
+        if name not in hints:
+            close = get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {', '.join(hints)}."
+            raise ValueError(f"Recipe: unknown field {prefix + name!r}{hint}")
+        before = getattr(record, name)
+        if dataclasses.is_dataclass(before):
+            changes[name] = override(before, value, f"{prefix}{name}.")
+        elif not _has_type(value, hints[name]):
+            raise ValueError(f"Recipe: {prefix + name} must be {_describe_type(hints[name])}, but it is {value!r}.")
+        else:
+            changes[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(record, **changes)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of this type."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_has_type(each, parts[0]) for each in value)
+    if hint is NoneType:
+        return value is None
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _describe_type(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_describe_type, parts))
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple:
+        return f"a list, each entry {_describe_type(parts[0])}"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}[hint]

@@ -1,0 +1,139 @@
+"""The named recipes. A recipe is a function that returns a `Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from mirror_modules._files import read_json
+from mirror_modules.models import MirrorGANConfig
+from mirror_modules.training.recipes.records import (
+    AdversarialRecipe,
+    CaptionerRecipe,
+    DataRecipe,
+    LoggingRecipe,
+    MatchingRecipe,
+    Recipe,
+)
+
+
+def demo() -> Recipe:
+    """Drawn flowers at 64 pixels, in minutes on two CPU cores."""
+    return Recipe(
+        name="demo",
+        model=MirrorGANConfig(
+            embedding_dim=64,
+            word_dim=128,
+            text_dropout=0.1,
+            noise_dim=32,
+            condition_dim=64,
+            channels=16,
+            resolutions=(16, 32, 64),
+            residual_blocks=1,
+            discriminator_channels=24,
+            image_backbone="conv",
+            captioner_backbone="conv",
+            captioner_projection=True,
+            captioner_embedding_dim=192,
+            captioner_hidden_dim=192,
+        ),
+        glam=AdversarialRecipe(
+            steps=1600,
+            batch_size=16,
+            generator_learning_rate=1e-3,
+            discriminator_learning_rate=5e-4,
+            redescription_weight=None,
+            redescription_ratio=0.25,
+            kl_weight=0.1,
+            average_decay=0.99,
+        ),
+    )
+
+
+def flowers_64() -> Recipe:
+    """The Oxford-102 photographs at 64 pixels, in one to two hours on two CPU cores."""
+    base = demo()
+    return dataclasses.replace(
+        base,
+        name="flowers-64",
+        data=DataRecipe(
+            source="oxford-flowers", training_images=None, validation_images=None, min_count=5, augment=True
+        ),
+        model=dataclasses.replace(
+            base.model,
+            text_dropout=0.5,
+            discriminator_channels=32,
+            captioner_projection=False,
+            captioner_embedding_dim=128,
+            captioner_hidden_dim=128,
+        ),
+        stem=MatchingRecipe(steps=600, batch_size=64, learning_rate=2e-3, word_pairs=32),
+        # On photographs, a captioner on the frozen image encoder of phase `stem` nearly ignores the image.
+        stream=CaptionerRecipe(steps=1600, learning_rate=5e-3, train_backbone=True),
+        glam=AdversarialRecipe(
+            steps=2400,
+            generator_learning_rate=5e-4,
+            discriminator_learning_rate=4e-4,
+            redescription_weight=None,
+            redescription_ratio=0.25,
+            average_decay=0.998,
+        ),
+        evaluator=MatchingRecipe(steps=1200, learning_rate=2e-3, word_weight=0.0),
+    )
+
+
+def ablation() -> Recipe:
+    """Drawn flowers at 32 pixels, small enough to be trained dozens of times on a CPU."""
+    base = demo()
+    return dataclasses.replace(
+        base,
+        name="ablation",
+        model=dataclasses.replace(base.model, resolutions=(16, 32)),
+        glam=dataclasses.replace(base.glam, steps=1000),
+        logging=LoggingRecipe(samples_every=0),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "flowers-64": flowers_64, "ablation": ablation}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A named recipe.
+
+    Args:
+        name: "demo", "flowers-64" or "ablation".
+
+    Raises:
+        ValueError: There is no recipe of this name.
+
+    Examples:
+        >>> from mirror_modules.training import get_recipe
+        >>> get_recipe("demo").data.source
+        'synthetic-flowers'
+        >>> get_recipe("flower")
+        Traceback (most recent call last):
+        ValueError: unknown recipe 'flower'; there are demo, flowers-64, ablation. Did you mean 'flowers-64'?
+    """
+    if name not in RECIPES:
+        close = get_close_matches(name, RECIPES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}.{hint}")
+    return RECIPES[name]()
+
+
+def load_recipe(path: str | Path, base: Recipe) -> Recipe:
+    """A recipe from a JSON file with the fields that differ from `base`, or from a run's config.json.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON, or a field is unknown, of another type or out of its range.
+    """
+    content = read_json(Path(path))
+    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+        content = content["recipe"]
+    try:
+        return Recipe.from_dict(content, base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,350 @@
+"""The fields of a recipe: everything that determines the result of a run, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mirror_modules._checks import check_number, check_positive
+from mirror_modules.models import MirrorGANConfig
+from mirror_modules.training.recipes.fields import changed_fields, override
+
+PHASES = ("stem", "stream", "glam", "evaluator")
+"""The phases of a run, in order."""
+
+
+def _harmless(default: Any) -> Any:
+    """A field that may change when a run is resumed: it affects what is logged, or how long the run is."""
+    return field(default=default, metadata={"harmless": True})
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """The captioned images."""
+
+    source: Literal[
+        "synthetic-flowers", "oxford-flowers", "birds", "coco", "folder", "webdataset", "prepared", "auto"
+    ] = "synthetic-flowers"
+    """Drawn flowers, or the format of the folder `path`, which auto recognizes; prepared is the cache written by
+    `mirror-modules data prepare`."""
+    path: str | None = _harmless(None)
+    """Folder of the photographs; not used for drawn flowers."""
+    training_images: int | None = 4096
+    """Number of training images; None takes all."""
+    validation_images: int | None = 1000
+    """Number of validation images; None takes all."""
+    min_count: int = 1
+    """Minimum number of occurrences in the training captions; rarer words become unknown."""
+    augment: bool = False
+    """Random crops and horizontal flips in training; images whose caption says left or right are not flipped."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether a damaged file ends the run, or is skipped and listed as long as at most 5 % are damaged."""
+    long_captions: Literal["cut", "subsample"] = "cut"
+    """Training keeps the first words of captions longer than the model's max_words, or random ones in their order."""
+
+    def __post_init__(self) -> None:
+        limits = {"training_images": self.training_images, "validation_images": self.validation_images}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        check_positive("DataRecipe", min_count=self.min_count, **given)
+
+
+@dataclass(frozen=True)
+class MatchingRecipe:
+    """Text and image encoder with the matching loss: phases `stem` and `evaluator`."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 96
+    """Images per step over all processes; the other captions of a batch are the negatives."""
+    learning_rate: float = 4e-3
+    """Adam's peak learning rate."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None does not clip."""
+    gamma_loss: float = 20.0
+    """Inverse temperature of the cross entropy; 10 in the published code, too low for short runs."""
+    word_weight: float = 0.3
+    """Weight of the word-region terms relative to the sentence-image terms; 0 drops them."""
+    word_pairs: int = 48
+    """Pairs per batch in the word-region terms, whose cost is quadratic in this number."""
+    keep_best: Literal["r_precision"] | None = None
+    """Validation metric that selects the best step; None uses the last step."""
+
+    def __post_init__(self) -> None:
+        check_positive("MatchingRecipe", steps=self.steps, batch_size=self.batch_size, word_pairs=self.word_pairs)
+        _check_above_zero("MatchingRecipe", self, "learning_rate", "gamma_loss", "max_grad_norm")
+        _check_not_negative("MatchingRecipe", self, "word_weight")
+
+
+@dataclass(frozen=True)
+class CaptionerRecipe:
+    """The captioner on real pairs: phase `stream`."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images per step over all processes."""
+    accumulate: int = 1
+    """Gradient accumulation: parts into which each process divides its share of a batch, to save memory."""
+    learning_rate: float = 1e-2
+    """Adam's peak learning rate."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None does not clip."""
+    train_backbone: bool = False
+    """Train the captioner's image backbone too; otherwise it is frozen as trained by phase `stem`."""
+    keep_best: Literal["cross_entropy", "word_accuracy"] | None = None
+    """Validation metric that selects the best step; None uses the last step."""
+
+    def __post_init__(self) -> None:
+        check_positive("CaptionerRecipe", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        _check_above_zero("CaptionerRecipe", self, "learning_rate", "max_grad_norm")
+
+
+@dataclass(frozen=True)
+class AdversarialRecipe:
+    """The generator against its discriminators: phase `glam`."""
+
+    steps: int = _harmless(700)
+    """Optimizer steps of the generator; each discriminator takes one step per generator step."""
+    batch_size: int = 32
+    """Images per step over all processes."""
+    accumulate: int = 1
+    """Gradient accumulation: parts into which each process divides its share of a batch, to save memory."""
+    generator_learning_rate: float = 2e-4
+    """Adam's learning rate for generator and conditioning."""
+    discriminator_learning_rate: float = 2e-4
+    """Adam's learning rate for each discriminator; a larger one than the generator's is known as TTUR."""
+    max_grad_norm: float | None = None
+    """Gradients of each network are clipped to this norm; None does not clip."""
+    redescription_weight: float | None = 20.0
+    """lambda, the weight of the redescription loss (20 in the paper, for a sum over words); 0 turns redescription off,
+    None requires `redescription_ratio`."""
+    redescription_ratio: float | None = None
+    """Instead of a weight: gradient norm of the redescription loss at each finest image, as a fraction of the
+    adversarial gradient's norm; see `balance_gradients`."""
+    redescription_reduction: Literal["word", "sentence"] = "word"
+    """Mean over words, or sum over each caption's words."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence of the conditions from a standard normal."""
+    mismatched_pairs: bool = True
+    """Train discriminators on real images with other images' sentences, too."""
+    adversarial_weighting: Literal["paper", "release"] = "paper"
+    """Weights of the adversarial terms: those of the paper or of the published code."""
+    adversarial_objective: Literal["logistic", "hinge"] = "logistic"
+    """Binary cross entropy as in the paper, or the hinge loss."""
+    r1_weight: float = 0.0
+    """Weight of the R1 penalty, half the squared gradient of the logits at real images; 0 turns it off."""
+    r1_every: int = 16
+    """Lazy regularization: the R1 penalty is computed every `r1_every` steps, with `r1_every` times its weight."""
+    average_decay: float = 0.999
+    """Decay of the generator's moving average, approached from 0.1 in the first steps."""
+    keep_best: Literal["r_precision", "redescription"] | None = None
+    """Validation metric that selects the best step; None uses the last step."""
+
+    def __post_init__(self) -> None:
+        owner = "AdversarialRecipe"
+        check_positive(
+            owner, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, r1_every=self.r1_every
+        )
+        _check_above_zero(
+            owner,
+            self,
+            "generator_learning_rate",
+            "discriminator_learning_rate",
+            "max_grad_norm",
+            "redescription_ratio",
+        )
+        _check_not_negative(owner, self, "redescription_weight", "kl_weight", "r1_weight", "average_decay")
+        weight, ratio = self.redescription_weight, self.redescription_ratio
+        if weight is not None and ratio is not None:
+            raise ValueError(
+                f"{owner}: redescription_weight={weight:g} and redescription_ratio={ratio:g} are both given, but they "
+                "are alternatives; set one of them to None (null in JSON)."
+            )
+        if weight is None and ratio is None:
+            raise ValueError(
+                f"{owner}: redescription_weight and redescription_ratio are both None; give one of them a number, or "
+                "redescription_weight=0 to turn redescription off."
+            )
+        if self.average_decay >= 1:
+            raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
+        if self.adversarial_weighting == "release" and not self.mismatched_pairs:
+            raise ValueError(
+                "AdversarialRecipe: adversarial_weighting='release' averages over mismatched pairs too; set "
+                "mismatched_pairs=True."
+            )
+
+
+PhaseRecipe = MatchingRecipe | CaptionerRecipe | AdversarialRecipe
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Evaluation at the end of a run."""
+
+    candidates: int = 100
+    """Candidate captions per image for R-precision, its own included."""
+    report_images: int = 24
+    """Captions shown in the report."""
+
+    def __post_init__(self) -> None:
+        check_positive("EvaluationRecipe", candidates=self.candidates, report_images=self.report_images)
+        if self.candidates < 2:
+            raise ValueError(f"EvaluationRecipe: candidates must be at least 2, but it is {self.candidates}.")
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """Precision, layout, data loading and checkpoints."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of convolutions and matrix products, by autocast; weights, statistics and losses stay in float32."""
+    channels_last: bool = True
+    """Channels-last memory format: faster on CPUs, and on GPUs with tensor cores."""
+    compile: bool = False
+    """Compile generator and discriminators with torch.compile; needs a C++ compiler, or Triton on a GPU."""
+    deterministic: bool = False
+    """Raise an error in operations that are not deterministic; on a CPU, all operations used here are."""
+    synchronize_batch_norm: bool = False
+    """Batch-norm statistics over the images of all processes; otherwise of each process by itself."""
+    loader_workers: int = _harmless(0)
+    """Processes that load batches; 0 loads them in the training process."""
+    cached_features_mib: int = 1024
+    """Limit in MiB up to which features of frozen encoders are cached, once per caption or image."""
+    max_skipped_steps: int = 20
+    """Stop after this many consecutive non-finite steps; shorter streaks are skipped and counted."""
+    checkpoint_every: int = _harmless(250)
+    """Steps between two checkpoints."""
+    checkpoints_kept: int = _harmless(2)
+    """Newest checkpoints kept per phase, in addition to the best one."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "EngineRecipe",
+            max_skipped_steps=self.max_skipped_steps,
+            checkpoint_every=self.checkpoint_every,
+            checkpoints_kept=self.checkpoints_kept,
+        )
+        _check_not_negative("EngineRecipe", self, "loader_workers", "cached_features_mib")
+
+
+@dataclass(frozen=True)
+class LoggingRecipe:
+    """Logging during training."""
+
+    every: int = _harmless(10)
+    """Steps between two lines of metrics.jsonl."""
+    summary_minutes: float = _harmless(5.0)
+    """Minutes between two printed lines if the output is not a terminal; terminals get a progress bar instead."""
+    samples_every: int = _harmless(250)
+    """Steps of phase `glam` between two sheets of samples, of fixed captions and noise; 0 writes none."""
+    validate_every: int = _harmless(0)
+    """Steps between two validations; 0 validates only where `keep_best` needs it, with each checkpoint."""
+    tensorboard: bool = _harmless(False)
+    """Write TensorBoard events, too, into the folder `tensorboard` of the run."""
+
+    def __post_init__(self) -> None:
+        check_positive("LoggingRecipe", every=self.every)
+        _check_above_zero("LoggingRecipe", self, "summary_minutes")
+        _check_not_negative("LoggingRecipe", self, "samples_every", "validate_every")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Data, model, phases and settings of a run.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from mirror_modules.training import Recipe, get_recipe
+        >>> recipe = get_recipe("demo")
+        >>> recipe.model.resolutions, recipe.glam.redescription_ratio
+        ((16, 32, 64), 0.25)
+        >>> longer = replace(recipe, glam=replace(recipe.glam, steps=5000))
+        >>> Recipe.from_dict(longer.to_dict()) == longer
+        True
+    """
+
+    name: str
+    """The recipe's name."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """The captioned images."""
+    model: MirrorGANConfig = field(default_factory=MirrorGANConfig)
+    """Sizes and options of the model."""
+    stem: MatchingRecipe = field(default_factory=MatchingRecipe)
+    """Phase `stem`: text and image encoder."""
+    stream: CaptionerRecipe = field(default_factory=CaptionerRecipe)
+    """Phase `stream`: the captioner."""
+    glam: AdversarialRecipe = field(default_factory=AdversarialRecipe)
+    """Phase `glam`: the generator."""
+    evaluator: MatchingRecipe = field(default_factory=lambda: MatchingRecipe(word_weight=0.0))
+    """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    """Evaluation at the end of a run."""
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
+    """Precision, layout, data loading and checkpoints."""
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+    """Logging during training."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"Recipe: seed must be a whole number from 0 to 2**32 - 1, but it is {self.seed!r}.")
+        if self.engine.compile and self.glam.r1_weight > 0:
+            raise ValueError(
+                "Recipe: glam.r1_weight needs second derivatives, which torch.compile does not support; set it to 0, "
+                "or turn engine.compile off."
+            )
+
+    def phase(self, name: str) -> PhaseRecipe:
+        """The fields of one of `PHASES`."""
+        fields: PhaseRecipe = getattr(self, name)
+        return fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], base: Recipe | None = None) -> Recipe:
+        """Build from the fields of `to_dict`, or from some of them.
+
+        Args:
+            fields: Names and values, nested as in `to_dict`.
+            base: Recipe that provides the other fields; None takes each field's default.
+
+        Raises:
+            ValueError: A field is unknown, of another type, or out of its range.
+        """
+        if base is None and not (isinstance(fields, dict) and isinstance(fields.get("name"), str)):
+            raise ValueError("Recipe: the field 'name' is missing; expected the fields of a recipe.")
+        return override(base if base is not None else cls(name=fields["name"]), fields)
+
+
+def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
+    """The differences between two recipes, in words, each with whether it may change when a run is resumed."""
+    keeps_best = any(getattr(new, phase).keep_best is not None for phase in PHASES)
+    for words, harmless in changed_fields(old, new):
+        # The best step is selected among those with a checkpoint.
+        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+
+
+def _check_above_zero(owner: str, record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if value is None:
+            continue
+        check_number(owner, **{name: value})
+        if value <= 0:
+            raise ValueError(f"{owner}: {name} must be above 0, but it is {value!r}.")
+
+
+def _check_not_negative(owner: str, record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if value is None:
+            continue
+        check_number(owner, **{name: value})
+        if value < 0:
+            raise ValueError(f"{owner}: {name} must be 0 or more, but it is {value!r}.")

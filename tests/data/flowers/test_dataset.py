@@ -1,0 +1,69 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, class_id_of
+
+
+def test_a_sample_is_a_function_of_seed_split_and_index():
+    flowers = SyntheticFlowers(23, seed=5)
+    sample, same = flowers[19], SyntheticFlowers(101, seed=5)[19]
+    assert np.array_equal(sample.image, same.image)
+    assert sample[1:] == same[1:]
+    assert np.array_equal(flowers[-4].image, sample.image)
+
+
+def test_seeds_splits_and_indices_all_change_the_image():
+    images = [
+        SyntheticFlowers(23, seed=seed, split=split, resolution=17)[index].image.tobytes()
+        for seed in (0, 1, 2)
+        for split in ("train", "validation")
+        for index in range(5)
+    ]
+    assert len(set(images)) == len(images)
+
+
+def test_neither_resolution_nor_number_of_captions_changes_the_flower():
+    plain = SyntheticFlowers(3)[2]
+    large = SyntheticFlowers(3, resolution=131)[2]
+    seven = SyntheticFlowers(3, captions_per_image=7)[2]
+    assert large.image.shape == (131, 131, 3)
+    assert large[1:] == plain[1:]
+    assert np.array_equal(seven.image, plain.image)
+    assert seven.attributes == plain.attributes
+    assert len(seven.captions) == 7
+
+
+def test_fields_of_a_sample():
+    for sample in (SyntheticFlowers(7)[i] for i in range(7)):
+        assert sample.image.shape == (64, 64, 3)
+        assert sample.image.dtype == np.uint8
+        assert len(sample.captions) == 5
+        assert sample.class_id == class_id_of(sample.attributes)
+
+
+def test_all_attribute_values_occur():
+    samples = list(SyntheticFlowers(120, resolution=8, captions_per_image=1))
+    for name, values in ATTRIBUTES.items():
+        assert {sample.attributes[name] for sample in samples} == set(values)
+
+
+def test_errors():
+    with pytest.raises(IndexError, match="index 3 is out of range for 3 samples"):
+        SyntheticFlowers(3)[3]
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, but it is 0"):
+        SyntheticFlowers(0)
+    with pytest.raises(ValueError, match="split must be one of 'train', 'validation', but it is 'test'"):
+        SyntheticFlowers(3, split="test")
+    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*32 - 1, but it is -1"):
+        SyntheticFlowers(3, seed=-1)
+    with pytest.raises(ValueError, match="resolution must be at least 8, but it is 4"):
+        SyntheticFlowers(3, resolution=4)
+
+
+def test_importing_the_data_package_imports_no_image_library():
+    code = "import sys, mirror_modules.data; print({'PIL', 'torchvision', 'matplotlib', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,139 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from mirror_modules.data import ATTRIBUTES, class_id_of, draw_flower
+from mirror_modules.data.flowers.backgrounds import BACKGROUNDS
+from mirror_modules.data.flowers.drawing import COUNTS, pixel_axes
+
+FLOWER = {
+    "petal_color": "red",
+    "petal_count": "five",
+    "petal_shape": "round",
+    "center_color": "golden",
+    "size": "large",
+    "background": "sand",
+}
+
+
+def draw(resolution=64, seed=0, **changes):
+    return draw_flower({**FLOWER, **changes}, resolution, np.random.default_rng(seed)).astype(float)
+
+
+def petal_mask(**flower):
+    """Pixels that change with the petal color alone."""
+    return (draw(**{**flower, "petal_color": "white"}) != draw(**{**flower, "petal_color": "blue"})).any(axis=2)
+
+
+def center_and_radius(mask):
+    """Centroid of the flower, and the largest distance from it."""
+    rows, columns = np.nonzero(mask)
+    row, column = rows.mean(), columns.mean()
+    return row, column, np.hypot(rows - row, columns - column).max()
+
+
+@pytest.mark.parametrize("shape", ATTRIBUTES["petal_shape"])
+@pytest.mark.parametrize("count", ATTRIBUTES["petal_count"])
+def test_petals_can_be_counted_on_a_circle(shape, count):
+    mask = petal_mask(resolution=256, petal_shape=shape, petal_count=count, seed=3)
+    row, column, radius = center_and_radius(mask)
+    angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    # Small circles cross overlapping petals, large ones both lobes of a heart.
+    counts = []
+    for share in np.linspace(0.7, 0.9, 9):
+        rows, columns = row + share * radius * np.sin(angle), column + share * radius * np.cos(angle)
+        ring = mask[rows.round().astype(int), columns.round().astype(int)]
+        counts.append((ring & ~np.roll(ring, 1)).sum())
+    assert COUNTS[count] in counts
+
+
+def test_shapes_differ_in_their_width_profile():
+    """The fraction of a circle covered by petals, halfway and near the tips, identifies each shape."""
+    shares = {}
+    for shape in ATTRIBUTES["petal_shape"]:
+        mask = petal_mask(resolution=256, petal_shape=shape)
+        row, column, radius = center_and_radius(mask)
+        distance = np.hypot(np.arange(256)[:, None] - row, np.arange(256) - column) / radius
+        shares[shape] = [mask[abs(distance - r) < 0.03].mean() for r in (0.5, 0.88)]
+    assert max(shares, key=lambda shape: shares[shape][0]) == "round"
+    assert max(shares, key=lambda shape: shares[shape][1]) == "heart"
+    assert min(shares, key=lambda shape: shares[shape][0]) == "narrow"
+    assert min(shares, key=lambda shape: shares[shape][1] / shares[shape][0]) == "pointed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_flowers_are_larger(seed):
+    small, large = (center_and_radius(petal_mask(size=size, seed=seed))[2] for size in ("small", "large"))
+    assert 1.3 * small < large < 32
+
+
+def test_petal_colors_are_separable_whatever_the_other_attributes():
+    """Classify each flower by its mean petal color, with centroids from other flowers."""
+    rng = np.random.default_rng(7)
+
+    def mean_color(color, seed):
+        flower = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()} | {"petal_color": color}
+        return draw(seed=seed, **flower)[petal_mask(seed=seed, **flower)].mean(axis=0)
+
+    colors = ATTRIBUTES["petal_color"]
+    centroids = np.array([np.mean([mean_color(color, seed) for seed in range(10)], axis=0) for color in colors])
+    for label, color in enumerate(colors):
+        for seed in range(10, 20):
+            distances = np.linalg.norm(centroids - mean_color(color, seed), axis=1)
+            assert distances.argmin() == label, f"{color} is classified as {colors[distances.argmin()]}"
+
+
+def test_the_center_color_changes_only_the_center():
+    drawn = [draw(center_color=color, resolution=61) for color in ATTRIBUTES["center_color"]]
+    for one, other in itertools.combinations(drawn, 2):
+        changed = (one != other).any(axis=2)
+        assert np.abs(one - other)[changed].mean() > 30
+        rows, columns = np.nonzero(changed)
+        assert np.hypot(rows - rows.mean(), columns - columns.mean()).max() < 0.32 * 0.95 * 61 / 2
+
+
+@pytest.mark.parametrize("background", ATTRIBUTES["background"])
+def test_a_flower_is_the_same_at_every_resolution(background):
+    fine, coarse = draw(256, background=background), draw(64, background=background)
+    assert np.abs(fine.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3)) - coarse).mean() < 3
+    assert np.abs(coarse - draw(64, background=background, seed=1)).mean() > 10
+
+
+@pytest.mark.parametrize("background", ATTRIBUTES["background"])
+def test_backgrounds_are_in_range_and_vary(background):
+    shade = BACKGROUNDS[background](*pixel_axes(37), np.random.default_rng(5))
+    assert shade.shape == (37, 37)
+    assert shade.dtype == np.float32
+    assert shade.min() >= 0
+    assert shade.max() <= 1
+    assert shade.std() > 0.05
+
+
+def test_edges_are_antialiased():
+    """A white petal on a night sky has pixels of intermediate brightness."""
+    image = draw(petal_color="white", background="night", petal_shape="narrow").mean(axis=2)
+    assert ((image > 70) & (image < 170)).sum() > 50
+
+
+@pytest.mark.parametrize("resolution", [8, 13, 64])
+def test_the_image_is_bytes_of_the_given_size(resolution):
+    image = draw_flower(FLOWER, resolution, np.random.default_rng(0))
+    assert image.shape == (resolution, resolution, 3)
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+
+
+def test_class_ids_enumerate_all_combinations():
+    flowers = (dict(zip(ATTRIBUTES, values)) for values in itertools.product(*ATTRIBUTES.values()))
+    assert [class_id_of(flower) for flower in flowers] == list(range(8 * 6 * 4 * 4 * 2 * 6))
+
+
+def test_errors():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"petal_color must be one of red, .*, but it is 'beige'"):
+        draw_flower({**FLOWER, "petal_color": "beige"}, 64, rng)
+    with pytest.raises(ValueError, match=r"attributes are \['size'\]; expected exactly"):
+        class_id_of({"size": "small"})
+    with pytest.raises(ValueError, match=r"resolution must be at least 8 pixels, but it is 7"):
+        draw_flower(FLOWER, 7, rng)

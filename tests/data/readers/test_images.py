@@ -1,0 +1,214 @@
+"""Image files of all modes and formats become RGB squares; damaged ones are named with the reason."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+
+from mirror_modules.data.readers import images
+from mirror_modules.data.readers.images import Box, image_size, read_square, square_around
+
+Image = pytest.importorskip("PIL.Image")
+
+# Darker at the left and at the top: every rotation or flip gives another image.
+RAMP = (np.arange(40)[None, :] * 5 + np.arange(40)[:, None]).astype(np.uint8)
+TURNED = {
+    1: RAMP,
+    2: RAMP[:, ::-1],
+    3: RAMP[::-1, ::-1],
+    4: RAMP[::-1],
+    5: RAMP.T,
+    6: RAMP.T[::-1],  # the decoder rotates it by 90 degrees clockwise
+    7: RAMP.T[::-1, ::-1],
+    8: RAMP.T[:, ::-1],
+}
+
+
+def saved(tmp_path, image, name="image.png", **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+def close(one, other, tolerance=3):
+    return np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "P", "1", "YCbCr", "LA", "RGBA"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image = Image.new("RGB", (9, 7), (0, 0, 0)).convert(mode)
+    name = "image.jpg" if mode in ("CMYK", "YCbCr") else "image.png"
+    square = read_square(saved(tmp_path, image, name), 5)
+    assert square.shape == (5, 5, 3)
+    assert square.dtype == np.uint8
+    assert square.max() <= 3
+
+
+@pytest.mark.parametrize("name", ["i.jpg", "i.png", "i.webp", "i.gif", "i.bmp", "i.tiff", "i.ppm"])
+def test_every_format_gives_the_same_pixels(tmp_path, name):
+    square = read_square(saved(tmp_path, Image.fromarray(RAMP).convert("RGB"), name), 40)
+    assert close(square, RAMP[..., None], 12)
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_the_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(TURNED[orientation]), "image.jpg", exif=exif, quality=100)
+    assert close(read_square(path, 40), RAMP[..., None])
+
+
+def test_a_box_is_in_pixels_as_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = saved(tmp_path, Image.fromarray(RAMP), exif=exif)
+    assert close(read_square(path, 12, Box(10, 20, 8, 8)), RAMP[18:30, 8:20][::-1, ::-1, None])
+
+
+def test_an_unknown_orientation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    assert close(read_square(saved(tmp_path, Image.fromarray(RAMP), exif=exif), 40), RAMP[..., None])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_composited_onto_white(tmp_path, mode):
+    options = {}
+    if mode == "RGBA":
+        image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    elif mode == "LA":
+        image = Image.new("LA", (8, 8), (0, 0))
+    elif mode == "P":
+        image, options = Image.new("P", (8, 8), 0), {"transparency": 0}
+        image.putpalette([10, 20, 30] * 256)
+    else:
+        image, options = Image.new("RGB", (8, 8), (9, 8, 7)), {"transparency": (9, 8, 7)}
+    assert read_square(saved(tmp_path, image, **options), 4).min() == 255
+
+
+def test_half_transparency_becomes_half_white(tmp_path):
+    path = saved(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 255, 128)))
+    assert close(read_square(path, 4), [127, 127, 255], 1)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (256, 1))
+    for name in ("gray.png", "gray.tiff"):
+        assert close(read_square(saved(tmp_path, Image.fromarray(ramp), name), 256), np.arange(256)[None, :, None], 1)
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    for pixels, message in (
+        (np.full((8, 8), 0.5, np.float32), "its pixels are floating-point numbers"),
+        (np.full((8, 8), 70000, np.int32), "its pixels range from 70000 to 70000; expected 8 or 16 bits"),
+        (np.full((8, 8), -1, np.int32), "its pixels range from -1 to -1"),
+    ):
+        with pytest.raises(ValueError, match=f"image.tiff cannot be read as an image .{message}"):
+            read_square(saved(tmp_path, Image.fromarray(pixels), "image.tiff"), 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (20_000, 3)])
+def test_extreme_sizes(tmp_path, size):
+    assert read_square(saved(tmp_path, Image.new("RGB", size, "red")), 8).shape == (8, 8, 3)
+
+
+def test_large_jpeg_files_are_downscaled_by_the_decoder(tmp_path, monkeypatch):
+    ramp = np.linspace(0, 255, 800).astype(np.uint8)
+    path = saved(tmp_path, Image.fromarray(np.tile(ramp, (400, 1))), "image.jpg", quality=95)
+    whole = read_square(path, 16)
+    decoded = []
+    to_rgb = images._to_rgb
+    monkeypatch.setattr(images, "_to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
+    assert close(read_square(path, 16), whole)
+    assert close(read_square(path, 300), np.linspace(64, 191, 300)[None, :, None])
+    assert decoded == [(100, 50), (800, 400)]
+    boxed = read_square(path, 8, Box(40, 40, 160, 160))
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10**9)
+    assert close(boxed, read_square(path, 8, Box(40, 40, 160, 160)))
+
+
+def test_a_wide_jpeg_file_takes_little_memory(tmp_path):
+    path = saved(tmp_path, Image.new("L", (20_000, 4_000), 90), "wide.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert close(read_square(path, 16), 90)
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    """A file of a few bytes may declare gigabytes of pixels."""
+
+    def png(width, height):
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(10))), (b"IEND", b""))
+        chunks = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+    (tmp_path / "large.png").write_bytes(png(12_000, 12_000))
+    with pytest.raises(ValueError, match=r"large.png cannot be read as an image .it has 12000 x 12000 pixels; at most"):
+        read_square(tmp_path / "large.png", 8)
+    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000))
+    with pytest.raises(
+        ValueError, match=r"bomb.png cannot be read as an image .Image size .3600000000 pixels. exceeds"
+    ):
+        read_square(tmp_path / "bomb.png", 8)
+
+
+def test_a_memory_error_is_not_reported_as_damage(tmp_path, monkeypatch):
+    def full(image):
+        raise MemoryError
+
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    monkeypatch.setattr(images, "_to_rgb", full)
+    with pytest.raises(MemoryError):
+        read_square(path, 8)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    def refused(name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image") as caught:
+            read_square(path, 8)
+        assert caught.value.skipped.file == str(path)
+        return str(caught.value)
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)).save(buffer, "JPEG")
+    assert "(it is empty)" in refused("empty.jpg", b"")
+    assert "(it is none of the formats JPEG, PNG" in refused("text.jpg", b"not an image")
+    assert "truncated" in refused("cut.jpg", buffer.getvalue()[:1000])
+    # Pillow would start Ghostscript for EPS.
+    assert "(it is none of the formats" in refused("script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match=r"nowhere.png cannot be read as an image .*No such file"):
+        read_square(tmp_path / "nowhere.png", 8)
+
+
+def test_the_square_around_a_box():
+    """Half its side is 0.75 of the longer side of the box, in whole pixels; it is clipped to the image."""
+    assert square_around(Box(60, 27, 325, 304), 500, 500) == (0, 0, 465, 422)
+    assert square_around(Box(100, 100, 40, 20), 500, 400) == (90, 80, 150, 140)
+    assert square_around(Box(470, 10, 20, 20), 500, 400) == (465, 5, 495, 35)
+    assert square_around(Box(490, 390, 10, 10), 500, 400) == (488, 388, 500, 400)
+    assert square_around(Box(3, 3, 0.5, 0.5), 500, 400) == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"its bounding box \(900, 3, 5, 5\) lies outside its 500 x 400 pixels"):
+        square_around(Box(900, 3, 5, 5), 500, 400)
+
+
+def test_the_image_is_cropped_around_the_box(tmp_path):
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[15:55, 35:75] = 255
+    path = saved(tmp_path, Image.fromarray(pixels))
+    assert read_square(path, 10, Box(45, 25, 20, 20)).min() == 255
+    assert read_square(path, 10, Box(5, 25, 20, 20)).max() == 0
+    # Clipping at the border leaves a rectangle, whose center square is kept: columns 0 to 20 of rows 5 to 25.
+    ramp = np.tile(np.arange(90, dtype=np.uint8)[None, :, None], (60, 1, 3))
+    square = read_square(saved(tmp_path, Image.fromarray(ramp)), 20, Box(-5, 5, 20, 20))
+    assert close(square[:, :, 0], np.arange(20)[None], 1)
+
+
+def test_the_size_is_that_of_the_stored_image(tmp_path):
+    assert image_size(saved(tmp_path, Image.new("RGB", (31, 17)))) == (31, 17)

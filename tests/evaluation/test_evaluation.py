@@ -1,0 +1,371 @@
+"""Evaluation: unseen captions, independent encoders, and the files that it writes."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mirror_modules import MirrorGAN
+from mirror_modules.data import ATTRIBUTES
+from mirror_modules.data.batching import seeded
+from mirror_modules.data.readers.images import shrink
+from mirror_modules.data.transforms import to_float
+from mirror_modules.evaluation import attributes, evaluation
+from mirror_modules.evaluation.attributes import fit_attribute_classifier
+from mirror_modules.evaluation.evaluation import _cases, _diversity, _feature_metrics, _precision, evaluate
+from mirror_modules.evaluation.extractors import Extractor
+from mirror_modules.metrics import (
+    expected_hits,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    r_precision_folds,
+)
+from mirror_modules.stem.vocabulary import split_words
+from mirror_modules.training.batches import load_splits, unseen_captions
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.loop import load_pair
+from mirror_modules.training.validation import derangement, unseen_pairs, word_accuracy
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Skip the report, which takes longer than the evaluation itself."""
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: None)
+
+
+def make_quick_classifiers(monkeypatch):
+    """Train classifiers for two steps only; returns a list that grows with each training."""
+    fit, trained = attributes.fit_network, []
+
+    def fit_and_count(*arguments):
+        trained.append(arguments)
+        fit(*arguments)
+
+    monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
+    monkeypatch.setattr(attributes, "HELD_OUT_IMAGES", 50)
+    monkeypatch.setattr(attributes, "fit_network", fit_and_count)
+    monkeypatch.setattr(evaluation, "fit_attribute_classifier", partial(fit_attribute_classifier, steps=2, images=70))
+    return trained
+
+
+@pytest.mark.filterwarnings("error")
+def test_evaluation_measures_and_writes(run_copy):
+    metrics = evaluate(run_copy.path)
+    assert json.loads(run_copy.evaluation.read_text()) == metrics
+    assert set(metrics["r_precision"]) == set(metrics["word_accuracy"]) == {"generated", "real", "shuffled"}
+    for precision in metrics["r_precision"].values():
+        assert 0 <= precision["top1"] <= precision["top2"] <= precision["top3"] <= 1
+        assert len(precision["standard_errors"]) == 3
+        assert all(error >= 0 for error in precision["standard_errors"])
+    assert all(0 <= share <= 1 for share in metrics["word_accuracy"].values())
+    assert set(metrics["image_information"]) == set(metrics["r_precision"])
+    assert set(metrics["seconds"]) == set(metrics["images_per_second"]) == {"stem", "stream", "glam", "evaluator"}
+    assert metrics["images"] == 31
+    assert metrics["candidates"] == 11
+    assert metrics["chance"] == pytest.approx(1 / 11)
+    for quality in metrics["redescription"].values():
+        assert set(quality) == {"bleu4", "chrf", "words_in_place"}
+    assert set(metrics["attributes"]["real"]) == {"measured_colors"}
+    assert "features" not in metrics
+    assert "not_measured" not in metrics
+    assert metrics["skipped"] == {"training": 0, "validation": 0}
+    assert run_copy.report.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    assert list(run_copy.pictures.glob("*.png"))
+
+
+def test_a_second_evaluation_gives_the_same_metrics(run_copy, without_report):
+    first = evaluate(run_copy.path)
+    assert evaluate(run_copy.path) == first
+
+
+def test_no_evaluated_caption_was_trained_on(tiny_recipe):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    seen = {caption for captions in splits.training.captions for caption in captions}
+    unseen = unseen_captions(splits)
+    assert unseen
+    assert not seen & {entry.caption for entry in unseen}
+    assert all(entry.caption in splits.validation.captions[entry.image] for entry in unseen)
+
+
+def test_captions_of_the_training_split_are_not_evaluated(tiny_recipe):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    splits.training.captions[0] = splits.validation.captions[5][:1]
+    splits.training.captions[1] = splits.validation.captions[6]
+    chosen = dict(unseen_captions(splits))
+    assert chosen[5] == splits.validation.captions[5][1]
+    assert 6 not in chosen
+
+
+def test_a_run_stores_its_recipe(tiny_run, tiny_recipe):
+    assert tiny_run.read_recipe() == tiny_recipe
+
+
+@pytest.mark.parametrize("phase", ["stem", "stream", "glam", "evaluator"])
+def test_a_missing_phase_is_named(run_copy, phase):
+    run_copy.weights(phase).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks phase '{phase}'"):
+        evaluate(run_copy.path)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        evaluate(tmp_path)
+
+
+def test_damaged_evaluator_weights_are_named(run_copy):
+    shutil.copy(run_copy.config, run_copy.weights("evaluator"))
+    with pytest.raises(ValueError, match=r"evaluator\.safetensors is damaged"):
+        evaluate(run_copy.path)
+
+
+def test_a_config_without_a_recipe_is_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text('{"name": "other"}')
+    with pytest.raises(ValueError, match="holds no recipe"):
+        folder.read_recipe()
+
+
+@pytest.mark.parametrize("count", [2, 3, 31])
+def test_shuffled_images_never_keep_their_caption(count):
+    partner = derangement(count, seed=0)
+    assert sorted(partner.tolist()) == list(range(count))
+    assert all(partner[i] != i for i in range(count))
+
+
+def test_the_evaluator_encodes_the_images_and_captions_of_each_source(
+    run_copy, tiny_recipe, monkeypatch, without_report
+):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    unseen = unseen_captions(splits)
+    ranked, expected = {}, []
+
+    def rank(images, sentences, **options):
+        ranked[len(ranked)] = (images, sentences)
+        return r_precision_folds(images, sentences, **options)
+
+    def expect(images, sentences, **options):
+        expected.append(images)
+        return expected_hits(images, sentences, **options)
+
+    monkeypatch.setattr(evaluation, "r_precision_folds", rank)
+    monkeypatch.setattr(evaluation, "expected_hits", expect)
+    evaluate(run_copy.path)
+    evaluator = load_pair(run_copy, "evaluator", tiny_recipe, splits)
+    (generated, sentences), (real, _), (shuffled, _) = ranked.values()
+    with torch.no_grad():
+        for row in (0, 7, 30):
+            image = to_float(splits.validation.images[unseen[row].image].unsqueeze(0))
+            tokens, word_mask = splits.vocabulary.encode([unseen[row].caption], warn_unknown=False)
+            torch.testing.assert_close(real[row], evaluator.image_encoder(image).image[0])
+            torch.testing.assert_close(sentences[row], evaluator.text_encoder(tokens, word_mask).sentence[0])
+    assert not any(torch.equal(a, b) for a, b in zip(shuffled, generated))
+    assert sorted(shuffled.tolist()) == sorted(generated.tolist())
+    # The best and the worst captions are selected by their generated images.
+    assert torch.equal(expected[0], generated)
+
+
+def test_word_accuracy_matches_a_loop_over_words(run_copy, tiny_recipe):
+    model = MirrorGAN.from_pretrained(run_copy.model)
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    images = to_float(splits.validation.images[:5])
+    tokens, word_mask = splits.vocabulary.encode(
+        [captions[0] for captions in splits.validation.captions[:5]], warn_unknown=False
+    )
+    correct = count = 0
+    with torch.no_grad():
+        for image, row, mask in zip(images, tokens, word_mask):
+            words = [*row[mask].tolist(), 1]
+            logits = model.captioner(image.unsqueeze(0), torch.tensor([words]))
+            for word, prediction in zip(words, logits[0]):
+                correct += int(prediction.argmax()) == word
+                count += 1
+        assert word_accuracy(model.captioner, images, tokens, word_mask)[0] == pytest.approx(correct / count)
+
+
+def test_a_failed_evaluation_keeps_the_previous_files(run_copy):
+    evaluate(run_copy.path)
+    before = run_copy.evaluation.read_bytes(), run_copy.report.read_bytes()
+    run_copy.log.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1"):
+        evaluate(run_copy.path)
+    assert (run_copy.evaluation.read_bytes(), run_copy.report.read_bytes()) == before
+
+
+def test_a_requested_classifier_is_trained_once_and_named(run_copy, monkeypatch):
+    trained = make_quick_classifiers(monkeypatch)
+    metrics = evaluate(run_copy.path, fit_classifier=True)
+    assert "trained on drawn flowers" in metrics["extractor"]
+    for name in ("generated", "real"):
+        assert metrics["features"][name]["frechet_distance"] > 0
+        assert 1 <= metrics["features"][name]["inception_score"] <= 8
+    assert 0 <= metrics["features"]["generated"]["diversity"] <= 2
+    assert metrics["features"]["generated"]["diversity_standard_error"] > 0
+    assert set(metrics["attributes"]["generated"]["classifier"]) == {*ATTRIBUTES, "all"}
+    assert [path.name for path in (run_copy.path / "classifiers").iterdir()] == ["attributes.safetensors"]
+    page = run_copy.report.read_text(encoding="utf-8")
+    for text in ("Attributes", "<td>classifier</td>", "Fréchet distance", "trained on drawn flowers", "Best and worst"):
+        assert text in page
+    assert evaluate(run_copy.path) == metrics
+    assert len(trained) == 1
+
+
+def test_independent_metrics_use_no_network_that_the_generator_was_trained_with(run_copy, monkeypatch, without_report):
+    """Zeroing the training's text encoder, image encoder and captioner does not change them."""
+
+    def zero_weights(path, prefix):
+        weights = load_file(path)
+        assert any(name.startswith(prefix) for name in weights)
+        zeros = {name: torch.zeros_like(value) for name, value in weights.items() if name.startswith(prefix)}
+        save_file({**weights, **zeros}, path)
+
+    make_quick_classifiers(monkeypatch)
+    before = evaluate(run_copy.path, fit_classifier=True)
+    for path, prefix in (
+        (run_copy.weights("stem"), ""),
+        (run_copy.weights("stream"), ""),
+        (run_copy.model / "model.safetensors", "captioner."),
+    ):
+        zero_weights(path, prefix)
+    after = evaluate(run_copy.path)
+    assert after["word_accuracy"] != before["word_accuracy"]
+    for name in ("r_precision", "features", "attributes"):
+        assert after[name] == before[name]
+    # The generator depends on the text encoder of phase `stem`; metrics of real images do not.
+    zero_weights(run_copy.model / "model.safetensors", "text_encoder.")
+    without_text = evaluate(run_copy.path)
+    for name in ("r_precision", "features", "attributes"):
+        assert without_text[name]["real"] == before[name]["real"]
+    assert without_text["features"]["generated"] != before["features"]["generated"]
+
+
+def test_the_evaluator_shares_no_weights_with_the_stem(tiny_run):
+    evaluator, stem = (load_file(tiny_run.weights(phase)) for phase in ("evaluator", "stem"))
+    floats = [name for name, value in evaluator.items() if value.is_floating_point()]
+    assert not [name for name in floats if torch.equal(evaluator[name], stem[name])]
+
+
+def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe):
+    """Training images are stored larger when random crops are taken from them."""
+    splits = load_splits(dataclasses.replace(tiny_recipe.data, augment=True), tiny_recipe.model, tiny_recipe.seed)
+    assert splits.training.images.shape[1] == 19
+    real = to_float(splits.validation.images)
+    images, batches = {"generated": -real, "real": real}, []
+
+    def mean_colors(batch):
+        batches.append(batch)
+        return batch.mean(dim=(2, 3))
+
+    extractor = Extractor("means", mean_colors, lambda batch: batch.mean(dim=(2, 3)), slice(None, None, 4))
+    metrics = _feature_metrics(extractor, splits.training.images, images, seed=0)
+    reference, generated, held_out = batches
+    assert torch.equal(reference, real)
+    expected = [to_float(torch.from_numpy(shrink(image.numpy(), 16))[None]) for image in splits.training.images[::4]]
+    assert sorted(held_out.flatten(1).tolist()) == sorted(torch.cat(expected).flatten(1).tolist())
+    # The same number of each, because distances of fewer images are larger.
+    assert len(generated) == len(held_out) == metrics["real"]["distance_images"] == 11
+    all_generated = images["generated"].flatten(1).tolist()
+    assert all(image in all_generated for image in generated.flatten(1).tolist())
+    assert metrics["real"]["frechet_distance"] == frechet_distance(held_out.mean((2, 3)), real.mean((2, 3)))
+    random = torch.Generator().manual_seed(0)
+    kernel_distance(held_out.mean((2, 3)), real.mean((2, 3)), subsets=10, subset_size=11, generator=random)
+    score = inception_score(real.mean((2, 3)), splits=10, generator=random)
+    assert metrics["real"]["inception_score"] == score.mean
+
+
+def test_changed_training_captions_are_refused(run_copy, monkeypatch):
+    """Token ids would stand for other words."""
+
+    def load_fewer(data, *arguments):
+        return load_splits(dataclasses.replace(data, training_images=5), *arguments)
+
+    monkeypatch.setattr(evaluation, "load_splits", load_fewer)
+    with pytest.raises(ValueError, match=r"vocabulary\.json is not the vocabulary of the training captions"):
+        evaluate(run_copy.path)
+    run_copy.vocabulary.unlink()
+    with pytest.raises(ValueError, match=r"model has a different vocabulary than the current training captions"):
+        evaluate(run_copy.path)
+    assert not run_copy.evaluation.exists()
+
+
+def test_metrics_without_a_classifier_are_listed_and_the_others_measured(run_copy, monkeypatch, without_report):
+    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
+    metrics = evaluate(run_copy.path, fit_classifier=True)
+    assert "a class classifier needs at least 2 classes" in metrics["not_measured"]
+    assert "--inception needs no classes" in metrics["not_measured"]
+    assert "features" not in metrics
+    assert 0 <= metrics["r_precision"]["generated"]["top1"] <= 1
+
+    # With Inception as the extractor, no class classifier is trained.
+    means = Extractor("means", lambda batch: batch.mean((2, 3)), lambda batch: batch.mean((2, 3)))
+    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: means)
+    metrics = evaluate(run_copy.path, fit_classifier=True, inception=True)
+    assert "not_measured" not in metrics
+    assert metrics["extractor"] == "means"
+    assert metrics["features"]["real"]["distance_images"] == 31
+
+
+def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
+    unseen = unseen_pairs(splits, tiny_recipe.model.max_words)
+    batches = []
+
+    def generate(model, tokens, word_mask, seed):
+        batches.append(tokens)
+        return torch.stack([torch.randn(3, 4, 4, generator=seeded(*row)) for row in tokens.tolist()])
+
+    monkeypatch.setattr(evaluation, "generate_images", generate)
+    monkeypatch.setattr(evaluation, "DIVERSE_CAPTIONS", 3)
+    pixels = Extractor("pixels", lambda batch: batch.flatten(1), lambda batch: batch.flatten(1))
+    # Images differ between captions, but not within a caption.
+    assert _diversity(pixels, None, unseen, seed=0).mean < 1e-9
+    assert batches[0][::10].tolist() == unseen.tokens[[0, 10, 20]].tolist()
+
+
+def test_the_report_shows_captions_spread_over_the_split(run_copy, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluation, "write_report", lambda folder, recipe, showcase, metrics: shown.append(showcase))
+    evaluate(run_copy.path)
+    recipe = run_copy.read_recipe()
+    captions = [entry.caption for entry in unseen_captions(load_splits(recipe.data, recipe.model, recipe.seed))]
+    assert shown[0].captions == [captions[0], captions[10], captions[20]]
+    assert all(word in (*split_words(captions[10]), "<unknown>") for word in shown[0].words[1])
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_few_images_have_an_r_precision(count):
+    precision = _precision(torch.eye(count), torch.eye(count), candidates=2, seed=0)
+    assert (precision["top1"], precision["standard_errors"]) == (1, [0, 0, 0])
+
+
+def test_a_diverged_generator_is_refused(run_copy):
+    path = run_copy.model / "model.safetensors"
+    diverged = {
+        name: value * torch.nan if name.startswith("generator.") and value.is_floating_point() else value
+        for name, value in load_file(path).items()
+    }
+    save_file(diverged, path)
+    with pytest.raises(ValueError, match=r"the generator in .*model generates images with NaN or infinite values"):
+        evaluate(run_copy.path)
+
+
+def test_a_config_with_malformed_versions_is_damaged(run_copy):
+    content = json.loads(run_copy.config.read_text())
+    run_copy.config.write_text(json.dumps({**content, "versions": []}))
+    with pytest.raises(ValueError, match=r"config\.json is damaged: versions must be an object"):
+        evaluate(run_copy.path)
+
+
+def test_best_and_worst_cases_are_the_extremes_of_the_precision():
+    precision = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    real = torch.zeros(5, 4, 4, 3, dtype=torch.uint8)
+    cases = _cases(precision, list("abcde"), images, real)
+    assert [case.caption for case in cases["best"]] == ["c", "e"]
+    assert [case.caption for case in cases["worst"]] == ["b", "d"]
+    assert float(cases["best"][1].generated.mean()) == 4
+    assert cases["worst"][1].chance == 0.25

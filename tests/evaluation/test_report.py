@@ -1,0 +1,361 @@
+"""The report is self-contained, shows its inputs, and escapes user text."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mirror_modules import GeneratedImages
+from mirror_modules.data.transforms import to_bytes
+from mirror_modules.evaluation.report import (
+    Showcase,
+    attribute_rows,
+    feature_rows,
+    flatten,
+    mark_words,
+    phase_rows,
+    score_rows,
+    show,
+    write_report,
+)
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.recipes import demo
+from tests.runs import LOG, write_log
+
+CAPTIONS = ["a red flower", 'white & "blue" <script>alert(1)</script> ütterly', "five petals", "a leaf", "more green"]
+WORDS = [["a", "red", "flower"], ["white", "<unknown>"], ["five", "petals"], ["a", "leaf"], ["more", "green"]]
+N, L, C = len(CAPTIONS), 3, 7
+PRECISION = {"top1": 0.617, "top2": 0.75, "top3": 0.8125, "standard_errors": [0.0154, 0.0123, 0.0111]}
+METRICS = {"r_precision": {"generated": PRECISION}}
+FULL = {
+    "r_precision": {"generated": PRECISION, "real": {**PRECISION, "top1": 0.918}, "shuffled": {**PRECISION, "top1": 0}},
+    "chance": 0.01,
+    "word_accuracy": {"generated": 0.711, "real": 0.744, "shuffled": 0.522},
+    "image_information": {"generated": 0.871, "real": 1.304, "shuffled": -0.004},
+    "images": 1000,
+    "candidates": 100,
+    "evaluator": "another <pair>",
+    "seconds": {"stem": 61.24, "glam": 1402.4},
+    "images_per_second": {"stem": 418.13, "glam": 55.7},
+    "parameters": {"generator": 1234567},
+}
+
+
+def make_showcase(**changes):
+    random = torch.Generator().manual_seed(0)
+
+    def images(size):
+        return torch.rand(N, 3, size, size, generator=random) * 2 - 1
+
+    weights = [torch.rand(N, L, 4, 4, generator=random).softmax(1), torch.rand(N, L, 8, 8, generator=random).softmax(1)]
+    sentence = [torch.rand(N, C, size, size, generator=random).softmax(1) for size in (4, 8)]
+    showcase = Showcase(
+        captions=CAPTIONS,
+        words=WORDS,
+        real=images(16),
+        generated=GeneratedImages([images(4), images(8), images(16)], weights, sentence),
+        real_descriptions=["a red flower", "<b>white</b> thing", "seven petals", "a leaf", ""],
+        generated_descriptions=["one red petal", "white", "five", "it", "green"],
+    )
+    return showcase._replace(**changes)
+
+
+def make_folder(path):
+    folder = RunFolder(path)
+    folder.begin(demo())
+    write_log(folder.log)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "run")
+
+
+class Page(HTMLParser):
+    """The visible text of a page, its images, and the URLs that a browser would load."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.images, self.tags, self.marked, self.urls = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.urls += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag == "img":
+            self.images.append(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if "mark" in self.open:
+            self.marked.append(data)
+
+
+def decode(url):
+    kind, _, content = url.partition(";base64,")
+    return kind.removeprefix("data:"), base64.b64decode(content, validate=True)
+
+
+def pixels(url):
+    kind, content = decode(url)
+    assert kind == "image/png"
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """A run whose report has every section; shared by tests that do not modify it."""
+    folder = make_folder(tmp_path_factory.mktemp("runs") / "full")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_page(full_run):
+    return Page(full_run.report.read_text(encoding="utf-8"))
+
+
+def write(folder, metrics=FULL, **changes):
+    path = write_report(folder, demo(), make_showcase(**changes), metrics)
+    assert path == folder.report
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_loads_no_external_resources(full_page, full_run):
+    assert all(url.startswith("data:") for url in full_page.urls)
+    assert "script" not in full_page.tags
+    content = full_run.report.read_text(encoding="utf-8")
+    style = content[content.index("<style>") : content.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in content
+    assert content.startswith("<!doctype html>")
+
+
+def test_each_section_has_a_heading(full_page):
+    for heading in ("Results", "Training phases", "Generated images", "Redescription", "Attention maps", "Loss curves"):
+        assert heading in full_page.text
+
+
+def test_user_text_is_escaped(full_page):
+    assert "script" not in full_page.tags
+    for text in (*CAPTIONS, "<unknown>", "<b>white</b> thing", "another <pair>"):
+        assert text in full_page.text
+
+
+def test_images_of_each_stage_and_real_images_are_shown(full_page):
+    showcase = make_showcase()
+    shown = iter(full_page.images)
+    for i, caption in enumerate(CAPTIONS):
+        for stage in showcase.generated.images:
+            image = next(shown)
+            assert image["alt"] == caption
+            np.testing.assert_array_equal(pixels(image["src"]), to_bytes(stage)[i])
+    for i in range(N):
+        np.testing.assert_array_equal(pixels(next(shown)["src"]), to_bytes(showcase.real)[i])
+        np.testing.assert_array_equal(pixels(next(shown)["src"]), to_bytes(showcase.generated.images[-1])[i])
+
+
+def test_words_of_the_caption_are_marked_in_descriptions():
+    assert mark_words("one red petal", "a RED, flower.") == [("one", False), ("red", True), ("petal", False)]
+    assert mark_words("", "a flower") == []
+
+
+def test_the_page_marks_words_of_the_caption(full_page):
+    assert full_page.marked[1:] == ["a", "red", "flower", "red", "white", "petals", "five", "a", "leaf", "green"]
+    assert "(empty)" in full_page.text
+
+
+@pytest.mark.parametrize("kept", ["words", "nothing"])
+def test_models_with_less_attention_have_a_report(folder, kept):
+    showcase = make_showcase()
+    words = showcase.generated.word_weights if kept == "words" else []
+    page = write(folder, generated=showcase.generated._replace(word_weights=words, sentence_weights=[]))
+    assert ("Attention maps" in page.text) == (kept == "words")
+    assert not any("sentence" in image["alt"] for image in page.images)
+    assert (folder.pictures / "attention.png").exists() == (kept == "words")
+
+
+def test_images_without_attention_of_another_size_have_a_report(folder):
+    write(folder, generated=GeneratedImages([make_showcase().real[:, :, :8, :8]], [], []))
+
+
+def test_pictures_are_also_written_as_files(full_run):
+    names = [f"image-{i:03}.png" for i in range(N)]
+    overviews = ["attention.png", "generated.png", "losses.png", "mirror.png", "stages.png"]
+    assert sorted(path.name for path in full_run.pictures.iterdir()) == sorted(names + overviews)
+    finest = to_bytes(make_showcase().generated.images[-1])
+    for i, name in enumerate(names):
+        with Image.open(full_run.pictures / name) as image:
+            np.testing.assert_array_equal(np.asarray(image), finest[i])
+    with Image.open(full_run.pictures / "stages.png") as image:
+        assert image.size == (N * (192 + 4) - 4, 3 * (192 + 4) - 4)
+
+
+def test_results_are_percentages_with_errors_and_chance(full_page):
+    assert "R-precision, top 1 61.7% ± 1.5 91.8% ± 1.5 0.0% ± 1.5 1.0%" in full_page.text
+    assert "R-precision, top 3 81.2% ± 1.1 81.2% ± 1.1 81.2% ± 1.1 3.0%" in full_page.text
+    assert "Word accuracy 71.1% 74.4% 52.2% –" in full_page.text
+    assert "in nats per token: generated 0.87, real images 1.30, shuffled 0.00." in full_page.text
+    assert "retrieves the caption of 61.7% of the generated images among 99 other captions, and of" in full_page.text
+    assert "glam Generator and discriminators" in full_page.text
+    assert "1,402.4 55.7" in full_page.text
+    assert "parameters.generator 1,234,567" in full_page.text
+
+
+def test_r_precision_alone_is_enough(folder):
+    page = write(folder, METRICS)
+    assert "R-precision, top 1 61.7% ± 1.5 –" in page.text
+    assert "Word accuracy" not in page.text
+    assert "ceiling" not in page.text
+    assert "Images per second" not in page.text
+
+
+def test_metrics_of_real_images_alone_have_a_report(folder):
+    page = write(folder, {"r_precision": {"real": {"top1": 0.918}}})
+    assert "R-precision, top 1 91.8% –" in page.text
+    assert "top 2" not in page.text
+
+
+def test_score_rows():
+    rows = score_rows({"r_precision": {"real": PRECISION, "generated": PRECISION}, "word_accuracy": {"real": 0.5}})
+    assert [row.name for row in rows] == [
+        "R-precision, top 1",
+        "R-precision, top 2",
+        "R-precision, top 3",
+        "Word accuracy",
+    ]
+    assert rows[0].errors == [0.0154, 0.0154]
+    assert rows[1].errors == [0.0123, 0.0123]
+    assert rows[3].values == [None, 0.5]
+
+
+def test_feature_rows_show_standard_errors_if_known():
+    generated = {"frechet_distance": 2.5, "diversity": 0.25, "diversity_standard_error": 0.0125}
+    rows = feature_rows({"features": {"generated": generated, "real": {"frechet_distance": 1.5}}})
+    assert rows == [
+        ["Fréchet distance (FID)", "2.5", "1.5"],
+        ["Diversity of images of the same caption", "0.25 ± 0.0125", "–"],
+    ]
+
+
+def test_attribute_rows_name_the_method():
+    accuracy = {"share": 0.5, "named": 4, "standard_error": 0.25}
+    generated = {"measured_colors": {"all": accuracy}, "classifier": {"petal_color": accuracy, "all": accuracy}}
+    real = {"measured_colors": {"all": {**accuracy, "share": 1.0, "standard_error": 0.0}}}
+    assert attribute_rows({"attributes": {"generated": generated, "real": real}}) == [
+        ["petal color", "classifier", "50.0% ± 25.0", "–"],
+        ["all", "classifier", "50.0% ± 25.0", "–"],
+        ["all", "pixels", "50.0% ± 25.0", "100.0% ± 0.0"],
+    ]
+    assert attribute_rows({}) == []
+
+
+def test_phase_rows_show_the_steps_of_the_recipe():
+    recipe = dataclasses.replace(demo(), stem=dataclasses.replace(demo().stem, steps=1234))
+    metrics = {
+        "seconds": {"stem": 2.0, "polish": 1},
+        "images_per_second": {"stem": 31},
+        "waited_for_data": {"stem": 0.003},
+    }
+    assert phase_rows(recipe, metrics) == [
+        ["stem", "Text and image encoder", "1,234", "2.0", "31.0", "0.3%"],
+        ["polish", "", "–", "1.0", "–", "–"],
+    ]
+
+
+def test_configuration_and_versions_are_shown(full_page):
+    for name, value in flatten(demo().to_dict()):
+        assert f"{name} {value}" in full_page.text
+    assert f"torch {torch.__version__}" in full_page.text
+    assert "details" in full_page.tags
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (True, "True"),
+        (1234567, "1,234,567"),
+        (0.0002, "0.0002"),
+        (12345.6, "12,346"),
+        (0.123456, "0.1235"),
+        (float("nan"), "nan"),
+        ([16, 32], "16, 32"),
+        ("a b", "a b"),
+    ],
+)
+def test_values_are_formatted_for_readers(value, text):
+    assert show(value) == text
+
+
+def test_flatten_omits_names_at_the_top_level_only():
+    fields = {"a": 1, "b": {"a": 2, "c": {"d": 3}}}
+    assert flatten(fields, without=("a",)) == [("b.a", "2"), ("b.c.d", "3")]
+
+
+def test_the_page_has_a_plot_per_loss_panel(full_page):
+    plots = [decode(image["src"]) for image in full_page.images if image["alt"].startswith("Loss curves")]
+    assert [kind for kind, _ in plots] == ["image/svg+xml"] * 3
+    for _, content in plots:
+        assert b"</svg>" in content
+        assert not re.search(rb'(href|src)="(?!#)', content)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_without_a_log_there_are_no_curves(folder, content):
+    folder.log.unlink() if content is None else folder.log.write_text(content)
+    page = write(folder)
+    assert "metrics.jsonl" not in page.text
+    assert not (folder.pictures / "losses.png").exists()
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"phase": "stem"}', "3"])
+def test_a_damaged_log_is_named(folder, line):
+    folder.log.write_text(json.dumps(LOG[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 2 is not a logged step"):
+        write(folder)
+    assert not folder.report.exists()
+
+
+@pytest.mark.parametrize("name", ["words", "real", "real_descriptions", "generated_descriptions"])
+def test_an_incomplete_showcase_is_refused(folder, name):
+    showcase = make_showcase()
+    with pytest.raises(ValueError, match=rf"write_report: {name} has 4 entries for 5 captions; give one for each"):
+        write_report(folder, demo(), showcase._replace(**{name: getattr(showcase, name)[:4]}), METRICS)
+    with pytest.raises(ValueError, match=r"write_report: generated\.images\[2\] has 4 entries for 5 captions"):
+        write(folder, generated=showcase.generated._replace(images=[*showcase.generated.images[:2], showcase.real[:4]]))
+
+
+def test_images_of_other_precisions_are_shown(folder):
+    showcase = make_showcase()
+    half = GeneratedImages(*([tensor.bfloat16() for tensor in part] for part in showcase.generated))
+    write(folder, real=showcase.real.double(), generated=half)
+
+
+def test_reports_are_reproducible(folder):
+    first, second = write(folder), write(folder)
+    assert second.text == first.text
+    pictures = [[url for url in page.urls if url.startswith("data:image/png")] for page in (first, second)]
+    assert pictures[0] == pictures[1]

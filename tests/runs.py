@@ -1,0 +1,55 @@
+"""Runs for tests: a tiny recipe that trains in seconds, and a small log."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from mirror_modules.models import MirrorGANConfig
+from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, LoggingRecipe, Recipe, demo
+
+
+def make_tiny_recipe() -> Recipe:
+    model = MirrorGANConfig(
+        embedding_dim=7,
+        word_dim=10,
+        text_dropout=0.1,
+        noise_dim=5,
+        condition_dim=6,
+        channels=3,
+        resolutions=(8, 16),
+        residual_blocks=1,
+        discriminator_channels=3,
+        image_backbone="conv",
+        captioner_backbone="conv",
+        captioner_projection=True,
+        captioner_embedding_dim=11,
+        captioner_hidden_dim=13,
+    )
+    base = demo()
+    phases = {
+        phase: dataclasses.replace(getattr(base, phase), steps=3, batch_size=7)
+        for phase in ("stem", "stream", "glam", "evaluator")
+    }
+    return dataclasses.replace(
+        base,
+        name="tiny",
+        model=model,
+        data=DataRecipe(training_images=41, validation_images=31),
+        evaluation=EvaluationRecipe(candidates=11, report_images=3),
+        logging=LoggingRecipe(every=1, samples_every=2),
+        **phases,
+    )
+
+
+LOG = [
+    {"phase": "stem", "step": 1, "seconds": 0.1, "images": 8, "caption_by_words": 4.0},
+    {"phase": "stem", "step": 10, "seconds": 1.1, "images": 80, "caption_by_words": 2.0},
+    {"phase": "glam", "step": 1, "seconds": 0.3, "images": 8, "kl": 1.5, "generator_16": 1.0, "generator_64": 3.0},
+    {"phase": "glam", "step": 10, "seconds": 3, "images": 80, "kl": 2.5, "generator_16": 2.0, "generator_64": 4.0},
+]
+"""Lines of a metrics.jsonl: one loss of phase `stem`; one loss of phase `glam` without stages, one with two."""
+
+
+def write_log(path: Path, lines: Iterable[dict[str, object]] = LOG) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Which phases a run trains: a decision from recipe and folder that writes nothing."""
+
+import dataclasses
+
+import pytest
+
+from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.plan import REQUIRED, Plan, make_plan
+from mirror_modules.training.recipes import PHASES, get_recipe
+
+
+def make_folder(path, recipe, *, finished=(), checkpoints=()):
+    """A run's folder with empty files: the plan depends on names alone."""
+    folder = RunFolder(path)
+    folder.begin(recipe)
+    for phase in finished:
+        folder.weights(phase).touch()
+    folder.checkpoints.mkdir()
+    for phase, step in checkpoints:
+        (folder.checkpoints / f"{phase}-{step:08}-{'0' * 16}.pt").touch()
+    return folder
+
+
+def listing(folder):
+    return sorted((path.as_posix(), path.stat().st_mtime_ns) for path in folder.path.rglob("*"))
+
+
+@pytest.fixture
+def recipe():
+    return get_recipe("demo")
+
+
+def test_a_new_folder_gets_the_requested_phases_in_order_and_is_not_created(recipe, tmp_path):
+    folder = RunFolder(tmp_path / "new")
+    assert make_plan(recipe, folder, ["glam", "stream", "stem"], resume=False) == Plan(("stem", "stream", "glam"), ())
+    assert make_plan(recipe, folder, PHASES, resume=True) == Plan(PHASES, ())
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_finished_phases_are_reused_and_nothing_is_written(recipe, tmp_path, resume):
+    folder = make_folder(tmp_path, recipe, finished=["stem", "evaluator"], checkpoints=[("stem", recipe.stem.steps)])
+    before = listing(folder)
+    assert make_plan(recipe, folder, PHASES, resume=resume) == Plan(("stream", "glam"), ("stem", "evaluator"))
+    assert listing(folder) == before
+
+
+def test_an_interrupted_phase_needs_resume(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe, finished=["stem"], checkpoints=[("stream", 10), ("stream", 20)])
+    with pytest.raises(ValueError, match=r"holds phase 'stream' after 20 of 1000 steps; continue with --resume, or"):
+        make_plan(recipe, folder, PHASES, resume=False)
+    assert make_plan(recipe, folder, PHASES, resume=True) == Plan(("stream", "glam", "evaluator"), ("stem",))
+
+
+@pytest.mark.parametrize(("phase", "required"), [(phase, each) for phase in PHASES for each in REQUIRED[phase]])
+def test_a_phase_needs_the_weights_it_starts_from(recipe, tmp_path, phase, required):
+    others = [each for each in REQUIRED[phase] if each != required]
+    folder = make_folder(tmp_path, recipe, finished=others)
+    with pytest.raises(ValueError, match=rf"phase '{phase}' needs phase '{required}', which .* lacks; train it too"):
+        make_plan(recipe, folder, [phase], resume=False)
+    assert make_plan(recipe, folder, [phase, required], resume=False).finished == ()
+
+
+def test_unknown_phases_are_rejected(recipe, tmp_path):
+    with pytest.raises(ValueError, match="unknown phase 'dream'; choose from stem, stream, glam, evaluator"):
+        make_plan(recipe, RunFolder(tmp_path), ["dream"], resume=False)
+
+
+def test_glam_can_only_be_extended_from_its_last_checkpoint(recipe, tmp_path):
+    steps = recipe.glam.steps
+    longer = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, steps=steps + 1))
+    shorter = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, steps=steps - 1))
+    folder = make_folder(tmp_path, recipe, finished=PHASES, checkpoints=[("glam", steps)])
+    assert make_plan(longer, folder, PHASES, resume=True).to_train == ("glam",)
+    with pytest.raises(ValueError, match=rf"after {steps} steps; glam\.steps={steps - 1} would be fewer"):
+        make_plan(shorter, folder, PHASES, resume=True)
+    with pytest.raises(ValueError, match="would make it longer, but it is not among the phases to train"):
+        make_plan(longer, folder, ["stem"], resume=True)
+    for path in folder.checkpoints.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="would make it longer, but there is no checkpoint of its last step"):
+        make_plan(longer, folder, PHASES, resume=True)
+
+
+def test_a_run_of_another_recipe_is_rejected(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    with pytest.raises(ValueError, match=r"other settings \(seed is 0 there and 7 now\)"):
+        make_plan(dataclasses.replace(recipe, seed=7), folder, PHASES, resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_rejected_in_one_line(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    text = folder.config.read_text(encoding="utf-8").replace('"format": "mirror-modules run 2",', "")
+    folder.config.write_text(text.replace('"max_grad_norm"', '"grad_norm"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds a run of another version of mirror-modules, .*None, not") as error:
+        make_plan(recipe, folder, PHASES, resume=True)
+    assert "\n" not in str(error.value)
