@@ -57,8 +57,8 @@ def test_the_implementations_equal_the_definition(operation, impl):
 def test_flex_attention_equals_the_definition():
     leaves, word_mask, _ = ATTENTION.make_inputs(TINY[ATTENTION.name], torch.float64, CPU)
     leaves = [leaf.detach() for leaf in leaves]  # no backward pass on a CPU
-    mine = global_local_attention.flex(*leaves, word_mask)
-    torch.testing.assert_close(mine, ATTENTION.definition(*leaves, word_mask))
+    outputs = global_local_attention.flex(*leaves, word_mask)
+    torch.testing.assert_close(outputs, ATTENTION.definition(*leaves, word_mask))
 
 
 @OPERATIONS

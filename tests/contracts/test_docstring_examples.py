@@ -5,6 +5,7 @@ import doctest
 import inspect
 import io
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ def test_the_docstring_has_examples(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_examples_run(path):
+def test_the_examples_run(path, tmp_path, monkeypatch):
+    # Folders that an example creates are removed with the test's.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     report = failures_of(resolve(path))
     assert not report, report
 

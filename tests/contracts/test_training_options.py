@@ -15,7 +15,7 @@ import torch
 
 from mirror_modules import Captioner, MirrorGAN
 from mirror_modules.cli import main
-from mirror_modules.data.batching import seeded
+from mirror_modules.data.seeding import seeded
 from mirror_modules.evaluation import ablation, evaluation
 from mirror_modules.stream import redescription
 from mirror_modules.training import batches, engine, features, loop, network, pretrain, state, step, validation

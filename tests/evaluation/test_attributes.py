@@ -17,9 +17,9 @@ N, RESOLUTION = 13, 16
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    flowers = SyntheticFlowers(N, resolution=64, seed=3)
-    samples = [flowers[i] for i in range(N)]
+def flowers():
+    dataset = SyntheticFlowers(N, resolution=64, seed=3)
+    samples = [dataset[i] for i in range(N)]
     images = to_float(torch.stack([torch.from_numpy(sample.image) for sample in samples]))
     return images, samples
 
@@ -52,8 +52,8 @@ def test_errors(named, message):
         attribute_accuracy({"size": ["small", "large"]}, named)
 
 
-def test_measured_colors_match_the_own_caption_only(drawn):
-    images, samples = drawn
+def test_measured_colors_match_the_own_caption_only(flowers):
+    images, samples = flowers
     own = measure_attributes(images, [sample.captions[0] for sample in samples], None)
     assert own["measured_colors"]["all"]["share"] == 1
     other = measure_attributes(images, [sample.captions[0] for sample in samples[1:] + samples[:1]], None)
@@ -61,8 +61,8 @@ def test_measured_colors_match_the_own_caption_only(drawn):
     assert set(own) == {"measured_colors"}
 
 
-def test_the_classifier_predicts_a_value_of_each_attribute(drawn):
-    images, samples = drawn
+def test_the_classifier_predicts_a_value_of_each_attribute(flowers):
+    images, samples = flowers
     classifier = AttributeClassifier(64).eval()
     predicted = classifier.predict(images)
     assert {name: len(values) for name, values in predicted.items()} == dict.fromkeys(ATTRIBUTES, N)
@@ -74,8 +74,8 @@ def test_the_classifier_predicts_a_value_of_each_attribute(drawn):
     assert accuracy["classifier"]["all"]["named"] == named
 
 
-def test_predictions_do_not_depend_on_the_chunks(drawn, monkeypatch):
-    images, _ = drawn
+def test_predictions_do_not_depend_on_the_chunks(flowers, monkeypatch):
+    images, _ = flowers
     classifier = AttributeClassifier(64).eval()
     whole = classifier.predict(images)
     logits = classifier(images)

@@ -1,4 +1,4 @@
-"""Loss curves: panels read from metrics.jsonl, and their drawings."""
+"""Loss curves: panels read from metrics.jsonl, and their plots."""
 
 import base64
 

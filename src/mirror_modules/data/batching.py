@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from mirror_modules._checks import check_positive
 from mirror_modules.data.in_memory import CaptionBatch, InMemoryCaptions
-from mirror_modules.data.seeding import seeded as seeded
+from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 
 

@@ -47,23 +47,23 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], se
     figures: dict[str, dict[str, Any]] = {}
     for name, runs in results.items():
         figures[name] = {}
-        for figure in runs[0]:
-            values = [float(np.mean(run[figure])) for run in runs]
+        for metric in runs[0]:
+            values = [float(np.mean(run[metric])) for run in runs]
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            figures[name][figure] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
+            figures[name][metric] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
     compared = []
     for name, baseline in PAIRS:
         if name not in results or baseline not in results:
             continue
-        for figure in results[name][0]:
+        for metric in results[name][0]:
             paired = [
-                np.asarray(run[figure]) - np.asarray(baseline_run[figure])
+                np.asarray(run[metric]) - np.asarray(baseline_run[metric])
                 for run, baseline_run in zip(results[name], results[baseline])
             ]
             low, high = bootstrap_interval(paired)
             mean = float(np.mean([difference.mean() for difference in paired]))
             compared.append(
-                {"cell": name, "against": baseline, "figure": figure, "mean": mean, "low": low, "high": high}
+                {"cell": name, "against": baseline, "figure": metric, "mean": mean, "low": low, "high": high}
             )
     return {"seeds": list(seeds), "figures": figures, "differences": compared}
 
@@ -137,10 +137,10 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     panels = picture.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns):
         for y, name in enumerate(names):
-            figure = figures[name][column]
-            axes.barh(y, 100 * figure["mean"], color="#d9cce0", height=0.7)
+            result = figures[name][column]
+            axes.barh(y, 100 * result["mean"], color="#d9cce0", height=0.7)
             axes.plot(
-                [100 * value for value in figure["seeds"]], [y] * len(figure["seeds"]), "o", color="#7d4a92", ms=4
+                [100 * value for value in result["seeds"]], [y] * len(result["seeds"]), "o", color="#7d4a92", ms=4
             )
         axes.set_xlabel(f"{TITLES[column]} (%)")
         axes.spines[["top", "right"]].set_visible(False)
