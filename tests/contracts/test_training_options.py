@@ -183,7 +183,7 @@ def generator_seed(name: str) -> Callable[[Arguments], int]:
 
 
 def dtype(name: str) -> Callable[[Arguments], torch.dtype]:
-    """The dtype of a tensor, or of the first tensor of a tuple."""
+    """The dtype of a tensor, or of the first tensor in a tuple."""
     return lambda arguments: next(iter(arguments[name])).dtype
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from mirror_modules import MirrorGAN
 from mirror_modules.data import ATTRIBUTES
-from mirror_modules.data.seeding import seeded
 from mirror_modules.data.readers.images import shrink
+from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import to_float
 from mirror_modules.evaluation import attributes, evaluation
 from mirror_modules.evaluation.attributes import fit_attribute_classifier

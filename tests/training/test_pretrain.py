@@ -60,10 +60,10 @@ def test_both_encoders_are_trained_together(tiny_recipe, batch):
 
 
 def test_without_word_weight_the_word_terms_are_not_computed(tiny_recipe, batch, monkeypatch):
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise AssertionError("the word terms were computed")
 
-    monkeypatch.setattr(pretrain, "word_region_similarity", refuse)
+    monkeypatch.setattr(pretrain, "word_region_similarity", fail)
     recipe = dataclasses.replace(tiny_recipe.stem, word_weight=0.0)
     losses = fit(matching_step, EncoderPair(tiny_recipe.model, V), batch, recipe)
     assert losses[0].keys() == {"caption_by_sentence", "image_by_sentence", "gradient_norm"}

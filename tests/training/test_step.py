@@ -177,10 +177,10 @@ def test_without_redescription_the_captioner_is_not_run(vocabulary, tiny_recipe,
     glam = dataclasses.replace(tiny_recipe.glam, redescription_weight=0.0, redescription_ratio=None)
     state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
 
-    def refuse(*_):
+    def fail(*_):
         raise AssertionError("the captioner was run")
 
-    monkeypatch.setattr(state.model.captioner, "forward", refuse)
+    monkeypatch.setattr(state.model.captioner, "forward", fail)
     assert "redescription" not in adversarial_step(state, make_batch(vocabulary), glam).losses
 
 

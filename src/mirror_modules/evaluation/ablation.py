@@ -60,6 +60,11 @@ def ablation_cells() -> list[Cell]:
 
     Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; and
     balanced gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
+
+    Examples:
+        >>> from mirror_modules.evaluation import ablation_cells
+        >>> [cell.name for cell in ablation_cells()][:3]
+        ['word attention, weight 0', 'word attention, weight 1', 'weight 0']
     """
     cells = [
         Cell("word attention, weight 0", _fields(0.0, attention="word")),
@@ -114,7 +119,7 @@ def ablate(
 
     Examples:
         >>> from mirror_modules.evaluation import ablate
-        >>> from mirror_modules.evaluation.ablation import ablation_cells
+        >>> from mirror_modules.evaluation import ablation_cells
         >>> from mirror_modules.training import get_recipe
         >>> cells = [cell for cell in ablation_cells() if cell.name in ("weight 0", "ratio 0.25")]
         >>> content = ablate(get_recipe("ablation"), "runs/ablation", cells=cells, jobs=2)  # doctest: +SKIP

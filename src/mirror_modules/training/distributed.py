@@ -185,7 +185,7 @@ def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
             raise
         raise TrainingError(
             f"process {dist.get_rank()} of {world_size} lost the connection to another process; see the output of that "
-            "process for the cause. The newest checkpoint is whole, and --resume continues from it if there is one."
+            "process for the cause. The newest checkpoint, if any, is intact: --resume continues from it."
         ) from error
     finally:
         dist.destroy_process_group()

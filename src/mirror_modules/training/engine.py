@@ -4,7 +4,7 @@
         for batch in phase.batches():
             phase.record(adversarial_step(state, batch, recipe.glam))
 
-An interrupted run continues from its newest whole checkpoint exactly as if it had not been interrupted.
+An interrupted run continues from its newest intact checkpoint exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
