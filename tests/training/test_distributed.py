@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,7 @@ def run_operations(out, tiny):
     with process_group("cpu") as group:
         torch.save(run_norms(group), out / f"norms-{group.rank}.pt")
         torch.save(run_collectives(group), out / f"collectives-{group.rank}.pt")
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[1]
     run_steps(out, tiny, STEPS)
 
 
@@ -258,10 +259,10 @@ def make_run_recipe(tiny):
 
 
 def run_trainings(out, tiny):
-    recipe, rank, port = make_run_recipe(tiny), int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    recipe, rank, ports = make_run_recipe(tiny), int(os.environ["RANK"]), os.environ["PORTS"].split()
 
     def attempt(number, folder, **options):
-        os.environ["MASTER_PORT"] = str(port + number)
+        os.environ["MASTER_PORT"] = ports[number]
         try:
             train(recipe, out / folder, **options)
         except Interrupted as error:
@@ -294,16 +295,28 @@ TASKS = {"operations": run_operations, "no-pairs": run_no_pairs, "trainings": ru
 # Tests of what the ranks wrote.
 
 
-def free_port():
-    """A free port; the next few are probably free, too."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return min(server.getsockname()[1], 65000)
+def free_ports(count):
+    """Ports that were free a moment ago; another process may take one before a rank listens on it."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for server in servers:
+            server.bind(("127.0.0.1", 0))
+        return [str(server.getsockname()[1]) for server in servers]
 
 
-def launch(task, out, timeout=TIMEOUT):
+def launch(task, out, timeout=TIMEOUT, attempts=5):
     """Run a task on both ranks; returns their statuses and output if one failed, an empty text otherwise."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
+    error = launch_once(task, out, timeout)
+    if "EADDRINUSE" not in error or attempts == 1:
+        return error
+    for folder in filter(Path.is_dir, out.iterdir()):
+        shutil.rmtree(folder)
+    return launch(task, out, timeout, attempts - 1)
+
+
+def launch_once(task, out, timeout):
+    ports = free_ports(5)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports), "WORLD_SIZE": str(RANKS)}
     logs = [out / f"{task}-{rank}.log" for rank in range(RANKS)]
     processes = []
     for rank, log in enumerate(logs):
