@@ -36,7 +36,7 @@ def check_batch(owner: str, **tensors: Tensor) -> None:
 
 
 def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None:
-    """Require floating point tensors of one precision, after the casts of autocast, on one device."""
+    """Require floating point tensors that have the same precision after the casts of autocast, on the same device."""
     dtypes = {name: autocast_dtype(tensor) for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
         listed = ", ".join(f"{name}: {dtype}".replace("torch.", "") for name, dtype in dtypes.items())
@@ -85,7 +85,7 @@ def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | Non
 
 
 def is_unchecked(word_mask: Tensor) -> bool:
-    """Whether `check_word_mask` may have let a caption without a word pass, which must not produce NaN."""
+    """Whether `check_word_mask` may have skipped the check for captions without a word, which must not produce NaN."""
     return torch.compiler.is_compiling() or word_mask.device.type != "cpu"
 
 

@@ -61,8 +61,8 @@ def recomputed_in_tiles(
     forward and backward. Concatenating the tiles instead took about a quarter of the time of a function that makes few
     passes over its inputs.
 
-    A compiled graph computes everything at once, because its compiler plans by itself what to keep. So do a second
-    derivative (`create_graph=True`) and the transforms of `torch.func`.
+    A compiled graph computes everything at once, because the compiler itself decides which results to keep. A second
+    derivative (`create_graph=True`) and the transforms of `torch.func` also compute everything at once.
 
     Args:
         function: Returns a tuple of results.
@@ -105,8 +105,8 @@ class _Recomputed(torch.autograd.Function):
         needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
         results: list[Any] = [None] * len(inputs)
         if torch.is_grad_enabled():
-            # Differentiate with respect to views: the graph from one input to another that is computed from it must not
-            # count here.
+            # Differentiate with respect to views: if one input was computed from another, the graph between them must
+            # not contribute here.
             views = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
             for index, result in zip(needed, _differentiate(ctx.function, views, needed, gradients, create_graph=True)):
                 results[index] = result

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mirror-modules {words[0]}: interrupted{kept}.", file=sys.stderr)
             return 130
         except RuntimeError as error:
-            # Imported here because most commands do not need the training.
+            # Imported here because most commands run without the training code.
             from mirror_modules.training.errors import Interrupted, TrainingError, is_out_of_memory
 
             if not isinstance(error, TrainingError) and not is_out_of_memory(error):
@@ -125,7 +125,7 @@ class TrainOptions:
     phases: tuple[Literal["stem", "stream", "glam", "evaluator"], ...] = ()
     """Phases to train; all by default."""
     resume: bool = False
-    """Continue an interrupted run from its newest checkpoint; a new folder is started as without it."""
+    """Continue an interrupted run from its newest checkpoint; in a new folder, start the run."""
     config: Path | None = None
     """JSON file with the fields that differ from the recipe's, or a run's config.json; command-line options win."""
 
@@ -253,7 +253,7 @@ class InspectOptions:
     resolution: int | None = None
     """Height and width of the images in it; 64 by default, or less if the folder was prepared at less."""
     max_words: int = 18
-    """Captions with more words are counted as long."""
+    """Captions with more words count as long."""
     min_count: int = 1
     """Minimum number of occurrences of a word in the vocabulary."""
 
@@ -431,12 +431,12 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     for name, value in metrics["image_information"].items():
         # Adding 0.0 turns -0.0 into 0.0.
         print(f"  {name:<10} {round(value, 2) + 0.0:6.2f}")
-    for reader, title in (
+    for method, title in (
         ("classifier", "by the attribute classifier"),
         ("measured_colors", "colors measured in pixels"),
     ):
         shares = {
-            name: each[reader]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if reader in each
+            name: each[method]["all"]["share"] for name, each in metrics.get("attributes", {}).items() if method in each
         }
         if shares:
             print(f"Attribute accuracy, {title}:")

@@ -63,8 +63,8 @@ def explain(operation: Callable[..., Any], *arguments: Any, **options: Any) -> C
 
     Args:
         operation: `global_local_attention` or `word_region_similarity`.
-        *arguments: Those of the operation.
-        **options: Those of the operation; `impl="triton"` checks whether the kernel could run.
+        *arguments: Positional arguments of the operation.
+        **options: Keyword arguments of the operation; `impl="triton"` checks whether the kernel could run.
 
     Returns:
         `Choice(implementation, reason)`.

@@ -132,11 +132,11 @@ def test_every_dtype_is_accumulated_in_float64(dtype):
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, 7)),
         ),
         (
-            r"subset_size=1000 needs as many images in both sets, but one has 11; pass more images, or lower it",
+            r"subset_size=1000 exceeds the 11 images of the smaller set; pass more images, or lower it",
             lambda: kernel_distance(torch.ones(N, D), torch.ones(M, D)),
         ),
         (
-            r"subset_size=12 needs as many images in both sets, but one has 11",
+            r"subset_size=12 exceeds the 11 images of the smaller set",
             lambda: kernel_distance(torch.ones(M, D), torch.ones(N, D), subset_size=12),
         ),
         (

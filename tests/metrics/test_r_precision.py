@@ -317,7 +317,7 @@ def test_features_that_require_gradients_are_accepted(dtype):
     ("message", "call"),
     [
         (
-            r"folds=10 needs as many images, but there are 7; lower folds",
+            r"folds=10 needs at least 10 images, but there are 7; lower folds",
             lambda: r_precision_folds(torch.ones(7, D), torch.ones(7, D), candidates=2),
         ),
         (

@@ -139,8 +139,8 @@ def test_a_missing_package_is_named(monkeypatch):
         (r"descriptions must be a list of strings, one for each image; wrap a single one", "red", ["red"]),
         (r"captions must be a list of strings", ["red"], "red"),
         (r"captions must be a list of strings", ["red"], [["red", "a red flower"]]),
-        (r"must be equally many, at least one, but there are 2 and 1", ["red", "blue"], ["red"]),
-        (r"must be equally many, at least one, but there are 0 and 0", [], []),
+        (r"one description per caption, .* but there are 2 descriptions and 1 captions", ["red", "blue"], ["red"]),
+        (r"and at least one caption, but there are 0 descriptions and 0 captions", [], []),
         (r"caption 1 \('\.\.\.'\) contains no word; remove it", ["red", "blue"], ["red", "..."]),
     ],
 )

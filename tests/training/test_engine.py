@@ -298,7 +298,7 @@ def test_a_checkpoint_of_another_run_is_rejected(recipe, tmp_path, monkeypatch, 
     kept.files()[4].unlink()
     path = kept.save(4, replace(content))
     with pytest.raises(
-        TrainingError, match=rf"{path.name} is no checkpoint of phase 'stem' of this run \(.*{reason}.*remove"
+        TrainingError, match=rf"{path.name} is not a checkpoint of phase 'stem' of this run \(.*{reason}.*remove"
     ):
         train(recipe, tmp_path / "run", phases=["stem"], resume=True)
     path.unlink()
@@ -358,4 +358,4 @@ def test_batches_that_cannot_be_divided_are_rejected(recipe, tmp_path, fields, m
 def test_a_batch_larger_than_the_data_set_is_reduced_with_a_message(recipe, tmp_path, capsys):
     recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, batch_size=64))
     train(recipe, tmp_path / "run", phases=["stem"])
-    assert "stem: batch size reduced to 41: there are no more training images" in capsys.readouterr().err
+    assert "stem: batch size reduced to 41: there are too few training images" in capsys.readouterr().err

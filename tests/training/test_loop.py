@@ -173,7 +173,7 @@ def test_a_config_without_a_recipe_is_not_overwritten(tiny_recipe, tmp_path, con
 
 def test_too_few_validation_images_for_the_evaluation_are_rejected_before_training(tiny_recipe, tmp_path):
     evaluation = dataclasses.replace(tiny_recipe.evaluation, candidates=32)
-    with pytest.raises(ValueError, match=r"evaluation\.candidates=32 needs as many .* but there are 31"):
+    with pytest.raises(ValueError, match=r"evaluation\.candidates=32 needs that many .* but there are 31"):
         train(dataclasses.replace(tiny_recipe, evaluation=evaluation), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ from mirror_modules._checks import check_batch, check_choice, check_features, ch
 Normalization = Literal["batch", "spectral", "none"]
 
 SMALLEST_RESOLUTION = 4
-# Stride-2 convolutions from 64 pixels to 4. Larger images need more, and their channels are then reduced to as many.
+# Stride-2 convolutions from 64 pixels to 4. Larger images need more; their channels are reduced to the same number.
 FULL_WIDTH_HALVINGS = 4
 
 
@@ -187,7 +187,7 @@ class PairedDiscriminator(nn.Module):
         return self.logits(self.features(images), sentence)
 
     def extra_repr(self) -> str:
-        """Show the sizes in `print`."""
+        """Sizes for `print`."""
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 

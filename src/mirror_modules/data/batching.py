@@ -15,9 +15,9 @@ from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 class RepeatableBatches(Dataset[CaptionBatch]):
     """Shuffled epochs without end, with one random caption per image; `batches[n]` is batch number n.
 
-    A batch is a pure function of the seed and its number, in any order of access and in any process: a training resumed
+    A batch is a pure function of the seed and its number, in any order of access and in any process: a run resumed
     after n batches continues with `batches[n]`, and there is no state to save. All batches are full; images that remain
-    at the end of an epoch are not drawn in it. With a `DataLoader`, pass `batch_size=None` and a range as `sampler`.
+    at the end of an epoch are not used in it. With a `DataLoader`, pass `batch_size=None` and a range as `sampler`.
 
     Args:
         captions: The data set.
@@ -30,8 +30,8 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         with_images: Whether to load the images; see `InMemoryCaptions.batch`.
 
     Raises:
-        ValueError: `batch_size` exceeds the number of samples or is no multiple of `ranks`, `rank` is out of range, or
-            `crop` exceeds the images.
+        ValueError: `batch_size` exceeds the number of samples or is not a multiple of `ranks`, `rank` is out of range,
+            or `crop` exceeds the images.
 
     Examples:
         >>> from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers

@@ -52,15 +52,14 @@ class InMemoryCaptions:
         max_words: Length to which longer captions are shortened.
         long_captions: How they are shortened: "cut" keeps the first words; "subsample" draws a new random subset of
             words, in order, for each batch of `RepeatableBatches`.
-        min_count: Occurrences that a word needs to enter a vocabulary built here.
+        min_count: Minimum number of occurrences of a word in a vocabulary built here.
         progress: Called with (samples done, samples in total) after each sample.
         report: Report to which damaged samples are added, usually the `report` of a data set on disk; None raises at
             the first one.
 
     Raises:
-        ValueError: The data set is empty, its images differ in size, a sample is no valid `CaptionedImage` (bytes, at
-            least one caption, a class from 0), or damaged samples are not permitted: `report` is None, or stops at the
-            first one or at this many.
+        ValueError: The data set is empty, its images differ in size, a sample is not a valid `CaptionedImage` (bytes,
+            at least one caption, a class from 0), or more samples are damaged than `report` permits; None permits none.
 
     Examples:
         >>> import torch
@@ -181,7 +180,7 @@ class InMemoryCaptions:
     def batch(
         self, indices: Tensor, choices: Tensor, *, words: int | None = None, with_images: bool = True
     ) -> CaptionBatch:
-        """Images by index, each with one of its captions.
+        """Collect images by index, each with one of its captions.
 
         Args:
             indices: Index of each image, (B,).

@@ -49,7 +49,7 @@ class SplitFacts(NamedTuple):
     caption_words: Spread | None
     """Words per caption."""
     long_captions: int
-    """Captions of more than `max_words` words."""
+    """Captions with more than `max_words` words."""
     classes: frozenset[int]
     words: Counter[str]
     """Occurrences of each word."""
@@ -65,7 +65,7 @@ def inspect_split(
 
     Args:
         dataset: The split, opened with `on_error="list"`.
-        max_words: Captions of more words count as long.
+        max_words: Captions with more words count as long.
         samples: Number of samples to keep.
         progress: Called after each sample.
 
@@ -120,7 +120,7 @@ def describe_splits(training: SplitFacts, validation: SplitFacts, *, max_words: 
         training: Statistics of the training split, whose captions make up the vocabulary.
         validation: Statistics of the validation split, whose words are looked up in that vocabulary.
         max_words: As passed to `inspect_split`.
-        min_count: Occurrences that a word needs to enter the vocabulary.
+        min_count: Minimum number of occurrences of a word in the vocabulary.
 
     Returns:
         Several lines of text.
@@ -186,8 +186,8 @@ def inspect_folder(
         path: Folder of the data set.
         source: Its format, as for `open_captions`.
         resolution: Height and width of the samples; None takes 64, or less if the folder was prepared at less.
-        max_words: Captions of more words count as long.
-        min_count: Occurrences that a word needs to enter the vocabulary.
+        max_words: Captions with more words count as long.
+        min_count: Minimum number of occurrences of a word in the vocabulary.
 
     Returns:
         The statistics as text, and a few samples.

@@ -64,7 +64,7 @@ def prepare_captions(
         resolution: Height and width of the images; somewhat above the model's leaves room for random crops.
         source: Format of the originals, as for `open_captions`.
         on_error: "stop" raises at the first damaged sample; "skip" skips damaged samples up to 5 % of a split.
-        shard_size: Maximal number of samples per file. If a split fits in one file, training maps its images into
+        shard_size: Maximum number of samples per file. If a split fits in one file, training maps its images into
             memory instead of copying them.
         progress: Called with (split, samples done, samples in total) after each sample, and once for each file that an
             earlier call completed.
@@ -251,7 +251,7 @@ def _name(entry: Entry, root: Path) -> str:
 
 
 def _digest(splits: list[CaptionedFiles], settings: list[object]) -> str:
-    """A hash of everything that determines the folder: settings, and per original its metadata, size and mtime."""
+    """Hash everything that determines the folder: the settings, and the metadata, size and mtime of each original."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for dataset in splits:
         for entry in dataset.entries:

@@ -64,7 +64,7 @@ FORMATS: dict[str, Format] = {
 
 
 def recognize(path: str | Path) -> str:
-    """The name of a folder's format.
+    """Recognize the format of a folder and return its name.
 
     Raises:
         FileNotFoundError: The folder does not exist.

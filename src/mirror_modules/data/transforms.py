@@ -33,7 +33,7 @@ def to_float(images: Tensor) -> Tensor:
         torch.Size([2, 3, 5, 7])
     """
     check_bytes("to_float", images)
-    # One copy, the rest in place: this is a good share of a small network's loading time.
+    # One copy, the rest in place: this takes a good share of the time to load a batch for a small network.
     floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return floats.div_(127.5).sub_(1)
 

@@ -58,8 +58,8 @@ class Cell(NamedTuple):
 def ablation_cells() -> list[Cell]:
     """The paper's ablation (Sec. 4.2), with and without mismatched pairs, plus balanced gradients.
 
-    Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; and
-    balanced gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
+    Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; and balanced
+    gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
 
     Examples:
         >>> from mirror_modules.evaluation import ablation_cells
@@ -130,6 +130,7 @@ def ablate(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"ablate: seeds must be one or more distinct numbers, but they are {list(seeds)}.")
     for seed in seeds:
+        # Raises if the seed is out of range.
         dataclasses.replace(recipe, seed=seed)
     if jobs < 1:
         raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")

@@ -19,7 +19,7 @@ TITLES = {
     "words": "word accuracy",
 }
 
-# Each cell and its baseline, which lacks the one setting that the cell adds.
+# Each cell and the baseline that it is compared with; the two differ in one setting.
 PAIRS = (
     ("weight 0", "word attention, weight 0"),
     ("weight 1", "word attention, weight 1"),

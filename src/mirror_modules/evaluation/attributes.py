@@ -74,7 +74,7 @@ class AttributeClassifier(nn.Module):
 
 
 class AttributeAccuracy(NamedTuple):
-    """Accuracy of images at one attribute of their captions."""
+    """Accuracy of images for one attribute of their captions."""
 
     share: float
     """Share of the captions whose image has the named value, in [0, 1]."""
@@ -156,7 +156,7 @@ def fit_attribute_classifier(
         The classifier in evaluation mode.
 
     Raises:
-        TrainingError: Its accuracy at some attribute of held-out flowers is below 99 %.
+        TrainingError: Its accuracy for some attribute of held-out flowers is below 99 %.
         ValueError: The file does not hold an attribute classifier for this resolution.
     """
     classifier = with_seed(SEED, lambda: AttributeClassifier(resolution))

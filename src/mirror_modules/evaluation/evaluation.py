@@ -36,6 +36,7 @@ from mirror_modules.metrics import (
     redescription_quality,
 )
 from mirror_modules.models import MirrorGAN
+from mirror_modules.pictures.attention import token_words
 from mirror_modules.training.batches import Splits, at_resolution, load_splits
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
@@ -75,14 +76,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a trained run; write evaluation.json, the pictures and report.html.
 
-    Each validation image has one caption that no training image has. Images are generated from these captions, and each
-    image ranks its caption against others of the validation split. The same metrics of the real images are the ceiling,
-    and those of images generated from other captions (shuffled) the floor. Word accuracy is the share of words and end
-    tokens that the captioner predicts correctly, given the preceding words; `image_information` is an estimate of the
-    pointwise mutual information of image and caption, in nats per token.
+    Validation images are evaluated with one caption each that no training image has; images without one are omitted.
+    Images are generated from these captions, and each image ranks its caption against others of the validation split.
+    The same metrics for the real images are the ceiling, and those for images generated from other captions (shuffled)
+    the floor. Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the
+    preceding words; `image_information` is an estimate of the pointwise mutual information of image and caption, in
+    nats per token.
 
     Args:
-        out: The folder of the run, with phases `stream`, `glam` and `evaluator` trained.
+        out: The folder of the run, with all phases trained.
         device: "cpu" or "cuda".
         fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on synthetic flowers,
             attribute accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the
@@ -121,7 +123,7 @@ def evaluate(
         )
     pair = load_pair(folder, "evaluator", recipe, splits).to(device)
     if inception and not _is_synthetic(recipe):
-        # A class classifier would only serve as the extractor, which Inception replaces.
+        # A class classifier would serve only as the extractor, which Inception replaces.
         networks = EvaluationNetworks()
     else:
         networks = load_evaluation_networks(folder, recipe, splits, fit_classifier)
@@ -227,7 +229,7 @@ def _network_metrics(
 def _feature_metrics(
     extractor: Extractor, training: Tensor, images: dict[str, Tensor], seed: int
 ) -> dict[str, dict[str, float]]:
-    """FID and KID from the validation images, and Inception Score, for generated and for real images.
+    """FID and KID with the validation images as reference, and Inception Score, for generated and for real images.
 
     The real baseline compares validation images with training images held out from the extractor, resized to match.
     Distances are biased upward for few images, so both sides of the comparison use the same number of them.
@@ -274,7 +276,7 @@ def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int
 
 
 def _cases(precision: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:
-    """The captions whose images have the highest, and those whose images have the lowest expected top-1 precision."""
+    """The captions whose images have the highest and the lowest expected top-1 precision."""
     order = precision.argsort(descending=True, stable=True).tolist()
     count = min(CASES, len(order) // 2)
     rows = {"best": order[:count], "worst": order[::-1][:count]}
@@ -291,12 +293,9 @@ def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str,
         # The captions come from the data set, where rare words are expected; the warning is meant for user input.
         warnings.filterwarnings("ignore", message="unknown words")
         generated = model.generate(sample.captions, seed=recipe.seed, need_weights=True)
-    words = [
-        [model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(sample.tokens, sample.word_mask)
-    ]
     return Showcase(
         captions=sample.captions,
-        words=words,
+        words=token_words(model.vocabulary, sample.tokens, sample.word_mask),
         real=real,
         generated=generated,
         real_descriptions=model.describe(real),

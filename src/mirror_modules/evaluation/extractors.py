@@ -38,7 +38,7 @@ class Extractor(NamedTuple):
     logits: Callable[[Tensor], Tensor]
     """Maps images to logits of the network's classes, (N, K)."""
     held_out: slice = slice(None)
-    """The training images of the data set that were held out from training this network."""
+    """The training images of the data set that were held out from the training of this network."""
 
 
 class ClassClassifier(nn.Module):
@@ -92,7 +92,7 @@ def inception_extractor(weights: Any = "DEFAULT", *, device: str = "cpu") -> Ext
             f"{torch.hub.get_dir()}/checkpoints, or use --fit-classifier."
         ) from error
     head, network.fc = network.fc.to(device), nn.Identity()
-    # With transform_input it would undo ImageNet's normalization to get inputs in [-1, 1]; ours already are.
+    # With transform_input it would convert ImageNet-normalized inputs to [-1, 1]; ours are in [-1, 1] already.
     network.transform_input = False
     network.to(device).eval()
 

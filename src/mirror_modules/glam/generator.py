@@ -142,7 +142,7 @@ class CascadedGenerator(nn.Module):
 
 
 def _attention_factory(attention: object) -> AttentionFactory | None:
-    """The factory that `attention` names or is; None for "none"."""
+    """Resolve the argument `attention` to a factory; None for "none"."""
     if isinstance(attention, nn.Module):
         name = type(attention).__name__
         raise ValueError(

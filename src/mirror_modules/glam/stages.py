@@ -40,7 +40,7 @@ class StageContext(Protocol):
 class StageAttention(Protocol):
     """Contract of the attention module of a `RefinementStage`: any `nn.Module` with this attribute and this forward.
 
-    `GlobalLocalAttention` and `WordAttention` are two of them.
+    `GlobalLocalAttention` and `WordAttention` are examples.
     """
 
     context_dim: int
@@ -74,7 +74,7 @@ class StageResult(NamedTuple):
     """Features of a refinement stage, with the attention maps that led to them."""
 
     features: Tensor
-    """(B, C, growth * H, growth * W)"""
+    """(B, C, 2**doublings * H, 2**doublings * W)"""
     word_weights: Tensor | None
     """(B, L, H, W), or None; see `StageContext`."""
     sentence_weights: Tensor | None
@@ -207,7 +207,7 @@ class RefinementStage(nn.Module):
             need_weights: Also return the attention maps.
 
         Returns:
-            Features (B, C, growth * H, growth * W), and the attention maps if requested.
+            Features (B, C, 2**doublings * H, 2**doublings * W), and the attention maps if requested.
 
         Raises:
             ValueError: The attention module returns no contexts, or their channels do not add up to its `context_dim`.

@@ -30,12 +30,12 @@ def float32_precision() -> str:
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    """Backward pass of an operator that is itself a backward pass."""
+    """Raise an error for a second derivative; registered as the backward pass of the backward operators."""
     raise NotImplementedError("The Triton kernels have no second derivative; use impl='torch' if you need one.")
 
 
 def on_device_of(tensor: Tensor) -> ExitStack:
-    """Launch on the tensor's device, even if it is not the current one, and with autocast off.
+    """Enter a context for launches on the tensor's device, even if it is not the current one, with autocast off.
 
     The inputs are cast before an operator is called; autocast would cast the operands of its matrix products again.
     """

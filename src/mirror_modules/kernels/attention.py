@@ -1,6 +1,6 @@
 """`global_local_attention` as a custom operator of torch.library, implemented by Triton kernels.
 
-Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported when it first runs.
+Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported on its first run.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from mirror_modules.kernels._launch import (
 from mirror_modules.kernels.choice import AMPLE_SHARED_MEMORY, machine_of
 
 LARGEST_WORDS = 2**15
-"""Bytes of a chunk of words in a program, padding included; half of that on GPUs with less shared memory than
+"""Maximum bytes of a chunk of words in a program, padding included; half of that on GPUs with less shared memory than
 `AMPLE_SHARED_MEMORY`."""
 PROGRAMS = 1024
 """Target number of programs of a backward pass, given enough positions: several per multiprocessor of a large GPU."""
 SMALLEST_SPAN = 256
-"""Fewest positions per program of the backward pass: a multiple of every tile size."""
+"""Minimum number of positions per program of the backward pass: a multiple of every tile size."""
 LARGEST_IEEE = 64
-"""Most padded channels for which float32 matrix products run without tensor cores. With more, such a product holds
-whole rows in registers and spills them; three tf32 products keep the accuracy of float32 without spilling."""
+"""Maximum number of padded channels for which float32 matrix products run without tensor cores. With more, such a
+product holds whole rows in registers and spills them; three tf32 products keep the accuracy of float32 without
+spilling."""
 OPERATOR = "mirror_modules::global_local_attention"
 
 

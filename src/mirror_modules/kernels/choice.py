@@ -23,7 +23,7 @@ LARGEST_GAMMA = 8
 AMPLE_SHARED_MEMORY = 160 * 1024
 """Bytes of shared memory per program on data center GPUs; consumer GPUs have less."""
 LARGEST_ON_SMALL_CHIPS = 64
-"""Most float32 channels of `global_local_attention` on GPUs with less shared memory than that."""
+"""Maximum number of float32 channels in `global_local_attention` on GPUs without `AMPLE_SHARED_MEMORY`."""
 
 
 class Machine(NamedTuple):
@@ -47,7 +47,7 @@ class Facts(NamedTuple):
     machine: Machine
     """Capabilities of the device."""
     dtypes: tuple[torch.dtype, ...]
-    """Dtypes of the floating point inputs, after the casts of autocast."""
+    """Dtypes of the floating point inputs after autocast."""
     sizes: dict[str, int]
     """The sizes limited by `LARGEST`."""
     options: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
     implementation: str
     """Either "torch" or "triton"."""
     reason: str
-    """One human-readable sentence."""
+    """A human-readable clause."""
 
 
 def choose(operation: str, impl: str, facts: Facts) -> Choice:

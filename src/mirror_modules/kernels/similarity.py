@@ -19,7 +19,7 @@ The term `a * shares` in `grad_scores` carries the gradient of the products dire
 product. Division by R keeps the contexts at the scale of the regions, and the gradients above float16's smallest
 numbers.
 
-Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported when it first runs.
+Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported on its first run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch import Tensor
 from mirror_modules.kernels._launch import accumulator, next_power_of_2, on_device_of, refuse_second_derivative
 
 ELEMENTS_PER_MAP = 2**25
-"""Scores of a chunk, unless a single pair has more."""
+"""Maximum number of scores in a chunk, unless a single pair has more."""
 MOST_IMAGES = 2**16 - 1
-"""Most images of a chunk: the CUDA limit of the second axis of a grid."""
+"""Maximum number of images in a chunk: the CUDA limit of the second axis of a grid."""
 ELEMENTS_PER_BLOCK = 2**12
 """Elements of a map or of contexts that a program processes at a time."""
 ALIGNMENT = 16

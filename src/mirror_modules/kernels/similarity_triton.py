@@ -17,7 +17,7 @@ import triton.language as tl
 from mirror_modules.kernels.attention_triton import MASKED
 
 SHORTEST = tl.constexpr(1e-8)
-"""Least norm of a feature in a cosine, as in `stem/matching.py`."""
+"""Lower bound of the norms in a cosine, as in `stem/matching.py`."""
 
 
 @triton.jit

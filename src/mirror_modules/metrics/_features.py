@@ -22,7 +22,7 @@ def check_tensors(owner: str, **values: object) -> None:
 
 
 def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...]) -> None:
-    """Require finite floating-point features with the axes of `layout`, the first ones of at least the sizes `fewest`.
+    """Require finite floating-point features with the axes of `layout`, the first of at least the sizes `fewest`.
 
     Raises:
         ValueError: Not a tensor, another number of axes, not floating point, too few entries, NaN or infinity.

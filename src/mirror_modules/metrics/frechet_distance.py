@@ -16,8 +16,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         distance = |mean_a - mean_b|^2 + tr( S_a + S_b - 2 (S_a S_b)^(1/2) )
 
     For centered features A and B, divided by sqrt(N - 1) and sqrt(M - 1), S_a = A^T A, S_b = B^T B, and the trace of
-    the root is the sum of the singular values of A B^T. The computation therefore inverts no covariance, takes no root
-    of a rounding error, and is stable with fewer images than features, although the estimate is then poor.
+    the root is the sum of the singular values of A B^T. The computation therefore needs neither the inverse of a
+    covariance nor the square root of an eigenvalue that is a rounding error, and is stable with fewer images than
+    features, although the estimate is then poor.
 
     Args:
         features_a: Features of one set of images, (N, D).

@@ -16,7 +16,7 @@ class InceptionScore(NamedTuple):
 
     mean: float
     standard_deviation: float
-    """Root mean square deviation of the splits from `mean`, as published tables print it after ±."""
+    """Root mean square deviation of the splits from `mean`; published tables print it after ±."""
 
 
 @torch.no_grad()

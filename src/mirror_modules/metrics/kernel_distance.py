@@ -68,8 +68,8 @@ def kernel_distance(
     smaller = min(len(features_a), len(features_b))
     if smaller < subset_size:
         raise ValueError(
-            f"kernel_distance: subset_size={subset_size} needs as many images in both sets, but one has {smaller}; "
-            "pass more images, or lower it."
+            f"kernel_distance: subset_size={subset_size} exceeds the {smaller} images of the smaller set; pass more "
+            "images, or lower it."
         )
     distances = torch.stack(
         [

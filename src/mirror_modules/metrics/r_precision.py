@@ -10,7 +10,7 @@ from torch import Tensor
 from mirror_modules._checks import check_positive, shape_of
 from mirror_modules.metrics._features import check_pairs, check_tensors, directions
 
-# Scores in memory at a time: 30,000 images with as many captions would need 7 GB at once.
+# Scores in memory at a time: those of 30,000 images with 30,000 captions would need 7 GB at once.
 LARGEST_BLOCK = 2**24
 
 
@@ -33,7 +33,7 @@ class RPrecisionFolds(NamedTuple):
     standard_errors: tuple[float, float, float]
     """Standard error of each of the three means: the sample standard deviation of the folds over sqrt(folds)."""
     standard_deviations: tuple[float, float, float]
-    """Root mean square deviation of the folds from each mean, as published tables print it after ±."""
+    """Root mean square deviation of the folds from each mean; published tables print it after ±."""
 
 
 @torch.no_grad()
@@ -50,9 +50,9 @@ def r_precision(
 
         top-k = fraction of images whose own caption is among the first k of `candidates`
 
-    Each image ranks its own caption and `candidates - 1` others, drawn without replacement. Candidates that tie with
-    its own caption are ranked in random order, of which the expectation counts: constant features score exactly at
-    chance, 1 / candidates.
+    Each image ranks its own caption and `candidates - 1` others, drawn without replacement. If candidates tie with its
+    own caption, the expectation over their random order counts: constant features score exactly at chance,
+    1 / candidates.
 
     Args:
         images: Global image features, (N, D).
@@ -132,7 +132,7 @@ def r_precision_folds(
     hits = _hits("r_precision_folds", images, sentences, class_ids, image_ids, candidates, generator)
     if len(hits) < folds:
         raise ValueError(
-            f"r_precision_folds: folds={folds} needs as many images, but there are {len(hits)}; lower folds."
+            f"r_precision_folds: folds={folds} needs at least {folds} images, but there are {len(hits)}; lower folds."
         )
     order = torch.randperm(len(hits), generator=generator, device=None if generator is None else generator.device)
     precisions = torch.stack([fold.mean(dim=0) for fold in hits[order.to(hits.device)].tensor_split(folds)])

@@ -101,8 +101,8 @@ def _split(owner: str, descriptions: Iterable[str], captions: Iterable[str]) -> 
     captions = _as_list(owner, "captions", captions)
     if not captions or len(descriptions) != len(captions):
         raise ValueError(
-            f"{owner}: descriptions and captions must be equally many, at least one, but there are "
-            f"{len(descriptions)} and {len(captions)}."
+            f"{owner}: there must be one description per caption, and at least one caption, but there are "
+            f"{len(descriptions)} descriptions and {len(captions)} captions."
         )
     references = [split_words(caption) for caption in captions]
     for i, words in enumerate(references):

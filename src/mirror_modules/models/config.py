@@ -81,7 +81,7 @@ class MirrorGANConfig:
 
     @classmethod
     def release(cls, **changes: Any) -> MirrorGANConfig:
-        """Preset: the model of the published code, which loads its weights. `changes` override single fields."""
+        """Preset: the model of the published code, compatible with its weights. `changes` override single fields."""
         return cls(**{"sentence_bias": True, "score_projection": True, **changes})
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the state of a Module to a safetensors file, atomically: whole or not at all.
+    """Write the state of a Module to a safetensors file atomically.
 
     Raises:
         OSError: The file cannot be written.
@@ -47,7 +47,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def check_state(owner: str, module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Require the tensor names and shapes of the Module's own state.
+    """Require that a state has the tensor names and shapes of the Module's own state.
 
     Raises:
         ValueError: A tensor is missing, unknown or of another shape; the message names it.
@@ -82,7 +82,7 @@ def save_model(model: nn.Module, config: MirrorGANConfig, vocabulary: Vocabulary
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "vocabulary_size": len(vocabulary), **config.to_dict()}
-    # Weights first: on a full disk this is the write that fails, and the previous model in the folder is still whole.
+    # Weights first: on a full disk this is the write that fails, and the previous model in the folder is still intact.
     save_weights(model, folder / WEIGHTS_FILE)
     write_whole(folder / VOCABULARY_FILE, vocabulary.save)
     write_json(folder / CONFIG_FILE, content)

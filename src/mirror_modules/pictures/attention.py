@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mirror_modules.data.transforms import image_pyramid, to_bytes, to_float
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.models import MirrorGAN
 from mirror_modules.pictures.grids import Picture, captioned_grid, heat_overlay
+from mirror_modules.stem import Vocabulary
 
 # Each attention map is a separate picture in the report: limit the number of captions and the resolution.
 ATTENTION_CAPTIONS, ATTENTION_RESOLUTION = 4, 128
@@ -84,10 +86,14 @@ def attention_maps(
 
 def attention_sheet(model: MirrorGAN, captions: Sequence[str], generated: GeneratedImages) -> Picture | None:
     """Draw the attention maps of the first captions as one picture; None if the model has no attention."""
-    tokens, word_mask = model.vocabulary.encode(captions, max_words=model.config.max_words, warn_unknown=False)
-    words = [[model.vocabulary.words[t] for t in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
-    maps = attention_maps(captions, words, generated)
+    encoded = model.vocabulary.encode(captions, max_words=model.config.max_words, warn_unknown=False)
+    maps = attention_maps(captions, token_words(model.vocabulary, *encoded), generated)
     return draw_attention(maps) if maps else None
+
+
+def token_words(vocabulary: Vocabulary, tokens: Tensor, word_mask: Tensor) -> list[list[str]]:
+    """Decode tokens (B, L) into one word per real token; unknown words become "<unknown>"."""
+    return [[vocabulary.words[token] for token in row[mask].tolist()] for row, mask in zip(tokens, word_mask)]
 
 
 def draw_attention(attention: Sequence[CaptionAttention]) -> Picture:

@@ -23,7 +23,7 @@ class Condition(NamedTuple):
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """KL divergence of N(mean, variance) from N(0, I), which keeps conditions close to a standard normal.
+    """Compute the KL divergence of N(mean, variance) from N(0, I), which keeps conditions close to a standard normal.
 
         KL = 1/2 (mean^2 + variance - 1 - log variance)    per element
 

@@ -97,7 +97,7 @@ class TorchvisionBackbone(nn.Module):
         normalize: Normalize the input of a ResNet; the published captioners were trained on raw images in [-1, 1].
 
     Raises:
-        ValueError: `name` is neither of these.
+        ValueError: `name` is none of these.
 
     Examples:
         >>> import torch
@@ -161,7 +161,7 @@ def build_backbone(name: str, weights: Any = None) -> nn.Module:
 
 
 class ImageEncoder(nn.Module):
-    """Region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1; AttnGAN's DAMSM).
+    """Encode images as region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1; DAMSM).
 
         regions = backbone_regions W_r,    image = backbone_image W_g + b_g
 

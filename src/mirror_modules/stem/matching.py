@@ -30,7 +30,7 @@ OPERATION = "word_region_similarity"
 ELEMENTS_ON_A_CPU = 2**21
 """Elements of the attention maps (images, captions, L, R) of a tile on a CPU."""
 SHORTEST = 1e-8
-"""Least norm of a feature in a cosine; the cosine of shorter features fades to 0."""
+"""Lower bound of the norms in a cosine; the cosine of shorter features tends to 0."""
 
 
 class MatchingTerms(NamedTuple):
@@ -60,7 +60,7 @@ def word_region_similarity(
     gamma_word: float = 5.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Similarity of every image with every caption by their regions and words (AttnGAN, eq. 7 to 10).
+    """Compute the similarity of every image with every caption from regions and words (AttnGAN, eq. 7 to 10).
 
         scores[l, r]  = w_l . v_r
         attention[l]  = softmax_r(gamma_attention * softmax_l(scores)[l])
@@ -158,7 +158,7 @@ def _similarity(
     attention_ILJR = _attention(regions_IRD, words_JLD, mask_JL, gamma_attention)
     context_ILJD = (attention_ILJR.to(regions_IRD.dtype).flatten(1, 2) @ regions_IRD).unflatten(1, words_LJD.shape[:2])
     cosine_ILJ = F.cosine_similarity(at_least_float32(context_ILJD), at_least_float32(words_LJD), dim=3, eps=SHORTEST)
-    # The least finite number instead of -inf, here and below: a caption without words must not give NaN.
+    # The lowest finite number instead of -inf, here and below: a caption without words must not give NaN.
     logits_ILJ = gamma_word * cosine_ILJ
     return logits_ILJ.masked_fill(~mask_JL.mT, torch.finfo(logits_ILJ.dtype).min).logsumexp(dim=1)
 
@@ -184,7 +184,7 @@ def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor |
 def word_region_attention(
     regions: Tensor, words: Tensor, word_mask: Tensor | None = None, *, gamma_attention: float = 4.0
 ) -> Tensor:
-    """Attention of each word over the regions, for every image with every caption (AttnGAN, eq. 7 to 9).
+    """Compute the attention of each word over the regions, for every image and caption (AttnGAN, eq. 7 to 9).
 
         scores[l, r] = w_l . v_r
         attention[l] = softmax_r(gamma_attention * softmax_l(scores)[l])
@@ -231,7 +231,7 @@ def matching_loss(
     gamma_loss: float = 10.0,
     impl: str = "auto",
 ) -> MatchingTerms:
-    """Cross entropy of retrieving the caption of each image and the image of each caption (AttnGAN, eq. 11 to 13).
+    """Compute the cross entropies of retrieving captions by images and images by captions (AttnGAN, eq. 11 to 13).
 
         logits[i, j] = gamma_loss * R(i, j),    R by words (`word_region_similarity`) and by cos(image_i, sentence_j)
 
@@ -284,7 +284,7 @@ def matching_loss(
 
 
 def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
-    """Cosine of every global image feature with every sentence feature (AttnGAN, Sec. 3.2).
+    """Compute the cosine of every global image feature with every sentence feature (AttnGAN, Sec. 3.2).
 
         similarity[i, j] = v_i . s_j / (|v_i| |s_j|)
 
@@ -317,7 +317,7 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
 def contrastive_terms(
     similarity: Tensor, class_ids: Tensor | None = None, *, gamma_loss: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of retrieving the caption of each image, and the image of each caption (AttnGAN, eq. 11 and 12).
+    """Compute the cross entropies of both retrieval directions from any similarity (AttnGAN, eq. 11 and 12).
 
         caption = - mean_i log softmax_j(gamma_loss * similarity)[i, i]
         image   = - mean_i log softmax_j(gamma_loss * similarity^T)[i, i]
@@ -392,12 +392,8 @@ class MatchingLoss(nn.Module):
     ) -> None:
         super().__init__()
         kernels.check_impl("MatchingLoss", impl)
-        self.gamma_attention, self.gamma_word, self.gamma_loss, self.impl = (
-            gamma_attention,
-            gamma_word,
-            gamma_loss,
-            impl,
-        )
+        self.gamma_attention, self.gamma_word, self.gamma_loss = gamma_attention, gamma_word, gamma_loss
+        self.impl = impl
 
     def forward(
         self,

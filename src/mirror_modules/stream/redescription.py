@@ -159,8 +159,9 @@ def balance_gradients(images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         g_i = a_i + ratio * |a_i| * b_i / |b_i|
 
     Returns the images twice, one copy for each loss. a_i is the gradient that reaches image i through the first copy,
-    b_i the one through the second, and g_i is what the generator receives, whatever the weights of the losses. Under a
-    redescription loss of fixed weight, a few images receive gradients tens of times larger and dominate the update.
+    b_i the one through the second, and g_i is the gradient that the generator receives: a weight on the second loss has
+    no effect. With a fixed weight, a few images receive redescription gradients tens of times larger than the others
+    and dominate the update.
 
         for_discriminator, for_captioner = balance_gradients(images, 0.25)
         loss = adversarial_loss(for_discriminator) + redescription(for_captioner, tokens)

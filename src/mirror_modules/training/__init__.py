@@ -1,4 +1,4 @@
-"""The training of MirrorGAN in four phases: recipes, training steps, checkpoints, distributed training."""
+"""Training of MirrorGAN in four phases: recipes, training steps, checkpoints, distributed training."""
 
 from mirror_modules.training.errors import Interrupted, TrainingError
 from mirror_modules.training.folder import RunFolder

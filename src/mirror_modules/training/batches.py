@@ -84,14 +84,14 @@ def _load(
     report: ErrorReport,
     vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:
-    """Read a split into memory; the training split builds the vocabulary, the validation split is given it."""
+    """Read a split into memory; the training split builds the vocabulary, the validation split reuses it."""
     from tqdm import tqdm
 
     is_training = vocabulary is None
     split, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     selected: Any = dataset
-    # A whole data set is passed on unwrapped: a prepared one is then memory-mapped and not copied.
+    # A whole data set is passed unwrapped: a prepared one is then memory-mapped and not copied.
     if count < len(dataset):
         # Evenly spaced, so that a subset of a data set sorted by class still has all classes.
         selected = torch.utils.data.Subset(selected, [i * len(dataset) // count for i in range(count)])
@@ -156,7 +156,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
-    """A batch as networks take it: images as floats (B, 3, H, W) in [-1, 1].
+    """Move a batch to the device, and convert its images to floats (B, 3, H, W) in [-1, 1].
 
     Indices stay on the CPU, where reading them does not synchronize the device.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: written whole, verified by checksum, the newest few and the best one kept.
+"""Checkpoints of a phase: written atomically, verified by checksum; the newest few and the best one are kept.
 
 `glam-00000250-3f9a0c11d2e4b5a7.pt` is phase `glam` after 250 steps; the name ends with the first digits of the file's
 SHA-256. The content is tensors and plain Python, for `torch.load(weights_only=True)`.

@@ -1,4 +1,4 @@
-"""The process group of a training: one process, or several started by torchrun on one or more machines.
+"""The process group of a training run: one process, or several started by torchrun on one or more machines.
 
 Each rank takes its rows of a common batch, and each random draw is made for the whole batch, so that several processes
 compute what one process would with the same batch.
@@ -47,7 +47,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def local_rows(self, whole: Tensor) -> Tensor:
-        """The rows of a whole batch that belong to this rank."""
+        """The rows of the whole batch that belong to this rank."""
         return whole.chunk(self.world_size)[self.rank]
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class ProcessGroup:
         return states
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks: on other machines a shared folder may look different for a while."""
+        """Send rank 0's value to all ranks: other machines may see changes of a shared folder only after a while."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -176,7 +176,7 @@ def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
             )
         own_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(own_device)
-    # Flags, objects and barriers use the CPU backend; tensors of the training use NCCL.
+    # Flags, objects and barriers use the CPU backend; training tensors use NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), own_device)

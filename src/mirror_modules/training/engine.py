@@ -156,7 +156,7 @@ class PhaseRun:
             stack.enter_context(self._explained_errors())
             stack.enter_context(self.log)
             if self.source.batch_size < self.recipe.batch_size:
-                self.log.info(f"batch size reduced to {self.source.batch_size}: there are no more training images")
+                self.log.info(f"batch size reduced to {self.source.batch_size}: there are too few training images")
             if newest is not None:
                 self.log.info(f"continues after step {self.step} of {self.steps}, from {newest}")
             self._stack = stack.pop_all()
@@ -287,8 +287,8 @@ class PhaseRun:
         except Exception as error:
             # A damaged or foreign file may raise any exception.
             raise TrainingError(
-                f"{path} is no checkpoint of phase {self.phase!r} of this run ({' '.join(str(error).split())[:300]}); "
-                "remove it, and continue from the checkpoint before it."
+                f"{path} is not a checkpoint of phase {self.phase!r} of this run "
+                f"({' '.join(str(error).split())[:300]}); remove it, and continue from the checkpoint before it."
             ) from error
         if len(ranks) != self.group.world_size:
             raise TrainingError(

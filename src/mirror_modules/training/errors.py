@@ -8,7 +8,7 @@ import torch
 
 
 class TrainingError(RuntimeError):
-    """The training cannot continue; all files on disk are intact."""
+    """Training cannot continue; all files on disk are intact."""
 
 
 class Interrupted(TrainingError):

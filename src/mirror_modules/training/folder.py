@@ -145,7 +145,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions and machine, on which results depend besides the recipe."""
+    """The versions and the machine, on which results depend in addition to the recipe."""
     return {
         "mirror_modules": mirror_modules.__version__,
         "torch": torch.__version__,

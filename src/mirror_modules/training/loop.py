@@ -1,4 +1,4 @@
-"""The training of a run, phase by phase; the weights of each finished phase are saved at once.
+"""Train a run phase by phase; the weights of each phase are saved as soon as it is finished.
 
 Phase `stem` trains text and image encoder with the matching loss, `stream` the captioner on real pairs, `glam` the
 generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only.
@@ -53,7 +53,7 @@ def train(
 ) -> RunFolder:
     """Train the phases that a run's folder lacks; with several processes if torchrun started them.
 
-    The caller's global random state is left as it was.
+    The caller's global random state is restored at the end.
 
     Args:
         recipe: Data, model and training of the run.
@@ -61,7 +61,7 @@ def train(
         phases: Phases to train, in any order.
         device: "cpu" or "cuda".
         resume: Continue interrupted phases from their newest checkpoints; on a CPU the result equals that of an
-            uninterrupted run bit for bit. A new folder is started as without it.
+            uninterrupted run bit for bit. In a new folder, the run is started.
 
     Returns:
         The run's folder.
@@ -69,7 +69,7 @@ def train(
     Raises:
         ValueError: A phase is unknown or requires others, the folder holds another run or an interrupted phase, or the
             recipe cannot be trained and evaluated on its data.
-        TrainingError: The training cannot continue; the message gives the reason.
+        TrainingError: Training cannot continue; the message gives the reason.
         Interrupted: SIGINT or SIGTERM was received; the step was finished and a checkpoint written.
 
     Examples:
@@ -269,8 +269,8 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     unseen, candidates = len(unseen_captions(splits)), recipe.evaluation.candidates
     if unseen < candidates:
         raise ValueError(
-            f"evaluation.candidates={candidates} needs as many validation images with a caption that no training image "
-            f"has, but there are {unseen}; use more validation images, or lower evaluation.candidates."
+            f"evaluation.candidates={candidates} needs that many validation images with a caption that no training "
+            f"image has, but there are {unseen}; use more validation images, or lower evaluation.candidates."
         )
     # Networks on the meta device raise the errors of invalid sizes and of images too small for a backbone.
     sizes = recipe.model

@@ -30,8 +30,8 @@ class StepResult(NamedTuple):
     losses: dict[str, Tensor]
     """Losses and other scalars by name, detached, on their device."""
     finite: Tensor
-    """Whether all losses and gradients were finite, a bool on the device. If not, the network concerned, every network
-    updated after it in the step, and all batch-norm statistics are as before the step."""
+    """Whether all losses and gradients were finite, a bool on the device. If not, the network concerned, the generator
+    of phase `glam`, and the batch-norm statistics of all networks are as before the step."""
 
 
 @dataclass
@@ -143,8 +143,8 @@ def prepare(
     optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=betas, fused=True)
     schedule = None
     if cycle is not None:
-        # Short runs gain most from a large learning rate that ends small. Warmup takes a fifth of the steps and at
-        # least one: zero warmup steps would divide by zero.
+        # Short runs benefit most from a large peak learning rate that decays to a small one. Warmup takes a fifth of
+        # the steps and at least one: zero warmup steps would divide by zero.
         total = cycle + 1
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=total, pct_start=max(0.2, 2 / total)

@@ -10,14 +10,14 @@ from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import PHASES, Recipe
 
 REQUIRED = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "evaluator": ()}
-"""Phases whose weights each phase starts from."""
+"""For each phase, the phases whose weights it starts from."""
 
 
 class Plan(NamedTuple):
-    """The phases of a run, each in the order of `PHASES`."""
+    """The requested phases that are missing and those that are finished, in the order of `PHASES`."""
 
     to_train: tuple[str, ...]
-    """Phases to start or to continue."""
+    """Phases to start or to resume."""
     finished: tuple[str, ...]
     """Requested phases whose weights are in the folder already."""
 

@@ -63,7 +63,7 @@ def start_pretraining(
     if not (isinstance(recipe, MatchingRecipe) and recipe.word_weight > 0):
         for part in module.modules():
             if isinstance(part, ImageEncoder):
-                # No loss reaches the projection of regions, and DistributedDataParallel would wait for its gradient.
+                # The region projection gets no gradient, and DistributedDataParallel would wait for one.
                 part.region_projection.requires_grad_(False)
     network = prepare(
         module,

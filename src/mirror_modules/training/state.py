@@ -63,11 +63,18 @@ class DiscriminatorPass(nn.Module):
         self.discriminator = discriminator
 
     def forward(
-        self, real: Tensor, fake: Tensor, sentence: Tensor, wrong: Tensor | None, wrong_sentence: Tensor, r1: bool
+        self,
+        real: Tensor,
+        fake: Tensor,
+        sentence: Tensor,
+        mismatched_rows: Tensor | None,
+        mismatched_sentence: Tensor,
+        r1: bool,
     ) -> DiscriminatorOutputs:
-        """Logits of real and generated images with their sentences, and of the real images in rows `wrong` with others.
+        """Compute the logits of real and generated images with their sentences, and of mismatched pairs.
 
-        The features of the real images are computed once for matching and mismatched pairs.
+        Mismatched pairs are the real images in `mismatched_rows` with `mismatched_sentence`. The features of the real
+        images are computed once for matching and mismatched pairs.
         """
         if r1:
             real = real.detach().requires_grad_(True)
@@ -75,8 +82,8 @@ class DiscriminatorPass(nn.Module):
         real_logits = self.discriminator.logits(real_features, sentence)
         fake_logits = self.discriminator.logits(fake_features, sentence)
         mismatched = real_logits.consistency[:0]
-        if wrong is not None:
-            mismatched = self.discriminator.logits(real_features[wrong], wrong_sentence).consistency
+        if mismatched_rows is not None:
+            mismatched = self.discriminator.logits(real_features[mismatched_rows], mismatched_sentence).consistency
         penalty = r1_penalty(real, real_logits) if r1 else real.new_zeros(())
         return DiscriminatorOutputs(real_logits, fake_logits, mismatched, penalty)
 
@@ -102,7 +109,7 @@ class AdversarialState:
     steps_done: int = 0
 
     def networks(self) -> dict[str, TrainedNetwork]:
-        """All networks in training by name."""
+        """All trained networks by name."""
         names = [f"discriminator_{resolution}" for resolution in self.model.config.resolutions]
         return {"generator": self.generator, **dict(zip(names, self.discriminators))}
 

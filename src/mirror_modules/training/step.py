@@ -29,9 +29,9 @@ class Part(NamedTuple):
     word_mask: Tensor
     noise: Tensor
     condition_noise: Tensor
-    wrong: Tensor | None
+    mismatched_rows: Tensor | None
     """Rows with a mismatched sentence; None if no part of any rank has one."""
-    wrong_sentence: Tensor
+    mismatched_sentence: Tensor
     """The mismatched sentences of these rows."""
     word_weight: Tensor
     """Weight of this part's mean over words within the mean over all words, see `ProcessGroup.mean_weights`."""
@@ -70,8 +70,14 @@ def update_discriminators(
         for part, fake in zip(parts, generated):
             with network.accumulation(last=part is parts[-1]):
                 with autocast(state.engine, state.group.device):
-                    pairs = part.real[i], fake.images[i].detach(), part.sentence, part.wrong, part.wrong_sentence
-                    outputs = network.parallel(*pairs, has_penalty)
+                    outputs = network.parallel(
+                        part.real[i],
+                        fake.images[i].detach(),
+                        part.sentence,
+                        part.mismatched_rows,
+                        part.mismatched_sentence,
+                        has_penalty,
+                    )
                     adversarial = discriminator_loss(
                         outputs.real,
                         outputs.fake,
@@ -161,18 +167,18 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     # The partner of a row may be on another rank.
     sentences = group.all_gather(sentence)
     partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
-    has_wrong = recipe.mismatched_pairs and bool(valid.any())
+    has_mismatched = recipe.mismatched_pairs and bool(valid.any())
     partner, valid = group.local_rows(partner), group.local_rows(valid)
     real = image_pyramid(batch.images, config.resolutions)
     slices = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(count).chunk(recipe.accumulate)]
-    wrong = [valid[rows].nonzero().flatten() if has_wrong else None for rows in slices]
+    mismatched_of_part = [valid[rows].nonzero().flatten() if has_mismatched else None for rows in slices]
     # Each caption's end token counts as a word.
     words_of_part = torch.stack([batch.word_mask[rows].sum() + rows.stop - rows.start for rows in slices])
-    pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in wrong])
+    pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in mismatched_of_part])
     word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part)
     parts = []
     for i, rows in enumerate(slices):
-        mismatched, device = wrong[i], sentences.device
+        mismatched, device = mismatched_of_part[i], sentences.device
         partners = partner[:0] if mismatched is None else partner[rows][mismatched]
         parts.append(
             Part(
@@ -183,8 +189,8 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
                 word_mask=batch.word_mask[rows],
                 noise=noise[rows],
                 condition_noise=condition_noise[rows],
-                wrong=None if mismatched is None else mismatched.to(device, non_blocking=True),
-                wrong_sentence=sentences[partners.to(device, non_blocking=True)],
+                mismatched_rows=None if mismatched is None else mismatched.to(device, non_blocking=True),
+                mismatched_sentence=sentences[partners.to(device, non_blocking=True)],
                 word_weight=word_weights[i],
                 pair_weight=pair_weights[i],
             )

@@ -1,4 +1,4 @@
-"""Metrics on validation images by networks in evaluation mode, during training and for evaluation."""
+"""Metrics on validation images, computed by networks in evaluation mode, during training and for evaluation."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def measure_generator(
 ) -> dict[str, float]:
     """R-precision of the averaged generator's images by phase `stem`'s encoders, and their redescription loss.
 
-    The encoders of phase `evaluator` are not used here: model selection must not use the networks of the evaluation.
+    The encoders of phase `evaluator` are not used here: they must not select the model that they evaluate.
     """
     model = averaged_model(state)
     with evaluating(model):

@@ -226,7 +226,7 @@ def test_the_validation_split_of_few_images_may_be_empty(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
 def test_a_named_pipe_is_refused_instead_of_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is no regular file"):
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
         read_lines("reader", tmp_path / "pipe")
 
 

@@ -133,7 +133,7 @@ def test_missing_files_are_named(cache):
 def test_a_truncated_shard_is_refused(cache, size):
     path = cache / "train-00001.npy"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"train-00001.npy cannot be read: it is truncated or no array .*; remove"):
+    with pytest.raises(ValueError, match=r"train-00001.npy cannot be read: it is truncated or not an array .*; remove"):
         open_captions(cache, resolution=R, on_error="skip")
     assert len(open_captions(cache, "validation", R)) == VALIDATION
 

@@ -126,7 +126,8 @@ def test_other_values_are_refused(tmp_path, value):
     ids=["empty", "text", "truncated", "persistent id", "encoding", "object dtype"],
 )
 def test_damaged_files_are_named(tmp_path, content, reason):
-    with pytest.raises(ValueError, match=rf"some\.pickle is damaged: it is no pickle of plain data \(.*{reason}.*\)"):
+    message = rf"some\.pickle is damaged: it is not a pickle of plain data \(.*{reason}.*\)"
+    with pytest.raises(ValueError, match=message):
         read_pickle(written(tmp_path, content))
 
 

@@ -188,7 +188,7 @@ DAMAGED_SHARDS = {
     "damaged header": (lambda c: flipped(c, headers(c)[4]), DAMAGED_HEADER, 2),
     "negative size": (negative_size, "", 1),
     "empty": (lambda c: b"", "empty file", 0),
-    "no tar": (lambda c: b"no tar file" * 100, "a header in it is damaged, or it is no tar file", 0),
+    "no tar": (lambda c: b"no tar file" * 100, "a header in it is damaged, or it is not a tar file", 0),
     "gzip": (gzip.compress, "it is compressed; decompress it, since images are read by their offset", 0),
     "bzip2": (bz2.compress, "it is compressed; decompress it", 0),
     "xz": (lzma.compress, "it is compressed; decompress it", 0),

@@ -267,7 +267,7 @@ def test_a_truncated_shard_is_reported_before_its_last_sample(tmp_path):
         ),
         (
             lambda content, place: content.__delitem__(slice(place + 200, None)),
-            "a header in it is damaged, or it is no tar file: truncated",
+            "a header in it is damaged, or it is not a tar file: truncated",
         ),
         (lambda content, place: content.__delitem__(slice(place, None)), "its end is missing"),
     ],

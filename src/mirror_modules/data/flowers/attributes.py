@@ -1,4 +1,4 @@
-"""The attributes of a drawn flower: six of them, whose combinations form 9,216 classes."""
+"""The six attributes of a drawn flower, whose combinations form 9,216 classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_attributes(attributes: Mapping[str, str]) -> None:
 
 
 def class_id_of(attributes: Mapping[str, str]) -> int:
-    """Number of a combination of attributes, in mixed radix: the last attribute of `ATTRIBUTES` varies fastest.
+    """Number a combination of attributes in mixed radix: the last attribute of `ATTRIBUTES` varies fastest.
 
     Args:
         attributes: One value for each attribute of `ATTRIBUTES`.

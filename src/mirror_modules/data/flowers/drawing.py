@@ -59,7 +59,7 @@ SEEDS = 34  # drawn on the center
 def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw one flower, with small random rotation, shift and tint and a random layout of the background.
 
-    The draws from `rng` do not depend on the resolution: the same state gives the same flower at each.
+    The draws from `rng` do not depend on the resolution: the same state gives the same flower at any resolution.
 
     Args:
         attributes: One value for each attribute of `ATTRIBUTES`.
@@ -161,7 +161,7 @@ def pointed_petal(along: Array, beside: Array, spread: float) -> tuple[Array, fl
 
 
 def heart_petal(along: Array, beside: Array, spread: float) -> tuple[Array, float]:
-    """Two round lobes on a cone that starts at the base. The formula is of one lobe; beside >= 0 mirrors it."""
+    """Two round lobes on a cone that starts at the base. The formula describes one lobe; beside >= 0 mirrors it."""
     width = min(0.42, 0.66 * spread)
     lobe, offset = 0.53 * width, 0.47 * width
     top, base = 1 - lobe, 0.1

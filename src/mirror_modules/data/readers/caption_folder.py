@@ -24,11 +24,11 @@ class CaptionFolder(CaptionedFiles):
 
     Either each image has a text file of the same name beside it, one caption per line, or one list holds all captions:
     captions.jsonl with an object {"file": ..., "caption": ..., "class": ...} per line, or captions.csv with the columns
-    file, caption and, optionally, class. A file on several lines has several captions. Images of one class are never
-    each other's mismatched pairs; an image without a class is its own class.
+    file, caption and, optionally, class. A file listed on several lines has several captions. Images of one class are
+    never each other's mismatched pairs; an image without a class is its own class.
 
-    The folder holds all of this in train/ and in validation/, or once: then a tenth of the images, chosen by a hash of
-    their names, is the validation split, and images added later do not move the others.
+    The folder is either divided into train/ and validation/, each with this content, or undivided: then a tenth of the
+    images, chosen by a hash of their names, is the validation split, and images added later do not move the others.
 
     Args:
         root: The folder.
@@ -56,8 +56,8 @@ class CaptionFolder(CaptionedFiles):
     """
 
     layout: ClassVar[str] = (
-        "images, each with a text file of the same name beside it, or captions.jsonl or captions.csv; all of it in "
-        "train/ and validation/, or once"
+        "images, each with a text file of the same name beside it, or captions.jsonl or captions.csv, in train/ and "
+        "validation/ or directly in the folder"
     )
 
     def __init__(
@@ -122,7 +122,7 @@ class CaptionFolder(CaptionedFiles):
         rows = _json_rows(self._owner, path) if path.suffix == ".jsonl" else _csv_rows(self._owner, path)
         for number, row in rows:
             if isinstance(row, str):
-                # An invalid line names no image; it is reported in one split, as an image is read in one.
+                # An invalid line names no image; it is assigned to one split, like an image, and reported there only.
                 if divided or self._is_in_split(f"line {number}"):
                     self._skip(f"{path} line {number}", row)
                 continue
@@ -176,7 +176,7 @@ class _Row(NamedTuple):
 
 
 def _parse_row(row: Any) -> _Row | str:
-    """A line of a list, or what is wrong with it."""
+    """Parse a line of a list, or return what is wrong with it."""
     if not isinstance(row, dict):
         return 'must be an object {"file": ..., "caption": ...}'
     file, caption, class_name = row.get("file"), row.get("caption"), row.get("class")
@@ -190,7 +190,7 @@ def _parse_row(row: Any) -> _Row | str:
 
 
 def _json_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
-    """Number of each line with its content, or with what is wrong with it."""
+    """Yield the number of each line with its content, or with what is wrong with it."""
     for number, line in enumerate(_read_text(owner, path).split("\n"), start=1):
         if line.strip():
             try:
@@ -200,7 +200,7 @@ def _json_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
 
 
 def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
-    """Number of the first line of each row with its content, or with what is wrong with it."""
+    """Yield the number of the first line of each row with its content, or with what is wrong with it."""
     lines = list(StringIO(_read_text(owner, path), newline=""))
     done, header = 0, list[str]()
 
@@ -217,7 +217,7 @@ def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
             row = next(reader, None)
         except csv.Error as error:
             yield first, f"is not CSV ({error}); double any quotation mark inside a caption"
-            # Restart behind the first line: the lines swallowed by an unclosed quotation mark are rows of their own.
+            # Restart after the first line: the lines swallowed by an unclosed quotation mark are rows of their own.
             done = first
             reader = csv.reader(remaining(), strict=True)
             continue

@@ -70,7 +70,7 @@ class CubBirds(CaptionedFiles):
         if in_both:
             raise ValueError(
                 f"{self._owner}: class {min(in_both)} is in class_info.pickle of both train and test in {self.root}; "
-                "validation on training images measures nothing: remove the class from one of them."
+                "validating on training images is meaningless: remove the class from one of them."
             )
         boxes = self._read_boxes(self.root / images)
         pickled = self._read_pickled_captions(names)
@@ -139,7 +139,7 @@ class CubBirds(CaptionedFiles):
                 f"{self._owner}: {path} has {found} for split {self.split!r}; expected {_CAPTIONS_PER_IMAGE} for each "
                 f"of the {len(names)} images. Remove the file to read the text files instead."
             )
-        # Numbers without a word, and words that are no text, are dropped.
+        # Numbers without a word, and words that are not text, are dropped.
         vocabulary = {number: _text(word) or "" for number, word in words.items()}
         decoded = [_decode(caption, vocabulary) for caption in captions]
         return [decoded[i : i + _CAPTIONS_PER_IMAGE] for i in range(0, len(decoded), _CAPTIONS_PER_IMAGE)]

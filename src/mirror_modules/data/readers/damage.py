@@ -65,9 +65,9 @@ class ErrorReport:
         >>> from mirror_modules.data import ErrorReport
         >>> report = ErrorReport("list")
         >>> report.add("CaptionFolder", "red.png", "is empty")
-        >>> report.add("CaptionFolder", "blue.png", "is no image")
+        >>> report.add("CaptionFolder", "blue.png", "is not an image")
         >>> report.listing()
-        'red.png is empty; blue.png is no image'
+        'red.png is empty; blue.png is not an image'
     """
 
     skipped: list[Skipped]

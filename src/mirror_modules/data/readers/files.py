@@ -140,7 +140,7 @@ class CaptionedFiles:
     def _entry(
         self, image: Path, lines: Iterable[str], source: str | Path, class_id: int, box: Box | None = None
     ) -> Iterator[Entry]:
-        """The entry of one image, or none if its file is missing or no line has a word; `source` is then at fault."""
+        """Yield the entry of one image; skip it, blaming `source`, if its file is missing or no line has a word."""
         # Path.is_file raises an OSError for names that are too long; os.path.isfile returns False.
         if not os.path.isfile(image):
             self._skip(source, f"describes {image}, which does not exist", missing=True)
@@ -159,8 +159,8 @@ def check_apart(owner: str, *splits: CaptionedFiles) -> None:
     shared = set.intersection(*({entry.image for entry in dataset.entries} for dataset in splits))
     if shared:
         raise ValueError(
-            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; validation on "
-            "training images measures nothing: remove them from one split."
+            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; validating on "
+            "training images is meaningless: remove them from one split."
         )
 
 
@@ -184,7 +184,7 @@ def read_lines(owner: str, path: Path) -> list[str]:
     try:
         # Reading a named pipe would block forever.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DamagedSample(owner, path, "is no regular file")
+            raise DamagedSample(owner, path, "is not a regular file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedSample(owner, path, f"is not UTF-8 text ({error})") from error

@@ -57,7 +57,7 @@ def read_square(path: Path, resolution: int, box: Box | None = None) -> NDArray[
 
 
 def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint8]:
-    """`read_square` for the bytes of an image file.
+    """Decode the bytes of an image file, as `read_square` does.
 
     Args:
         content: The bytes.

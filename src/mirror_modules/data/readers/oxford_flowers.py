@@ -57,8 +57,8 @@ class OxfordFlowers(CaptionedFiles):
         in_both = set.intersection(*(set(read_lines(self._owner, each)) for each in lists.values()))
         if in_both:
             raise ValueError(
-                f"{self._owner}: {min(in_both)} is in both {' and '.join(map(str, lists.values()))}; validation on "
-                "training images measures nothing: remove the class from one of them."
+                f"{self._owner}: {min(in_both)} is in both {' and '.join(map(str, lists.values()))}; validating on "
+                "training images is meaningless: remove the class from one of them."
             )
         seen: set[Path] = set()
         for name in dict.fromkeys(names):

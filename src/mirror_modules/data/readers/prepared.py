@@ -141,7 +141,7 @@ class PreparedCaptions(CaptionedFiles):
         # A .npy header is a Python expression; a damaged one raises errors of many types.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise self._damaged(path, f"cannot be read: it is truncated or no array ({reason})") from error
+            raise self._damaged(path, f"cannot be read: it is truncated or not an array ({reason})") from error
         if not isinstance(images, np.memmap) or images.dtype != np.uint8 or images.shape != expected:
             found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
             raise self._damaged(path, f"holds {found}, but {PREPARED} gives uint8 {expected}")

@@ -35,7 +35,7 @@ def read_pickle(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is no pickle, or holds anything else.
+        ValueError: The file is not a pickle, or holds anything else.
     """
     content = path.read_bytes()
     try:
@@ -52,7 +52,7 @@ def read_pickle(path: Path) -> Any:
         reason = " ".join(str(error).split())
         if not isinstance(error, ValueError | pickle.UnpicklingError):
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
-        raise ValueError(f"read_pickle: {path} is damaged: it is no pickle of plain data ({reason}).") from error
+        raise ValueError(f"read_pickle: {path} is damaged: it is not a pickle of plain data ({reason}).") from error
 
 
 class _Forbidden(Exception):

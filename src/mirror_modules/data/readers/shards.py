@@ -98,7 +98,7 @@ class Member(tarfile.TarInfo):
             if not buf:
                 raise tarfile.ReadError("its end is missing") from error
             if buf.strip(b"\0"):
-                raise tarfile.ReadError(f"a header in it is damaged, or it is no tar file: {error}") from error
+                raise tarfile.ReadError(f"a header in it is damaged, or it is not a tar file: {error}") from error
             raise
 
 
@@ -114,4 +114,4 @@ def check_end(file: Any) -> None:
         if rest.strip(b"\0"):
             raise tarfile.ReadError("data follows its end-of-archive marker")
         if zeros > MAX_PADDING:
-            raise tarfile.ReadError("it ends in more than 1 MiB of zeros, as if it was not fully written")
+            raise tarfile.ReadError("it ends in more than 1 MiB of zeros, as if it had not been fully written")

@@ -21,7 +21,7 @@ from mirror_modules.data.readers.shards import Member, check_end, image_suffix, 
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.seeding import seeded
 
-# The share of damaged samples is taken of at least this many: fewer are too few to estimate it.
+# The share of damaged samples is computed for at least this many: a smaller number is too few to estimate it.
 MIN_SAMPLES = 100
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _META = re.compile(r"__[^/]*__($|/)")
@@ -50,9 +50,9 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         buffer: Size of each worker's shuffle buffer, in samples that are not decoded yet.
         rank: Rank whose shards are read, from 0.
         ranks: Number of ranks.
-        on_error: "stop", "skip" or "list": see `ErrorReport`; the limit of "skip" is 5 % of the samples seen, and five
-            in any case. The remainder of a damaged shard is lost and counts as one sample, in addition to the sample
-            that is cut.
+        on_error: "stop", "skip" or "list": see `ErrorReport`; the limit of "skip" is 5 % of the samples seen, but at
+            least five. The remainder of a damaged shard is lost and counts as one sample, in addition to the sample
+            that is cut off.
 
     Raises:
         FileNotFoundError: A shard without a scheme does not exist.
@@ -101,7 +101,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         self._seen = self._damaged = 0
 
     def __iter__(self) -> Iterator[CaptionedImage]:
-        """The remaining samples of this epoch: all of this rank, or in a worker process its share of them.
+        """The remaining samples of this epoch: all those of this rank or, in a worker process, its share of them.
 
         Raises:
             ValueError: A sample is damaged and `on_error` is "stop", or too many are.
@@ -152,7 +152,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         self._epoch, self._samples, self._next = epoch, [0], 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, the samples of it consumed from each worker, and the worker whose turn is next."""
+        """The position: the epoch, the number of its samples consumed from each worker, and the worker that is next."""
         return {"epoch": self._epoch, "samples": list(self._samples), "next": self._next}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         Samples of the epoch already consumed are read again, but not decoded.
 
         Raises:
-            ValueError: `state` is no position.
+            ValueError: `state` is not a position.
         """
         numbers = [state.get("epoch"), state.get("next"), *(state.get("samples") or [None])]
         if not all(type(number) is int and number >= 0 for number in numbers):
@@ -172,7 +172,7 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         self._epoch, self._samples, self._next = state["epoch"], list(state["samples"]), state["next"]
 
     def _set_workers(self, workers: int) -> None:
-        """Start one sample count per worker, or require that the position has as many."""
+        """Start one sample count per worker, or require that the position has one for each."""
         if not any(self._samples):
             self._samples = [0] * workers
         if len(self._samples) != workers:
@@ -324,7 +324,7 @@ def _open(name: str) -> Any:
     from webdataset.gopen import gopen, set_options
 
     stream = gopen(name)
-    # Closing the pipe early is no failure of the command: 23 is curl's status for it, 141 and -13 are SIGPIPE.
+    # Closing the pipe early is not a failure of the command: 23 is curl's status for it, 141 and -13 are SIGPIPE.
     set_options(stream, ignore_status=[0, 23, 141, -13])
     return stream
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Each field in which two records differ, in words, and whether the field is marked harmless."""
+    """Describe each field in which two records differ, with whether the field is marked harmless."""
     for each in dataclasses.fields(old):
         before, now, name = getattr(old, each.name), getattr(new, each.name), prefix + each.name
         if dataclasses.is_dataclass(before):
@@ -20,7 +20,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def override(record: Any, fields: Any, prefix: str = "") -> Any:
-    """A copy of a frozen record with some fields replaced, nested ones too."""
+    """Copy a frozen record with some fields replaced, nested ones included."""
     place = f" of {prefix.removesuffix('.')!r}" if prefix else ""
     if not isinstance(fields, dict):
         raise ValueError(f"Recipe: the value{place} must be an object of named fields, but it is {fields!r}.")

@@ -16,7 +16,7 @@ PHASES = ("stem", "stream", "glam", "evaluator")
 
 
 def _harmless(default: Any) -> Any:
-    """A field that may change when a run is resumed: it affects what is logged, or how long the run is."""
+    """A field that may change when a run is resumed, because it does not affect the result of a step."""
     return field(default=default, metadata={"harmless": True})
 
 
@@ -38,7 +38,7 @@ class DataRecipe:
     min_count: int = 1
     """Minimum number of occurrences in the training captions; rarer words become unknown."""
     augment: bool = False
-    """Random crops and horizontal flips in training; images whose caption says left or right are not flipped."""
+    """Random crops and horizontal flips in training; images whose caption mentions left or right are not flipped."""
     on_error: Literal["stop", "skip"] = "stop"
     """Whether a damaged file ends the run, or is skipped and listed as long as at most 5 % are damaged."""
     long_captions: Literal["cut", "subsample"] = "cut"
@@ -128,9 +128,9 @@ class AdversarialRecipe:
     kl_weight: float = 1.0
     """Weight of the KL divergence of the conditions from a standard normal."""
     mismatched_pairs: bool = True
-    """Train discriminators on real images with other images' sentences, too."""
+    """Also train the discriminators on real images with other images' sentences."""
     adversarial_weighting: Literal["paper", "release"] = "paper"
-    """Weights of the adversarial terms: those of the paper or of the published code."""
+    """Weights of the adversarial terms, from the paper or from the published code."""
     adversarial_objective: Literal["logistic", "hinge"] = "logistic"
     """Binary cross entropy as in the paper, or the hinge loss."""
     r1_weight: float = 0.0
@@ -207,11 +207,11 @@ class EngineRecipe:
     deterministic: bool = False
     """Raise an error in operations that are not deterministic; on a CPU, all operations used here are."""
     synchronize_batch_norm: bool = False
-    """Batch-norm statistics over the images of all processes; otherwise of each process by itself."""
+    """Compute batch-norm statistics over the images of all processes instead of each process by itself."""
     loader_workers: int = _harmless(0)
     """Processes that load batches; 0 loads them in the training process."""
     cached_features_mib: int = 1024
-    """Limit in MiB up to which features of frozen encoders are cached, once per caption or image."""
+    """Features of frozen encoders are computed once per caption or image and cached if they fit into this many MiB."""
     max_skipped_steps: int = 20
     """Stop after this many consecutive non-finite steps; shorter streaks are skipped and counted."""
     checkpoint_every: int = _harmless(250)
@@ -242,7 +242,7 @@ class LoggingRecipe:
     validate_every: int = _harmless(0)
     """Steps between two validations; 0 validates only where `keep_best` needs it, with each checkpoint."""
     tensorboard: bool = _harmless(False)
-    """Write TensorBoard events, too, into the folder `tensorboard` of the run."""
+    """Also write TensorBoard events, into the folder `tensorboard` of the run."""
 
     def __post_init__(self) -> None:
         check_positive("LoggingRecipe", every=self.every)
@@ -323,7 +323,7 @@ class Recipe:
 
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
-    """The differences between two recipes, in words, each with whether it may change when a run is resumed."""
+    """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
     keeps_best = any(getattr(new, phase).keep_best is not None for phase in PHASES)
     for words, harmless in changed_fields(old, new):
         # The best step is selected among those with a checkpoint.
