@@ -249,7 +249,7 @@ def test_an_image_in_both_splits_is_refused(made, tmp_path):
     root = shutil.copytree(made[0], tmp_path / "originals")
     shutil.copy(root / "text_c10" / "class_00001" / "image_00002.txt", root / "text_c10" / "class_00007")
     with pytest.raises(
-        ValueError, match=r"prepare_captions: 1 images are in both splits, such as .*image_00002.jpg; validation"
+        ValueError, match=r"prepare_captions: 1 images are in both splits, such as .*image_00002.jpg; validating"
     ):
         prepare_captions(root, tmp_path / "cache", resolution=R)
 

@@ -72,7 +72,7 @@ def test_a_photograph_in_both_splits_is_rejected(tiny_recipe, tmp_path):
     root = make_flowers(tmp_path, training=6, validation=3)
     shutil.copy(root / "text_c10/class_00001/image_00002.txt", root / "text_c10/class_00007")
     with pytest.raises(
-        ValueError, match=r"load_splits: 1 images are in both splits, such as .*image_00002\.jpg; validation"
+        ValueError, match=r"load_splits: 1 images are in both splits, such as .*image_00002\.jpg; validating"
     ):
         make_splits(tiny_recipe, source="oxford-flowers", path=str(root), training_images=None, validation_images=None)
 

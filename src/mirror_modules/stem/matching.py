@@ -77,8 +77,8 @@ def word_region_similarity(
         regions: Region features v, (I, R, D).
         words: Word features w, (J, L, D).
         word_mask: True for a real word, (J, L); None if all are.
-        gamma_attention: Sharpness of the attention over regions.
-        gamma_word: Weight of the best matching words.
+        gamma_attention: Inverse temperature of the attention over regions.
+        gamma_word: Inverse temperature of the sum over words: large values emphasize the best match.
         impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` returns the
             choice of "auto" and its reason.
 
@@ -195,7 +195,7 @@ def word_region_attention(
         regions: Region features v, (I, R, D).
         words: Word features w, (J, L, D).
         word_mask: True for a real word, (J, L); None if all are.
-        gamma_attention: Sharpness of the attention over regions.
+        gamma_attention: Inverse temperature of the attention over regions.
 
     Returns:
         (I, J, L, R), float32 or wider; sums to 1 over R. Rows of padding are uniform.
@@ -242,14 +242,15 @@ def matching_loss(
         class_ids: (B,); pairs of the same class are not negatives of each other. None: all other pairs are negatives.
         gamma_attention: See `word_region_similarity`.
         gamma_word: See `word_region_similarity`.
-        gamma_loss: Sharpness of the cross entropy.
+        gamma_loss: Inverse temperature of the cross entropy.
         impl: "auto", "torch" or "triton".
 
     Returns:
         The four terms.
 
     Raises:
-        ValueError: A caption has no real word; sizes, precisions or devices disagree; a gamma is not finite.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; `gamma_attention` or `gamma_word`
+            is not finite.
         NotImplementedError: `impl` names an implementation that cannot run.
 
     Examples:
@@ -325,7 +326,7 @@ def contrastive_terms(
     Args:
         similarity: Row i is image i, column j is caption j, (B, B); matching pairs are on the diagonal.
         class_ids: (B,); pairs of the same class are not negatives of each other. None: all other pairs are negatives.
-        gamma_loss: Sharpness of the softmax.
+        gamma_loss: Inverse temperature of the cross entropy.
 
     Returns:
         Two scalars: the loss of retrieving captions, and that of retrieving images.
@@ -363,9 +364,9 @@ class MatchingLoss(nn.Module):
     """Text-image matching loss (AttnGAN's DAMSM; MirrorGAN, Sec. 3.1): `matching_loss` as a Module.
 
     Args:
-        gamma_attention: Sharpness of the attention over regions; 4 in the published code, 5 in the AttnGAN paper.
-        gamma_word: Weight of the best matching words.
-        gamma_loss: Sharpness of the cross entropy.
+        gamma_attention: Inverse temperature of the attention over regions; 4 in the published code, 5 in the paper.
+        gamma_word: Inverse temperature of the sum over words: large values emphasize the best match.
+        gamma_loss: Inverse temperature of the cross entropy.
         impl: "auto", "torch" or "triton".
 
     Raises:

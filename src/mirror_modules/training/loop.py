@@ -61,7 +61,7 @@ def train(
         phases: Phases to train, in any order.
         device: "cpu" or "cuda".
         resume: Continue interrupted phases from their newest checkpoints; on a CPU the result equals that of an
-            uninterrupted run bit for bit. In a new folder, the run is started.
+            uninterrupted run bit for bit. In a new folder, the run simply starts.
 
     Returns:
         The run's folder.

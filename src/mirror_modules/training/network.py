@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
     """Losses and other scalars by name, detached, on their device."""
     finite: Tensor
     """Whether all losses and gradients were finite, a bool on the device. If not, the network concerned, the generator
-    of phase `glam`, and the batch-norm statistics of all networks are as before the step."""
+    of phase `glam`, and the buffers of all networks, such as batch-norm statistics, are as before the step."""
 
 
 @dataclass

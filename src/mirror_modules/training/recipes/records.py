@@ -32,9 +32,9 @@ class DataRecipe:
     path: str | None = _harmless(None)
     """Folder of the photographs; not used for drawn flowers."""
     training_images: int | None = 4096
-    """Number of training images; None takes all."""
+    """Number of training images; None takes all, or draws 4096 flowers."""
     validation_images: int | None = 1000
-    """Number of validation images; None takes all."""
+    """Number of validation images; None takes all, or draws 1000 flowers."""
     min_count: int = 1
     """Minimum number of occurrences in the training captions; rarer words become unknown."""
     augment: bool = False
