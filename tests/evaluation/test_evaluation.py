@@ -184,7 +184,7 @@ def test_word_accuracy_matches_a_loop_over_words(run_copy, tiny_recipe):
             for word, prediction in zip(words, logits[0]):
                 correct += int(prediction.argmax()) == word
                 count += 1
-        assert word_accuracy(model.captioner, images, tokens, word_mask)[0] == pytest.approx(correct / count)
+        assert word_accuracy(model.captioner, images, tokens, word_mask).accuracy == pytest.approx(correct / count)
 
 
 def test_a_failed_evaluation_keeps_the_previous_files(run_copy):
@@ -368,4 +368,4 @@ def test_best_and_worst_cases_are_the_extremes_of_the_precision():
     assert [case.caption for case in cases["best"]] == ["c", "e"]
     assert [case.caption for case in cases["worst"]] == ["b", "d"]
     assert float(cases["best"][1].generated.mean()) == 4
-    assert cases["worst"][1].chance == 0.25
+    assert cases["worst"][1].precision == 0.25

@@ -187,3 +187,10 @@ def test_a_missing_file_is_named(tmp_path):
 def test_errors(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("max_words", [0, -1, 1.5, True])
+def test_a_length_that_keeps_no_word_is_rejected(max_words):
+    vocabulary = Vocabulary.build(CAPTIONS)
+    with pytest.raises(ValueError, match=r"Vocabulary\.encode: max_words must be .* at least 1"):
+        vocabulary.encode(CAPTIONS, max_words=max_words)

@@ -59,7 +59,7 @@ class Case(NamedTuple):
     """In [-1, 1]. (3, R, R)"""
     real: Tensor
     """The real image of the caption, in [-1, 1]. (3, R, R)"""
-    chance: float
+    precision: float
     """Probability, over draws of candidates, that the generated image ranks its own caption first."""
 
 
@@ -184,7 +184,7 @@ def _cases(showcase: Showcase) -> list[tuple[str, list[dict[str, Any]]]]:
             [
                 {
                     "caption": case.caption,
-                    "chance": case.chance,
+                    "precision": case.precision,
                     "sides": [
                         (side, _embedded(to_bytes(image.unsqueeze(0))[0].cpu().numpy()))
                         for side, image in (("Generated", case.generated), ("Real", case.real))

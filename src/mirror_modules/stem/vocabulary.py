@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mirror_modules._checks import check_positive
+
 PAD = 0
 """Token id of padding."""
 END = 1
@@ -113,10 +115,12 @@ class Vocabulary:
             no end token: see `append_end`.
 
         Raises:
-            ValueError: `captions` is empty, or a caption has no word.
+            ValueError: `captions` is empty, a caption has no word, or `max_words` is below 1.
         """
         if isinstance(captions, str):
             raise ValueError("Vocabulary.encode: captions must be a list of strings, but it is one string; wrap it.")
+        if max_words is not None:
+            check_positive("Vocabulary.encode", max_words=max_words)
         split = [split_words(caption)[:max_words] for caption in captions]
         if not split:
             raise ValueError("Vocabulary.encode: captions is empty; give at least one.")

@@ -89,9 +89,18 @@ def generate_images(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: i
     return in_chunks(generate, tokens, word_mask, size=CHUNK)
 
 
+class WordAccuracy(NamedTuple):
+    """How well a captioner predicts the tokens of captions, end tokens included."""
+
+    accuracy: float
+    """Share of tokens with the largest logit, in [0, 1]."""
+    cross_entropy: float
+    """Nats per token."""
+
+
 @torch.no_grad()
-def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor) -> tuple[float, float]:
-    """Accuracy of a captioner's next-token predictions, and their cross entropy in nats; end tokens count."""
+def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor) -> WordAccuracy:
+    """Accuracy and cross entropy of a captioner's next-token predictions."""
     device = captioner.embedding.weight.device
     tokens, word_mask = append_end(tokens, word_mask)
     correct = entropy = 0.0
@@ -99,7 +108,7 @@ def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
         logits = captioner(_as_floats(image_chunk).to(device), token_chunk.to(device), mask_chunk.to(device)).cpu()
         correct += float(((logits.argmax(dim=2) == token_chunk) & mask_chunk).sum())
         entropy += float(redescription_loss(logits, token_chunk, mask_chunk)) * float(mask_chunk.sum())
-    return correct / float(word_mask.sum()), entropy / float(word_mask.sum())
+    return WordAccuracy(correct / float(word_mask.sum()), entropy / float(word_mask.sum()))
 
 
 def image_information(
@@ -121,7 +130,7 @@ def image_information(
     """
     # The inverse permutation: images in the order of this seed's derangement must not meet their own captions again.
     others = derangement(len(images), seed).argsort()
-    return word_accuracy(captioner, images, tokens[others], word_mask[others])[1] - own
+    return word_accuracy(captioner, images, tokens[others], word_mask[others]).cross_entropy - own
 
 
 def derangement(count: int, seed: int) -> Tensor:
