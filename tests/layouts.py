@@ -161,8 +161,8 @@ def damaged_sample(number, files):
         54: dict([image, ("txt", b"\xff\xfe")]),
         55: dict([image, ("txt", b" \n ?\n")]),
         56: dict([image, ("json", b"{")]),
-        57: dict([image, ("json", b'{"captions": "red"}')]),
-        58: dict([image, ("json", b'{"captions": ["red"], "class": "bird"}')]),
+        57: dict([image, ("json", b'{"captions": 3}')]),
+        58: dict([image, ("json", b'{"captions": ["red"], "class": -1}')]),
         59: dict([image, ("json", b'{"captions": []}')]),
     }
     return damaged.get(number, files)

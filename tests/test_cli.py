@@ -417,6 +417,7 @@ def test_train_continues_with_missing_phases_and_evaluates(capsys, tmp_path):
     ("options", "message"),
     [
         (["--steps", 0], "steps must be a whole number of at least 1, but it is 0"),
+        (["--steps", -1], "steps must be a whole number of at least 1, but it is -1"),
         (["--seed", -1], "seed must be a whole number from 0"),
         (["--evaluation.candidates", 20], "evaluation.candidates=20 needs"),
         (["--model.channels", 0], "channels must be a whole number of at least 1"),

@@ -1,6 +1,8 @@
-"""Files: atomic writes, JSON with errors that name the file, and locks between processes."""
+"""Files: atomic writes, JSON with errors that name the file, locks between processes, and names on every system."""
 
+import _pyio
 import errno
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -8,7 +10,17 @@ from contextlib import contextmanager
 import pytest
 
 from mirror_modules import _files
-from mirror_modules._files import flush_to_disk, locked, read_json, write_json, write_text, write_whole
+from mirror_modules._files import (
+    file_name,
+    flush_to_disk,
+    locked,
+    read_json,
+    replace,
+    write_json,
+    write_text,
+    write_whole,
+)
+from mirror_modules.stem import Vocabulary
 
 
 def files_of(folder):
@@ -54,6 +66,18 @@ def test_text_is_written_as_utf_8(tmp_path):
     assert files_of(tmp_path) == {"notes.txt": "빨간 꽃".encode()}
 
 
+def test_text_has_the_same_line_endings_on_every_system(tmp_path, monkeypatch):
+    # Python's own implementation of files, unlike that in C, reads the line ending of the system at run time.
+    monkeypatch.setattr("io.open", _pyio.open)
+    monkeypatch.setattr("os.linesep", "\r\n")
+    (tmp_path / "of the system").write_text("one\n", encoding="utf-8")
+    assert (tmp_path / "of the system").read_bytes() == b"one\r\n"
+    write_text(tmp_path / "notes.txt", "one\ntwo\n")
+    assert (tmp_path / "notes.txt").read_bytes() == b"one\ntwo\n"
+    Vocabulary(["red"]).save(tmp_path / "vocabulary.json")
+    assert b"\r" not in (tmp_path / "vocabulary.json").read_bytes()
+
+
 def test_json_round_trip(tmp_path):
     content = {"caption": "빨간 꽃", "losses": [0.25, None]}
     write_json(tmp_path / "notes.json", content)
@@ -73,13 +97,159 @@ def test_the_error_names_a_missing_file(tmp_path):
         read_json(tmp_path / "nothing.json")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens no folders")
-def test_files_and_folders_are_flushed(tmp_path):
+def system_error(number):
+    return OSError(number, os.strerror(number))
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """Names of the files and folders for which `os.fsync` was called."""
+    names, opened = [], {}
+    open_file = os.open
+
+    def record_name(path, *arguments):
+        handle = open_file(path, *arguments)
+        opened[handle] = os.path.basename(path)
+        return handle
+
+    monkeypatch.setattr("os.open", record_name)
+    monkeypatch.setattr("os.fsync", lambda handle: names.append(opened[handle]))
+    return names
+
+
+def test_files_and_folders_are_flushed(tmp_path, flushed):
     write_text(tmp_path / "notes.txt", "new")
+    assert len(flushed) == 1
+    assert flushed[0].startswith(".notes.txt.")
     flush_to_disk(tmp_path / "notes.txt")
-    flush_to_disk(tmp_path)
+    if sys.platform != "win32":
+        flush_to_disk(tmp_path)
+        assert flushed[1:] == ["notes.txt", tmp_path.name]
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         flush_to_disk(tmp_path / "nothing.txt")
+
+
+def test_a_system_that_flushes_only_files_open_for_writing(tmp_path, monkeypatch):
+    """Windows."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows itself")
+    flushed = []
+
+    def fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise system_error(errno.EBADF)
+        flushed.append(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write_text(tmp_path / "notes.txt", "new")
+    assert files_of(tmp_path) == {"notes.txt": b"new"}
+    assert len(flushed) == 1
+
+
+def test_a_system_that_opens_no_folders(tmp_path, monkeypatch):
+    """Windows."""
+    open_file = os.open
+
+    def refuse_folders(path, *arguments, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr("os.open", refuse_folders)
+    flush_to_disk(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folders(tmp_path, monkeypatch, number):
+    """Network file systems, and those in user space."""
+
+    def fail(handle):
+        raise system_error(number)
+
+    monkeypatch.setattr("os.fsync", fail)
+    flush_to_disk(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_text(tmp_path / "notes.txt", "new")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_failed_disk_is_not_ignored(tmp_path, monkeypatch, number):
+    def fail(handle):
+        raise system_error(number)
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        flush_to_disk(tmp_path)
+
+
+def test_a_file_system_without_permissions(tmp_path, monkeypatch):
+    """FAT, and folders shared with Windows."""
+
+    def fail(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("os.chmod", fail)
+    write_text(tmp_path / "notes.txt", "new")
+    assert files_of(tmp_path) == {"notes.txt": b"new"}
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses in seconds, without their duration."""
+    seconds = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_a_file_that_another_program_has_open_for_a_moment_is_replaced(tmp_path, monkeypatch, pauses, failures):
+    """A virus scanner, on Windows."""
+    rename, attempts = os.replace, []
+
+    def fail_at_first(*paths):
+        attempts.append(paths)
+        if len(attempts) <= failures:
+            raise PermissionError(errno.EACCES, "The process cannot access the file because it is being used")
+        rename(*paths)
+
+    write_text(tmp_path / "notes.txt", "old")
+    monkeypatch.setattr("os.replace", fail_at_first)
+    write_text(tmp_path / "notes.txt", "new")
+    assert files_of(tmp_path) == {"notes.txt": b"new"}
+    assert len(pauses) == failures
+
+
+def test_a_file_that_another_program_keeps_open_is_an_error(tmp_path, monkeypatch, pauses):
+    def fail(*paths):
+        raise PermissionError(errno.EACCES, "The process cannot access the file because it is being used")
+
+    monkeypatch.setattr("os.replace", fail)
+    (tmp_path / "one").write_text("content")
+    with pytest.raises(PermissionError, match="cannot access the file"):
+        replace(tmp_path / "one", tmp_path / "other")
+    assert 0.5 < sum(pauses) < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("weight 0.25", "weight 0.25"),
+        ("빨간 꽃", "빨간 꽃"),
+        ("a:b/c\\d", "a-b-c-d"),
+        ('<>"|?*\n\0', "--------"),
+        ("dots and spaces . .", "dots and spaces"),
+        ("", "_"),
+        (".", "_"),
+        ("..", "_"),
+        ("aux", "_aux"),
+        ("NUL.txt", "_NUL.txt"),
+        ("com7", "_com7"),
+        ("console", "console"),
+        ("꽃" * 300, "꽃" * 80),
+    ],
+)
+def test_file_names_are_valid_on_every_system(tmp_path, text, name):
+    assert file_name(text) == name
+    (tmp_path / name).mkdir()
 
 
 # Runs `_files.py` on its own, without importing torch.

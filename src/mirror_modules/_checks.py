@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -49,68 +51,151 @@ def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None
         raise ValueError(f"{owner}: the inputs must be on one device ({listed}); move them to one.")
 
 
+def check_precision(owner: str, layer: nn.Module, **tensors: Tensor) -> None:
+    """Require floating point tensors in the precision of the weights of a layer, after the casts of autocast."""
+    weight = next(layer.parameters(), None)
+    if weight is not None and not (weight.is_floating_point() and is_readable(weight)):
+        weight = None  # Quantized and distributed weights are converted later.
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{owner}: {name} must be floating point, but its dtype is {tensor.dtype}.")
+        if weight is not None and autocast_dtype(tensor) != autocast_dtype(weight):
+            raise ValueError(
+                f"{owner}: the dtype of {name} is {tensor.dtype} but that of the weights is {weight.dtype}; convert "
+                "one of them, or use torch.autocast."
+            )
+
+
 def check_number(owner: str, **values: object) -> None:
     """Require finite numbers."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # An integer of any size is finite, but may exceed a float.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        if not is_number or (isinstance(value, int) and value.bit_length() > 1023):
             raise ValueError(f"{owner}: {name} must be a finite number, but it is {value!r}.")
 
 
-def check_word_mask(owner: str, tokens_or_words: Tensor, word_mask: Tensor | None, *, may_stall: bool = True) -> None:
-    """Require a bool mask (B, L), True for a real word, with at least one real word in each caption.
+def check_word_mask(
+    owner: str, tokens_or_words: Tensor, word_mask: Tensor | None, *, may_stall: bool = True
+) -> Tensor | None:
+    """Return the mask as bool (B, L), True for a real word; None stays None: all words are real.
 
-    The last requirement depends on values. It is not checked in a compiled graph, nor on a GPU with `may_stall=False`,
-    because it would force a synchronization; see `is_unchecked`.
+    Accepts bool, or integers that are 0 or 1, as the attention masks of tokenizers. Requires at least one real word in
+    each caption. A mask with padding as the first word of every caption is probably inverted and causes a warning.
+
+    Requirements on values are not checked where values cannot be read (see `is_readable`), nor on a GPU with
+    `may_stall=False`, because reading them forces a synchronization; see `is_unchecked`.
     """
     expected = tuple(tokens_or_words.shape[:2])
+    if len(expected) < 2:
+        raise ValueError(f"{owner}: captions must be (B, L) or (B, L, D), but they are {shape_of(tokens_or_words)}.")
     if expected[1] == 0:
         raise ValueError(f"{owner}: captions of length 0 ({shape_of(tokens_or_words)}); each needs at least one word.")
     if word_mask is None:
-        return
+        return None
     if not isinstance(word_mask, Tensor):
         raise ValueError(f"{owner}: word_mask must be a bool tensor, but it is a {type(word_mask).__name__}.")
-    if word_mask.dtype != torch.bool:
+    if word_mask.is_floating_point() or word_mask.is_complex():
         raise ValueError(
-            f"{owner}: word_mask must be bool, True for a real word, but it is {word_mask.dtype}; "
-            "convert it, for instance with tokens != 0."
+            f"{owner}: word_mask must be bool, True for a real word, or integers 0 and 1, but it is {word_mask.dtype}; "
+            "convert it, such as with attention_mask.bool()."
         )
     if tuple(word_mask.shape) != expected:
         raise ValueError(f"{owner}: word_mask is {shape_of(word_mask)} but the captions are {expected} (B, L).")
-    if torch.compiler.is_compiling() or word_mask.is_meta or (is_unchecked(word_mask) and not may_stall):
-        return
-    has_words = word_mask.any(dim=1)
+    real = word_mask if word_mask.dtype == torch.bool else word_mask != 0
+    if not is_readable(word_mask) or word_mask.numel() == 0 or (is_unchecked(word_mask) and not may_stall):
+        return real
+    if word_mask.dtype != torch.bool and bool(((word_mask != 0) & (word_mask != 1)).any()):
+        raise ValueError(
+            f"{owner}: word_mask has integers from {int(word_mask.min())} to {int(word_mask.max())}, but only 0 "
+            "(padding) and 1 (a real word) are allowed; pass attention_mask.bool(), not the token ids."
+        )
+    first_words = real[:, 0]
+    if bool(first_words.all()):
+        return real
+    has_words = real.any(dim=1)
     if not bool(has_words.all()):
         row = int((~has_words).nonzero()[0, 0])
         raise ValueError(f"{owner}: caption {row} has no real word in word_mask; each caption needs at least one.")
+    if word_mask.device.type == "cpu" and not bool(first_words.any()):
+        warnings.warn(
+            f"{owner}: word_mask marks the first word of every caption as padding; if it is True for padding, pass "
+            "~word_mask. For captions padded on the left, ignore this warning.",
+            stacklevel=2,
+        )
+    return real
 
 
 def is_unchecked(word_mask: Tensor) -> bool:
     """Whether `check_word_mask` may have skipped the check for captions without a word, which must not produce NaN."""
-    return torch.compiler.is_compiling() or word_mask.device.type != "cpu"
+    return not is_readable(word_mask) or word_mask.device.type != "cpu"
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether Python may branch on the values of a tensor.
+
+    It may not in a graph that is being compiled or exported, under `torch.func.vmap`, nor for tensors without values of
+    their own: on the meta device, fake, or distributed.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, Parameter):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def zero_padding(words: Tensor, word_mask: Tensor | None) -> Tensor:
+    """Replace the features of padding by zeros, (B, L, D): a weight of zero would not remove infinity or NaN."""
+    return words if word_mask is None else words.masked_fill(~word_mask.unsqueeze(2), 0.0)
 
 
 def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
-    """Require floating point images (B, 3, H, W) with at least `smallest` pixels on each side."""
+    """Require floating point images (B, 3, H, W) with at least `smallest` pixels on each side.
+
+    A batch without a negative value is probably not in [-1, 1] and causes a warning, on a CPU only.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}.")
     if not images.is_floating_point():
         raise ValueError(f"{owner}: images must be floats in [-1, 1], but they are {images.dtype}; use x / 127.5 - 1.")
     if min(images.shape[2:]) < smallest:
         raise ValueError(f"{owner}: images are {shape_of(images)}; each side needs at least {smallest} pixels.")
+    if not is_readable(images) or images.device.type != "cpu" or images.numel() == 0:
+        return
+    low, high = images.detach().aminmax()
+    # Blank images are zero everywhere.
+    if bool(low >= 0) and bool(high > 0):
+        warnings.warn(
+            f"{owner}: no value of the images is negative, but images are expected in [-1, 1]; if they are in [0, 1], "
+            "pass 2 * images - 1.",
+            stacklevel=2,
+        )
 
 
-def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int) -> None:
-    """Require integer tokens (B, L) below `vocabulary_size`.
+def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int | None) -> None:
+    """Require integer tokens (B, L), not negative and below `vocabulary_size`, unless that is None: unknown.
 
-    The range depends on values and is checked on a CPU only: on a GPU it would force a synchronization. There, and in a
-    compiled graph, an index out of range raises torch's own, less helpful error.
+    The range depends on values and is checked on a CPU only: on a GPU it would force a synchronization. There, and
+    where values cannot be read (see `is_readable`), an index out of range raises torch's own, less helpful error.
     """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(
+            f"{owner}: tokens must be a tensor of ids (B, L), but they are a {type(tokens).__name__}; encode captions "
+            "with Vocabulary.encode."
+        )
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{owner}: tokens must be int64 (B, L), but they are {tokens.dtype} {shape_of(tokens)}.")
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.numel() == 0:
+    if not is_readable(tokens) or tokens.device.type != "cpu" or tokens.numel() == 0:
         return
     low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary_size:
+    if low < 0:
+        raise ValueError(
+            f"{owner}: tokens range from {low} to {high}, but no id is negative; replace labels of -100 by any id, and "
+            "mark them as padding in word_mask."
+        )
+    if vocabulary_size is not None and high >= vocabulary_size:
         raise ValueError(
             f"{owner}: tokens range from {low} to {high} but vocabulary_size={vocabulary_size}; "
             "were they encoded with another vocabulary?"

@@ -1,14 +1,30 @@
-"""Files on disk: atomic writes, JSON with errors that name the file, and locks between processes."""
+"""Files on disk, on every system: atomic writes, JSON with errors that name the file, locks between processes, names.
+
+What a system or file system does not support, such as locks or permissions, is omitted without an error.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# Errors of systems and file systems that cannot flush the list of entries of a folder. A failed disk raises EIO.
+_NO_FLUSH = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
+# Seconds between the attempts to replace a file that another program has open.
+_PAUSES = (0.01, 0.1, 1.0)
+# Windows forbids these characters in a name, and these names, with or without an extension.
+_FORBIDDEN = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
+_RESERVED = re.compile(r"(aux|con|nul|prn|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)
+# Short enough for a name of 255 bytes, at up to three bytes per character.
+_MAX_NAME = 80
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -20,26 +36,60 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     os.close(handle)
     try:
         write(Path(name))
-        os.chmod(name, 0o644)
+        # Not every file system has permissions; mkstemp creates a file for its owner only.
+        with suppress(OSError):
+            os.chmod(name, 0o644)
         flush_to_disk(Path(name))
-        os.replace(name, path)
+        replace(Path(name), path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
 def flush_to_disk(path: Path) -> None:
-    """Block until a file, or the list of entries of a folder, is on disk and survives a power failure."""
-    handle = os.open(path, os.O_RDONLY)
+    """Block until a file, or the list of entries of a folder, is on disk and survives a power failure.
+
+    A folder is skipped where the system (Windows) or the file system cannot flush it.
+    """
+    is_folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # Windows flushes files that are open for writing only, and a folder cannot be opened for writing.
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in _NO_FLUSH:
+            raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder atomically, replacing a file of that name.
+
+    Windows refuses this while another program, such as a virus scanner, has either file open: it is tried again for
+    about a second.
+    """
+    for seconds in _PAUSES:
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(seconds)
+    os.replace(source, target)
+
+
+def file_name(text: str) -> str:
+    """Turn a text into a name of a file or folder that is valid on every system.
+
+    Texts that differ in forbidden characters, or after the first 80, get the same name.
+    """
+    name = _FORBIDDEN.sub("-", text)[:_MAX_NAME].rstrip(". ")
+    return f"_{name}" if not name or _RESERVED.match(name) else name
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text atomically, with the same bytes on every system."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_json(path: Path, content: Any) -> None:

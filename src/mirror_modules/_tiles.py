@@ -71,7 +71,7 @@ def recomputed_in_tiles(
         whole: Leading sizes shared by all results; None for an axis that is not divided.
     """
     if torch.compiler.is_compiling() or is_transformed() or len(tiles := divide()) <= 1:
-        return _without_autocast(function, inputs)
+        return without_autocast(function, inputs)
     return _Recomputed.apply(function, tiles, whole, *inputs)
 
 
@@ -92,7 +92,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         results: tuple[Tensor, ...] = ()
         for tile in tiles:
-            parts = _without_autocast(function, _select(inputs, tile))
+            parts = without_autocast(function, _select(inputs, tile))
             if not results:
                 results = tuple(part.new_empty(_whole_shape(part, whole)) for part in parts)
             for result, part in zip(results, parts):
@@ -152,23 +152,27 @@ def _differentiate(
     function: Function, inputs: Inputs, needed: list[int], gradients: Any, *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
     """Recompute and backpropagate; an input without influence on the results gets a gradient of zeros."""
-    leaves = [inputs[index] for index in needed]
-    with torch.enable_grad():
-        results = _without_autocast(function, inputs)
-        pairs = [(r, g) for r, g in zip(results, gradients) if g is not None and r.requires_grad]
-        if not pairs:
-            return tuple(map(torch.zeros_like, leaves))
-        return torch.autograd.grad(
-            [result for result, _ in pairs],
-            leaves,
-            [gradient for _, gradient in pairs],
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
+
+    def differentiate(*inputs: Any) -> tuple[Tensor, ...]:
+        leaves = [inputs[index] for index in needed]
+        with torch.enable_grad():
+            results = function(*inputs)
+            pairs = [(r, g) for r, g in zip(results, gradients) if g is not None and r.requires_grad]
+            if not pairs:
+                return tuple(map(torch.zeros_like, leaves))
+            return torch.autograd.grad(
+                [result for result, _ in pairs],
+                leaves,
+                [gradient for _, gradient in pairs],
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
+
+    return without_autocast(differentiate, inputs)
 
 
-def _without_autocast(function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Run with autocast off: the caller has cast the inputs, and the backward pass must use the same precision."""
+def without_autocast(function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Call with autocast off: the caller has cast the inputs, and the backward pass must use the same precision."""
     device = inputs[0].device.type
     if not torch.amp.is_autocast_available(device):
         return function(*inputs)

@@ -92,8 +92,9 @@ def _train(arguments: list[str]) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--config {file}: there is no such file; expected JSON with fields of a recipe.")
         base = load_recipe(file, base)
-    if (steps := _option("--steps", arguments)) is not None and steps.isdecimal():
-        base = replace(base, **{phase: replace(getattr(base, phase), steps=int(steps)) for phase in PHASES})
+    if (steps := _integer(_option("--steps", arguments))) is not None:
+        changes: dict[str, Any] = {phase: replace(base.phase(phase), steps=steps) for phase in PHASES}
+        base = replace(base, **changes)
     options = _parse(TrainOptions, arguments, f"mirror-modules train {name}", default=TrainOptions(base))
     recipe = options.resolve()
     device = _device(options.device)
@@ -411,13 +412,18 @@ def _option(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _device(name: str) -> str:
-    import torch
+    # Imported here because it imports torch.distributed.
+    from mirror_modules.training.distributed import resolve_device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no GPU; use --device cpu or auto.")
-    return name
+    return resolve_device(name)
+
+
+def _integer(text: str | None) -> int | None:
+    """The integer in a text, as tyro parses it; None for other texts, which tyro reports."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return None
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ def minus_log(logits, *, real):
 
 
 def discriminator_loss_by_loops(real, fake, mismatched, weighting):
-    positive = [minus_log(logits, real=True) for logits in real]
-    negative = [minus_log(logits, real=False) for logits in fake]
+    positive = [minus_log(logits, real=True) for logits in real[:2]]
+    negative = [minus_log(logits, real=False) for logits in fake[:2]]
     if mismatched is not None:
         negative.append(minus_log(mismatched, real=False))
     return sum(positive) / 2 + sum(negative) / (2 if weighting == "paper" else 3)
@@ -47,7 +47,7 @@ def test_discriminator_loss_matches_the_loops(weighting, with_mismatched, throug
 @pytest.mark.parametrize(("weighting", "weight"), [("paper", 0.5), ("release", 1.0)])
 def test_generator_loss_matches_the_loops(weighting, weight, through):
     fake = draw(FAKE)
-    expected = weight * sum(minus_log(logits, real=True) for logits in fake)
+    expected = weight * sum(minus_log(logits, real=True) for logits in fake[:2])
     assert generator_loss(fake, weighting=weighting, through=through).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -60,8 +60,8 @@ def test_gradients(weighting, through):
     def loss_of(a, b, c, d, e):
         return discriminator_loss(PairedLogits(a, b), PairedLogits(c, d), e, weighting=weighting, through=through)
 
-    assert gradcheck(loss_of, (*real, *fake, mismatched))
-    assert gradcheck(lambda *f: generator_loss(PairedLogits(*f), weighting=weighting, through=through), tuple(fake))
+    assert gradcheck(loss_of, (*real[:2], *fake[:2], mismatched))
+    assert gradcheck(lambda *f: generator_loss(PairedLogits(*f), weighting=weighting, through=through), fake[:2])
 
 
 def hinge(logits, *, real):
@@ -73,20 +73,20 @@ def hinge(logits, *, real):
 def test_hinge_losses_match_the_loops(weighting, divisor):
     real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
     options = {"weighting": weighting, "objective": "hinge"}
-    positive = sum(hinge(logits, real=True) for logits in real)
-    negative = sum(hinge(logits, real=False) for logits in (*fake, mismatched))
+    positive = sum(hinge(logits, real=True) for logits in real[:2])
+    negative = sum(hinge(logits, real=False) for logits in (*fake[:2], mismatched))
     loss = discriminator_loss(real, fake, mismatched, **options)
     assert loss.item() == pytest.approx(positive / 2 + negative / divisor, rel=1e-5)
-    expected = -sum(sum(logits.tolist()) / FAKE for logits in fake) / (2 if weighting == "paper" else 1)
+    expected = -sum(sum(logits.tolist()) / FAKE for logits in fake[:2]) / (2 if weighting == "paper" else 1)
     assert generator_loss(fake, **options).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_hinge_has_no_gradient_beyond_its_margin():
     confident = PairedLogits(torch.tensor([1.5], requires_grad=True), torch.tensor([1.5], requires_grad=True))
-    discriminator_loss(confident, PairedLogits(*(-logits for logits in confident)), objective="hinge").backward()
-    assert [logits.grad.item() for logits in confident] == [0, 0]
+    discriminator_loss(confident, PairedLogits(*(-logits for logits in confident[:2])), objective="hinge").backward()
+    assert [logits.grad.item() for logits in confident[:2]] == [0, 0]
     generator_loss(confident, objective="hinge").backward()
-    assert [logits.grad.item() for logits in confident] == [-0.5, -0.5]
+    assert [logits.grad.item() for logits in confident[:2]] == [-0.5, -0.5]
 
 
 @pytest.mark.parametrize("weight", [0.25, torch.tensor(1.75)])
@@ -104,9 +104,20 @@ def test_weighted_micro_batches_equal_the_whole_batch():
     parts = []
     for i, pairs in enumerate((mismatched[:1], mismatched[1:])):
         half = slice(3 * i, 3 * i + 3)
-        rows = [PairedLogits(*(logits[half] for logits in pair)) for pair in (real, fake)]
+        rows = [PairedLogits(*(logits[half] for logits in pair[:2])) for pair in (real, fake)]
         parts.append(discriminator_loss(*rows, pairs, mismatched_weight=2 * len(pairs) / 5))
     assert_close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize("weighting", ["paper", "release"])
+def test_mismatched_pairs_may_come_with_the_real_ones(weighting):
+    real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
+    expected = discriminator_loss(real, fake, mismatched, weighting=weighting)
+    together = real._replace(mismatched=mismatched)
+    assert_close(discriminator_loss(together, fake, weighting=weighting), expected, atol=0, rtol=0)
+    # Such as the valid ones of them.
+    some = discriminator_loss(together, fake, mismatched[:1], weighting=weighting)
+    assert_close(some, discriminator_loss(real, fake, mismatched[:1], weighting=weighting), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge"])
@@ -147,6 +158,14 @@ def test_r1_has_a_gradient_for_every_weight_of_the_discriminator():
 def test_r1_requires_images_with_a_gradient():
     with pytest.raises(ValueError, match=r"r1_penalty: images must require a gradient; use images\.detach"):
         r1_penalty(torch.rand(2, 3, 4, 4), draw(2))
+
+
+def test_r1_requires_logits_of_these_images():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="r1_penalty: logits do not depend on images; compute them from this very"):
+        r1_penalty(images, draw(2))
+    with pytest.raises(ValueError, match="r1_penalty: logits do not depend on images"):
+        r1_penalty(images, PairedLogits(torch.zeros(2), torch.zeros(2)))
 
 
 def test_extreme_logits_stay_finite_and_keep_their_gradient():

@@ -237,6 +237,19 @@ def test_the_state_consists_of_parameters_and_buffers_only(name):
     assert before == {entry for entry, _ in [*module.named_parameters(), *module.named_buffers()]}
 
 
+@pytest.mark.parametrize("name", HAS_WEIGHTS)
+def test_every_child_is_called_so_that_hooks_and_wrappers_act(name):
+    module, args, options = prepare(name)
+    called = set()
+    for child_name, child in module.named_modules():
+        child.register_forward_hook(lambda *_, child_name=child_name: called.add(child_name))
+    module(*args, **options)
+    never_called = {child_name for child_name, child in module.named_modules() if isinstance(child, nn.ModuleList)}
+    if name == "MirrorGAN":
+        never_called |= {child_name for child_name, _ in module.named_modules() if child_name.startswith("captioner")}
+    assert called == {child_name for child_name, _ in module.named_modules()} - never_called
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_inputs_are_not_modified(name):
     module, args, options = prepare(name)

@@ -211,11 +211,20 @@ def is_contiguous(arguments: Arguments) -> bool:
 
 def step_seed(phase: str) -> int:
     """Seed of the dropout of a phase."""
-    return int(seeded(SEED, PHASES.index(phase), 0).initial_seed())
+    return int(seeded(SEED, 5, PHASES.index(phase), 0).initial_seed())
 
 
 def batch_seed(phase: str) -> int:
+    return int(seeded(SEED, 6, PHASES.index(phase)).initial_seed())
+
+
+def weight_seed(phase: str) -> int:
+    """Seed of the initial weights of a phase."""
     return int(seeded(SEED, 7, PHASES.index(phase)).initial_seed())
+
+
+def noise_seed() -> int:
+    return int(seeded(SEED, 8, PHASES.index("glam")).initial_seed())
 
 
 def in_phases(value: Any) -> dict[str, list[Any]]:
@@ -228,10 +237,10 @@ def when_loading(*values: Any) -> dict[str, list[Any]]:
 
 
 CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] = [
-    ("seed", "torch.manual_seed", argument("seed"), {SETUP: [SEED + 100 * i for i in range(1, 5)]}),
+    ("seed", "torch.manual_seed", argument("seed"), {SETUP: [weight_seed(phase) for phase in PHASES]}),
     ("seed", "torch.manual_seed", argument("seed"), {phase: [step_seed(phase)] for phase in PHASES}),
     ("seed", "engine.RepeatableBatches", argument("seed"), {phase: [batch_seed(phase)] for phase in PHASES}),
-    ("seed", "loop.start", generator_seed("random"), {"glam": [SEED + 300]}),
+    ("seed", "loop.start", generator_seed("random"), {"glam": [noise_seed()]}),
     ("seed", "validation.r_precision", generator_seed("generator"), {p: [SEED] for p in ("stem", "glam", "evaluator")}),
     ("seed", "evaluation.generate_images", argument("seed"), {EVALUATION: [SEED]}),
     ("seed", "evaluation.r_precision_folds", generator_seed("generator"), {EVALUATION: [SEED]}),
@@ -300,7 +309,7 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
     ("glam.adversarial_objective", "step.generator_loss", argument("objective"), {"glam": ["hinge"]}),
     ("glam.adversarial_weighting", "step.discriminator_loss", argument("weighting"), {"glam": ["release"]}),
     ("glam.adversarial_weighting", "step.generator_loss", argument("weighting"), {"glam": ["release"]}),
-    ("glam.redescription_ratio", "step.balance_gradients", argument("ratio"), {"glam": [0.37]}),
+    ("glam.redescription_ratio", "step.balance_gradients", argument("ratios"), {"glam": [0.37]}),
     (
         "glam.redescription_reduction",
         "redescription.redescription_loss",

@@ -177,6 +177,8 @@ def test_errors(data):
     for rank in (-1, 2, 0.5):
         with pytest.raises(ValueError, match=f"rank must be from 0 to 1 with ranks=2, but it is {rank}"):
             RepeatableBatches(data, 4, 0, rank=rank, ranks=2)
+    with pytest.raises(ValueError, match="RepeatableBatches: seed must be at least 0, but it is -1"):
+        RepeatableBatches(data, 3, -1)
     with pytest.raises(ValueError, match="crop must be a whole number of at least 1, but it is 0"):
         RepeatableBatches(data, 3, 0, crop=0)
     with pytest.raises(ValueError, match="crop=6 exceeds the images of 7 x 5 pixels"):

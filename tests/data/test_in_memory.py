@@ -45,6 +45,9 @@ def test_a_batch_of_chosen_images_and_captions(data):
     assert batch.class_ids.tolist() == [105, 102, 105]
     with pytest.raises(IndexError, match="a caption index in choices is out of range for its image"):
         data.batch(torch.tensor([0]), torch.tensor([1]))
+    for index in (-1, len(data)):
+        with pytest.raises(IndexError, match=rf"an index in indices is out of range for {len(data)} images"):
+            data.batch(torch.tensor([0, index]), torch.tensor([0, 0]))
 
 
 def test_long_captions_are_cut_as_tokens_but_not_as_text():

@@ -1,14 +1,15 @@
 """Statistics of a data set, checked against a count by hand."""
 
+import io
 from collections import Counter
 
 import pytest
 
 from mirror_modules.data import open_captions, prepare_captions
 from mirror_modules.data.inspection import MAX_LISTED, Spread, describe_splits, inspect_folder, inspect_split
-from tests.layouts import make_coco, make_folder, write_image
+from tests.layouts import make_coco, make_folder, make_shards, write_image, write_shard
 
-pytest.importorskip("PIL.Image")
+Image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture
@@ -95,6 +96,47 @@ def test_the_list_of_damaged_files_is_limited(tmp_path):
     assert training.shorter_side is None
     assert "damaged: 25 of 28" in text
     assert "it covers 0.0% of the words" in text
+
+
+def test_ignored_files_are_counted_and_listed(tmp_path):
+    """A stray text file, and a photograph whose orientation cannot be read, which is intact otherwise."""
+    root = make_folder(tmp_path)
+    for split in ("train", "validation"):
+        (root / split / "README.txt").write_text("read me")
+    Image.new("RGB", (31, 17)).save(root / "train" / "image2.png", exif=b"garbage")
+    text, _ = inspect_folder(root)
+    rows = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
+    assert rows["images"] == ["6", "3"]
+    assert rows["damaged"] == ["0", "0"]
+    assert "damaged: " not in text
+    assert text.splitlines()[-4:] == [
+        "ignored, without loss of an image: 3",
+        f"  {root}/train/README.txt has no image of the same name beside it",
+        f"  {root}/train/image2.png has damaged EXIF data, without which it is read (not a TIFF file (header b'garbage' "
+        "not valid))",
+        f"  {root}/validation/README.txt has no image of the same name beside it",
+    ]
+    for i in range(MAX_LISTED):
+        (root / "train" / f"{i}.txt").write_text("a note")
+    assert inspect_folder(root).text.endswith("\n  and 3 more")
+
+
+@pytest.mark.parametrize("make", [make_coco, make_shards])
+def test_images_with_damaged_metadata_are_counted(tmp_path, make):
+    root = make(tmp_path)
+    image = io.BytesIO()
+    Image.new("RGB", (31, 17)).save(image, "PNG")
+    damaged = image.getvalue()[:33] + b"\0\0\0\1tEXtx\0\0\0\0" + image.getvalue()[33:]
+    if make is make_coco:
+        (root / "train2017" / "000000000002.jpg").write_bytes(damaged)
+    else:
+        (root / "train-000.tar").unlink()
+        write_shard(root / "train-000.tar", [1], lambda number, files: {"png": damaged, "json": files["json"]})
+    facts = facts_of(root, "train")
+    assert [file[-3:] for file, _ in facts.ignored] == ["jpg" if make is make_coco else "png"]
+    assert facts.ignored[0].reason.startswith("has damaged metadata, without which it is read (")
+    assert facts.longer_side.maximum == 31
+    assert facts.damaged == ()
 
 
 def test_classes_are_compared_if_the_data_set_has_classes(tmp_path):

@@ -60,7 +60,7 @@ def test_damaged_originals_raise_or_are_skipped(tmp_path):
     root = make_coco(tmp_path / "originals", 61, VALIDATION)
     (root / "train2017" / f"{7:012}.jpg").write_bytes(b"")
     (root / "train2017" / f"{11:012}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"11.jpg, which does not exist; fix it"):
+    with pytest.raises(FileNotFoundError, match=r"11.jpg, which does not exist \(similar: .*\); fix it"):
         prepare_captions(root, tmp_path / "cache", resolution=R)
     calls = []
     result = prepare_captions(

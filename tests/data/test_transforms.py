@@ -1,5 +1,8 @@
+from fractions import Fraction
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mirror_modules.data import image_pyramid, random_crop_flip, to_bytes, to_float
 
@@ -77,15 +80,72 @@ def test_crops_are_reproducible_and_do_not_use_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("resolution", [1, 3, 4, 6, 12])
-def test_the_pyramid_by_loops(resolution):
-    images = torch.randn(B, 3, 12, 12, generator=seeded(0))
-    (small,) = image_pyramid(images, [resolution])
-    step = 12 // resolution
+def area_mean_by_loops(image, resolution):
+    """The mean over the area of each pixel, in exact fractions of pixels."""
+    height, width = image.shape[1:]
+    result = torch.zeros(3, resolution, resolution, dtype=torch.float64)
     for row in range(resolution):
         for column in range(resolution):
-            area = images[:, :, row * step : (row + 1) * step, column * step : (column + 1) * step]
-            torch.testing.assert_close(small[:, :, row, column], area.mean(dim=(2, 3)))
+            top, bottom = Fraction(row * height, resolution), Fraction((row + 1) * height, resolution)
+            left, right = Fraction(column * width, resolution), Fraction((column + 1) * width, resolution)
+            for h in range(height):
+                for w in range(width):
+                    high, wide = min(bottom, h + 1) - max(top, h), min(right, w + 1) - max(left, w)
+                    if high > 0 and wide > 0:
+                        share = high * wide / ((bottom - top) * (right - left))
+                        result[:, row, column] += float(share) * image[:, h, w].double()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resolution"),
+    [
+        (12, 12, 1),
+        (12, 12, 3),
+        (12, 12, 4),
+        (12, 12, 6),
+        (12, 12, 12),
+        (3, 3, 2),
+        (7, 11, 5),
+        (13, 13, 12),
+        (10, 12, 5),
+        (19, 19, 16),
+    ],
+)
+def test_the_pyramid_by_loops(height, width, resolution):
+    images = torch.randn(2, 3, height, width, generator=seeded(0))
+    (small,) = image_pyramid(images, [resolution])
+    for image, result in zip(images, small):
+        torch.testing.assert_close(result, area_mean_by_loops(image, resolution).float())
+
+
+def test_pixels_of_the_pyramid_are_means_at_the_ratio_of_random_crops():
+    """76 to 64 pixels: constants stay, and the mean of the image is kept."""
+    images = torch.randn(1, 3, 76, 76, dtype=torch.float64, generator=seeded(0))
+    (small,) = image_pyramid(images, [64])
+    torch.testing.assert_close(small.mean(dim=(2, 3)), images.mean(dim=(2, 3)))
+    (constant,) = image_pyramid(torch.full_like(images, -0.7), [64])
+    torch.testing.assert_close(constant, torch.full_like(constant, -0.7))
+
+
+def test_whole_ratios_are_pooled_as_before():
+    images = torch.randn(2, 3, 24, 36, generator=seeded(0))
+    for resolution in (1, 2, 3, 4, 6, 12):
+        expected = F.adaptive_avg_pool2d(images, resolution)
+        assert torch.equal(image_pyramid(images, [resolution])[0], expected)
+
+
+def test_the_pyramid_keeps_the_dtype_and_is_not_rounded_by_autocast():
+    images = torch.randn(2, 3, 7, 7, generator=seeded(0))
+    expected = image_pyramid(images, [5])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(image_pyramid(images, [5])[0], expected)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = images.to(dtype)
+        assert torch.equal(image_pyramid(rounded, [5])[0], image_pyramid(rounded.float(), [5])[0].to(dtype))
+    image_pyramid_of = torch.compile(lambda each: image_pyramid(each, [5])[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(image_pyramid_of(images), expected)
+    assert torch.autograd.gradcheck(lambda each: image_pyramid(each, [5])[0], images.double().requires_grad_())
 
 
 def test_the_pyramid_keeps_the_order_and_the_full_resolution():

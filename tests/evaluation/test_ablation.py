@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,37 +15,63 @@ import pytest
 from PIL import Image
 
 from mirror_modules.evaluation import ablation, ablation_table
-from mirror_modules.evaluation.ablation import ablate, ablation_cells, run_cell
+from mirror_modules.evaluation.ablation import Cell, ablate, ablation_cells, run_cell
 from mirror_modules.evaluation.ablation_table import PAIRS, as_markdown, bootstrap_interval, summarize
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import Recipe, get_recipe
+from tests.runs import make_tiny_recipe
 
 CELLS = [cell for cell in ablation_cells() if cell.name in ("weight 0", "weight 20")]
 
 
-@pytest.fixture
-def recipe(tiny_recipe):
+def make_recipe(steps=3):
     """A checkpoint after every step."""
-    return dataclasses.replace(tiny_recipe, engine=dataclasses.replace(tiny_recipe.engine, checkpoint_every=1))
+    base = make_tiny_recipe()
+    engine = dataclasses.replace(base.engine, checkpoint_every=1)
+    return dataclasses.replace(base, engine=engine, glam=dataclasses.replace(base.glam, steps=steps))
 
 
 @pytest.fixture
-def without_processes(monkeypatch):
+def recipe():
+    return make_recipe()
+
+
+def run_here(monkeypatch):
     """Run tasks in this process, without the attribute classifier, which is inaccurate on such small images.
 
     Returns a list of the tasks that were run.
     """
 
-    def run_here(function, tasks, jobs, *, title):
+    def run_tasks(function, tasks, jobs, *, title):
         finished.extend(tasks)
         for task in tasks:
             function(*task)
 
     finished = []
-    monkeypatch.setattr(ablation, "_in_processes", run_here)
+    monkeypatch.setattr(ablation, "_in_processes", run_tasks)
     monkeypatch.setattr(ablation, "fit_attribute_classifier", lambda *_: None)
     return finished
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    return run_here(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished_ablation(tmp_path_factory):
+    """The folder of an ablation of the cell "weight 0", trained once; tests that modify it use `out`."""
+    folder = tmp_path_factory.mktemp("ablations") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch)
+        ablate(make_recipe(), folder, cells=CELLS[:1], seeds=(0,))
+    return folder
+
+
+@pytest.fixture
+def out(finished_ablation, tmp_path):
+    return shutil.copytree(finished_ablation, tmp_path / "out")
 
 
 def test_the_fields_of_the_cells_match_their_names():
@@ -91,6 +119,125 @@ def test_cells_share_the_earlier_phases_and_resume(recipe, tmp_path, without_pro
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
 
 
+def names_of(tasks):
+    return [task[0].name for task in tasks if isinstance(task[0], Cell)]
+
+
+def test_a_finished_cell_is_trained_further_for_more_steps(out, tmp_path, without_processes):
+    """As if all steps had been requested at once, and not compared with cells of other numbers of steps."""
+    ablate(make_recipe(5), out, cells=CELLS[1:], seeds=(0,))
+    content = json.loads((out / "ablation.json").read_text())
+    assert set(content["figures"]) == set(content["cells"]) | {"real images"} == {"weight 20", "real images"}
+    assert content["differences"] == []
+
+    without_processes.clear()
+    content = ablate(make_recipe(5), out, cells=CELLS, seeds=(0,))
+    assert names_of(without_processes) == ["weight 0"]
+    assert set(content["figures"]) == {"weight 0", "weight 20", "real images"}
+    assert json.loads((out / "cells/weight-0/seed-0/config.json").read_text())["recipe"]["glam"]["steps"] == 5
+    at_once = ablate(make_recipe(5), tmp_path / "at-once", cells=CELLS[:1], seeds=(0,))
+    assert content["figures"]["weight 0"] == at_once["figures"]["weight 0"]
+
+    with pytest.raises(
+        ValueError, match=r"ablate: cell 'weight 0': .* holds phase 'glam' after 5 steps; glam\.steps=3 would be fewer"
+    ):
+        ablate(make_recipe(3), out, cells=CELLS[:1], seeds=(0,))
+    assert json.loads((out / "config.json").read_text())["recipe"]["glam"]["steps"] == 5
+    assert (out / "cells/weight-0/seed-0/result.json").exists()
+
+
+def test_a_cell_without_its_last_checkpoint_is_not_extended(out, without_processes):
+    shutil.rmtree(out / "cells/weight-0/seed-0/checkpoints")
+    with pytest.raises(ValueError, match=r"ablate: cell 'weight 0': .* there is no checkpoint of its last step"):
+        ablate(make_recipe(5), out, cells=CELLS[:1], seeds=(0,))
+    assert without_processes == []
+    assert json.loads((out / "cells/weight-0/seed-0/config.json").read_text())["recipe"]["glam"]["steps"] == 3
+
+
+def test_an_interrupted_extension_does_not_keep_the_old_metrics(out, recipe, without_processes, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(ablation, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(make_recipe(5), out, cells=CELLS[:1], seeds=(0,))
+    without_processes.clear()
+    ablate(make_recipe(5), out, cells=CELLS[:1], seeds=(0,))
+    assert names_of(without_processes) == ["weight 0"]
+
+
+def test_a_finished_cell_with_other_settings_is_refused(out, recipe, without_processes):
+    before = (out / "ablation.json").read_bytes()
+    other = Cell("weight 0", {"glam": {"redescription_weight": 7.0, "redescription_ratio": None}})
+    message = (
+        r"ablate: cell 'weight 0': .*weight-0.seed-0 holds a run with other settings "
+        r"\(glam\.redescription_weight is 0\.0 there and 7\.0 now\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        ablate(recipe, out, cells=[other], seeds=(0,))
+    assert (out / "ablation.json").read_bytes() == before
+    assert without_processes == []
+
+
+def test_cells_of_earlier_calls_with_other_settings_are_not_in_the_tables(out, recipe, without_processes):
+    config = out / "cells/weight-0/seed-0/config.json"
+    content = json.loads(config.read_text())
+    content["recipe"]["glam"]["redescription_weight"] = 7.0
+    config.write_text(json.dumps(content))
+    assert set(ablate(recipe, out, cells=[], seeds=(0,))["figures"]) == {"real images"}
+
+
+def test_shared_phases_of_another_seed_are_refused(out, recipe, without_processes):
+    shutil.copytree(out / "shared/seed-0", out / "shared/seed-3")
+    with pytest.raises(
+        ValueError, match=r"shared.seed-3 holds a run with other settings \(seed is 0 there and 3 now\)"
+    ):
+        ablate(recipe, out, cells=CELLS[:1], seeds=(3,))
+
+
+REAL, RESULT = "shared/seed-0/real.json", "cells/weight-0/seed-0/result.json"
+
+
+@pytest.mark.parametrize("name", [REAL, RESULT])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"r_precision": [0.5]}',
+        '{"r_precision": 0.5, "words": 0.5}',
+        '{"r_precision": [], "words": []}',
+        '{"r_precision": ["a"], "words": [null]}',
+        '{"r_precision": [0.5], "words": [NaN]}',
+        '{"r_precision": [true], "words": [0.5]}',
+        '{"r_precision": [[0.5]], "words": [{}]}',
+    ],
+)
+def test_a_damaged_result_is_named(out, recipe, without_processes, name, content):
+    (out / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged: it must hold the metrics of a run, .* remove it"):
+        ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+
+
+@pytest.mark.parametrize("change", [{"r_precision": [0.5] * 30}, {"colors": [0.5] * 31}, {"words": [0.5] * 2}])
+def test_a_result_with_other_metrics_than_the_real_images_is_named(out, recipe, without_processes, change):
+    """They would be broadcast to those of the other cell, or missing in the tables."""
+    metrics = json.loads((out / RESULT).read_text())
+    (out / RESULT).write_text(json.dumps({**metrics, **change}))
+    with pytest.raises(ValueError, match=rf"{RESULT} is damaged: .* the same ones for every run"):
+        ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+
+
+def test_a_removed_result_is_measured_again(out, recipe, without_processes):
+    result, before = out / "cells/weight-0/seed-0/result.json", json.loads((out / "ablation.json").read_text())
+    result.unlink()
+    assert ablate(recipe, out, cells=CELLS[:1], seeds=(0,)) == before
+    assert result.exists()
+
+
 def test_other_settings_are_refused(recipe, tmp_path, without_processes):
     ablate(recipe, tmp_path / "out", cells=CELLS[:1], seeds=(0,))
     changed = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, kl_weight=7.0))
@@ -114,13 +261,99 @@ def test_other_settings_are_refused(recipe, tmp_path, without_processes):
         ({"seeds": ()}, "ablate: seeds must be"),
         ({"seeds": (1, 1)}, "ablate: .* distinct"),
         ({"seeds": (0, -1)}, "seed must be a whole number from 0"),
-        ({"jobs": 0}, "ablate: jobs must be at least 1"),
+        ({"jobs": 0}, "ablate: jobs must be a whole number of at least 1, but it is 0"),
+        ({"jobs": 1.5}, r"ablate: jobs must be a whole number of at least 1, but it is 1\.5"),
+        ({"device": "gpu"}, "the device must be one of .* but it is 'gpu'"),
+        ({"recipe": "ablation"}, "ablate: recipe must be a Recipe such as .* but it is 'ablation'"),
+        ({"cells": CELLS[0]}, "ablate: cells must be a list of Cell, but one of them is 'weight 0'"),
     ],
 )
 def test_errors(recipe, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        ablate(recipe, tmp_path / "out", cells=CELLS, **options)
+        ablate(**{"recipe": recipe, "out": tmp_path / "out", "cells": CELLS, **options})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", " weight 3", "weight 3 ", "two\nlines", "tab\there", "a|b", "real images", "\u2028", "\ud800", None, 3],
+)
+def test_names_that_break_tables_are_refused(recipe, tmp_path, name):
+    message = f"ablate: the name of a cell must be one line .* and not 'real images', but it is {re.escape(repr(name))}"
+    with pytest.raises(ValueError, match=message):
+        ablate(recipe, tmp_path / "out", cells=[Cell(name, CELLS[0].fields)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../../escape", "/tmp/escape", "C:\\escape", "~", "$x^$ & <b> `y`", "\ubf43"])
+def test_other_names_stay_in_the_folder_and_are_shown(tmp_path, name):
+    folder = ablation._cell_folder(tmp_path / "out", Cell(name, {}), 0)
+    assert folder.resolve().parent.parent == (tmp_path / "out" / "cells").resolve()
+    content = summarize({name: [{"words": [0.5]}]}, (0,))
+    assert f"| {name} | 50.0 |" in as_markdown(content)
+    ablation_table.draw(content, tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"glam": {"redescription_wieght": 1}}, "unknown field 'glam.redescription_wieght'; did you mean"),
+        ({"glam": {"redescription_weight": -1.0}}, "redescription_weight must be 0 or more"),
+        (None, "must be an object of named fields, but it is None"),
+        ({"seed": 7}, "ablate: cell 'other' overrides seed, which all cells share; set it in the recipe"),
+        (
+            {"stem": {"steps": 7}, "data": {"min_count": 2}},
+            "ablate: cell 'other' overrides data, stem, which all cells share",
+        ),
+        ({"evaluation": {"candidates": 7}}, "ablate: cell 'other' overrides evaluation"),
+    ],
+)
+def test_unsuitable_fields_of_a_cell_are_refused(recipe, tmp_path, fields, message):
+    """The shared phases would ignore them, or the cells would be compared by different measures."""
+    with pytest.raises(ValueError, match=message):
+        ablate(recipe, tmp_path / "out", cells=[Cell("other", fields)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "folder"),
+    [
+        ("kl 2", "kl 2", "kl-2"),
+        ("kl 2", "KL 2", "kl-2"),
+        ("kl: 2", "kl? 2", "kl--2"),
+        ("weight, 1", "another", "weight-1"),
+        ("kl/2", "kl?2", "kl-2"),
+        ("caf\u00e9", "cafe\u0301", "caf\u00e9"),
+        (".", "..", "_"),
+        ("x" * 80, "x" * 81, "x" * 80),
+        ("Weight 20", "another", "weight-20"),
+    ],
+)
+def test_cells_that_would_share_a_folder_are_refused(recipe, tmp_path, one, other, folder):
+    """On some systems names ignore case, or the form of accents, and not all characters are allowed."""
+    cells = [Cell(name, CELLS[0].fields) for name in (one, other)]
+    if other == "another":
+        # The tables also list the paper's cells.
+        other = folder.replace("-", " ")
+    with pytest.raises(
+        ValueError, match=re.escape(f"ablate: the cells {one!r} and {other!r} would have the same folder")
+    ):
+        ablate(recipe, tmp_path / "out", cells=cells)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_of_the_paper_may_be_replaced(recipe, tmp_path, without_processes):
+    cell = Cell("weight 0", {"glam": {"redescription_weight": 0.0, "redescription_ratio": None, "steps": 2}})
+    content = ablate(recipe, tmp_path / "out", cells=[cell], seeds=(0,))
+    assert content["cells"] == {"weight 0": cell.fields}
+
+
+def test_the_folders_of_the_paper_s_cells_keep_their_names():
+    """Finished cells of earlier versions are reused."""
+    folders = [ablation._cell_folder(Path("out"), cell, 3).as_posix() for cell in ablation_cells()]
+    assert folders[0] == "out/cells/word-attention-weight-0/seed-3"
+    assert folders[-1] == "out/cells/no-mismatched-pairs-ratio-0.25/seed-3"
+    assert len(set(folders)) == 18
 
 
 def test_a_failed_process_is_reported(recipe, tmp_path, capfd):
@@ -132,6 +365,28 @@ def test_a_failed_process_is_reported(recipe, tmp_path, capfd):
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 
+def test_a_process_that_cannot_start_is_reported(tmp_path):
+    """The process is not terminated, which would hide the reason."""
+
+    def not_importable():
+        pass
+
+    with pytest.raises((AttributeError, pickle.PicklingError), match="not_importable"):
+        ablation._in_processes(not_importable, [()], 1, title="cells")
+
+
+def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
+    script = (
+        "from mirror_modules.evaluation.ablation import _in_processes\n_in_processes(print, [()], 1, title='cells')\n"
+    )
+    (tmp_path / "start.py").write_text(script, encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "start.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "if __name__ == '__main__':" in done.stderr
+    assert "AttributeError" not in done.stderr
+    assert "a process of the ablation exited with status 1" in done.stderr
+
+
 def test_child_processes_end_when_their_parent_is_killed(tmp_path):
     pid = tmp_path / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)"
@@ -139,17 +394,27 @@ def test_child_processes_end_when_their_parent_is_killed(tmp_path):
     start = f"from mirror_modules.evaluation.ablation import _in_processes; {call}"
     guarded = f"if __name__ == '__main__':\n    {start}\n"
     (tmp_path / "start.py").write_text(guarded, encoding="utf-8")
-    parent = subprocess.Popen([sys.executable, tmp_path / "start.py"], stderr=subprocess.DEVNULL)
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen([sys.executable, tmp_path / "start.py"], stderr=log)
     try:
-        wait_for(lambda: pid.exists() and pid.read_text())
+        wait_for(lambda: parent.poll() is not None or (pid.exists() and pid.read_text()))
+        assert parent.poll() is None, (tmp_path / "log").read_text()
     finally:
         parent.kill()
         parent.wait()
     child = int(pid.read_text())
-    wait_for(lambda: not (Path("/proc") / str(child)).exists())
+    wait_for(lambda: not is_running(child))
 
 
-def wait_for(condition, seconds=60):
+def is_running(pid):
+    try:
+        # A process that has ended is a zombie, Z, until its parent has noticed.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=900):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"

@@ -5,12 +5,13 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mirror_modules import MirrorGAN
-from mirror_modules.data import ATTRIBUTES
+from mirror_modules.data import ATTRIBUTES, CaptionedImage, InMemoryCaptions
 from mirror_modules.data.readers.images import shrink
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import to_float
@@ -94,8 +95,10 @@ def test_no_evaluated_caption_was_trained_on(tiny_recipe):
 
 def test_captions_of_the_training_split_are_not_evaluated(tiny_recipe):
     splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
-    splits.training.captions[0] = splits.validation.captions[5][:1]
-    splits.training.captions[1] = splits.validation.captions[6]
+    captions = [splits.validation.captions[5][:1], splits.validation.captions[6], *splits.training.captions[2:]]
+    samples = [CaptionedImage(np.zeros((2, 2, 3), np.uint8), each, 0, {}) for each in captions]
+    training = InMemoryCaptions(samples, splits.vocabulary, max_words=tiny_recipe.model.max_words)
+    splits = splits._replace(training=training)
     chosen = dict(unseen_captions(splits))
     assert chosen[5] == splits.validation.captions[5][1]
     assert 6 not in chosen

@@ -105,6 +105,78 @@ def test_padding_of_any_magnitude_gets_zero_weight(dtype):
     assert_close(context, torch.ones_like(context), rtol=1e-2, atol=0)
 
 
+def whole_numbers(*shape, largest):
+    """Random integers: their products and sums are exact in float32, so that only the results are rounded."""
+    return torch.randint(-largest, largest + 1, shape)
+
+
+def assert_exact_up_to_rounding(results, references):
+    """The error is at most one unit in the last place of the largest number, or the error of a softmax in float32."""
+    for result, reference in zip(results, references, strict=True):
+        last_place = torch.finfo(result.dtype).eps * float(reference.detach().abs().max())
+        assert_close(result.double(), reference, rtol=0, atol=max(last_place, torch.finfo(torch.float32).eps))
+
+
+# With 17 channels, the largest scores are 17, 4,352 and 1,062,500; float16 ends at 65,504.
+@pytest.mark.parametrize("largest", [1, 16, 250])
+@pytest.mark.parametrize("garbage", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("axis", "mixed"), MODES)
+def test_half_precision_equals_double_precision_for_scores_of_any_size(axis, mixed, dtype, garbage, largest):
+    channels, mask, matrix = 17, mask_of(11, 4), whole_numbers(17, 17, largest=2) if mixed else None
+    shapes = (B, channels, H, W), (B, L, channels), (B, channels)
+    drawn = [whole_numbers(*shape, largest=largest) for shape in shapes]
+    gradients = [1e-2 * torch.randn(B, channels, H, W, dtype=torch.float64).bfloat16() for _ in range(2)]
+
+    def everything(dtype):
+        inputs = [tensor.to(dtype) for tensor in drawn]
+        inputs[1][~mask] = garbage
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        context = global_local_attention(
+            *leaves,
+            mask,
+            need_weights=True,
+            sentence_axis=axis,
+            score_matrix=None if matrix is None else matrix.to(dtype),
+        )
+        grads = torch.autograd.grad(context.contexts, leaves, [gradient.to(dtype) for gradient in gradients])
+        parts = (
+            word_attention(*leaves[:2], mask),
+            sentence_attention(
+                leaves[0], leaves[2], score_matrix=None if matrix is None else matrix.to(dtype), axis=axis
+            ),
+        )
+        return [*context, *parts[0], *parts[1], *grads]
+
+    assert_exact_up_to_rounding(everything(dtype), everything(torch.float64))
+
+
+def test_half_precision_averages_over_more_positions_than_its_largest_number():
+    # Each weight is 1/65,536, below the normal numbers of float16, which ends at 65,504.
+    features, sentence = torch.zeros(1, 1, 256, 256, dtype=torch.float16), torch.full((1, 1), 3.0, dtype=torch.float16)
+    context, _ = sentence_attention(features, sentence, axis="positions")
+    assert (context == 3).all()
+
+
+def test_equal_scores_beyond_half_precision():
+    features, sentence = torch.full((1, 4, 1, 1), 300.0).half(), torch.full((1, 4), 300.0).half()
+    context, weights = sentence_attention(features, sentence)
+    assert (weights == 0.25).all()
+    assert (context == 75).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_round_the_scores(dtype):
+    features, words = whole_numbers(B, C, H, W, largest=250).float(), whole_numbers(B, L, C, largest=250).float()
+    matrix = whole_numbers(C, C, largest=2).float()
+    with torch.autocast("cpu", dtype=dtype):
+        context, weights = word_attention(features, words, mask_of(11, 4))
+        by_sentence = sentence_attention(features, words[:, 0], score_matrix=matrix)
+    assert context.dtype == weights.dtype == dtype
+    assert_exact_up_to_rounding([context, weights], word_attention(features.double(), words.double(), mask_of(11, 4)))
+    assert_close(by_sentence, sentence_attention(features, words[:, 0], score_matrix=matrix))
+
+
 def test_padding_gets_zero_weight():
     _, weights = word_attention(torch.randn(B, C, H, W), torch.randn(B, L, C), mask_of(4, 11))
     assert (weights[0, 4:] == 0).all()
@@ -112,7 +184,10 @@ def test_padding_gets_zero_weight():
     assert_close(weights.sum(dim=1), torch.ones(B, H, W))
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e4])
+GARBAGE = [0.0, 1.0, 1e30, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
 def test_padding_has_no_influence(garbage):
     features, words, grad = random_leaf(B, C, H, W), random_leaf(B, L, C), torch.randn(B, C, H, W)
     padded_features = features.detach().clone().requires_grad_()
@@ -127,6 +202,26 @@ def test_padding_has_no_influence(garbage):
     assert_close((padded_context, padded_weights[:, :L]), (context, weights))
     assert_close((padded_features.grad, padded_words.grad[:, :L]), (features.grad, words.grad))
     assert (padded_words.grad[~padded_mask] == 0).all()
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_padding_has_no_influence_on_the_gradients_of_a_module(monkeypatch, tiled, garbage):
+    if tiled:
+        monkeypatch.setattr(attention, "FEW_ELEMENTS", 0)
+        monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", 1)
+    features, condition, mask = torch.randn(B, C, H, W), torch.randn(B, E), mask_of(11, 4)
+    words = torch.randn(B, L, D)
+    padded = words.masked_fill(~mask.unsqueeze(2), garbage)
+    for module in (GlobalLocalAttention(C, D, E), WordAttention(C, D, E)):
+        results = []
+        for each in (words, padded):
+            leaf = each.clone().requires_grad_()
+            context = module(features, leaf, condition, mask)
+            total = sum(part.square().sum() for part in context.contexts)
+            results.append((*context.contexts, *torch.autograd.grad(total, (leaf, *module.parameters()))))
+        assert_close(results[1], results[0], atol=0, rtol=0)
+        assert (results[1][len(context.contexts)][~mask] == 0).all()
 
 
 def test_a_sample_alone_equals_the_same_sample_in_a_batch():
@@ -245,7 +340,14 @@ def test_a_compiled_graph_returns_zeros_for_a_caption_without_words(compiled):
 
 ERRORS = {
     "a caption has no real word": (r"caption 1 has no real word", {"word_mask": mask_of(3, 0)}),
-    "mask is not bool": (r"word_mask must be bool.*torch\.int64.*tokens != 0", {"word_mask": mask_of(3, 4).long()}),
+    "mask is a float": (
+        r"word_mask must be bool.* it is torch\.float32; .*attention_mask\.bool\(\)",
+        {"word_mask": mask_of(3, 4).float()},
+    ),
+    "mask holds token ids": (
+        r"word_mask has integers from 0 to 7, .*pass attention_mask\.bool\(\), not the token ids",
+        {"word_mask": 7 * mask_of(3, 4).long()},
+    ),
     "mask has another length": (
         r"word_mask is \(2, 10\) but the captions are \(2, 11\)",
         {"word_mask": mask_of(3, 4)[:, 1:]},
@@ -259,6 +361,10 @@ ERRORS = {
     "features are not maps": (
         r"features must be \(B, C, H, W\), but they are \(2, 3, 5\)",
         {"features": torch.zeros(B, C, H)},
+    ),
+    "precisions disagree": (
+        r"the inputs must have one floating point precision \(features: float32, words: float64\)",
+        {"words": torch.zeros(B, L, C, dtype=torch.float64)},
     ),
     "batches disagree": (r"batch sizes disagree \(features: \(2, .*words: \(3,", {"words": torch.zeros(3, L, C)}),
 }
@@ -453,6 +559,29 @@ def test_the_transforms_of_torch_func():
     assert_close(torch.func.grad(total)(features), expected)
     tangent = torch.randn_like(features)
     assert_close(torch.func.jvp(total, (features,), (tangent,))[1], (expected * tangent).sum())
+
+
+@pytest.mark.usefixtures("one_row_at_a_time")
+@pytest.mark.parametrize("real_words", [(11, 4), (0, 11)])
+def test_each_sample_may_have_its_own_mask_in_vmap(real_words):
+    features, words, sentence = torch.randn(B, 1, C, H, W), torch.randn(B, 1, L, C), torch.randn(B, 1, C)
+
+    def total(features, words, sentence, mask):
+        context = global_local_attention(features, words, sentence, mask)
+        return sum(part.square().sum() for part in context.contexts)
+
+    gradients = torch.func.vmap(torch.func.grad(total, argnums=(0, 1, 2)))
+    mask = mask_of(*real_words).unsqueeze(1)
+    leaves = [tensor.clone().requires_grad_() for tensor in (features, words, sentence)]
+    if min(real_words) > 0:
+        expected = sum(total(*parts, each) for *parts, each in zip(*leaves, mask))
+    else:
+        # The mask is not read here: a caption without a real word has a context of zero.
+        expected = (
+            total(*(leaf[1] for leaf in leaves), mask[1])
+            + sentence_attention(leaves[0][0], leaves[2][0])[0].square().sum()
+        )
+    assert_close(gradients(features, words, sentence, mask), torch.autograd.grad(expected, leaves))
 
 
 @pytest.mark.usefixtures("one_row_at_a_time")

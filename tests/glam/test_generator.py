@@ -155,7 +155,7 @@ def test_options_of_a_partial_reach_the_operation_in_every_stage(monkeypatch):
     for stage, (sentence, received) in zip(generator.refinements, calls):
         projection = stage.attention.sentence_projection
         assert_close(sentence, condition @ projection.weight.T + projection.bias)
-        assert received["score_matrix"] is stage.attention.score_projection.weight
+        assert_close(received["score_matrix"], stage.attention.score_projection.weight, atol=0, rtol=0)
         assert (received["sentence_axis"], received["impl"]) == ("positions", "torch")
 
 
@@ -303,6 +303,56 @@ def test_an_attention_that_is_no_factory_is_refused(attention, message):
 def test_a_factory_that_returns_no_attention_is_refused(returned, message):
     with pytest.raises(ValueError, match=message):
         make(attention=lambda *sizes: returned)
+
+
+class AlteredContexts(MeanWordAttention):
+    """An attention whose contexts are wrong in one respect."""
+
+    def __init__(self, *sizes, alter):
+        super().__init__(*sizes)
+        self.alter = alter
+
+    def forward(self, *inputs, need_weights=False):
+        result = super().forward(*inputs, need_weights=need_weights)
+        return result._replace(contexts=tuple(map(self.alter, result.contexts)))
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (
+            lambda context: context[:, :, :1, :1],
+            r"at the size of the features \(\(2, 3, 4, 4\)\), but one is \(2, 4, 1, 1\)",
+        ),
+        (lambda context: context[:1], r"but one is \(1, 4, 4, 4\)"),
+        (lambda context: context[:, :, 0, 0], r"but one is \(2, 4\)"),
+        (lambda context: None, r"but one is a NoneType"),
+        (
+            lambda context: context.double(),
+            r"the dtype and device .*torch\.float32, cpu\), but one has torch\.float64",
+        ),
+        (lambda context: context.to("meta"), r"must have the dtype and device .* but one has torch\.float32, meta"),
+    ],
+)
+def test_contexts_that_cannot_be_concatenated_are_refused(alter, message):
+    generator = make(attention=partial(AlteredContexts, alter=alter))
+    with pytest.raises(ValueError, match=f"RefinementStage: .*AlteredContexts .*{message}"):
+        generator(*make_inputs())
+
+
+def test_one_module_for_several_stages_is_refused():
+    shared = WordAttention(C, D, E)
+    with pytest.raises(ValueError, match=r"returned one module for several stages, .*; make a new module in each call"):
+        make(attention=lambda *sizes: shared)
+    assert make((4, 8), attention=lambda *sizes: shared).refinements[0].attention is shared
+
+
+@pytest.mark.parametrize(
+    "factory", [lambda feature_dim: None, lambda a, b, c, d: None, partial(WordAttention, feature_dim=3)]
+)
+def test_a_factory_of_another_signature_is_refused(factory):
+    with pytest.raises(ValueError, match=r"is called as attention\(feature_dim, .*\), which .* does not"):
+        make(attention=factory)
 
 
 @pytest.mark.parametrize("mask", [None, mask_of(4, 11)])

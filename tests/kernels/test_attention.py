@@ -187,16 +187,49 @@ def test_extreme_scores(device, scale):
         assert_close(kernel, definition, atol=1e-4, rtol=1e-4)
 
 
-def test_padding_has_no_influence_at_all(device):
-    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("sizes", [{}, {"c": 130, "l": 150, "h": 3}])
+def test_padding_has_no_influence_at_all(device, sizes, garbage):
+    length = sizes.get("l", L)
+    inputs = draw(device, **sizes, mask=mask_of(length, 4, length=length), dtype=torch.float32)
     changed = inputs.words.detach().clone()
-    changed[1, 4:] = 1e4
+    changed[1, 4:] = garbage
     results, gradients = run(inputs, "triton")
     changed_results, changed_gradients = run(inputs._replace(words=changed.requires_grad_()), "triton")
     for before, after in zip(results + gradients, changed_results + changed_gradients):
         assert (before == after).all()
     assert (results[2][1, 4:] == 0).all()
     assert (gradients[1][1, 4:] == 0).all()
+
+
+# With 17 channels, the largest scores are 17, 4,352 and 1,062,500; float16 ends at 65,504.
+@pytest.mark.parametrize("largest", [1, 16, 250])
+@pytest.mark.parametrize("garbage", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision_equals_double_precision_for_scores_of_any_size(device, dtype, garbage, largest):
+    # Scores of integers are exact in float32.
+    shapes, mask = ((B, 17, H, W), (B, L, 17), (B, 17)), mask_of(11, 4).to(device)
+    drawn = [torch.randint(-largest, largest + 1, shape, device=device) for shape in shapes]
+
+    def everything_in(dtype, impl):
+        features, words, sentence = (tensor.to(dtype) for tensor in drawn)
+        words[~mask] = garbage
+        inputs = Inputs(*(leaf.requires_grad_() for leaf in (features, words, sentence)), mask)
+        results, gradients = run(inputs, impl, weights=(2**-7, 2**-7, 0.0, 0.0))
+        return results + gradients
+
+    for kernel, exact in zip(everything_in(dtype, "triton"), everything_in(torch.float64, "torch")):
+        # The output gradients are rounded too.
+        last_place = 2 * torch.finfo(dtype).eps * float(exact.abs().max())
+        assert_close(kernel.double(), exact, rtol=0, atol=max(last_place, torch.finfo(torch.float32).eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_mask_of_integers(device, dtype):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
+    converted = inputs._replace(word_mask=inputs.word_mask.to(dtype))
+    for one, other in zip(everything(inputs, "triton"), everything(converted, "triton")):
+        assert (one == other).all()
 
 
 def test_a_sample_alone_equals_the_same_sample_in_a_batch(device):

@@ -176,14 +176,47 @@ def test_the_sharpest_supported_attention(device, gamma, dtype):
         everything(inputs, "triton", gamma_attention=1.01 * gamma)
 
 
-def test_padding_has_no_influence_at_all(device):
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("-inf"), float("nan")])
+def test_padding_has_no_influence_at_all(device, garbage):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     changed = inputs.words.detach().clone()
-    changed[~inputs.word_mask] = 1e4
+    changed[~inputs.word_mask] = garbage
     before, after = everything(inputs, "triton"), everything(inputs._replace(words=changed.requires_grad_()), "triton")
     for one, other in zip(before, after):
         assert (one == other).all()
     assert (before[2][~inputs.word_mask] == 0).all()
+
+
+# With 17 features, the largest scores are 17, 4,352 and 1,062,500; float16 ends at 65,504.
+@pytest.mark.parametrize("largest", [1, 16, 250])
+@pytest.mark.parametrize("garbage", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("gamma", [4.0, -8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision_equals_double_precision_for_scores_of_any_size(device, dtype, gamma, garbage, largest):
+    # Scores of integers are exact in float32.
+    drawn = [torch.randint(-largest, largest + 1, (n, m, 17), device=device) for n, m in ((I, R), (J, L))]
+    mask = mask_of(5, 2, 1).to(device)
+
+    def everything_in(dtype, impl):
+        regions, words = (tensor.to(dtype) for tensor in drawn)
+        words[~mask] = garbage
+        inputs = Inputs(regions.requires_grad_(), words.requires_grad_(), mask)
+        return everything(inputs, impl, gamma_attention=gamma)
+
+    numbers = torch.finfo(dtype)
+    for kernel, exact in zip(everything_in(dtype, "triton"), everything_in(torch.float64, "torch")):
+        # Two roundings, of the shares and of the context or the gradient; and the gradient of a score, a product with
+        # the features, may lie below the normal numbers, where rounding errors are absolute.
+        atol = 2 * numbers.eps * float(exact.abs().max()) + largest * numbers.smallest_normal * numbers.eps
+        assert_close(kernel.double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_mask_of_integers(device, dtype):
+    inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
+    converted = inputs._replace(word_mask=inputs.word_mask.to(dtype))
+    for one, other in zip(everything(inputs, "triton"), everything(converted, "triton")):
+        assert (one == other).all()
 
 
 def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):

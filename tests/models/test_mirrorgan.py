@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -189,7 +190,21 @@ def test_options_of_the_config_reach_the_parts():
     assert model.captioner.vocabulary_size == model.text_encoder.vocabulary_size == len(VOCABULARY)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1"])
 def test_a_seed_out_of_range_is_refused(seed):
-    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*63 - 1"):
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\*\*63 - 1"):
         make().generate(["a red flower"], seed=seed)
+
+
+def test_a_seed_may_be_a_whole_number_of_numpy():
+    model = make()
+    first, second = (model.generate(CAPTIONS, seed=seed).images[-1] for seed in (5, np.int64(5)))
+    assert torch.equal(first, second)
+
+
+def test_no_images_have_no_descriptions():
+    assert make().describe(torch.zeros(0, 3, 16, 16)) == []
+
+
+def test_a_model_in_half_precision_describes_float32_images():
+    assert len(make().bfloat16().describe(torch.zeros(2, 3, 16, 16))) == 2

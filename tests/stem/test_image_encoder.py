@@ -152,6 +152,26 @@ def test_inception_has_the_features_of_torchvisions_network():
     assert backbone(draw(31, 45, batch=1)).regions.shape == regions.shape
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 37), (17, 23), (32, 32)])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_resized_images_are_those_of_torchs_own_resize(size, antialias):
+    network = models.resnet18(weights=None).eval()
+    backbone = TorchvisionBackbone("resnet18", normalize=False, resize_to=32, antialias=antialias).eval()
+    copy_weights(network, backbone.network)
+    images, pooled = draw(*size), output_of(network.avgpool)
+    network(nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=antialias))
+    assert_close(backbone(images).image, pooled[0].flatten(1))
+
+
+def test_forward_hooks_of_the_network_and_its_layers_run():
+    backbone, called = TorchvisionBackbone("resnet18").eval(), []
+    for name in ("network", "network.layer3", "network.layer4.1.conv2"):
+        backbone.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    backbone(draw(32, 32))
+    assert called == ["network.layer3", "network.layer4.1.conv2", "network"]
+
+
 def test_meta_device_construction_then_loading():
     backbone, images = TorchvisionBackbone("resnet18").eval(), draw(32, 32)
     with torch.device("meta"):
@@ -184,6 +204,10 @@ def test_the_error_names_an_unknown_network(name):
             lambda: ImageEncoder(Means())(draw()[:, 0]),
         ),
         (r"ImageEncoder: images must be floats .* torch\.uint8", lambda: ImageEncoder(Means())(draw().byte())),
+        (
+            r"TorchvisionBackbone: resize_to must be a whole number of at least 1, but it is 0",
+            lambda: TorchvisionBackbone("resnet18", resize_to=0),
+        ),
         (r"TorchvisionBackbone: images must be \(B, 3, H, W\)", lambda: TorchvisionBackbone("resnet18")(draw()[:, :2])),
     ],
 )

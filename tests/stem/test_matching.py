@@ -95,8 +95,10 @@ def test_gradients_of_similarity():
     assert gradcheck(lambda *args: word_region_similarity(*args, mask_of(4, 2, 1, length=4)), (regions, words))
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e3])
-def test_padding_has_no_influence(garbage):
+@pytest.mark.parametrize("elements", [2**21, 1])
+@pytest.mark.parametrize("garbage", [0.0, 1.0, 1e30, float("inf"), float("nan")])
+def test_padding_has_no_influence(monkeypatch, garbage, elements):
+    monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", elements)
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
     padded_regions = regions.detach().clone().requires_grad_()
     padded_words = torch.cat((words.detach(), garbage * torch.randn(J, 2, D)), dim=1).requires_grad_()
@@ -111,6 +113,51 @@ def test_padding_has_no_influence(garbage):
     assert_close(padded, similarity)
     assert_close((padded_regions.grad, padded_words.grad[:, :L]), (regions.grad, words.grad))
     assert (padded_words.grad[~padded_mask] == 0).all()
+
+
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
+def test_padding_has_no_influence_on_the_attention(garbage):
+    regions, words, mask = torch.randn(I, R, D), torch.randn(J, L, D), mask_of(5, 2, 1)
+    results = []
+    for each in (words, words.masked_fill(~mask.unsqueeze(2), garbage)):
+        leaves = regions.clone().requires_grad_(), each.clone().requires_grad_()
+        shares = word_region_attention(*leaves, mask)
+        results.append((shares, *torch.autograd.grad(shares.square().sum(), leaves)))
+    assert_close(results[1], results[0], atol=0, rtol=0)
+
+
+# With 17 features, the largest scores are 17, 4,352 and 1,062,500; float16 ends at 65,504.
+@pytest.mark.parametrize("largest", [1, 16, 250])
+@pytest.mark.parametrize("garbage", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_equals_double_precision_for_scores_of_any_size(dtype, garbage, largest):
+    # Scores of integers are exact in float32.
+    drawn, mask = [torch.randint(-largest, largest + 1, (n, m, 17)) for n, m in ((I, R), (J, L))], mask_of(5, 2, 1)
+    gradient = torch.randn(I, J)
+
+    def everything(dtype):
+        regions, words = (tensor.to(dtype) for tensor in drawn)
+        words[~mask] = garbage
+        leaves = regions.requires_grad_(), words.requires_grad_()
+        similarity = word_region_similarity(*leaves, mask)
+        gradients = torch.autograd.grad(similarity, leaves, gradient.to(similarity))
+        return [similarity, word_region_attention(*leaves, mask), *gradients]
+
+    for result, reference in zip(everything(dtype), everything(torch.float64), strict=True):
+        # Two roundings, of the attention and of the context or the gradient.
+        atol = 2 * torch.finfo(dtype).eps * float(reference.detach().abs().max())
+        assert_close(result.double(), reference, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_round_the_scores(dtype):
+    regions, words = (torch.randint(-250, 251, (n, m, 17)).float() for n, m in ((I, R), (J, L)))
+    with torch.autocast("cpu", dtype=dtype):
+        shares = word_region_attention(regions, words, mask_of(5, 2, 1))
+        similarity = word_region_similarity(regions, words, mask_of(5, 2, 1))
+    assert_close(shares, word_region_attention(regions, words, mask_of(5, 2, 1)))
+    expected = word_region_similarity(regions, words, mask_of(5, 2, 1))
+    assert_close(similarity, expected, rtol=0, atol=2 * torch.finfo(dtype).eps * float(expected.abs().max()))
 
 
 def test_a_pair_alone_equals_the_same_pair_in_a_batch():
@@ -165,6 +212,22 @@ def test_the_transforms_of_torch_func(monkeypatch):
     assert_close(along, (gradient * tangent).sum())
 
 
+def test_each_batch_may_have_its_own_mask_in_vmap():
+    batches = 2
+    regions, words = torch.randn(batches, I, R, D), torch.randn(batches, J, L, D)
+    mask = torch.stack((mask_of(5, 2, 1), mask_of(3, 5, 4)))
+    leaves = regions.clone().requires_grad_(), words.clone().requires_grad_()
+    for function in (word_region_similarity, word_region_attention):
+
+        def total(*inputs, function=function):
+            return function(*inputs).square().sum()
+
+        expected = torch.stack([total(*inputs) for inputs in zip(*leaves, mask)])
+        assert_close(torch.func.vmap(total)(regions, words, mask), expected)
+        gradients = torch.func.vmap(torch.func.grad(total, argnums=(0, 1)))(regions, words, mask)
+        assert_close(gradients, torch.autograd.grad(expected.sum(), leaves))
+
+
 def test_no_attention_map_is_saved_for_many_captions_of_one_image(monkeypatch):
     captions = 41
     monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", R * L)
@@ -176,13 +239,13 @@ def test_no_attention_map_is_saved_for_many_captions_of_one_image(monkeypatch):
 
 
 def test_no_attention_map_of_all_pairs_is_saved(monkeypatch):
-    """Autograd saves the inputs for the backward pass, and nothing that grows with the number of pairs."""
+    """Autograd saves the inputs and their mask for the backward pass, and nothing that grows with the pairs."""
     monkeypatch.setattr(matching, "ELEMENTS_ON_A_CPU", J * R * L)
     regions, words = torch.randn(I, R, D, requires_grad=True), torch.randn(J, L, D, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         word_region_similarity(regions, words, mask_of(5, 2, 1))
-    assert sorted(tuple(tensor.shape) for tensor in saved) == sorted([(I, R, D), (J, L, D), (J, L)])
+    assert sorted(tuple(tensor.shape) for tensor in saved) == sorted([(I, R, D), (J, L, D), (J, L), (J, L, 1)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -339,6 +402,13 @@ def test_contrastive_terms_match_the_loops(classes):
     terms = contrastive_terms(similarity, None if classes is None else torch.tensor(classes), gamma_loss=3.0)
     expected = [cross_entropy_by_loops((3 * table).tolist(), classes) for table in (similarity, similarity.mT)]
     assert torch.stack(terms).tolist() == pytest.approx(expected)
+
+
+def test_contrastive_terms_of_half_precision_do_not_overflow():
+    similarity = torch.tensor([[9000.0, 1.0], [2.0, 9000.0]])
+    terms = contrastive_terms(similarity.half(), gamma_loss=10.0)
+    assert {term.dtype for term in terms} == {torch.float32}
+    assert_close(terms, contrastive_terms(similarity.half().double(), gamma_loss=10.0), check_dtype=False)
 
 
 @pytest.mark.parametrize(

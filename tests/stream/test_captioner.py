@@ -202,6 +202,14 @@ def test_beam_width_may_exceed_the_vocabulary():
     assert captioner.describe(images, beam_width=2 * V, max_words=2).shape == (B, 2)
 
 
+@pytest.mark.parametrize("beam_width", [1, 3])
+@pytest.mark.parametrize("end_token", [END, None])
+def test_no_images_have_no_descriptions(beam_width, end_token):
+    described = make(ConvBackbone(2, 2)).describe(torch.zeros(0, 3, 8, 9), beam_width=beam_width, end_token=end_token)
+    assert described.shape == (0, 20)
+    assert described.dtype == torch.long
+
+
 def test_describe_builds_no_graph():
     assert not make().describe(draw()[0]).requires_grad
 

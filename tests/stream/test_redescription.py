@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -304,7 +306,7 @@ def test_an_image_that_matches_the_caption_has_a_lower_loss():
         (r"tokens range from 0 to 7 but vocabulary_size=7", (1, 2, V), torch.tensor([[0, 7]]), None),
         (r"caption 1 has no real word", (B, L, V), torch.zeros(B, L), mask_of(5, 0, 1)),
         (r"word_mask is \(2, 5\) but the captions are \(3, 5\)", (B, L, V), torch.zeros(B, L), mask_of(5, 1)),
-        (r"word_mask must be bool", (B, L, V), torch.zeros(B, L), mask_of(5, 1, 1).long()),
+        (r"word_mask must be bool", (B, L, V), torch.zeros(B, L), mask_of(5, 1, 1).float()),
         (r"captions of length 0", (B, 0, V), torch.zeros(B, 0), None),
     ],
 )
@@ -322,13 +324,284 @@ def test_invalid_inputs_of_the_function_raise(message, logits, tokens, mask):
             torch.zeros(B, L),
         ),
         (r"RedescriptionLoss: images must be floats", torch.zeros(B, 3, 8, 9).byte(), torch.zeros(B, L)),
-        (r"RedescriptionLoss: batch sizes disagree \(images: \(2,", torch.zeros(2, 3, 8, 9), torch.zeros(B, L)),
-        (r"tokens must be int64 \(B, L\), but they are torch\.float32", torch.zeros(B, 3, 8, 9), torch.zeros(B, L)),
+        (
+            r"RedescriptionLoss: batch sizes disagree \(images: \(2,",
+            torch.zeros(2, 3, 8, 9),
+            torch.zeros(B, L).long(),
+        ),
+        (
+            r"RedescriptionLoss: tokens must be int64 \(B, L\), but they are torch\.float32",
+            torch.zeros(B, 3, 8, 9),
+            torch.zeros(B, L),
+        ),
+        (
+            r"RedescriptionLoss: tokens must be int64 \(B, L\), but they are torch\.int64 \(3,\)",
+            torch.zeros(B, 3, 8, 9),
+            torch.zeros(B).long(),
+        ),
+        (
+            r"RedescriptionLoss: tokens must be a tensor of ids \(B, L\), but they are a list; encode captions with",
+            torch.zeros(2, 3, 8, 9),
+            ["a red flower", "a white flower"],
+        ),
+        (
+            r"RedescriptionLoss: tokens range from -100 to 3, but no id is negative; replace labels of -100",
+            torch.zeros(1, 3, 8, 9),
+            torch.tensor([[3, -100]]),
+        ),
+        (r"RedescriptionLoss: captions of length 0", torch.zeros(B, 3, 8, 9), torch.zeros(B, 0).long()),
     ],
 )
-def test_invalid_inputs_of_the_module_raise(message, images, tokens):
+def test_invalid_inputs_of_the_module_raise_before_the_captioner_runs(message, images, tokens):
+    captioner = Tinted()
+    captioner.register_forward_pre_hook(lambda *_: pytest.fail("the captioner ran"))
     with pytest.raises(ValueError, match=message):
-        RedescriptionLoss(Tinted())(images, tokens)
+        RedescriptionLoss(captioner)(images, tokens)
+
+
+def test_negative_labels_raise_even_at_padding():
+    tokens, mask = torch.tensor([[3, -100]]), torch.tensor([[True, False]])
+    with pytest.raises(ValueError, match=r"redescription_loss: tokens range from -100 to 3, but no id is negative"):
+        redescription_loss(torch.zeros(1, 2, V), tokens, mask)
+
+
+# The check of the captioner at the first call
+
+
+class Embedded(nn.Module):
+    """A captioner that adds embeddings of the words to the colors of the image, for the position of each word.
+
+    `shift` is the distance from a word to the position that it influences: 1 for a captioner whose `logits[:, t]`
+    predicts `tokens[:, t]`, 0 for one that predicts the next token, negative for one that is not causal.
+    """
+
+    def __init__(self, shift=1, std=1.0):
+        super().__init__()
+        self.shift, self.embedding, self.image = shift, nn.Embedding(V, V), nn.Linear(3, V)
+        nn.init.normal_(self.embedding.weight, std=std)
+        self.calls = []
+
+    def forward(self, images, tokens, word_mask=None):
+        self.calls.append(tuple(tokens.shape))
+        words = self.embedding(tokens)
+        if self.shift > 0:
+            words = nn.functional.pad(words[:, : -self.shift], (0, 0, self.shift, 0))
+        elif self.shift < 0:
+            words = nn.functional.pad(words[:, -self.shift :], (0, 0, 0, -self.shift))
+        return self.image(images.mean(dim=(2, 3))).unsqueeze(1) + words
+
+
+SHIFTED = r"RedescriptionLoss: logits\[:, 0\] of the captioner Embedded depends on the token at the same position"
+NOT_CAUSAL = (
+    r"RedescriptionLoss: logits\[:, 0\] of the captioner Embedded depends on tokens\[:, 1:\]. It must be causal"
+)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+@pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 1e-3), (torch.float64, 1e-6), (torch.bfloat16, 1.0)])
+def test_logits_that_predict_the_next_token_raise(dtype, std, mask, length):
+    loss, (images, tokens) = RedescriptionLoss(Embedded(shift=0, std=std).to(dtype)), draw()
+    mask = None if mask is None else mask[:, :length]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=SHIFTED + r".*Hugging Face.*logits\[:, :-1\]\. check=False skips"):
+            loss(images.to(dtype), tokens[:, :length], mask)
+
+
+@pytest.mark.parametrize("shift", [-1, -2, -3])
+def test_logits_that_depend_on_later_words_raise(shift):
+    loss, (images, tokens) = RedescriptionLoss(Embedded(shift)), draw()
+    with pytest.raises(ValueError, match=r"Embedded depends on tokens\[:, \d:\]\. It must be causal"):
+        loss(images, tokens)
+
+
+def test_the_error_names_the_positions():
+    loss, (images, tokens) = RedescriptionLoss(Embedded(-1)), draw()
+    with pytest.raises(ValueError, match=NOT_CAUSAL):
+        loss(images, tokens)
+
+
+@pytest.mark.parametrize("real_words", [1, 2, 3])
+def test_logits_at_padding_may_depend_on_any_token(real_words):
+    class Careless(Embedded):
+        def forward(self, images, tokens, word_mask=None):
+            logits = super().forward(images, tokens)
+            return logits.where(word_mask.unsqueeze(2), self.embedding(tokens).sum(dim=1, keepdim=True))
+
+    loss, (images, tokens) = RedescriptionLoss(Careless()), draw()
+    assert loss(images, tokens, mask_of(real_words, 5, 5)).isfinite()
+
+
+@pytest.mark.parametrize("captioner", [Embedded, lambda: Embedded(2), Tinted, make_captioner])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
+def test_captioners_that_keep_the_contract_pass(captioner, mask, autocast):
+    loss, (images, tokens) = RedescriptionLoss(captioner()), draw()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        checked = loss(images, tokens, mask)
+    unchecked = RedescriptionLoss(loss.captioner, check=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert_close(checked, unchecked(images, tokens, mask), atol=0, rtol=0)
+
+
+def test_a_shifted_captioner_passes_once_it_is_shifted_back():
+    class Shifted(Embedded):
+        def forward(self, images, tokens, word_mask=None):
+            start = torch.full_like(tokens[:, :1], 1)
+            return super().forward(images, torch.cat((start, tokens), dim=1))[:, :-1]
+
+    assert RedescriptionLoss(Shifted(shift=0))(*draw()).isfinite()
+
+
+def test_the_check_runs_once_on_copies_of_one_image():
+    captioner, (images, tokens) = Embedded(), draw()
+    loss = RedescriptionLoss(captioner)
+    for _ in range(3):
+        loss(images, tokens)
+    assert captioner.calls == [(5, L), (B, L), (B, L), (B, L)]
+
+
+def test_copies_and_pickles_of_a_checked_loss_are_checked():
+    loss, inputs = RedescriptionLoss(Embedded()), draw()
+    loss(*inputs)
+    loss.captioner.calls.clear()
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        copied(*inputs)
+        assert copied.captioner.calls == [(B, L)]
+    fresh = copy.deepcopy(RedescriptionLoss(Embedded(shift=0)))
+    with pytest.raises(ValueError, match=SHIFTED):
+        fresh(*inputs)
+
+
+def test_without_the_check_a_shifted_captioner_runs():
+    loss, inputs = RedescriptionLoss(Embedded(shift=0), check=False), draw()
+    assert loss(*inputs).isfinite()
+    assert loss.captioner.calls == [(B, L)]
+
+
+def test_a_compiled_graph_does_not_check(compiled):
+    loss, (images, tokens) = RedescriptionLoss(Embedded(shift=0)), draw()
+    assert compiled(loss)(images, tokens).isfinite()
+    with pytest.raises(ValueError, match=SHIFTED):
+        loss(images, tokens)
+
+
+class Restless(Embedded):
+    """A captioner that counts its calls in buffers, in place and not, and draws random numbers."""
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.noise = noise
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, images, tokens, word_mask=None):
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        logits = super().forward(images, tokens)
+        return logits + self.noise * torch.randn_like(logits)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 10.0])
+def test_the_check_changes_no_random_state_no_buffer_and_no_mode(noise):
+    results = []
+    for check in (False, True):
+        torch.manual_seed(5)
+        loss, inputs = RedescriptionLoss(Restless(noise), check=check), draw()
+        modes = [module.training for module in loss.modules()]
+        in_place = loss.captioner.in_place
+        results.append((loss(*inputs).item(), torch.rand(3), loss.captioner.state_dict()))
+        assert loss.captioner.in_place is in_place
+        assert [module.training for module in loss.modules()] == modes
+    assert_close(results[1], results[0], atol=0, rtol=0)
+
+
+def test_the_check_restores_buffers_after_an_error_of_the_captioner():
+    class Failing(Restless):
+        def forward(self, images, tokens, word_mask=None):
+            super().forward(images, tokens)
+            raise RuntimeError("out of order")
+
+    loss = RedescriptionLoss(Failing())
+    with pytest.raises(RuntimeError, match="out of order"):
+        loss(*draw())
+    assert not loss.captioner.in_place
+    assert not loss.captioner.replaced
+
+
+def test_the_check_does_not_disturb_a_graph_that_holds_the_buffers():
+    captioner, (images, tokens) = Tinted().eval(), draw()
+    images.requires_grad_()
+    earlier = captioner(images, tokens, None).sum()
+    RedescriptionLoss(captioner)(images, tokens).backward()
+    earlier.backward()
+    assert images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_check_runs_without_gradients(context):
+    inputs = draw()
+    with context():
+        assert RedescriptionLoss(Embedded())(*inputs).isfinite()
+        assert RedescriptionLoss(Restless())(*inputs).isfinite()
+        with pytest.raises(ValueError, match=SHIFTED):
+            RedescriptionLoss(Embedded(shift=0))(*inputs)
+
+
+def test_infinite_logits_do_not_hide_a_shift():
+    class Suppressing(Embedded):
+        def forward(self, images, tokens, word_mask=None):
+            logits = super().forward(images, tokens)
+            logits[:, :, 0] = -math.inf
+            return logits
+
+    (images, tokens) = draw()
+    assert RedescriptionLoss(Suppressing())(images, tokens.clamp(min=1)).isfinite()
+    with pytest.raises(ValueError, match="token at the same position"):
+        RedescriptionLoss(Suppressing(shift=0))(images, tokens)
+
+
+def test_tokens_of_one_id_are_enough():
+    images, tokens = draw()[0], torch.full((B, L), 3)
+    assert RedescriptionLoss(Embedded())(images, tokens).isfinite()
+    with pytest.raises(ValueError, match=SHIFTED):
+        RedescriptionLoss(Embedded(shift=0))(images, tokens)
+
+
+def test_an_empty_batch_is_not_checked():
+    loss = RedescriptionLoss(Embedded(shift=0), reduction="sentence")
+    loss(torch.zeros(0, 3, 8, 9), torch.zeros(0, L).long())
+    assert loss.captioner.calls == [(0, L)]
+    with pytest.raises(ValueError, match=SHIFTED):
+        loss(*draw())
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"but it returned a Output; return its `logits`\.", Output),
+        (r"but it returned a list\.", list),
+        (r"but it returned \(\d, 4, 7\)\.", lambda logits: logits[:, 1:]),
+        (r"but it returned \(\d, 35\)\.", lambda logits: logits.flatten(1)),
+    ],
+)
+def test_results_that_are_no_logits_raise(message, change, check):
+    class Other(Embedded):
+        def forward(self, images, tokens, word_mask=None):
+            return change(super().forward(images, tokens))
+
+    with pytest.raises(ValueError, match=r"the captioner Other must return logits \(B, L, V\) for tokens .*" + message):
+        RedescriptionLoss(Other(), check=check)(*draw())
+
+
+def test_a_captioner_must_be_a_module():
+    with pytest.raises(ValueError, match=r"RedescriptionLoss: captioner must be an nn\.Module, but it is a function"):
+        RedescriptionLoss(lambda images, tokens, word_mask: None)
 
 
 def test_an_unknown_reduction_raises():

@@ -2,14 +2,17 @@
 
 import dataclasses
 import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
 
-from mirror_modules.data import ErrorReport, RepeatableBatches, SyntheticFlowers
+from mirror_modules.data import CaptionedImage, ErrorReport, InMemoryCaptions, RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.transforms import to_float
 from mirror_modules.stem import Vocabulary
-from mirror_modules.training.batches import load_batches, load_splits, to_device
+from mirror_modules.stem.vocabulary import split_words
+from mirror_modules.training.batches import Splits, load_batches, load_splits, to_device, unseen_captions
 from tests.layouts import make_coco, make_flowers
 
 CPU = torch.device("cpu")
@@ -66,6 +69,62 @@ def test_a_subset_of_the_photographs_is_evenly_spaced(tiny_recipe, monkeypatch):
     whole = SyntheticFlowers(23, resolution=16)
     assert [tuple(captions) for captions in subset.training.captions] == [whole[i].captions for i in (0, 4, 9, 13, 18)]
     assert len(subset.validation) == 23
+
+
+def splits_of(training, validation, max_words=5, min_count=1):
+    """Splits of black images with these captions."""
+
+    def samples(captions):
+        return [CaptionedImage(np.zeros((2, 2, 3), np.uint8), tuple(each), i, {}) for i, each in enumerate(captions)]
+
+    in_training = InMemoryCaptions(samples(training), max_words=max_words, min_count=min_count)
+    return Splits(in_training, InMemoryCaptions(samples(validation), in_training.vocabulary, max_words=max_words))
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "A red flower.",
+        "a red flower",
+        "a  RED, flower!",
+        "a red-flower",
+        unicodedata.normalize("NFD", "a red flower").upper(),
+    ],
+)
+def test_a_caption_that_the_model_reads_alike_is_not_unseen(caption):
+    splits = splits_of([["A red flower."]], [[caption, "a red bird"], [caption], ["a blue flower"]])
+    assert unseen_captions(splits) == [(0, "a red bird"), (2, "a blue flower")]
+
+
+def test_captions_are_compared_as_far_as_the_model_reads_them():
+    """Words beyond `max_words` are not read, and unknown words are all the same."""
+    training = [["a large red flower with petals"], ["é"], ["one"], ["a rose", "a rose", "a bird", "a bird"]]
+    validation = [
+        ["a large red flower with thorns"],
+        ["a large red flower"],
+        ["E\u0301"],
+        ["one one"],
+        ["two"],
+        ["three"],
+    ]
+    assert [image for image, _ in unseen_captions(splits_of(training, validation))] == [1, 3, 4, 5]
+    assert [image for image, _ in unseen_captions(splits_of(training, validation, max_words=6))] == [0, 1, 3, 4, 5]
+    # All words but a, rose and bird become unknown: "two" is read as "one" was in training.
+    assert [image for image, _ in unseen_captions(splits_of(training, validation, min_count=2))] == [1, 3]
+
+
+def test_unseen_captions_by_loops(tiny_recipe):
+    """Word lists compared pair by pair."""
+    splits = make_splits(tiny_recipe)
+    max_words, expected = tiny_recipe.model.max_words, []
+    for image, captions in enumerate(splits.validation.captions):
+        for caption in captions:
+            words = split_words(caption)[:max_words]
+            if not any(split_words(each)[:max_words] == words for other in splits.training.captions for each in other):
+                expected.append((image, caption))
+                break
+    assert unseen_captions(splits) == expected
+    assert len(expected) > 10
 
 
 def test_a_photograph_in_both_splits_is_rejected(tiny_recipe, tmp_path):

@@ -1,11 +1,15 @@
-"""Damaged checkpoints are not loaded, the newest few and the best are kept, and a full disk destroys none."""
+"""Damaged checkpoints are not loaded, the newest few and the best are kept, and a full disk destroys none.
+
+This file runs itself as a process of its own, with limits that would remain in that of the tests.
+"""
 
 import errno
 import hashlib
-import multiprocessing
+import json
 import os
-import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,24 +27,29 @@ def kept(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", "glam", 2)
 
 
-def run_in_child(function):
-    """The result of a function that runs in a forked process."""
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    child = context.Process(target=lambda: results.put(function()))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    return results.get()
+def save_with_full_disk(kept):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    kept.save(4, {"weights": torch.zeros(99_999)})
 
 
-def catch(function):
-    """Type and message of the OSError of a function; None without an error."""
-    try:
-        function()
-    except OSError as error:
-        return type(error).__name__, str(error)
-    return None
+def save_as_another_user(kept):
+    if os.getuid() == 0:
+        os.setuid(65534)
+    kept.save(4, CONTENT)
+
+
+TASKS = {"full": save_with_full_disk, "user": save_as_another_user}
+
+
+def run_task(name, kept):
+    """Type and message of the OSError of a task that runs in a process of its own."""
+    command = [sys.executable, __file__, name, str(kept.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_the_file_name_has_phase_step_and_checksum(kept):
@@ -65,6 +74,25 @@ def test_the_newest_and_the_best_are_kept(kept):
     assert list(kept.files()) == [10, 100, 101]
     kept.save(102, CONTENT, best_step=102)
     assert list(kept.files()) == [101, 102]
+
+
+def test_an_old_checkpoint_that_another_program_has_open_is_removed_later(kept, monkeypatch):
+    """On Windows, an open file cannot be removed."""
+    first = kept.save(1, CONTENT)
+    unlink = Path.unlink
+
+    def refuse(path, *arguments, **options):
+        if path == first:
+            raise PermissionError(errno.EACCES, "The process cannot access the file because it is being used")
+        unlink(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for step in (2, 3, 4):
+            kept.save(step, CONTENT)
+        assert list(kept.files()) == [1, 3, 4]
+    kept.save(5, CONTENT)
+    assert list(kept.files()) == [4, 5]
 
 
 def test_checkpoints_of_other_phases_are_kept(kept):
@@ -120,15 +148,11 @@ def test_temporary_files_of_a_killed_save_are_removed(kept):
     assert sorted(os.listdir(kept.folder)) == [".stem-00000004", path.name]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
 def test_a_full_disk_does_not_damage_the_previous_checkpoint(kept):
     path = kept.save(3, CONTENT)
     before = path.read_bytes()
-
-    def save():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        return catch(lambda: kept.save(4, {"weights": torch.zeros(99_999)}))
-
-    assert run_in_child(save) == ("OSError", f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}")
+    assert run_task("full", kept) == ["OSError", f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}"]
     assert os.listdir(kept.folder) == [path.name]
     assert path.read_bytes() == before
 
@@ -165,23 +189,25 @@ def test_a_dead_loader_process_during_a_save_is_not_reported_as_a_full_disk(kept
     assert os.listdir(kept.folder) == [path.name]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 def test_a_read_only_folder_raises_a_permission_error():
-    # Other users cannot enter pytest's temporary folders, and the child process becomes another user.
+    # Other users cannot enter pytest's temporary folders, and the process becomes another user.
     folder = Path(tempfile.mkdtemp())
     try:
         kept = Checkpoints(folder, "glam", 2)
         path = kept.save(3, CONTENT)
         folder.chmod(0o555)
-
-        def save():
-            if os.getuid() == 0:
-                os.setuid(65534)
-            return catch(lambda: kept.save(4, CONTENT))
-
-        error, message = run_in_child(save)
+        error, message = run_task("user", kept)
         assert error == "PermissionError"
         assert f"{folder}" in message
         assert os.listdir(folder) == [path.name]
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    try:
+        TASKS[sys.argv[1]](Checkpoints(Path(sys.argv[2]), "glam", 2))
+    except OSError as error:
+        print(json.dumps([type(error).__name__, str(error)]))

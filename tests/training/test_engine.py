@@ -1,4 +1,7 @@
-"""How a phase ends early: signals, non-finite steps, dead loader processes, full disks, errors of torch."""
+"""How a phase ends early: signals, non-finite steps, dead loader processes, full disks, errors of torch.
+
+This file runs itself as a process of its own where signals or the death of a process would reach the tests.
+"""
 
 import dataclasses
 import errno
@@ -8,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +25,9 @@ from mirror_modules.training.errors import Interrupted, TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import PHASES
+from tests.runs import make_tiny_recipe
 
+LIMIT = 900
 OPTIONS = [
     *("--data.training-images", 23, "--data.validation-images", 19, "--evaluation.candidates", 5),
     *("--evaluation.report-images", 2, "--model.resolutions", 8, 16, "--model.channels", 3),
@@ -39,12 +45,83 @@ def error_lines(err):
     return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
 
 
-@pytest.fixture
-def recipe(tiny_recipe):
+# Code that runs in a process of its own.
+
+
+def wait_in_step(folder, *words):
+    """The command line, which waits in its fourth step until it has received a signal."""
+    record = engine.PhaseRun.record
+
+    def wait(self, result):
+        if self.step == 3:
+            (folder / "waiting").touch()
+            while self.run.signals.received is None:
+                time.sleep(0.01)
+        record(self, result)
+
+    engine.PhaseRun.record = wait
+    sys.exit(main(words))
+
+
+def kill_loader(folder):
+    """A run whose loader process dies at the fourth batch."""
+    get_batch, parent = RepeatableBatches.__getitem__, os.getpid()
+
+    def die(self, number):
+        if number == 3 and os.getpid() != parent:
+            os._exit(1)
+        return get_batch(self, number)
+
+    RepeatableBatches.__getitem__ = die
+    recipe = make_recipe(make_tiny_recipe())
+    with_worker = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, loader_workers=1))
+    try:
+        train(with_worker, folder / "run", phases=["stem"])
+    except TrainingError as error:
+        sys.exit(f"TrainingError: {error}")
+
+
+TASKS = {"wait": wait_in_step, "kill": kill_loader}
+
+# Tests.
+
+
+def start(task, folder, *words):
+    """Start a task as the leader of a new process group."""
+    command = [sys.executable, __file__, task, str(folder), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process):
+    """Status and standard error of a process."""
+    try:
+        _, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def finish_with_signal(process, folder, send):
+    """Send a signal to a process in the middle of a step."""
+    end = time.monotonic() + LIMIT
+    while process.poll() is None and not (folder / "waiting").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    if process.poll() is None:
+        send()
+    return finish(process)
+
+
+def make_recipe(tiny_recipe):
     phases = {phase: dataclasses.replace(getattr(tiny_recipe, phase), steps=6) for phase in PHASES}
     logging = dataclasses.replace(tiny_recipe.logging, samples_every=0)
     frequent_checkpoints = dataclasses.replace(tiny_recipe.engine, checkpoint_every=1, max_skipped_steps=3)
     return dataclasses.replace(tiny_recipe, **phases, logging=logging, engine=frequent_checkpoints)
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    return make_recipe(tiny_recipe)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +134,11 @@ def uninterrupted_run(tmp_path_factory):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_after_the_step_and_the_run_can_be_resumed(tmp_path, capsys, uninterrupted_run, number, status):
     folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "mirror_modules.cli", *command_line(folder.path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (folder.log.exists() and folder.log.stat().st_size):
-            time.sleep(0.001)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
+    process = start("wait", tmp_path, *command_line(folder.path))
+    found, err = finish_with_signal(process, tmp_path, lambda: process.send_signal(number))
+    assert found == status, err
     (line,) = error_lines(err)
-    assert f"stopped by {number.name} after step" in line
+    assert f"stopped by {number.name} after step 4 of 20" in line
     assert "Continue with --resume" in line
     assert "Traceback" not in err
     (checkpoint,) = folder.checkpoints.iterdir()
@@ -86,7 +158,7 @@ def signals_in_step(monkeypatch, step, *numbers):
     def send(self, result):
         if self.step == step:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
         record(self, result)
 
     monkeypatch.setattr(engine.PhaseRun, "record", send)
@@ -101,7 +173,28 @@ def test_signal_handlers_are_restored(recipe, tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_handler_that_was_not_installed_from_python_is_no_error(monkeypatch):
+    """Python returns None for it, and cannot restore it."""
+    install, installed = signal.signal, []
+
+    def install_over_foreign_handler(number, handler):
+        installed.append((number, handler))
+        install(number, handler)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", install_over_foreign_handler)
+            with engine.Signals():
+                pass
+        assert installed[2:] == [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)]
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+
+
 def test_two_signals_at_once_count_as_one(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_SIGNALS", LIMIT)
     signals_in_step(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped by SIGINT after step 4"):
         train(recipe, tmp_path / "run")
@@ -181,24 +274,22 @@ def test_a_resumed_run_continues_the_count_of_consecutive_non_finite_steps(recip
         train(recipe, tmp_path / "run", phases=["stem"], resume=True)
 
 
-def test_a_dead_loader_process_is_explained(recipe, tmp_path, monkeypatch):
-    get_batch, parent = RepeatableBatches.__getitem__, os.getpid()
-
-    def die(self, number):
-        if number == 3 and os.getpid() != parent:
-            os._exit(1)
-        return get_batch(self, number)
-
-    monkeypatch.setattr(RepeatableBatches, "__getitem__", die)
-    with_worker = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, loader_workers=1))
-    with pytest.raises(TrainingError, match="a loader process died"):
-        train(with_worker, tmp_path / "run", phases=["stem"])
-    monkeypatch.undo()
+def test_a_dead_loader_process_is_explained(recipe, tmp_path):
+    status, err = finish(start("kill", tmp_path))
+    assert status == 1, err
+    assert "TrainingError: phase stem: after step" in err
+    assert "a loader process died" in err
     folder = train(recipe, tmp_path / "run", phases=["stem"], resume=True)
     assert differing(train(recipe, tmp_path / "other", phases=["stem"]), folder) == []
 
 
-@pytest.mark.parametrize("place", ["checkpoint", "log"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoint",
+        pytest.param("log", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")),
+    ],
+)
 def test_a_full_disk_is_explained_and_the_run_can_be_resumed(recipe, tmp_path, monkeypatch, place):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -237,18 +328,10 @@ def test_an_unknown_field_of_a_config_file_is_rejected(tmp_path, capsys):
 def test_loader_processes_survive_a_signal_to_the_whole_process_group(tmp_path):
     """Batch systems and terminals send signals to all processes of a run."""
     folder = RunFolder(tmp_path / "run")
-    options = ["--engine.loader-workers", "1", "--steps", "3000", "--engine.checkpoint-every", "1000"]
-    command = [sys.executable, "-m", "mirror_modules.cli", *command_line(folder.path, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        while process.poll() is None and not (folder.log.exists() and folder.log.stat().st_size):
-            time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
-    assert len(list(folder.checkpoints.iterdir())) == 1
+    process = start("wait", tmp_path, *command_line(folder.path, "--engine.loader-workers", 1))
+    status, err = finish_with_signal(process, tmp_path, lambda: os.killpg(process.pid, signal.SIGTERM))
+    assert status == 143, err
+    assert list(engine.Checkpoints(folder.checkpoints, "stem", 9).files()) == [4]
 
 
 @pytest.mark.parametrize("phases", [["stem"], ["stem", "evaluator"]])
@@ -256,7 +339,7 @@ def test_a_signal_between_phases_stops_the_run(recipe, tmp_path, monkeypatch, ph
     save = loop.save_weights
 
     def send(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         save(*arguments)
 
     monkeypatch.setattr(loop, "save_weights", send)
@@ -359,3 +442,8 @@ def test_a_batch_larger_than_the_data_set_is_reduced_with_a_message(recipe, tmp_
     recipe = dataclasses.replace(recipe, stem=dataclasses.replace(recipe.stem, batch_size=64))
     train(recipe, tmp_path / "run", phases=["stem"])
     assert "stem: batch size reduced to 41: there are too few training images" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    TASKS[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -10,7 +10,11 @@ from safetensors.torch import load_file
 
 from mirror_modules import MirrorGAN
 from mirror_modules.training import loop
+from mirror_modules.training.distributed import SINGLE_PROCESS
+from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import train
+from mirror_modules.training.plan import Plan
+from mirror_modules.training.recipes import PHASES
 
 
 def read_lines(folder):
@@ -228,3 +232,76 @@ def test_train_restores_the_global_random_state_after_an_error(tiny_recipe, tmp_
     with pytest.raises(KeyboardInterrupt):
         train(tiny_recipe, tmp_path / "run", phases=["stem", "stream"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("phases", ["stem", [], ()])
+def test_phases_must_be_a_list_of_some(tiny_recipe, tmp_path, phases):
+    with pytest.raises(ValueError, match=r"train: phases must be a list of one or more of stem, stream, glam"):
+        train(tiny_recipe, tmp_path / "run", phases=phases)
+    assert not (tmp_path / "run").exists()
+
+
+def test_phases_may_come_from_a_generator_and_gradients_may_be_off(tiny_recipe, tmp_path):
+    with torch.inference_mode():
+        folder = train(tiny_recipe, tmp_path / "run", phases=(phase for phase in ["stem"]))
+    assert folder.weights("stem").exists()
+
+
+def test_a_recipe_must_be_one(tmp_path):
+    with pytest.raises(ValueError, match=r"train: recipe must be a Recipe such as get_recipe\('demo'\), .* 'demo'"):
+        train("demo", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "torch sees no GPU"), ("mps", "must be one of 'auto', 'cpu'")]
+)
+def test_a_device_that_cannot_be_used_is_rejected(tiny_recipe, tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train(tiny_recipe, tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_stores_where_its_data_is_now(run_copy, tiny_recipe):
+    moved = dataclasses.replace(tiny_recipe, data=dataclasses.replace(tiny_recipe.data, path="elsewhere"))
+    train(moved, run_copy.path)
+    assert run_copy.read_recipe() == moved
+
+
+def test_a_folder_that_changes_before_it_is_locked_is_left_alone(tiny_recipe, tmp_path, monkeypatch):
+    """Loading the data takes a while, in which another process may finish another run in the folder."""
+    load, other = loop.load_splits, dataclasses.replace(tiny_recipe, seed=5)
+
+    def load_slowly(*arguments):
+        RunFolder(tmp_path / "run").begin(other)
+        return load(*arguments)
+
+    monkeypatch.setattr(loop, "load_splits", load_slowly)
+    with pytest.raises(ValueError, match="other settings"):
+        train(tiny_recipe, tmp_path / "run", phases=["stem"])
+    assert RunFolder(tmp_path / "run").read_recipe() == other
+
+
+def test_no_two_phases_or_seeds_share_their_initial_weights(tiny_recipe, tmp_path, monkeypatch):
+    seeds = []
+    for phase in PHASES:
+        monkeypatch.setattr(loop, f"train_{phase}", lambda run: seeds.append(torch.initial_seed() % 2**32))
+    monkeypatch.setattr(loop, "save_weights", lambda *_: None)
+    for seed in range(0, 401, 100):
+        recipe = dataclasses.replace(tiny_recipe, seed=seed)
+        loop._train_phases(loop.Run(recipe, RunFolder(tmp_path), None, SINGLE_PROCESS), Plan(PHASES, ()))
+    assert len(seeds) == len(set(seeds)) == 20
+
+
+def test_the_noise_is_not_drawn_from_the_stream_of_the_initial_weights(run_copy, tiny_recipe, monkeypatch):
+    seeds = []
+
+    def record(model, recipe, random, *_):
+        seeds.extend([random.initial_seed(), torch.initial_seed()])
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "start", record)
+    run_copy.weights("glam").unlink()
+    with pytest.raises(InterruptedError):
+        train(tiny_recipe, run_copy.path)
+    assert seeds[0] != seeds[1]

@@ -1,6 +1,7 @@
 """Which phases a run trains: a decision from recipe and folder that writes nothing."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -95,3 +96,41 @@ def test_a_run_of_an_earlier_version_is_rejected_in_one_line(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"holds a run of another version of mirror-modules, .*None, not") as error:
         make_plan(recipe, folder, PHASES, resume=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["seed", "glam", "engine"])
+def test_a_config_that_lacks_a_field_is_rejected(recipe, tmp_path, field):
+    folder = make_folder(tmp_path, recipe)
+    content = json.loads(folder.config.read_text(encoding="utf-8"))
+    del content["recipe"][field]
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"written by another version, or edited: it lacks {field}"):
+        make_plan(recipe, folder, PHASES, resume=True)
+
+
+def test_a_nested_field_that_is_missing_is_named(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    content = json.loads(folder.config.read_text(encoding="utf-8"))
+    del content["recipe"]["glam"]["kl_weight"], content["recipe"]["model"]["channels"]
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"it lacks model\.channels, glam\.kl_weight"):
+        folder.read_recipe()
+
+
+def test_an_ablation_is_not_a_run(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    content = {**json.loads(folder.config.read_text(encoding="utf-8")), "kind": "ablation"}
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="is not that of a single run; choose another folder"):
+        make_plan(recipe, folder, PHASES, resume=True)
+    assert folder.read_recipe("ablation") == recipe
+
+
+def test_only_temporary_files_of_a_killed_run_are_removed(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    leftover, swap = tmp_path / ".config.json.a1b2c3_z", tmp_path / ".config.json.swp"
+    leftover.touch()
+    swap.touch()
+    folder.begin(recipe)
+    assert not leftover.exists()
+    assert swap.exists()

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_choice, check_features, check_images, check_positive, shape_of
+from mirror_modules._checks import (
+    check_batch,
+    check_choice,
+    check_features,
+    check_images,
+    check_positive,
+    check_precision,
+    shape_of,
+)
 
 Normalization = Literal["batch", "spectral", "none"]
 
@@ -23,6 +32,8 @@ class PairedLogits(NamedTuple):
     """Is the image a photograph? Does not depend on the sentence. (B,)"""
     consistency: Tensor
     """Does the image match the sentence? (B,)"""
+    mismatched: Tensor | None = None
+    """Does the image match a mismatched sentence? One per mismatched pair, (B,) or (K,); None if not requested."""
 
 
 class SentenceConv2d(nn.Conv2d):
@@ -46,6 +57,18 @@ class SentenceConv2d(nn.Conv2d):
         return F.conv2d(features, feature_weight, self.bias, padding=1) + sentence_term
 
 
+class JointLayers(nn.Sequential):
+    """A `SentenceConv2d` and the layers that follow it: features (B, C, H, W), sentence (B, D) -> (B, C, H, W)."""
+
+    def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, C, H, W), (B, D) -> (B, C, H, W)."""
+        convolution, *layers = self
+        joint = convolution(features, sentence)
+        for layer in layers:
+            joint = layer(joint)
+        return joint
+
+
 class WholeMapConv2d(nn.Conv2d):
     """A convolution to one channel whose kernel covers the whole map, as a matrix product: (B, C, 4, 4) -> (B,)."""
 
@@ -66,6 +89,9 @@ class PairedDiscriminator(nn.Module):
     convolutions reduce them to 8 * channels again. Both heads cover the whole 4 x 4 map. The outputs are logits, for
     `discriminator_loss` and `generator_loss`.
 
+    One call returns all logits that a loss needs, including those of mismatched pairs: wrappers that act on calls, such
+    as DistributedDataParallel, FSDP and `torch.compile`, do not see `features` and `logits`.
+
     Args:
         resolution: Height and width of the images, a power of two of at least 4.
         text_dim: Features D of the sentence.
@@ -85,6 +111,8 @@ class PairedDiscriminator(nn.Module):
         >>> logits = discriminator(images, sentence)
         >>> logits.realism.shape, logits.consistency.shape
         (torch.Size([3]), torch.Size([3]))
+        >>> discriminator(images, sentence, mismatched_sentence=sentence.roll(1, dims=0)).mismatched.shape
+        torch.Size([3])
         >>> features = discriminator.features(images)  # computed once, for any number of sentences
         >>> discriminator.logits(features, sentence.roll(1, dims=0)).consistency.shape
         torch.Size([3])
@@ -123,7 +151,7 @@ class PairedDiscriminator(nn.Module):
         self.feature_dim = width
         self.trunk = nn.Sequential(*layers)
         self.realism_head = WholeMapConv2d(width)
-        self.joint = nn.Sequential(*_with_norm(SentenceConv2d(width, text_dim, bias=not has_norm), has_norm))
+        self.joint = JointLayers(*_with_norm(SentenceConv2d(width, text_dim, bias=not has_norm), has_norm))
         self.consistency_head = WholeMapConv2d(width)
         if normalization == "spectral":
             for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
@@ -147,6 +175,7 @@ class PairedDiscriminator(nn.Module):
                 f"PairedDiscriminator: images are {shape_of(images)} but it was built with resolution="
                 f"{self.resolution}; expected (B, 3, {self.resolution}, {self.resolution})."
             )
+        check_precision("PairedDiscriminator", self.realism_head, images=images)
         return self.trunk(images)
 
     def logits(self, features: Tensor, sentence: Tensor) -> PairedLogits:
@@ -165,30 +194,64 @@ class PairedDiscriminator(nn.Module):
         check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
         check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         check_batch("PairedDiscriminator", images=features, sentence=sentence)
-        convolution, *rest = self.joint
-        joint = convolution(features, sentence)
-        for layer in rest:
-            joint = layer(joint)
+        check_precision("PairedDiscriminator", self.realism_head, features=features, sentence=sentence)
+        joint = self.joint(features, sentence)
         return PairedLogits(self.realism_head(features), self.consistency_head(joint))
 
-    def forward(self, images: Tensor, sentence: Tensor) -> PairedLogits:
-        """Compute both logits of images paired with sentences.
+    def forward(
+        self,
+        images: Tensor,
+        sentence: Tensor,
+        *,
+        mismatched_sentence: Tensor | None = None,
+        mismatched_rows: Tensor | None = None,
+    ) -> PairedLogits:
+        """Compute both logits of images paired with sentences, and the consistency logits of mismatched pairs.
 
         Args:
             images: In [-1, 1], (B, 3, resolution, resolution).
             sentence: Sentence features, (B, D).
+            mismatched_sentence: Features of other sentences for the same images, (B, D), or (K, D) for the images in
+                `mismatched_rows`; None for no mismatched pairs.
+            mismatched_rows: Integers from 0 to B - 1, (K,): the images of the mismatched pairs; None for all images, in
+                their order.
 
         Returns:
-            Logits of realism and consistency, each (B,).
+            Logits of realism and consistency, each (B,), and of the mismatched pairs, (B,) or (K,).
 
         Raises:
-            ValueError: `images` are not floating point, or sizes disagree.
+            ValueError: `images` are not floating point, sizes disagree, or rows are given without sentences.
         """
-        return self.logits(self.features(images), sentence)
+        features = self.features(images)
+        logits = self.logits(features, sentence)
+        if mismatched_rows is not None:
+            _check_rows(mismatched_sentence, mismatched_rows)
+            features = features[mismatched_rows]
+        if mismatched_sentence is None:
+            return logits
+        check_features(
+            "PairedDiscriminator", "mismatched_sentence", mismatched_sentence, "(B, D)", self.text_dim, "text_dim"
+        )
+        check_batch("PairedDiscriminator", images=features, mismatched_sentence=mismatched_sentence)
+        check_precision("PairedDiscriminator", self.realism_head, mismatched_sentence=mismatched_sentence)
+        joint = self.joint(features, mismatched_sentence)
+        return logits._replace(mismatched=self.consistency_head(joint))
 
     def extra_repr(self) -> str:
         """Sizes for `print`."""
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
+
+
+def _check_rows(sentence: Tensor | None, rows: Tensor) -> None:
+    owner = "PairedDiscriminator"
+    if sentence is None:
+        raise ValueError(f"{owner}: mismatched_rows need the sentences of these rows; pass mismatched_sentence (K, D).")
+    if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{owner}: mismatched_rows must be int64 (K,), but they are {rows.dtype} {shape_of(rows)}; "
+            "for a mask (B,), use mask.nonzero().flatten()."
+        )
+    check_batch(owner, mismatched_rows=rows, mismatched_sentence=sentence)
 
 
 def _with_norm(convolution: nn.Conv2d, has_norm: bool) -> list[nn.Module]:

@@ -38,7 +38,8 @@ def discriminator_loss(
     Args:
         real: Logits of real images with their sentences.
         fake: Logits of generated images with their sentences.
-        mismatched: Consistency logits of mismatched pairs, any number of them; None omits the term.
+        mismatched: Consistency logits of mismatched pairs, any number of them; None takes `real.mismatched`. If that is
+            None, too, the term is omitted.
         weighting: "paper", or "release" for the weights of the published code.
         through: "logits" is exact. "probabilities" rounds as the published code does: a probability close to 0 or 1
             loses its digits, and no logarithm exceeds 100.
@@ -49,7 +50,7 @@ def discriminator_loss(
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, options are incompatible, or "release" comes with `mismatched=None`.
+        ValueError: An option is unknown, options are incompatible, or "release" comes without mismatched pairs.
 
     Examples:
         >>> import torch
@@ -62,6 +63,7 @@ def discriminator_loss(
         2.0
     """
     _check_options("discriminator_loss", weighting, through, objective)
+    mismatched = real.mismatched if mismatched is None else mismatched
     # With no mismatched pairs, use an empty sum: zero, but still in the graph, which DDP requires.
     mismatched_loss = at_least_float32(real.realism if mismatched is None else mismatched)[:0].sum()
     if mismatched is not None and mismatched.numel() > 0:
@@ -134,7 +136,7 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
         A scalar, at least 0. Its own gradient is a second derivative of the discriminator.
 
     Raises:
-        ValueError: `images` do not require a gradient.
+        ValueError: `images` do not require a gradient, or `logits` do not depend on them.
 
     Examples:
         >>> import torch
@@ -148,8 +150,14 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
     if not images.requires_grad:
         raise ValueError("r1_penalty: images must require a gradient; use images.detach().requires_grad_(True).")
     total = at_least_float32(logits.realism).sum() + at_least_float32(logits.consistency).sum()
-    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
-    return 0.5 * at_least_float32(gradient).square().sum() / len(images)
+    gradient = None
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, images, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "r1_penalty: logits do not depend on images; compute them from this very tensor, not in no_grad."
+        )
+    return 0.5 * at_least_float32(gradient).square().sum() / images.shape[0]
 
 
 def _real_loss(logits: Tensor, through: Through, objective: Objective) -> Tensor:

@@ -31,7 +31,7 @@ class RepeatableBatches(Dataset[CaptionBatch]):
 
     Raises:
         ValueError: `batch_size` exceeds the number of samples or is not a multiple of `ranks`, `rank` is out of range,
-            or `crop` exceeds the images.
+            `seed` is negative, or `crop` exceeds the images.
 
     Examples:
         >>> from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers
@@ -63,6 +63,8 @@ class RepeatableBatches(Dataset[CaptionBatch]):
             raise ValueError(f"{owner}: batch_size={batch_size} must be a multiple of ranks={ranks}.")
         if not isinstance(rank, int) or not 0 <= rank < ranks:
             raise ValueError(f"{owner}: rank must be from 0 to {ranks - 1} with ranks={ranks}, but it is {rank!r}.")
+        if seed < 0:
+            raise ValueError(f"{owner}: seed must be at least 0, but it is {seed}.")
         if crop is not None:
             check_positive(owner, crop=crop)
             height, width = captions.images.shape[1:3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +119,7 @@ class InMemoryCaptions:
     def _load(self, dataset: CaptionedImages, progress: Callable[[int, int], None] | None, report: ErrorReport) -> None:
         """Load all samples; damaged ones are skipped, and the rows stay contiguous."""
         owner, size, damaged = "InMemoryCaptions", len(dataset), 0
+        self._mapped: PreparedCaptions | None = None
         if size == 0:
             raise ValueError(f"{owner}: the data set is empty; it needs at least one sample.")
         if isinstance(dataset, PreparedCaptions) and (stored := dataset.stored_images()) is not None:
@@ -157,7 +158,7 @@ class InMemoryCaptions:
 
     def _map(self, dataset: PreparedCaptions, images: Tensor, progress: Callable[[int, int], None] | None) -> None:
         """Load the captions; the images stay memory-mapped."""
-        self.images = images
+        self.images, self._mapped = images, dataset
         self.class_ids = torch.tensor([entry.class_id for entry in dataset.entries])
         self.captions = [entry.captions for entry in dataset.entries]
         self.attributes = [{} for _ in dataset.entries]
@@ -176,6 +177,15 @@ class InMemoryCaptions:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling would copy memory-mapped images; the receiving process maps them itself.
+        return {name: value for name, value in vars(self).items() if name != "images" or self._mapped is None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._mapped is not None and (images := self._mapped.stored_images()) is not None:
+            self.images = images
 
     def batch(
         self, indices: Tensor, choices: Tensor, *, words: int | None = None, with_images: bool = True
@@ -210,6 +220,8 @@ class InMemoryCaptions:
         Raises:
             IndexError: An image or caption index is out of range.
         """
+        if bool(((indices < 0) | (indices >= len(self))).any()):
+            raise IndexError(f"InMemoryCaptions: an index in indices is out of range for {len(self)} images.")
         if bool(((choices < 0) | (choices >= self.caption_counts[indices])).any()):
             raise IndexError("InMemoryCaptions: a caption index in choices is out of range for its image.")
         return self._first[indices] + choices

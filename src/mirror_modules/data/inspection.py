@@ -1,15 +1,15 @@
-"""Statistics of a data set on disk: images, sizes, classes, captions, words, damaged files."""
+"""Statistics of a data set on disk: images, sizes, classes, captions, words, damaged and ignored files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from mirror_modules._checks import check_positive
-from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, Skipped, printable
+from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, Ignored, Skipped, printable
 from mirror_modules.data.readers.files import SPLITS, CaptionedFiles
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.sources import open_captions, recognize
@@ -37,7 +37,7 @@ class Spread(NamedTuple):
 
 
 class SplitFacts(NamedTuple):
-    """Statistics of one split. All but `damaged` count intact samples only."""
+    """Statistics of one split. All but `damaged` and `ignored` count intact samples only."""
 
     images: int
     captions_each: Spread | None
@@ -54,6 +54,8 @@ class SplitFacts(NamedTuple):
     words: Counter[str]
     """Occurrences of each word."""
     damaged: tuple[Skipped, ...]
+    ignored: tuple[Ignored, ...]
+    """Files that belong to no sample, and intact images with damaged metadata."""
     samples: tuple[CaptionedImage, ...]
     """A few samples, evenly spaced."""
 
@@ -109,12 +111,13 @@ def inspect_split(
         classes=frozenset(entry.class_id for entry in entries),
         words=words,
         damaged=tuple(damaged.skipped),
+        ignored=tuple(dataset.report.ignored),
         samples=tuple(kept),
     )
 
 
 def describe_splits(training: SplitFacts, validation: SplitFacts, *, max_words: int = 18, min_count: int = 1) -> str:
-    """Format a table of both splits, the coverage of the training vocabulary, and a list of damaged files.
+    """Format a table of both splits, the coverage of the training vocabulary, and lists of damaged and ignored files.
 
     Args:
         training: Statistics of the training split, whose captions make up the vocabulary.
@@ -158,16 +161,25 @@ def describe_splits(training: SplitFacts, validation: SplitFacts, *, max_words: 
     damaged = [*training.damaged, *validation.damaged]
     if damaged:
         lines.append(f"damaged: {len(damaged):,} of {training.images + validation.images + len(damaged):,}")
-        lines += [f"  {file} {reason}" for file, reason in damaged[:MAX_LISTED]]
-        lines += [f"  and {len(damaged) - MAX_LISTED:,} more"] * (len(damaged) > MAX_LISTED)
+        lines += _listing(damaged)
+    ignored = [*training.ignored, *validation.ignored]
+    if ignored:
+        lines.append(f"ignored, without loss of an image: {len(ignored):,}")
+        lines += _listing(ignored)
     return "\n".join(lines)
+
+
+def _listing(entries: Sequence[Skipped] | Sequence[Ignored]) -> list[str]:
+    """The first files, one a line, and the number of further ones."""
+    lines = [f"  {file} {reason}" for file, reason in entries[:MAX_LISTED]]
+    return lines + [f"  and {len(entries) - MAX_LISTED:,} more"] * (len(entries) > MAX_LISTED)
 
 
 class Inspection(NamedTuple):
     """The result of `inspect_folder`."""
 
     text: str
-    """Several lines: the format, the statistics, the damaged files."""
+    """Several lines: the format, the statistics, the damaged and the ignored files."""
     samples: tuple[CaptionedImage, ...]
     """A few samples of both splits, all of one size; empty if no image can be read."""
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules._files import flush_to_disk, locked, read_json, write_json, write_whole
+from mirror_modules._files import flush_to_disk, locked, read_json, replace, write_json, write_whole
 from mirror_modules.data.readers.damage import DamagedSample, Skipped, printable
 from mirror_modules.data.readers.files import SPLITS, CaptionedFiles, Entry, check_apart
 from mirror_modules.data.readers.images import MAX_PIXELS
@@ -290,7 +290,7 @@ def _publish(unfinished: Path, out: Path) -> None:
     if out.exists():
         # An empty folder, as `_is_done` checked; only POSIX renames onto one.
         out.rmdir()
-    os.replace(unfinished, out)
+    replace(unfinished, out)
     flush_to_disk(out.parent)
     for other in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 16}"):
         with locked(other) as is_acquired:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirror_modules._checks import check_choice
-from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES, LISTS, CaptionFolder
-from mirror_modules.data.readers.coco_captions import CocoCaptions
+from mirror_modules.data.readers.caption_folder import CaptionFolder, is_caption_folder
+from mirror_modules.data.readers.coco_captions import CocoCaptions, is_coco
 from mirror_modules.data.readers.cub_birds import CubBirds
 from mirror_modules.data.readers.files import SPLITS, CaptionedFiles
+from mirror_modules.data.readers.names import is_hidden
 from mirror_modules.data.readers.oxford_flowers import OxfordFlowers
 from mirror_modules.data.readers.prepared import PREPARED, PreparedCaptions
 from mirror_modules.data.readers.shard_folder import ShardFolder
@@ -27,15 +28,6 @@ class Format(NamedTuple):
     """Whether a folder has these files."""
 
 
-def _is_caption_folder(root: Path) -> bool:
-    parts = [root / split for split in SPLITS if (root / split).is_dir()] or [root]
-    return any(
-        any((part / name).is_file() for name in LISTS)
-        or any(path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file() for path in part.iterdir())
-        for part in parts
-    )
-
-
 FORMATS: dict[str, Format] = {
     "oxford-flowers": Format(
         OxfordFlowers,
@@ -45,13 +37,14 @@ FORMATS: dict[str, Format] = {
     "birds": Format(CubBirds, "CUB_200_2011/", lambda root: (root / "CUB_200_2011").is_dir()),
     "coco": Format(
         CocoCaptions,
-        "annotations/captions_*.json",
-        lambda root: any((root / "annotations").glob("captions_*.json")),
+        "annotations/captions_{train,val}{2017,2014}.json",
+        is_coco,
     ),
     "folder": Format(
         CaptionFolder,
-        "captions.jsonl, captions.csv, or an image with a .txt of the same name, here or in train/ and validation/",
-        _is_caption_folder,
+        "captions.jsonl, captions.csv, metadata.jsonl, metadata.csv, or an image with a .txt or .caption of the same "
+        "name, here or in train/ and validation/",
+        is_caption_folder,
     ),
     "webdataset": Format(
         ShardFolder,
@@ -76,7 +69,8 @@ def recognize(path: str | Path) -> str:
     name = _recognize(root)
     if name is None:
         signatures = "; ".join(f"{name}: {each.signature}" for name, each in FORMATS.items())
-        below = next((child for child in sorted(root.iterdir()) if child.is_dir() and _recognize(child)), None)
+        children = (path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name))
+        below = next((child for child in children if _recognize(child)), None)
         hint = f" Did you mean {below}?" if below else ""
         raise ValueError(
             f"open_captions: {root} has no known format. Looked for {signatures}.{hint} "
@@ -130,4 +124,8 @@ def open_captions(
 
 
 def _recognize(root: Path) -> str | None:
-    return next((name for name, each in FORMATS.items() if each.matches(root)), None)
+    """The format of a folder; None if it has none, or cannot be read."""
+    try:
+        return next((name for name, each in FORMATS.items() if each.matches(root)), None)
+    except PermissionError:
+        return None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import check_images, check_positive, shape_of
+from mirror_modules._checks import at_least_float32, check_images, check_positive, shape_of
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -133,7 +133,9 @@ def crop_flip(images: Tensor, rows: Tensor, resolution: int, crops: Crops) -> Te
 
 
 def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:
-    """Resize images to several resolutions; each pixel is the mean of the area it covers.
+    """Resize images to several resolutions; each pixel is the mean of the area that it covers.
+
+    At a ratio that is not a whole number, pixels on the border of an area count by the share of them inside.
 
     Args:
         images: Floats (B, 3, H, W).
@@ -160,7 +162,36 @@ def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:
             f"image_pyramid: resolutions {tuple(resolutions)} exceed the images {shape_of(images)}; "
             "pass larger images or lower resolutions."
         )
-    return [F.adaptive_avg_pool2d(images, resolution) for resolution in resolutions]
+    return [_area_mean(images, resolution) for resolution in resolutions]
+
+
+def _area_mean(images: Tensor, resolution: int) -> Tensor:
+    """The mean over the area of each pixel, (B, 3, resolution, resolution)."""
+    if not any(size % resolution for size in images.shape[2:]):
+        return F.adaptive_avg_pool2d(images, resolution)
+    means = at_least_float32(images)
+    for axis in (2, 3):
+        rows, weights = _areas(images.shape[axis], resolution)
+        # (..., r, K, ...): the K pixels under each of the r areas. Not a matrix product, which autocast would round.
+        covered = means.index_select(axis, rows.flatten().to(images.device)).unflatten(axis, rows.shape)
+        weights = weights.to(images.device, means.dtype).reshape(*weights.shape, *[1] * (3 - axis))
+        means = (covered * weights).sum(dim=axis + 1)
+    return means.to(images.dtype)
+
+
+def _areas(size: int, resolution: int) -> tuple[Tensor, Tensor]:
+    """Divide `size` pixels into r = `resolution` equal areas.
+
+    Area i reaches from i * size / r to (i + 1) * size / r, and overlaps at most K pixels.
+
+    Returns:
+        The pixels, (r, K), and the share of the area that each covers, (r, K), float64, which is 0 for one outside.
+    """
+    # In units of 1 / r pixel, all borders are whole numbers.
+    starts = torch.arange(resolution).unsqueeze(1) * size
+    pixels = starts // resolution + torch.arange(-(-size // resolution) + 1)
+    overlap = (pixels * resolution + resolution).minimum(starts + size) - (pixels * resolution).maximum(starts)
+    return pixels.clamp(max=size - 1), overlap.clamp(min=0).double() / size
 
 
 def check_bytes(owner: str, images: Tensor) -> None:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mirror_modules._files import read_json, write_json, write_text
+from mirror_modules._checks import check_positive
+from mirror_modules._files import file_name, read_json, write_json, write_text, write_whole
 from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
 from mirror_modules.evaluation.ablation_table import as_markdown, draw, summarize
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
@@ -30,10 +35,12 @@ from mirror_modules.metrics import expected_hits
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import Splits, load_splits
+from mirror_modules.training.distributed import resolve_device
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import FORMAT, RunFolder, versions
 from mirror_modules.training.loop import load_pair, train
-from mirror_modules.training.recipes import Recipe, differences
+from mirror_modules.training.plan import make_plan
+from mirror_modules.training.recipes import PHASES, Recipe, differences
 from mirror_modules.training.validation import (
     generate_images,
     image_features,
@@ -43,16 +50,21 @@ from mirror_modules.training.validation import (
 )
 
 SHARED_PHASES = ("stem", "stream", "evaluator")
+# Fields of the recipe on which the shared phases and the evaluation depend; a cell cannot override them.
+SHARED_FIELDS = ("seed", "data", *SHARED_PHASES, "evaluation")
 KIND = "ablation"
+# The row of the baseline in the tables.
+REAL = "real images"
 
 
 class Cell(NamedTuple):
     """One setting of the ablation."""
 
     name: str
-    """Shown in the tables; the name of the cell's folder is derived from it."""
+    """Shown in the tables: one line without "|". The name of the cell's folder is derived from it."""
     fields: dict[str, Any]
-    """Recipe fields that the cell overrides, in the form that `Recipe.from_dict` accepts."""
+    """Recipe fields that the cell overrides, in the form that `Recipe.from_dict` accepts: those of the generator's
+    training (`glam`, `model`, `engine`, `logging`). The other ones are shared."""
 
 
 def ablation_cells() -> list[Cell]:
@@ -102,19 +114,26 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and evaluate every cell with every seed; write ablation.json, ablation.md and ablation.png.
 
+    Each cell is trained in a process of its own, which imports the main module again: call this function below
+    `if __name__ == "__main__":` in a script.
+
     Args:
         recipe: The settings that all cells share.
-        out: The folder of the ablation; finished cells in it are reused.
-        cells: The settings to compare; `ablation_cells` lists those of the paper.
+        out: The folder of the ablation. Finished cells in it are reused if their settings are the same, and trained
+            further if `glam.steps` is larger now.
+        cells: The settings to compare; `ablation_cells` lists those of the paper. The tables also include the paper's
+            other cells that earlier calls finished with the same settings and steps.
         seeds: Each seed determines the data, initial weights and noise of one run per cell.
         jobs: Number of processes that train at the same time; they divide the CPU threads among them.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
 
     Returns:
         The content of ablation.json.
 
     Raises:
-        ValueError: The folder holds an ablation of another recipe, or an argument is out of range.
+        ValueError: The folder holds an ablation of another recipe, a cell with other settings or more steps, or a
+            damaged file; an argument is out of range; a cell has an unsuitable name or overrides a shared field; or two
+            cells have the same name, or names that would share a folder.
         TrainingError: A process failed.
 
     Examples:
@@ -126,38 +145,39 @@ def ablate(
         >>> content["figures"]["ratio 0.25"]["r_precision"]["mean"]  # doctest: +SKIP
         0.698
     """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"ablate: recipe must be a Recipe such as get_recipe('ablation'), but it is {recipe!r}.")
     folder = Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"ablate: seeds must be one or more distinct numbers, but they are {list(seeds)}.")
     for seed in seeds:
         # Raises if the seed is out of range.
         dataclasses.replace(recipe, seed=seed)
-    if jobs < 1:
-        raise ValueError(f"ablate: jobs must be at least 1, but it is {jobs}.")
-    _begin(folder, recipe)
+    check_positive("ablate", jobs=jobs)
+    device = resolve_device(device)
+    _check_cells(cells, recipe)
+    _check_folder(folder, recipe)
+    for seed in seeds:
+        RunFolder(_shared_folder(folder, seed)).check(dataclasses.replace(recipe, seed=seed))
     tasks = [(recipe, folder, seed, device) for seed in seeds]
+    unfinished = [(cell, *task) for task in tasks for cell in cells if not _is_finished(cell, recipe, folder, task[2])]
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
+    write_json(folder / "config.json", content)
     # Train it before the processes start: each of them would train its own.
     _attribute_classifier(recipe, folder)
     real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
     missing = [task for task in tasks if not real_paths[task[2]].exists()]
     _in_processes(train_shared, missing, jobs, title="shared phases")
-    unfinished = [
-        (cell, *task)
-        for task in tasks
-        for cell in cells
-        if not (_cell_folder(folder, cell, task[2]) / "result.json").exists()
-    ]
     _in_processes(run_cell, unfinished, jobs, title="cells")
-    # The tables also include finished cells of earlier calls.
     known = {cell.name: cell for cell in [*ablation_cells(), *cells]}
-    files = {name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for name, cell in known.items()}
-    files = {name: paths for name, paths in files.items() if all(path.exists() for path in paths)}
-    results = {name: [read_json(path) for path in paths] for name, paths in files.items()}
-    results["real images"] = [read_json(path) for path in real_paths.values()]
-    content = summarize(results, seeds)
+    shown = [cell for cell in known.values() if cell in cells or _was_finished(cell, recipe, folder, seeds)]
+    files = {cell.name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for cell in shown}
+    files[REAL] = list(real_paths.values())
+    content = summarize(_read_results(files), seeds)
     content |= {
         "recipe": recipe.to_dict(),
-        "cells": {name: known[name].fields for name in files},
+        "cells": {cell.name: cell.fields for cell in shown},
         "versions": versions(),
     }
     write_json(folder / "ablation.json", content)
@@ -168,14 +188,18 @@ def ablate(
 
 def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> None:
     """Train one cell with one seed, evaluate it, and write the metrics to its result.json."""
-    run = RunFolder(_cell_folder(out, cell, seed))
-    recipe = dataclasses.replace(Recipe.from_dict(cell.fields, recipe), seed=seed)
-    shared = RunFolder(_shared_folder(out, seed))
+    run, shared = RunFolder(_cell_folder(out, cell, seed)), RunFolder(_shared_folder(out, seed))
+    recipe = _cell_recipe(cell, recipe, seed)
     run.check(recipe)
-    run.begin(recipe)
+    if not run.config.exists():
+        # An existing one is left to `train`, which compares its number of steps first.
+        run.begin(recipe)
+    # The metrics of a finished cell that is trained further.
+    (run.path / "result.json").unlink(missing_ok=True)
     for phase in SHARED_PHASES:
         if not run.weights(phase).exists():
-            shutil.copyfile(shared.weights(phase), run.weights(phase))
+            run.weights(phase).parent.mkdir(exist_ok=True)
+            write_whole(run.weights(phase), partial(shutil.copyfile, shared.weights(phase)))
     # Progress bars of processes that run at the same time would overwrite each other in the terminal.
     with (run.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         train(recipe, run.path, phases=["glam"], device=device, resume=True)
@@ -270,8 +294,9 @@ def _in_processes(function: Callable[..., None], tasks: Sequence[tuple[Any, ...]
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(context.Process(target=_run_task, args=(function, waiting.pop(), threads)))
-                    running[-1].start()
+                    process = context.Process(target=_run_task, args=(function, waiting.pop(), threads))
+                    process.start()
+                    running.append(process)
                 connection.wait([process.sentinel for process in running])
                 for process in [process for process in running if not process.is_alive()]:
                     running.remove(process)
@@ -300,6 +325,9 @@ def _terminate_with_parent() -> None:
 def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
     threading.Thread(target=_terminate_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As in the command line: file names may hold characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         function(*task)
     except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
@@ -312,17 +340,116 @@ def _shared_folder(out: Path, seed: int) -> Path:
 
 
 def _cell_folder(out: Path, cell: Cell, seed: int) -> Path:
-    return out / "cells" / cell.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+    return out / "cells" / _folder_name(cell.name) / f"seed-{seed}"
 
 
-def _begin(out: Path, recipe: Recipe) -> None:
-    """Create the folder with its config.json, or check that it holds an ablation of this recipe."""
+def _folder_name(name: str) -> str:
+    return file_name(name.replace(", ", "-").replace(" ", "-"))
+
+
+def _check_cells(cells: Sequence[Cell], recipe: Recipe) -> None:
+    """Require names for tables, valid fields, and folders that no other cell has, also where names ignore case.
+
+    Raises:
+        ValueError: A name or a field is unsuitable; or two cells have the same name, or names that would share a
+            folder.
+    """
+    for cell in cells:
+        if not isinstance(cell, Cell):
+            raise ValueError(f"ablate: cells must be a list of Cell, but one of them is {cell!r}.")
+        name = cell.name
+        is_text = isinstance(name, str) and name.isprintable() and name == name.strip()
+        if not is_text or not name or "|" in name or name == REAL:
+            raise ValueError(
+                f"ablate: the name of a cell must be one line of printable characters without '|' and without spaces "
+                f"at its ends, and not {REAL!r}, but it is {name!r}."
+            )
+        Recipe.from_dict(cell.fields, recipe)
+        if shared := [field for field in SHARED_FIELDS if field in cell.fields]:
+            raise ValueError(
+                f"ablate: cell {name!r} overrides {', '.join(shared)}, which all cells share; set it in the recipe."
+            )
+    names = [cell.name for cell in cells]
+    names += [cell.name for cell in ablation_cells() if cell.name not in names]
+    taken: dict[str, str] = {}
+    for name in names:
+        folder = unicodedata.normalize("NFC", _folder_name(name)).casefold()
+        if folder in taken:
+            raise ValueError(
+                f"ablate: the cells {taken[folder]!r} and {name!r} would have the same folder, {folder!r}; rename one."
+            )
+        taken[folder] = name
+
+
+def _cell_recipe(cell: Cell, recipe: Recipe, seed: int) -> Recipe:
+    return dataclasses.replace(Recipe.from_dict(cell.fields, recipe), seed=seed)
+
+
+def _is_finished(cell: Cell, recipe: Recipe, out: Path, seed: int) -> bool:
+    """Whether a cell was trained with these settings for this number of steps, and evaluated.
+
+    Raises:
+        ValueError: Its folder holds other settings or more steps.
+    """
+    folder = _cell_folder(out, cell, seed)
+    try:
+        plan = make_plan(_cell_recipe(cell, recipe, seed), RunFolder(folder), PHASES, resume=True)
+    except ValueError as error:
+        raise ValueError(f"ablate: cell {cell.name!r}: {error}") from error
+    return "glam" in plan.finished and (folder / "result.json").exists()
+
+
+def _was_finished(cell: Cell, recipe: Recipe, out: Path, seeds: Sequence[int]) -> bool:
+    """Whether earlier calls finished a cell with these settings and seeds."""
+    try:
+        return all(_is_finished(cell, recipe, out, seed) for seed in seeds)
+    except ValueError:
+        return False
+
+
+def _read_results(files: Mapping[str, Sequence[Path]]) -> dict[str, list[dict[str, list[float]]]]:
+    """Read what `measure` returned, for each cell and seed.
+
+    Raises:
+        ValueError: A file holds something else, or metrics of other captions than those of the real images.
+    """
+    results = {name: [read_json(path) for path in paths] for name, paths in files.items()}
+    counts = {name: [_count_values(metrics) for metrics in row] for name, row in results.items()}
+    metrics_of_all = set(counts[REAL][0] or ())
+    for name in (REAL, *files):
+        for path, count, real_count in zip(files[name], counts[name], counts[REAL]):
+            if count is None or count != real_count or count.keys() != metrics_of_all:
+                raise ValueError(
+                    f"{path} is damaged: it must hold the metrics of a run, each as a list of numbers, and the same "
+                    "ones for every run; remove it and repeat the command, which measures this run again."
+                )
+    return results
+
+
+def _count_values(metrics: Any) -> dict[str, int] | None:
+    """The number of values of each metric; None if these are no metrics."""
+    if not isinstance(metrics, dict) or not {"r_precision", "words"} <= metrics.keys():
+        return None
+    for values in metrics.values():
+        if not isinstance(values, list) or not values:
+            return None
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            return None
+    return {name: len(values) for name, values in metrics.items()}
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """Require that the folder is new or empty, or holds an ablation of this recipe.
+
+    Raises:
+        ValueError: It holds an ablation of another recipe, or something else.
+    """
     config = out / "config.json"
     if config.exists():
         content = read_json(config)
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{config} does not belong to an ablation; choose another --out.")
-        changed = [text for text, harmless in differences(RunFolder(out).read_recipe(), recipe) if not harmless]
+        changed = [text for text, harmless in differences(RunFolder(out).read_recipe(KIND), recipe) if not harmless]
         if changed:
             raise ValueError(
                 f"{out} holds an ablation with other settings ({'; '.join(changed)}); choose another --out, or "
@@ -330,5 +457,3 @@ def _begin(out: Path, recipe: Recipe) -> None:
             )
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no ablation; choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(config, {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()})

@@ -144,5 +144,6 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             )
         axes.set_xlabel(f"{TITLES[column]} (%)")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
+    # Names may contain dollar signs.
+    panels[0].set_yticks(range(len(names)), names, parse_math=False)
     write_whole(path, lambda temporary: picture.savefig(temporary, dpi=120, format="png"))

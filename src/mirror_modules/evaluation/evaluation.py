@@ -38,6 +38,7 @@ from mirror_modules.metrics import (
 from mirror_modules.models import MirrorGAN
 from mirror_modules.pictures.attention import token_words
 from mirror_modules.training.batches import Splits, at_resolution, load_splits
+from mirror_modules.training.distributed import ProcessGroup, resolve_device
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
@@ -81,11 +82,12 @@ def evaluate(
     The same metrics for the real images are the ceiling, and those for images generated from other captions (shuffled)
     the floor. Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the
     preceding words; `image_information` is an estimate of the pointwise mutual information of image and caption, in
-    nats per token.
+    nats per token. The caller's global random state is restored at the end.
 
     Args:
-        out: The folder of the run, with all phases trained.
-        device: "cpu" or "cuda".
+        out: The folder of the run, with all phases trained. Without its metrics.jsonl, the report has neither loss
+            curves nor the speed of training.
+        device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
         fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on synthetic flowers,
             attribute accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the
             reason is stored as `not_measured`.
@@ -96,8 +98,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
-        ValueError: A file is damaged, there are too few captions, the training captions have changed since the run, or
-            the generator has diverged.
+        ValueError: A file is damaged, there are too few captions, the training captions have changed since the run, the
+            generator has diverged, or the device is unknown or missing.
         OSError: The weights of Inception are neither cached nor downloadable.
 
     Examples:
@@ -108,11 +110,22 @@ def evaluate(
         >>> sorted(metrics["r_precision"])  # doctest: +SKIP
         ['generated', 'real', 'shuffled']
     """
+    group = ProcessGroup(device=torch.device(resolve_device(device)))
     folder = RunFolder(out)
     recipe = folder.read_recipe()
     for phase in PHASES:
         if not folder.weights(phase).exists():
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
+    # The caller may have turned gradients off, but a classifier may have to be trained.
+    with group.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+        return _evaluate(folder, recipe, str(group.device), fit_classifier, inception)
+
+
+def _evaluate(
+    folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bool, inception: bool
+) -> dict[str, Any]:
+    # Read first: a damaged log is an error.
+    speed = _speed(folder)
     model = MirrorGAN.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     folder.check_vocabulary(splits.vocabulary)
@@ -165,7 +178,7 @@ def evaluate(
         "evaluator": "an encoder pair trained on the same training split with another seed; no other phase used it",
         "skipped": dict(splits.skipped),
         **_network_metrics(networks, model, splits, unseen, images, recipe.seed),
-        **_speed(folder),
+        **speed,
     }
     precision = expected_hits(features["generated"], sentences, candidates=candidates)
     cases = _cases(precision, unseen.captions, generated, unseen.images)
@@ -305,6 +318,8 @@ def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str,
 
 
 def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:
+    if not folder.log.exists():
+        return {}
     # Validation lines have no `waited` field; take the last training line of each phase.
     last = {entry["phase"]: entry for entry in read_log(folder.log) if "waited" in entry}
     seconds = {phase: max(entry["seconds"], 1e-9) for phase, entry in last.items()}

@@ -95,7 +95,9 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
         The path of the report.
 
     Raises:
-        ValueError: A field of the showcase does not have one entry per caption, or metrics.jsonl is damaged.
+        ValueError: The showcase has no captions, or a field does not have one entry per caption; the metrics have
+            another form than evaluation.json; or a file of the run is damaged.
+        FileNotFoundError: The folder holds no config.json.
 
     Examples:
         >>> from mirror_modules.evaluation import write_report
@@ -104,37 +106,48 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
         >>> write_report(folder, folder.read_recipe(), showcase, metrics)  # doctest: +SKIP
         PosixPath('runs/demo/report.html')
     """
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("r_precision"), dict):
+        raise ValueError("write_report: metrics lack 'r_precision'; pass the content of evaluation.json.")
     _check_showcase(showcase)
+    # Raises if config.json is damaged.
+    folder.read_recipe()
     # The images may be on a GPU.
     showcase = showcase._replace(
         real=showcase.real.cpu(), generated=GeneratedImages(*([t.cpu() for t in part] for part in showcase.generated))
     )
     panels = read_losses(folder.log)
     attention = attention_maps(showcase.captions, showcase.words, showcase.generated)
-    write_pictures(folder.pictures, showcase, attention, panels)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        recipe=recipe,
-        metrics=metrics,
-        sources=[(name, title) for name, title in SOURCES.items() if name in metrics["r_precision"]],
-        scores=score_rows(metrics),
-        phases=phase_rows(recipe, metrics),
-        attributes=attribute_rows(metrics),
-        features=feature_rows(metrics),
-        cases=_cases(showcase),
-        other=flatten(metrics, without=SHOWN),
-        gallery=_gallery(showcase),
-        mirror=_mirror(showcase),
-        attention=[
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    pictures = {
+        "cases": _cases(showcase),
+        "gallery": _gallery(showcase),
+        "mirror": _mirror(showcase),
+        "attention": [
             {"caption": entry.caption, "image": _embedded(entry.image), "maps": list(map(_embedded_map, entry.maps))}
             for entry in attention
         ],
-        curves=[(panel.title, as_svg(panel)) for panel in panels],
-        configuration=flatten(recipe.to_dict()),
-        versions=flatten(read_json(folder.config).get("versions", {})),
-    )
+        "curves": [(panel.title, as_svg(panel)) for panel in panels],
+    }
+    try:
+        page = template.render(
+            recipe=recipe,
+            metrics=metrics,
+            sources=[(name, title) for name, title in SOURCES.items() if name in metrics["r_precision"]],
+            scores=score_rows(metrics),
+            phases=phase_rows(recipe, metrics),
+            attributes=attribute_rows(metrics),
+            features=feature_rows(metrics),
+            other=flatten(metrics, without=SHOWN),
+            configuration=flatten(recipe.to_dict()),
+            versions=flatten(read_json(folder.config).get("versions", {})),
+            **pictures,
+        )
+    except (AttributeError, LookupError, TypeError, jinja2.UndefinedError) as error:
+        raise ValueError(f"write_report: metrics have another form than evaluation.json: {error}.") from error
+    write_pictures(folder.pictures, showcase, attention, panels)
     write_text(folder.report, page)
     return folder.report
 
@@ -232,6 +245,8 @@ def _embedded_map(attention: AttentionMap) -> tuple[str, str, str]:
 
 
 def _check_showcase(showcase: Showcase) -> None:
+    if not showcase.captions or not showcase.generated.images:
+        raise ValueError("write_report: the showcase has no captions or no generated images; give at least one.")
     counts = {
         "words": len(showcase.words),
         "real": len(showcase.real),

@@ -6,6 +6,7 @@ N = H * W.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,11 +22,20 @@ from mirror_modules._checks import (
     check_choice,
     check_features,
     check_positive,
+    check_precision,
     check_word_mask,
     is_unchecked,
     shape_of,
+    zero_padding,
 )
-from mirror_modules._tiles import ELEMENTS_ON_A_GPU, EVERYTHING, Tile, is_transformed, recomputed_in_tiles
+from mirror_modules._tiles import (
+    ELEMENTS_ON_A_GPU,
+    EVERYTHING,
+    Tile,
+    is_transformed,
+    recomputed_in_tiles,
+    without_autocast,
+)
 
 SentenceAxis = Literal["channels", "positions"]
 
@@ -79,18 +89,19 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
 
         context[n] = sum_l weights[n, l] * words[l],    weights[n] = softmax_l(features[n] . words[l])
 
-    The scores are not scaled by 1/sqrt(C), as in the paper.
+    The scores are not scaled by 1/sqrt(C), as in the paper. They are computed in float32 or wider. Under autocast,
+    features and words are cast as for a matrix product.
 
     Args:
         features: Image features, (B, C, H, W).
         words: Word features already projected to the image channels, (B, L, C).
-        word_mask: True for a real word, (B, L); None if all are. Padding gets no weight.
+        word_mask: True for a real word, (B, L); None if all are. Padding gets no weight, whatever it holds.
 
     Returns:
         The context (B, C, H, W) and the weights (B, L, H, W), which sum to 1 over L.
 
     Raises:
-        ValueError: A caption has no real word, or sizes disagree.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree.
 
     Examples:
         >>> import torch
@@ -104,23 +115,28 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
         0.0
     """
     _check_projected("word_attention", features, "words", words, "(B, L, C)")
-    check_word_mask("word_attention", words, word_mask, may_stall=False)
-    return _word_attention(features, words, word_mask)
+    word_mask = check_word_mask("word_attention", words, word_mask, may_stall=False)
+    check_alike("word_attention", word_mask, features=features, words=words)
+    features, words = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words))
+    context, weights = without_autocast(_word_attention, (features, words, word_mask))
+    return context, weights
 
 
 def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     height = features.shape[2]
-    features_BCN = rearrange(features, "b c h w -> b c (h w)")
+    # Padding is zeroed first, or its scores could outweigh the mask, and infinity or NaN would remain.
+    words = zero_padding(words, word_mask)
+    # In float32, because scores beyond 65504 would overflow float16.
+    features_BCN, wide_words = at_least_float32(rearrange(features, "b c h w -> b c (h w)")), at_least_float32(words)
     if word_mask is None:
-        scores_BLN = words @ features_BCN
+        scores_BLN = wide_words @ features_BCN
     else:
         # The lowest finite number rather than -inf: a caption of padding alone gives no NaN. baddbmm adds it within the
-        # matrix product, which saves a pass over the scores. Padding is zeroed first, or its scores could outweigh it.
-        words = words.masked_fill(~word_mask.unsqueeze(2), 0.0)
-        lowest = torch.finfo(words.dtype).min
-        padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
-        scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), words, features_BCN)
-    weights_BLN = torch.softmax(at_least_float32(scores_BLN), dim=1).to(scores_BLN.dtype)
+        # matrix product, which saves a pass over the scores.
+        lowest = torch.finfo(wide_words.dtype).min
+        padding_BL = torch.zeros_like(word_mask, dtype=wide_words.dtype).masked_fill(~word_mask, lowest)
+        scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), wide_words, features_BCN)
+    weights_BLN = torch.softmax(scores_BLN, dim=1).to(words.dtype)
     if word_mask is not None and is_unchecked(word_mask):
         # The check did not read the mask here; the weights of a caption without a real word become zero.
         weights_BLN = weights_BLN * rearrange(word_mask, "b l -> b l 1")
@@ -139,7 +155,8 @@ def sentence_attention(
         context[n] = sentence o weights[n],    weights[n] = softmax_c(features[n] o sentence)
 
     `o` multiplies elementwise. The paper does not name the softmax axis; its published code normalizes over channels.
-    Normalized over positions, the context would vanish as 1/N and is therefore multiplied by N.
+    Normalized over positions, the context would vanish as 1/N and is therefore multiplied by N. Scores and weights are
+    computed in float32 or wider, also under autocast.
 
     Args:
         features: Image features, (B, C, H, W).
@@ -166,22 +183,27 @@ def sentence_attention(
     _check_projected("sentence_attention", features, "sentence", sentence, "(B, C)")
     check_choice("sentence_attention", "axis", axis, ("channels", "positions"))
     _check_score_matrix("sentence_attention", features, score_matrix)
-    return _sentence_attention(features, sentence, score_matrix, axis)
+    context, weights = without_autocast(partial(_sentence_attention, axis=axis), (features, sentence, score_matrix))
+    return context, weights
 
 
 def _sentence_attention(
     features: Tensor, sentence: Tensor, score_matrix: Tensor | None, axis: SentenceAxis
 ) -> tuple[Tensor, Tensor]:
-    sentence_BC11 = rearrange(sentence, "b c -> b c 1 1")
-    scores_BCHW = features * sentence_BC11
+    dtype = torch.promote_types(features.dtype, sentence.dtype)
+    # In float32, because scores beyond 65504 would overflow float16, and over many positions each weight underflows.
+    sentence_BC11 = at_least_float32(rearrange(sentence, "b c -> b c 1 1"))
+    scores_BCHW = at_least_float32(features) * sentence_BC11
     if score_matrix is not None:
-        scores_BCHW = torch.einsum("dc,bchw->bdhw", score_matrix, scores_BCHW)
+        scores_BCHW = torch.einsum("dc,bchw->bdhw", at_least_float32(score_matrix), scores_BCHW)
     if axis == "channels":
-        weights_BCHW = torch.softmax(at_least_float32(scores_BCHW), dim=1).to(scores_BCHW.dtype)
-        return sentence_BC11 * weights_BCHW, weights_BCHW
-    weights_BCN = torch.softmax(at_least_float32(scores_BCHW.flatten(2)), dim=2).to(scores_BCHW.dtype)
-    weights_BCHW = weights_BCN.unflatten(2, features.shape[2:])
-    return sentence_BC11 * weights_BCHW * weights_BCN.shape[2], weights_BCHW
+        weights_BCHW = torch.softmax(scores_BCHW, dim=1)
+        context_BCHW = sentence_BC11 * weights_BCHW
+    else:
+        weights_BCN = torch.softmax(scores_BCHW.flatten(2), dim=2)
+        weights_BCHW = weights_BCN.unflatten(2, features.shape[2:])
+        context_BCHW = sentence_BC11 * weights_BCHW * weights_BCN.shape[2]
+    return context_BCHW.to(dtype), weights_BCHW.to(dtype)
 
 
 def global_local_attention(
@@ -232,7 +254,7 @@ def global_local_attention(
     """
     _check_projected(OPERATION, features, "words", words, "(B, L, C)")
     _check_projected(OPERATION, features, "sentence", sentence, "(B, C)")
-    check_word_mask(OPERATION, words, word_mask, may_stall=False)
+    word_mask = check_word_mask(OPERATION, words, word_mask, may_stall=False)
     check_alike(OPERATION, word_mask, features=features, words=words, sentence=sentence)
     check_choice(OPERATION, "sentence_axis", sentence_axis, ("channels", "positions"))
     _check_score_matrix(OPERATION, features, score_matrix)
@@ -374,16 +396,27 @@ class GlobalLocalAttention(nn.Module):
         check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
         check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
         check_batch(owner, features=features, words=words, condition=condition)
+        check_precision(owner, self.word_projection, words=words)
+        check_precision(owner, self.sentence_projection, condition=condition)
+        word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
         return global_local_attention(
             features,
-            self.word_projection(words),
+            # Zeroed before the projection, whose gradient would otherwise contain zero times infinity or NaN.
+            self.word_projection(zero_padding(words, word_mask)),
             self.sentence_projection(condition),
             word_mask,
             need_weights=need_weights,
             impl=self.impl,
-            score_matrix=None if self.score_projection is None else self.score_projection.weight,
+            score_matrix=self._score_matrix(features),
             sentence_axis=self.sentence_axis,
         )
+
+    def _score_matrix(self, features: Tensor) -> Tensor | None:
+        """The matrix of `score_projection`, (C, C), by calling the layer: hooks and wrappers do not see its weight."""
+        if self.score_projection is None:
+            return None
+        identity = torch.eye(self.feature_dim, dtype=features.dtype, device=features.device)
+        return self.score_projection(identity).mT.contiguous()
 
     def extra_repr(self) -> str:
         """Sizes for `print`."""
@@ -446,7 +479,9 @@ class WordAttention(nn.Module):
         owner = "WordAttention"
         check_features(owner, "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
         check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
-        context, weights = word_attention(features, self.word_projection(words), word_mask)
+        check_precision(owner, self.word_projection, words=words)
+        word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
+        context, weights = word_attention(features, self.word_projection(zero_padding(words, word_mask)), word_mask)
         return WordContext(context, weights if need_weights else None)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -92,6 +93,12 @@ class CascadedGenerator(nn.Module):
             )
             for coarse, fine in zip(self.resolutions, self.resolutions[1:])
         )
+        attentions = [id(stage.attention) for stage in self.refinements if stage.attention is not None]
+        if len(set(attentions)) < len(attentions):
+            raise ValueError(
+                f"{owner}: the attention factory returned one module for several stages, which would share its "
+                "weights; make a new module in each call."
+            )
         heads = len(self.resolutions) if intermediate_images else 1
         self.heads = nn.ModuleList(ImageHead(channels) for _ in range(heads))
 
@@ -124,7 +131,7 @@ class CascadedGenerator(nn.Module):
         check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
         check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
         check_batch(owner, noise=noise, condition=condition, words=words)
-        check_word_mask(owner, words, word_mask, may_stall=False)
+        word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
 
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
@@ -164,6 +171,16 @@ def _attention_factory(attention: object) -> AttentionFactory | None:
 def _build_attention(factory: AttentionFactory | None, *sizes: int) -> nn.Module | None:
     if factory is None:
         return None
+    try:
+        inspect.signature(factory).bind(*sizes)
+    except TypeError as error:
+        raise ValueError(
+            "CascadedGenerator: the attention factory is called as attention(feature_dim, word_dim, condition_dim), "
+            f"which {factory!r} does not accept ({error}); bind further arguments with functools.partial."
+        ) from error
+    except ValueError:
+        # Some built-in callables have no signature.
+        pass
     attention = factory(*sizes)
     if attention is None:
         raise ValueError(

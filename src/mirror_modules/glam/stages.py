@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import shape_of
+from mirror_modules._checks import autocast_dtype, check_precision, shape_of
 from mirror_modules._norms import FeatureBatchNorm
 
 SMALLEST_RESOLUTION = 4
@@ -158,6 +158,7 @@ class InitialStage(nn.Module):
 
     def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
         """(B, Z), (B, E) -> (B, C, H, W)."""
+        check_precision("InitialStage", self.linear, noise=noise, condition=condition)
         base = gate(self.norm(self.linear(torch.cat((condition, noise), dim=1))))
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
@@ -210,12 +211,12 @@ class RefinementStage(nn.Module):
             Features (B, C, 2**doublings * H, 2**doublings * W), and the attention maps if requested.
 
         Raises:
-            ValueError: The attention module returns no contexts, or their channels do not add up to its `context_dim`.
+            ValueError: The result of the attention module is not as `StageContext` describes it.
         """
         if self.attention is None:
             return StageResult(self.upsample(self.residual(self.fusion(features))), None, None)
         attended = self.attention(features, words, condition, word_mask, need_weights=need_weights)
-        fused = self.fusion(torch.cat((features, *_contexts(self.attention, attended)), dim=1))
+        fused = self.fusion(torch.cat((features, *_contexts(self.attention, attended, features)), dim=1))
         refined = self.upsample(self.residual(fused))
         return StageResult(refined, attended.word_weights, attended.sentence_weights)
 
@@ -243,14 +244,29 @@ def _context_dim(attention: object) -> int:
     return context_dim
 
 
-def _contexts(attention: nn.Module, attended: object) -> tuple[Tensor, ...]:
-    contexts: tuple[Tensor, ...] | None = getattr(attended, "contexts", None)
+def _contexts(attention: nn.Module, attended: object, features: Tensor) -> tuple[Tensor, ...]:
+    """The contexts of an attention module, which may be the user's own, as the stage can concatenate them."""
     name = type(attention).__name__
-    if contexts is None:
+    missing = [field for field in ("contexts", "word_weights", "sentence_weights") if not hasattr(attended, field)]
+    if missing:
         raise ValueError(
             f"RefinementStage: {name} must return an object with `contexts`, `word_weights` and `sentence_weights`, "
-            f"such as a GlobalLocalContext, but it returned a {type(attended).__name__}."
+            f"such as a GlobalLocalContext, but it returned a {type(attended).__name__} without {', '.join(missing)}."
         )
+    contexts = tuple(attended.contexts)  # type: ignore[attr-defined]
+    size = features.shape[:1] + features.shape[2:]
+    for context in contexts:
+        if not isinstance(context, Tensor) or context.ndim != 4 or context.shape[:1] + context.shape[2:] != size:
+            found = shape_of(context) if isinstance(context, Tensor) else f"a {type(context).__name__}"
+            raise ValueError(
+                f"RefinementStage: each context of {name} must be a tensor (B, c, H, W) at the size of the features "
+                f"({shape_of(features)}), but one is {found}."
+            )
+        if context.device != features.device or autocast_dtype(context) != autocast_dtype(features):
+            raise ValueError(
+                f"RefinementStage: the contexts of {name} must have the dtype and device of the features "
+                f"({features.dtype}, {features.device}), but one has {context.dtype}, {context.device}."
+            )
     channels = sum(context.shape[1] for context in contexts)
     if channels != attention.context_dim:
         listed = ", ".join(map(shape_of, contexts))

@@ -24,28 +24,31 @@ MASKED = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _load_tile(pointer, b, position, channel, stride_b, stride_c, stride_n, N, C):
-    """Load positions by channels of sample b, (N, C); channels or positions may be the contiguous axis."""
+def _load_tile(pointer, position, channel, stride_c, stride_n, N, C):
+    """Load positions by channels of one sample, (N, C); channels or positions may be the contiguous axis."""
     offsets = position[:, None].to(tl.int64) * stride_n + channel[None, :].to(tl.int64) * stride_c
     inside = (position[:, None] < N) & (channel[None, :] < C)
-    return tl.load(pointer + b * stride_b + offsets, mask=inside, other=0.0)
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_tile(pointer, value_NC, b, position, channel, stride_b, stride_c, stride_n, N, C):
+def _store_tile(pointer, value_NC, position, channel, stride_c, stride_n, N, C):
     offsets = position[:, None].to(tl.int64) * stride_n + channel[None, :].to(tl.int64) * stride_c
     inside = (position[:, None] < N) & (channel[None, :] < C)
-    tl.store(pointer + b * stride_b + offsets, value_NC.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + offsets, value_NC.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK: tl.constexpr):
-    """Load the words of a chunk (L, C) and the mask of real words (L,)."""
+    """Load the words of a chunk (L, C), zero at padding, and the mask of real words (L,).
+
+    A weight of zero would not remove the infinity or NaN that padding may hold.
+    """
     real_L = word < L
     if HAS_MASK:
         real_L = real_L & (tl.load(word_mask + b * L + word, mask=real_L, other=0) != 0)
     offsets = (b * L + word[:, None]) * C + channel[None, :]
-    inside = (word[:, None] < L) & (channel[None, :] < C)
+    inside = real_L[:, None] & (channel[None, :] < C)
     return tl.load(words + offsets, mask=inside, other=0.0), real_L
 
 
@@ -78,14 +81,14 @@ def _normalize(shares, total_N):
 
 @triton.jit
 def _scores_and_share_gradients(
-    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
+    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, position, word, N, L,
     HAS_MAPS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a chunk of words, and the gradient of its shares through the contexts and the maps, both (N, L)."""
     scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
     grad_shares_NL = tl.dot(gradient_NC, tl.trans(words_LC), input_precision=PRECISION, out_dtype=ACCUMULATE)
     if HAS_MAPS:
-        grad_shares_NL += _load_tile(word_weights_gradient, b, position, word, L.to(tl.int64) * N, N, 1, N, L)
+        grad_shares_NL += _load_tile(word_weights_gradient, position, word, N, 1, N, L)
     return scores_NL, grad_shares_NL
 
 
@@ -123,7 +126,7 @@ def forward_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     position = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_C)
-    features_NC = _load_tile(features, b, position, channel, feature_b, feature_c, feature_n, N, C)
+    features_NC = _load_tile(features + b * feature_b, position, channel, feature_c, feature_n, N, C)
 
     largest_N = tl.full((BLOCK_N,), MASKED, ACCUMULATE)
     total_N = tl.zeros((BLOCK_N,), ACCUMULATE)
@@ -139,23 +142,23 @@ def forward_kernel(
             shares_NL.to(words_LC.dtype), words_LC, context_NC, input_precision=PRECISION, out_dtype=ACCUMULATE
         )
     context_NC = _normalize(context_NC, total_N)
-    _store_tile(word_context, context_NC, b, position, channel, context_b, context_c, context_n, N, C)
+    _store_tile(word_context + b * context_b, context_NC, position, channel, context_c, context_n, N, C)
     if NEED_WEIGHTS:
         for chunk in range(CHUNKS):
             word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
             words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
             scores_NL = _word_scores(features_NC, words_LC, real_L, ACCUMULATE, PRECISION)
             shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - largest_N[:, None]), 0.0)
-            _store_tile(word_weights, _normalize(shares_NL, total_N), b, position, word, L.to(tl.int64) * N, N, 1, N, L)
+            _store_tile(word_weights + b * L * N, _normalize(shares_NL, total_N), position, word, N, 1, N, L)
 
     sentence_C = tl.load(sentence + b * C + channel, mask=channel < C, other=0.0).to(ACCUMULATE)
     weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
     _store_tile(
-        sentence_context, weights_NC * sentence_C[None, :], b, position, channel,
-        sentence_context_b, sentence_context_c, sentence_context_n, N, C,
+        sentence_context + b * sentence_context_b, weights_NC * sentence_C[None, :], position, channel,
+        sentence_context_c, sentence_context_n, N, C,
     )  # fmt: skip
     if NEED_WEIGHTS:
-        _store_tile(sentence_weights, weights_NC, b, position, channel, C.to(tl.int64) * N, N, 1, N, C)
+        _store_tile(sentence_weights + b * C * N, weights_NC, position, channel, N, 1, N, C)
 
 
 @triton.jit
@@ -185,6 +188,8 @@ def backward_kernel(
     sentence_C = tl.load(sentence + b * C + channel, mask=channel < C, other=0.0).to(ACCUMULATE)
     sentence_sum_C = tl.zeros((BLOCK_C,), ACCUMULATE)
     words_result += (part * B + b) * L * C
+    if HAS_WORD_MAPS:
+        word_weights_gradient += b * L * N
     if CHUNKS == 1:
         word = tl.arange(0, BLOCK_L)
         words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
@@ -193,30 +198,28 @@ def backward_kernel(
     first = part * span
     for start in range(first, tl.minimum(first + span, N), BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        features_NC = _load_tile(features, b, position, channel, feature_b, feature_c, feature_n, N, C)
+        features_NC = _load_tile(features + b * feature_b, position, channel, feature_c, feature_n, N, C)
 
         # Sentence: context = s o a, a = softmax_c(f o s)
         gradient_NC = _load_tile(
-            sentence_gradient, b, position, channel,
-            sentence_gradient_b, sentence_gradient_c, sentence_gradient_n, N, C,
+            sentence_gradient + b * sentence_gradient_b, position, channel,
+            sentence_gradient_c, sentence_gradient_n, N, C,
         ).to(ACCUMULATE)  # fmt: skip
         weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
         grad_weights_NC = gradient_NC * sentence_C[None, :]
         if HAS_SENTENCE_MAPS:
-            grad_weights_NC += _load_tile(
-                sentence_weights_gradient, b, position, channel, C.to(tl.int64) * N, N, 1, N, C
-            )
+            grad_weights_NC += _load_tile(sentence_weights_gradient + b * C * N, position, channel, N, 1, N, C)
         grad_scores_NC = weights_NC * (grad_weights_NC - tl.sum(weights_NC * grad_weights_NC, axis=1)[:, None])
         sentence_sum_C += tl.sum(gradient_NC * weights_NC + grad_scores_NC * features_NC.to(ACCUMULATE), axis=0)
         result_NC = grad_scores_NC * sentence_C[None, :]
 
         # Words: context = p w, p = softmax_l(f w^T); the softmax subtracts mean = sum_l p_l dp_l from each dp_l
         gradient_NC = _load_tile(
-            word_gradient, b, position, channel, word_gradient_b, word_gradient_c, word_gradient_n, N, C
+            word_gradient + b * word_gradient_b, position, channel, word_gradient_c, word_gradient_n, N, C
         )
         if CHUNKS == 1:
             scores_NL, grad_shares_NL = _scores_and_share_gradients(
-                features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
+                features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, position, word, N, L,
                 HAS_WORD_MAPS, ACCUMULATE, PRECISION,
             )  # fmt: skip
             shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - tl.max(scores_NL, axis=1)[:, None]), 0.0)
@@ -234,7 +237,7 @@ def backward_kernel(
                 word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
                 words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
                 scores_NL, grad_shares_NL = _scores_and_share_gradients(
-                    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
+                    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, position, word, N, L,
                     HAS_WORD_MAPS, ACCUMULATE, PRECISION,
                 )  # fmt: skip
                 largest_N, rescale_N, shares_NL = _online_softmax(largest_N, scores_NL, real_L)
@@ -245,7 +248,7 @@ def backward_kernel(
                 word = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
                 words_LC, real_L = _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK)
                 scores_NL, grad_shares_NL = _scores_and_share_gradients(
-                    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, b, position, word, N, L,
+                    features_NC, gradient_NC, words_LC, real_L, word_weights_gradient, position, word, N, L,
                     HAS_WORD_MAPS, ACCUMULATE, PRECISION,
                 )  # fmt: skip
                 shares_NL = tl.where(real_L[None, :], tl.exp(scores_NL - largest_N[:, None]), 0.0)
@@ -260,7 +263,7 @@ def backward_kernel(
                     tl.debug_barrier()
                     words_sum_LC += tl.load(row, mask=inside, other=0.0)
                 tl.store(row, words_sum_LC, mask=inside)
-        _store_tile(features_result, result_NC, b, position, channel, result_b, result_c, result_n, N, C)
+        _store_tile(features_result + b * result_b, result_NC, position, channel, result_c, result_n, N, C)
 
     if CHUNKS == 1:
         inside = (word[:, None] < L) & (channel[None, :] < C)

@@ -19,7 +19,7 @@ LARGEST = {
 """Largest sizes that each kernel supports and is tested with."""
 
 LARGEST_GAMMA = 8
-"""Largest |gamma_attention| for which exp(gamma * (share - 1)) fits in float16."""
+"""Largest |gamma_attention| for which the smallest share of a region, exp(-|gamma|), is a normal number of float16."""
 AMPLE_SHARED_MEMORY = 160 * 1024
 """Bytes of shared memory per program on data center GPUs; consumer GPUs have less."""
 LARGEST_ON_SMALL_CHIPS = 64

@@ -4,7 +4,7 @@ Images are processed in chunks. The maps of scores, shares and their gradients e
 the similarity exists for all pairs: the backward pass recomputes the rest from the inputs.
 
     scores     = W V^T                                   W all words (J * L, D), V the regions of the chunk (E * R, D)
-    shares     = exp(gamma_attention * softmax_l(scores))
+    shares     = exp(gamma_attention * softmax_l(scores))    up to a factor that makes the largest possible share 1
     contexts   = shares V / R                            not divided by the sum of shares, which cancels in a cosine
     similarity = log sum_l exp(gamma_word * cos(contexts, W))
 
@@ -17,7 +17,7 @@ the contexts; and c = b * contexts. Then:
 
 The term `a * shares` in `grad_scores` carries the gradient of the products directly to V and W, which saves a matrix
 product. Division by R keeps the contexts at the scale of the regions, and the gradients above float16's smallest
-numbers.
+numbers. Scores are float32; shares, contexts and their gradients have the precision of the inputs.
 
 Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported on its first run.
 """
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirror_modules._checks import at_least_float32
 from mirror_modules.kernels._launch import accumulator, next_power_of_2, on_device_of, refuse_second_derivative
 
 ELEMENTS_PER_MAP = 2**25
@@ -42,6 +43,9 @@ ELEMENTS_PER_BLOCK = 2**12
 ALIGNMENT = 16
 """Regions are padded to a multiple of this, which enables vectorized loads and stores in Triton and fast matrix
 products in torch."""
+HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether torch multiplies half-precision matrices into float32, which it does on a GPU since 2.8; otherwise their
+copies in float32 are multiplied."""
 OPERATOR = "mirror_modules::word_region_similarity"
 
 
@@ -62,7 +66,8 @@ def word_region_similarity(
         for images, captions in _chunks(regions, words):
             chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
             scores = _scores(some_words, chunk)
-            shares = scores  # in place: the forward pass does not need the scores again
+            # In place where the precisions agree: the forward pass does not need the scores again.
+            shares = scores if scores.dtype == chunk.dtype else torch.empty_like(scores, dtype=chunk.dtype)
             _launch_on_maps(
                 similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
             )
@@ -107,7 +112,7 @@ def word_region_similarity_backward(
             chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
             rows = some_words.flatten(0, 1)
             scores = _scores(some_words, chunk)
-            shares = torch.empty_like(scores)
+            shares = torch.empty_like(scores, dtype=chunk.dtype)
             _launch_on_maps(
                 similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
             )
@@ -120,7 +125,7 @@ def word_region_similarity_backward(
                 gamma_word,
             )
             # The kernel has replaced `contexts` by c.
-            grad_scores = torch.empty_like(scores)
+            grad_scores = torch.empty_like(shares)
             torch.bmm(contexts, chunk.mT, out=grad_scores.transpose(0, 1))
             maps = (scores, grad_scores, grad_products, some_mask)
             _launch_on_maps(similarity_triton.attend_backward_kernel, maps, len(some_words), count, gamma_attention)
@@ -169,8 +174,16 @@ def _padded(regions: Tensor) -> Tensor:
 
 
 def _scores(words: Tensor, chunk: Tensor) -> Tensor:
-    """Products of all words with all regions, (J * L, E, R), in one matrix product."""
-    return (words.flatten(0, 1) @ chunk.flatten(0, 1).mT).view(-1, *chunk.shape[:2])
+    """Products of all words with all regions, (J * L, E, R), in one matrix product.
+
+    In float32 or wider: in half precision they would be rounded, and overflow float16 beyond 65504.
+    """
+    rows, columns = words.flatten(0, 1), chunk.flatten(0, 1).mT
+    if words.is_cuda and words.dtype != torch.float32 and HAS_WIDE_PRODUCTS:
+        scores = torch.mm(rows, columns, out_dtype=torch.float32)
+    else:
+        scores = at_least_float32(rows) @ at_least_float32(columns)
+    return scores.view(-1, *chunk.shape[:2])
 
 
 def _contexts(shares: Tensor, chunk: Tensor, count: int) -> Tensor:

@@ -36,6 +36,16 @@ def _shares_of_words(scores_LR, real_L):
 
 
 @triton.jit
+def _shares_of_regions(words_LR, gamma_attention):
+    """exp(gamma * words), scaled such that the largest possible share is 1: the context then fits in float16.
+
+    The cosine of a context does not depend on its norm, so that the scale has no influence, and the softmax over the
+    regions needs no sum.
+    """
+    return tl.exp(gamma_attention * (words_LR - tl.where(gamma_attention > 0, 1.0, 0.0)))
+
+
+@triton.jit
 def _map_offsets(j, e, word, region, L, stride_row, stride_e):
     offsets_LR = (j * L + word[:, None]).to(tl.int64) * stride_row + e * stride_e + region[None, :]
     return offsets_LR, (word[:, None] < L) & (region[None, :] < stride_e)
@@ -46,18 +56,16 @@ def attend_kernel(
     scores, result, word_mask, R, L, stride_row, stride_e, gamma_attention,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Compute the shares of the regions from the scores, up to their denominator; `result` may be `scores`.
+    """Compute the shares of the regions from the scores, up to a factor; `result` may be `scores`.
 
-        share[l, r] = exp(gamma * (softmax_l(scores)[l, r] - 1))
-
-    The cosine of a context does not depend on its norm, so that the softmax over the regions needs no sum.
+    share[l, r] ~ exp(gamma * softmax_l(scores)[l, r])
     """
     j, e = tl.program_id(0), tl.program_id(1)
     word, region = tl.arange(0, BLOCK_L), tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_L = _real_words(word_mask, j, word, L)
     offsets_LR, inside = _map_offsets(j, e, word, region, L, stride_row, stride_e)
     scores_LR = tl.load(scores + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
-    shares_LR = tl.exp(gamma_attention * (_shares_of_words(scores_LR, real_L) - 1))
+    shares_LR = _shares_of_regions(_shares_of_words(scores_LR, real_L), gamma_attention)
     shares_LR = tl.where(real_L[:, None] & (region[None, :] < R), shares_LR, 0.0)
     tl.store(result + offsets_LR, shares_LR.to(result.dtype.element_ty), mask=inside)
 
@@ -83,7 +91,7 @@ def attend_backward_kernel(
     grad_products_L = tl.load(grad_products + row, mask=word < L, other=0.0)
 
     words_LR = _shares_of_words(scores_LR, real_L)
-    shares_LR = tl.exp(gamma_attention * (words_LR - 1))
+    shares_LR = _shares_of_regions(words_LR, gamma_attention)
     grad_words_LR = gamma_attention * shares_LR * (grad_shares_LR + grad_products_L[:, None] * scores_LR)
     grad_scores_LR = words_LR * (grad_words_LR - tl.sum(words_LR * grad_words_LR, axis=0)[None, :])
     result_LR = grad_scores_LR + grad_products_L[:, None] * shares_LR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,17 +22,35 @@ def check_tensors(owner: str, **values: object) -> None:
             )
 
 
+def check_generator(owner: str, generator: object) -> None:
+    """Require a random generator of torch, or None.
+
+    Raises:
+        ValueError: It is something else, such as a seed.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"{owner}: generator must be a torch.Generator or None, but it is a {type(generator).__name__}; "
+            "torch.Generator().manual_seed(seed) makes one."
+        )
+
+
 def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...]) -> None:
     """Require finite floating-point features with the axes of `layout`, the first of at least the sizes `fewest`.
 
     Raises:
-        ValueError: Not a tensor, another number of axes, not floating point, too few entries, NaN or infinity.
+        ValueError: Not a tensor, another number of axes, not dense, not floating point of at least 16 bits, too few
+            entries, NaN or infinity.
     """
     check_tensors(owner, **{name: features})
     axes = layout.strip("()").split(", ")
     if features.ndim != len(axes):
         raise ValueError(f"{owner}: {name} must be {layout}, but they are {shape_of(features)}.")
-    if not features.is_floating_point():
+    if features.layout != torch.strided or features.is_meta:
+        kind = "on the meta device" if features.is_meta else str(features.layout)
+        raise ValueError(f"{owner}: {name} must be a dense tensor with values, but they are {kind}.")
+    # Few operations support 8 bits.
+    if not features.is_floating_point() or features.element_size() == 1:
         raise ValueError(f"{owner}: {name} must be floating point, but they are {features.dtype}; convert them.")
     # The last axis needs only one feature.
     for axis, size, least in zip(axes, features.shape, (*fewest, 1)):

@@ -61,8 +61,8 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
         counts.append(torch.stack((((similarity > own) & ~tied).sum(1), tied.sum(1) - 1)).cpu())
     better, ties = torch.cat(counts, dim=1)
     probabilities = torch.zeros(len(images), dtype=torch.float64)
-    for k in range(int(ties.max()) + 1):
-        is_possible = (k <= ties) & (k <= drawn) & (drawn - k <= others - better - ties)
+    for k in range(min(int(ties.max()), drawn) + 1):
+        is_possible = (k <= ties) & (drawn - k <= others - better - ties)
         log_ways = _log_choose(ties, k) + _log_choose(others - better - ties, drawn - k)
         term = (log_ways - _log_choose(torch.tensor(others), drawn)).exp() / (1 + k)
         probabilities += term.where(is_possible, 0.0)

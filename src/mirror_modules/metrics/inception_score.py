@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.metrics._features import check_measurable
+from mirror_modules.metrics._features import check_generator, check_measurable
 
 
 class InceptionScore(NamedTuple):
@@ -45,7 +45,8 @@ def inception_score(
         Mean and deviation over the splits.
 
     Raises:
-        ValueError: Not (N, K), not finite, not probabilities, or fewer than two images in a split.
+        ValueError: Not (N, K), not finite, not probabilities, fewer than two images in a split, or an argument of
+            another type.
 
     Examples:
         >>> import torch
@@ -58,6 +59,7 @@ def inception_score(
     """
     check_positive("inception_score", splits=splits)
     check_choice("inception_score", "kind", kind, ("logits", "probabilities"))
+    check_generator("inception_score", generator)
     check_measurable("inception_score", "predictions", predictions, "(N, K)", (2,))
     if len(predictions) < 2 * splits:
         raise ValueError(

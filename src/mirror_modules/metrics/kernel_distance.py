@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_positive, shape_of
-from mirror_modules.metrics._features import check_measurable
+from mirror_modules.metrics._features import check_generator, check_measurable
 
 
 class KernelDistance(NamedTuple):
@@ -47,7 +47,8 @@ def kernel_distance(
         Mean and deviation over the subsets. Published tables often print the value times 100 or 1000.
 
     Raises:
-        ValueError: Not (N, D) and (M, D), a feature is not finite, or a set is smaller than a subset.
+        ValueError: Not (N, D) and (M, D), a feature is not finite, a set is smaller than a subset, or an argument has
+            another type.
 
     Examples:
         >>> import torch
@@ -63,6 +64,7 @@ def kernel_distance(
             "need the same number of features, from the same extractor."
         )
     check_positive("kernel_distance", subsets=subsets, subset_size=subset_size)
+    check_generator("kernel_distance", generator)
     if subset_size < 2:
         raise ValueError("kernel_distance: subset_size must be at least 2, but it is 1.")
     smaller = min(len(features_a), len(features_b))

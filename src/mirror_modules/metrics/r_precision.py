@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_positive, shape_of
-from mirror_modules.metrics._features import check_pairs, check_tensors, directions
+from mirror_modules.metrics._features import check_generator, check_pairs, check_tensors, directions
 
 # Scores in memory at a time: those of 30,000 images with 30,000 captions would need 7 GB at once.
 LARGEST_BLOCK = 2**24
@@ -67,7 +67,8 @@ def r_precision(
         Top-1, top-2 and top-3 precision, and the standard error of the first.
 
     Raises:
-        ValueError: Shapes disagree, a feature is not finite, or there are too few mismatched captions.
+        ValueError: Shapes disagree, a feature is not finite, there are too few mismatched captions, or an argument has
+            another type.
 
     Examples:
         >>> import torch
@@ -153,6 +154,7 @@ def _hits(
 ) -> Tensor:
     """Compute the probability that each image's caption is in its top k, k = 1, 2, 3: (N, 3). 0 or 1 without ties."""
     check_pairs(owner, images, sentences)
+    check_generator(owner, generator)
     count = images.shape[0]
     for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):
         if ids is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from mirror_modules.stem.vocabulary import split_words
@@ -112,7 +112,13 @@ def _split(owner: str, descriptions: Iterable[str], captions: Iterable[str]) -> 
 
 
 def _as_list(owner: str, name: str, texts: Iterable[str]) -> list[str]:
-    listed = [] if isinstance(texts, str) else list(texts)
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
+    # A set has no order, and a dictionary would yield its keys.
+    is_list = not isinstance(texts, str | Set | Mapping)
+    try:
+        entries = iter(texts)
+    except TypeError:
+        is_list = False
+    listed = list(entries) if is_list else []
+    if not is_list or not all(isinstance(text, str) for text in listed):
         raise ValueError(f"{owner}: {name} must be a list of strings, one for each image; wrap a single one.")
     return listed

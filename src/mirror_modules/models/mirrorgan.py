@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -130,10 +131,8 @@ class MirrorGAN(nn.Module):
             )
 
     def _sample_noise(self, count: int, seed: int | None) -> tuple[Tensor, Tensor]:
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"MirrorGAN.generate: seed must be from 0 to 2**63 - 1, but it is {seed}.")
         generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        generator.seed() if seed is None else generator.manual_seed(_check_seed(seed))
         # Row by row: in a single call, the first rows would depend on the number of rows, and images on their batch.
         sizes = [self.config.noise_dim, self.config.condition_dim]
         rows = [torch.randn(sum(sizes), generator=generator) for _ in range(count)]
@@ -155,8 +154,9 @@ class MirrorGAN(nn.Module):
             ValueError: `images` are not (B, 3, H, W), or `beam_width` is not positive.
         """
         with evaluating(self):
+            dtype = self.captioner.output.weight.dtype if images.is_floating_point() else None
             tokens = self.captioner.describe(
-                images.to(self.device), beam_width=beam_width, max_words=self.config.max_words + 1
+                images.to(self.device, dtype), beam_width=beam_width, max_words=self.config.max_words + 1
             )
         return self.vocabulary.decode(tokens)
 
@@ -199,6 +199,13 @@ def _attention(config: MirrorGANConfig) -> Literal["word", "none"] | AttentionFa
         score_projection=config.score_projection,
         sentence_axis=config.sentence_axis,
     )
+
+
+def _check_seed(seed: int) -> int:
+    """The seed as an int, from a whole number of any type."""
+    if not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**63:
+        raise ValueError(f"MirrorGAN.generate: seed must be a whole number from 0 to 2**63 - 1, but it is {seed!r}.")
+    return operator.index(seed)
 
 
 @contextmanager

@@ -5,7 +5,9 @@
 Each part has a table of (published prefix, our prefix). `<k>` stands for a number, counted from k on either side: with
 `h_net<2>.` and `refinements.<0>.`, the published `h_net3.` is our `refinements.1.`.
 
-The weights expect the token ids of the vocabulary that was published with them, not those of our `Vocabulary`.
+The weights expect the token ids of the vocabulary that was published with them, not those of our `Vocabulary`, and
+images in [-1, 1]. Backbones receive them as the published code gives them to its own: not normalized, resized to
+`INCEPTION_SIZE` or `RESNET_SIZE`, bilinearly and without antialiasing.
 """
 
 from __future__ import annotations
@@ -84,6 +86,9 @@ CAPTIONER: Table = (
 # 1x1 convolutions in the published code, linear layers here.
 POINTWISE = ("word_projection.weight", "score_projection.weight", "region_projection.weight")
 NUMBER = re.compile(r"<(\d+)>")
+INCEPTION_SIZE, RESNET_SIZE = 299, 224
+"""Height and width of the images that the backbones of the published image encoder and captioner receive."""
+COLOR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def load_published(path: str | Path) -> dict[str, Tensor]:
@@ -110,11 +115,26 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = _reason(error)
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors such as a state_dict.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} holds a dict, expected a dict of tensors such as a state_dict, but it contains {name!r}: "
+                f"{type(tensor).__name__}; if one of its entries is the state, save that one to a file of its own."
+            )
     return state
+
+
+def _reason(error: Exception) -> str:
+    """Why `torch.load` failed, without its color codes and its advice to load the file unsafely."""
+    message = COLOR_CODE.sub("", str(error))
+    refused = re.search(r"GLOBAL (\S+)", message)
+    if refused is not None:
+        return f"it refers to {refused[1]}"
+    return message.strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def convert_conditioning(state: State) -> dict[str, Tensor]:
@@ -202,7 +222,8 @@ def convert_text_encoder(state: State) -> dict[str, Tensor]:
 def convert_image_encoder(state: State) -> dict[str, Tensor]:
     """Convert a published image encoder to a state of `ImageEncoder` with torchvision's Inception v3.
 
-    See `convert_generator` for arguments and errors.
+    Use the backbone `TorchvisionBackbone("inception_v3", antialias=False)`, which resizes images as the published code
+    does. See `convert_generator` for arguments and errors.
 
     Examples:
         >>> import torch
@@ -216,7 +237,8 @@ def convert_image_encoder(state: State) -> dict[str, Tensor]:
 def convert_captioner(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
     """Convert a published caption CNN and caption RNN to a state of `Captioner` with a torchvision ResNet.
 
-    See `convert_generator` for errors.
+    Use the backbone `TorchvisionBackbone("resnet152", normalize=False, resize_to=224, antialias=False)`, whose input is
+    that of the published caption CNN. See `convert_generator` for errors.
 
     Args:
         cnn_state: State of the caption CNN; {} if not needed.
@@ -320,8 +342,8 @@ def load_published_text_encoder(state: State) -> TextEncoder:
 def load_published_image_encoder(state: State) -> ImageEncoder:
     """Build the image encoder of a published state, and load its weights.
 
-    Its images are in [-1, 1] without ImageNet normalization, as in its training. See `load_published_generator` for
-    arguments and errors.
+    Its images are in [-1, 1], of any size; Inception receives them resized to 299 pixels, as in the published code. See
+    `load_published_generator` for arguments and errors.
 
     Examples:
         >>> from mirror_modules.models.published import load_published, load_published_image_encoder
@@ -332,14 +354,17 @@ def load_published_image_encoder(state: State) -> ImageEncoder:
     owner = "load_published_image_encoder"
     state = _strip_prefix(state)
     feature_dim = _shape(owner, state, "emb_features.weight", 4)[0]
-    encoder = ImageEncoder("inception_v3", feature_dim)
+    backbone = TorchvisionBackbone("inception_v3", resize_to=INCEPTION_SIZE, antialias=False)
+    encoder = ImageEncoder(backbone, feature_dim)
     return _load(owner, encoder, state, IMAGE_ENCODER)
 
 
 def load_published_captioner(cnn_state: State, rnn_state: State, *, backbone: str = "resnet152") -> Captioner:
     """Build the captioner of a published pair of states, and load its weights.
 
-    Its images are in [-1, 1] without ImageNet normalization, as in its training.
+    Its images are in [-1, 1], of any size; the ResNet receives them resized to 224 pixels and without ImageNet
+    normalization, as in the published code. That code trains without an end token: use
+    `describe(images, end_token=None)`.
 
     Args:
         cnn_state: State of the caption CNN.
@@ -364,7 +389,7 @@ def load_published_captioner(cnn_state: State, rnn_state: State, *, backbone: st
     state = _both(cnn_state, rnn_state)
     vocabulary_size, embedding_dim = _shape(owner, state, "rnn.embed.weight", 2)
     captioner = Captioner(
-        TorchvisionBackbone(backbone, normalize=False),
+        TorchvisionBackbone(backbone, normalize=False, resize_to=RESNET_SIZE, antialias=False),
         vocabulary_size,
         embedding_dim=embedding_dim,
         hidden_dim=_shape(owner, state, "rnn.lstm.weight_hh_l0", 2)[1],

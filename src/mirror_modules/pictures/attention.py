@@ -55,6 +55,9 @@ def attention_maps(
     Returns:
         One entry per caption, for at most four captions; empty without attention weights.
 
+    Raises:
+        ValueError: Captions, words and images differ in number.
+
     Examples:
         >>> import torch
         >>> from mirror_modules import GeneratedImages
@@ -66,10 +69,15 @@ def attention_maps(
         >>> [(each.name, each.note, each.picture.shape) for each in maps]
         [('red', '50%', (4, 4, 3)), ('flower', '100%', (4, 4, 3))]
     """
-    shown = []
-    finest = generated.images[-1][:ATTENTION_CAPTIONS]
     if not generated.word_weights:
         return []
+    if not len(captions) == len(words) == len(generated.images[-1]):
+        raise ValueError(
+            f"attention_maps: {len(captions)} captions and the words of {len(words)} for {len(generated.images[-1])} "
+            "images; give both for each image."
+        )
+    shown = []
+    finest = generated.images[-1][:ATTENTION_CAPTIONS]
     images = image_pyramid(finest, [min(finest.shape[2], ATTENTION_RESOLUTION)])[0]
     for i, image in enumerate(images):
         maps = []
@@ -97,7 +105,7 @@ def token_words(vocabulary: Vocabulary, tokens: Tensor, word_mask: Tensor) -> li
 
 
 def draw_attention(attention: Sequence[CaptionAttention]) -> Picture:
-    """Draw one row per caption: its image, then its maps, padded with white tiles."""
+    """Draw one row per caption, of at least one: its image, then its maps, padded with white tiles."""
     columns = 1 + max(len(entry.maps) for entry in attention)
     pictures, labels = [], []
     for entry in attention:

@@ -80,8 +80,8 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, scale:
         The picture, (height, width, 3); the longest caption of a row determines the height of the row.
 
     Raises:
-        ValueError: `images` are not floats (N, 3, H, W), captions and images differ in number, or a number is out of
-            range.
+        ValueError: `images` are not floats (N, 3, H, W), captions are not strings or differ from the images in number,
+            or a number is out of range.
 
     Examples:
         >>> import torch
@@ -91,6 +91,8 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, scale:
         (140, True)
     """
     tiles = _enlarged("captioned_grid", images, columns, scale)
+    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("captioned_grid: captions must be a list of strings, one for each image; wrap a single one.")
     if len(captions) != len(tiles):
         raise ValueError(f"captioned_grid: {len(captions)} captions for {len(tiles)} images; give one for each image.")
     width = tiles.shape[2]
@@ -116,6 +118,9 @@ def sample_sheet(samples: Sequence[CaptionedImage]) -> Picture:
     Returns:
         The picture, (height, width, 3); small images are enlarged to about 128 pixels to keep captions legible.
 
+    Raises:
+        ValueError: There is no sample, a sample has no caption, or sizes differ.
+
     Examples:
         >>> from mirror_modules.data import SyntheticFlowers
         >>> from mirror_modules.pictures.grids import sample_sheet
@@ -123,6 +128,16 @@ def sample_sheet(samples: Sequence[CaptionedImage]) -> Picture:
         >>> sample_sheet([flowers[i] for i in range(3)]).shape[1]  # three images of 128 pixels and two gaps of 12
         408
     """
+    if not samples:
+        raise ValueError("sample_sheet: there is no sample; give at least one.")
+    for i, sample in enumerate(samples):
+        if not sample.captions:
+            raise ValueError(f"sample_sheet: sample {i} has no caption; give it one, or remove it.")
+        if sample.image.shape != samples[0].image.shape:
+            raise ValueError(
+                f"sample_sheet: sample {i} is {sample.image.shape}, but sample 0 is {samples[0].image.shape}; open the "
+                "data set with one resolution."
+            )
     captions = [textwrap.shorten(sample.captions[0], LONGEST_CAPTION, placeholder=" ...") for sample in samples]
     images = to_float(torch.stack([torch.from_numpy(sample.image) for sample in samples]))
     scale = max(1, CAPTION_WIDTH // images.shape[3])
@@ -140,7 +155,7 @@ def heat_overlay(image: Tensor, weights: Tensor) -> Picture:
         The picture, (H, W, 3).
 
     Raises:
-        ValueError: A shape is wrong, or a weight is negative or not finite.
+        ValueError: A shape is wrong, there are no weights, or a weight is negative or not finite.
 
     Examples:
         >>> import torch
@@ -152,8 +167,8 @@ def heat_overlay(image: Tensor, weights: Tensor) -> Picture:
     if image.ndim != 3:
         raise ValueError(f"heat_overlay: image must be (3, H, W), but it is {shape_of(image)}.")
     check_images("heat_overlay", image.unsqueeze(0))
-    if weights.ndim != 2:
-        raise ValueError(f"heat_overlay: weights must be (h, w), but they are {shape_of(weights)}.")
+    if weights.ndim != 2 or weights.numel() == 0:
+        raise ValueError(f"heat_overlay: weights must be (h, w), at least one, but they are {shape_of(weights)}.")
     if not bool((weights.isfinite() & (weights >= 0)).all()):
         raise ValueError("heat_overlay: weights must be finite and at least 0, but some are not.")
     weights = weights.detach().float().cpu()
@@ -166,7 +181,14 @@ def heat_overlay(image: Tensor, weights: Tensor) -> Picture:
 
 
 def same_size(batches: Sequence[Tensor]) -> Tensor:
-    """Enlarge batches of images (N, 3, h, w) to the size of the largest by repeating pixels: (batches, N, 3, H, W)."""
+    """Enlarge batches of images (N, 3, h, w) to the size of the largest by repeating pixels: (batches, N, 3, H, W).
+
+    Raises:
+        ValueError: There is no batch, or they differ in their number of images.
+    """
+    if len({len(batch) for batch in batches}) != 1:
+        listed = ", ".join(shape_of(batch) for batch in batches) or "none"
+        raise ValueError(f"same_size: there must be one or more batches with the same number of images ({listed}).")
     largest = max((batch.shape[2:] for batch in batches), key=max)
     return torch.stack([F.interpolate(batch, largest, mode="nearest") for batch in batches])
 

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import at_least_float32, check_choice, check_features, check_positive, shape_of
+from mirror_modules._checks import (
+    at_least_float32,
+    check_choice,
+    check_features,
+    check_positive,
+    check_precision,
+    shape_of,
+)
 
 
 class Condition(NamedTuple):
@@ -101,6 +108,7 @@ class ConditioningAugmentation(nn.Module):
             ValueError: Sizes disagree.
         """
         check_features("ConditioningAugmentation", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
+        check_precision("ConditioningAugmentation", self.linear, sentence=sentence)
         mean, log_variance = F.glu(self.linear(sentence), dim=1).chunk(2, dim=1)
         if noise is None:
             noise = torch.randn_like(mean)

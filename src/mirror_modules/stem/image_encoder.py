@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_images, check_positive
+from mirror_modules._checks import check_images, check_positive, check_precision
 from mirror_modules._norms import MapBatchNorm
 
 # Mean and standard deviation of ImageNet's images in [0, 1], per color channel.
@@ -67,6 +67,7 @@ class ConvBackbone(nn.Module):
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W) into regions (B, R, region_dim) and image (B, image_dim)."""
         check_images("ConvBackbone", images, self.smallest)
+        check_precision("ConvBackbone", self, images=images)
         maps = [images]
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -87,17 +88,20 @@ class TorchvisionBackbone(nn.Module):
 
     Images in [-1, 1] are converted to the input on which torchvision's weights were trained: for a ResNet they are
     normalized with ImageNet's statistics; for Inception they are resized to 299 pixels and stay in [-1, 1], because
-    torchvision's own network undoes ImageNet's normalization (its `transform_input`). Regions are the positions of
-    Inception's `Mixed_6e` (17 x 17 x 768, as in the paper) or of a ResNet's `layer3`; the global feature is the mean of
-    the last block.
+    torchvision's own network undoes ImageNet's normalization (its `transform_input`). A ResNet takes images of any
+    size as they are, unless `resize_to` is given. Regions are the positions of Inception's `Mixed_6e` (17 x 17 x 768,
+    as in the paper) or of a ResNet's `layer3`; the global feature is the mean of the last block.
 
     Args:
         name: "inception_v3", or the name of a ResNet such as "resnet18" or "resnet152".
         weights: As in torchvision, such as "DEFAULT", which torchvision downloads; None initializes at random.
         normalize: Normalize the input of a ResNet; the published captioners were trained on raw images in [-1, 1].
+        resize_to: Height and width to which images are resized, bilinearly; None resizes to 299 for Inception and not
+            at all for a ResNet. The published captioners resize to 224.
+        antialias: Filter images when they shrink; the published code does not.
 
     Raises:
-        ValueError: `name` is none of these.
+        ValueError: `name` is none of these, or `resize_to` is not a whole number of at least 1.
 
     Examples:
         >>> import torch
@@ -108,7 +112,15 @@ class TorchvisionBackbone(nn.Module):
         (torch.Size([1, 16, 256]), torch.Size([1, 512]))
     """
 
-    def __init__(self, name: str, weights: Any = None, *, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: Any = None,
+        *,
+        normalize: bool = True,
+        resize_to: int | None = None,
+        antialias: bool = True,
+    ) -> None:
         super().__init__()
         from torchvision import models
 
@@ -118,26 +130,40 @@ class TorchvisionBackbone(nn.Module):
         network = models.get_model(name, weights=weights, **quiet)
         self.image_dim = network.fc.in_features
         self.normalize = normalize and name != "inception_v3"
-        self.resize_to: int | None
-        self.resize_to, self.region_layer = (299, "Mixed_6e") if name == "inception_v3" else (None, "layer3")
+        default_size, region_layer = (299, "Mixed_6e") if name == "inception_v3" else (None, "layer3")
+        if resize_to is not None:
+            check_positive("TorchvisionBackbone", resize_to=resize_to)
+        self.resize_to, self.antialias = default_size if resize_to is None else resize_to, antialias
         # Both families are a sequence of their children up to the pooling, except for Inception's auxiliary classifier.
         layers = {layer: child for layer, child in network.named_children() if layer != "AuxLogits"}
         trunk = list(layers)[: list(layers).index("avgpool")]
-        self.network = nn.Sequential(OrderedDict((layer, layers[layer]) for layer in trunk))
+        self.network = _Trunk(OrderedDict((layer, layers[layer]) for layer in trunk))
+        self.network.region_layer = region_layer
         self.region_dim = 768 if name == "inception_v3" else layers["layer4"][0].conv1.in_channels
 
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W) in [-1, 1] into regions (B, R, region_dim) and image (B, image_dim)."""
         check_images("TorchvisionBackbone", images)
+        check_precision("TorchvisionBackbone", self, images=images)
         if self.resize_to is not None:
-            images = F.interpolate(images, (self.resize_to, self.resize_to), mode="bilinear", antialias=True)
-        features = _normalize_for_imagenet(images) if self.normalize else images
-        regions = features
-        for name, layer in self.network.named_children():
+            size = (self.resize_to, self.resize_to)
+            images = F.interpolate(images, size, mode="bilinear", antialias=self.antialias)
+        regions, features = self.network(_normalize_for_imagenet(images) if self.normalize else images)
+        return ImageFeatures(regions.flatten(2).mT, features.mean(dim=(2, 3)))
+
+
+class _Trunk(nn.Sequential):
+    """Layers in sequence: images -> the output of `region_layer`, and that of the last layer."""
+
+    region_layer: str
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        regions = features = images
+        for name, layer in self.named_children():
             features = layer(features)
             if name == self.region_layer:
                 regions = features
-        return ImageFeatures(regions.flatten(2).mT, features.mean(dim=(2, 3)))
+        return regions, features
 
 
 def _normalize_for_imagenet(images: Tensor) -> Tensor:

@@ -21,8 +21,15 @@ from mirror_modules._checks import (
     check_number,
     check_word_mask,
     shape_of,
+    zero_padding,
 )
-from mirror_modules._tiles import ELEMENTS_ON_A_GPU, Tile, is_transformed, recomputed_in_tiles
+from mirror_modules._tiles import (
+    ELEMENTS_ON_A_GPU,
+    Tile,
+    is_transformed,
+    recomputed_in_tiles,
+    without_autocast,
+)
 from mirror_modules.stem.image_encoder import ImageFeatures
 from mirror_modules.stem.text_encoder import TextFeatures
 
@@ -98,12 +105,10 @@ def word_region_similarity(
         >>> word_region_similarity(regions, words).argmax(dim=1)  # the caption of each image
         tensor([1, 0])
     """
-    _check_pairs(OPERATION, regions, words, word_mask)
+    word_mask = _check_pairs(OPERATION, regions, words, word_mask)
     check_number(OPERATION, gamma_attention=gamma_attention, gamma_word=gamma_word)
     choice = choose_similarity(regions, words, gamma_attention=gamma_attention, impl=impl)
-    regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
-    if word_mask is None:
-        word_mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+    regions, words, word_mask = _prepare(regions, words, word_mask)
     if choice.implementation == "triton":
         return kernels.word_region_similarity(regions, words, word_mask, gamma_attention, gamma_word)
 
@@ -165,20 +170,30 @@ def _similarity(
 
 def _attention(regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float) -> Tensor:
     words_LJD = words_JLD.transpose(0, 1)
-    scores_ILJR = (words_LJD.flatten(0, 1) @ regions_IRD.mT).unflatten(1, words_LJD.shape[:2])
-    scores_ILJR = at_least_float32(scores_ILJR)
+    # In float32, because scores beyond 65504 would overflow float16.
+    words_KD, regions_IDR = at_least_float32(words_LJD.flatten(0, 1)), at_least_float32(regions_IRD.mT)
+    scores_ILJR = (words_KD @ regions_IDR).unflatten(1, words_LJD.shape[:2])
     scores_ILJR = scores_ILJR.masked_fill(~mask_JL.mT.unsqueeze(2), torch.finfo(scores_ILJR.dtype).min)
     return torch.softmax(gamma_attention * torch.softmax(scores_ILJR, dim=1), dim=3)
 
 
-def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor | None) -> None:
+def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor | None) -> Tensor | None:
     if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
         raise ValueError(
             f"{owner}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
             f"{shape_of(regions)} and {shape_of(words)}."
         )
-    check_word_mask(owner, words, word_mask, may_stall=False)
+    word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
     check_alike(owner, word_mask, regions=regions, words=words)
+    return word_mask
+
+
+def _prepare(regions: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast regions and words as autocast does for a matrix product, zero the padding, and create a missing mask."""
+    regions, words = (tensor.to(autocast_dtype(tensor)) for tensor in (regions, words))
+    if word_mask is None:
+        return regions, words, torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+    return regions, zero_padding(words, word_mask), word_mask
 
 
 def word_region_attention(
@@ -213,11 +228,13 @@ def word_region_attention(
         (torch.Size([1, 1, 2, 3]), tensor([[[0, 2]]]))
     """
     owner = "word_region_attention"
-    _check_pairs(owner, regions, words, word_mask)
+    word_mask = _check_pairs(owner, regions, words, word_mask)
     check_number(owner, gamma_attention=gamma_attention)
-    if word_mask is None:
-        word_mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
-    return rearrange(_attention(regions, words, word_mask, gamma_attention), "i l j r -> i j l r")
+
+    def attention(regions: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor]:
+        return (rearrange(_attention(regions, words, word_mask, gamma_attention), "i l j r -> i j l r"),)
+
+    return without_autocast(attention, _prepare(regions, words, word_mask))[0]
 
 
 def matching_loss(
@@ -329,7 +346,7 @@ def contrastive_terms(
         gamma_loss: Inverse temperature of the cross entropy.
 
     Returns:
-        Two scalars: the loss of retrieving captions, and that of retrieving images.
+        Two scalars, float32 or wider: the loss of retrieving captions, and that of retrieving images.
 
     Raises:
         ValueError: `similarity` is not square, or `class_ids` does not fit it.
@@ -351,11 +368,11 @@ def contrastive_terms(
             f"contrastive_terms: class_ids must be ({len(similarity)},), one per pair, but they are "
             f"{shape_of(class_ids)}."
         )
-    labels = torch.arange(len(similarity), device=similarity.device)
-    logits = gamma_loss * similarity
+    labels = torch.arange(similarity.shape[0], device=similarity.device)
+    logits = gamma_loss * at_least_float32(similarity)
     if class_ids is not None:
         is_same_class = class_ids.unsqueeze(1) == class_ids.unsqueeze(0)
-        is_other_pair = ~torch.eye(len(similarity), dtype=torch.bool, device=logits.device)
+        is_other_pair = ~torch.eye(similarity.shape[0], dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(is_same_class & is_other_pair, float("-inf"))
     return F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)
 

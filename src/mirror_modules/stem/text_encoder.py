@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from mirror_modules._checks import check_positive, check_tokens, check_word_mask
+from mirror_modules._checks import check_positive, check_tokens, check_word_mask, is_readable, zero_padding
+from mirror_modules._lstm import run_lstm
 
 
 class TextFeatures(NamedTuple):
@@ -26,7 +27,8 @@ class TextEncoder(nn.Module):
         words = hidden states of both directions,    sentence = last hidden state of both directions
 
     Captions are packed by length, so that the backward direction starts at the last real word: padding does not change
-    the features of a caption.
+    the features of a caption. Where lengths cannot be read, such as in `torch.compile` and `torch.export`, the backward
+    direction runs over captions aligned at their ends instead, with equal results up to rounding.
 
     Args:
         vocabulary_size: Number of token ids.
@@ -72,18 +74,47 @@ class TextEncoder(nn.Module):
             Word features (B, L, D), zero at padding, and sentence features (B, D).
 
         Raises:
-            ValueError: A token is outside the vocabulary, a caption has no real word, or padding precedes a word.
+            ValueError: A token is outside the vocabulary, a caption has no real word, or padding precedes a word. A
+                compiled or exported graph does not check these.
         """
         check_tokens("TextEncoder", tokens, self.vocabulary_size)
-        check_word_mask("TextEncoder", tokens, word_mask)
+        word_mask = check_word_mask("TextEncoder", tokens, word_mask)
         if word_mask is None:
             word_mask = torch.ones_like(tokens, dtype=torch.bool)
-        lengths = word_mask.sum(dim=1)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        embedded = self.dropout(self.embedding(tokens))
+        # An empty batch cannot be packed.
+        can_pack = is_readable(word_mask) and tokens.shape[0] > 0
+        return self._packed(embedded, word_mask) if can_pack else self._aligned(embedded, word_mask)
+
+    def _packed(self, embedded: Tensor, word_mask: Tensor) -> TextFeatures:
+        """Encode embedded captions (B, L, embedding_dim), packed by length."""
+        lengths, positions = word_mask.sum(dim=1), torch.arange(word_mask.shape[1], device=word_mask.device)
         if not torch.equal(word_mask, positions < lengths.unsqueeze(1)):
             raise ValueError("TextEncoder: word_mask has padding before a real word; put the real words first.")
-        embedded = self.dropout(self.embedding(tokens))
         packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, (last, _) = self.lstm(packed)
-        words, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+        words, _ = pad_packed_sequence(states, batch_first=True, total_length=word_mask.shape[1])
         return TextFeatures(words, torch.cat((last[0], last[1]), dim=1))
+
+    def _aligned(self, embedded: Tensor, word_mask: Tensor) -> TextFeatures:
+        """Encode embedded captions (B, L, embedding_dim) without reading their lengths.
+
+        One call of the LSTM takes each caption twice: followed by its padding, for the forward direction, and preceded
+        by it, for the backward direction.
+        """
+        batch, longest = word_mask.shape
+        lengths_B1, positions = word_mask.sum(dim=1, keepdim=True), torch.arange(longest, device=word_mask.device)
+        # Rolling a row by its padding moves the padding to the front: position p takes what is at p + length.
+        at_end = _take_rows(embedded, (positions + lengths_B1) % longest)
+        states, _ = run_lstm(self.lstm, torch.cat((embedded, at_end)))
+        forward, backward = states[:batch].chunk(2, dim=2)[0], states[batch:].chunk(2, dim=2)[1]
+        backward = _take_rows(backward, (positions - lengths_B1) % longest)
+        last = _take_rows(forward, (lengths_B1 - 1).clamp(min=0))
+        sentence = torch.cat((last[:, 0], backward[:, 0]), dim=1)
+        return TextFeatures(zero_padding(torch.cat((forward, backward), dim=2), word_mask), sentence)
+
+
+def _take_rows(tensor_BLD: Tensor, rows_BK: Tensor) -> Tensor:
+    """Row rows[b, k] of each sample, (B, K, D)."""
+    # `take_along_dim` would specialize an exported graph to its batch size.
+    return tensor_BLD.gather(1, rows_BK.unsqueeze(2).expand(-1, -1, tensor_BLD.shape[2]))

@@ -159,7 +159,8 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         """Write the vocabulary to a JSON file."""
         content = {"format": FORMAT, "words": self._words[len(SPECIAL_TOKENS) :]}
-        Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=0) + "\n"
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -171,7 +172,7 @@ class Vocabulary:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Vocabulary.load: {path} is not JSON text ({error}).") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"Vocabulary.load: {path} is not a {FORMAT!r} file; write it with Vocabulary.save.")

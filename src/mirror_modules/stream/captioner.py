@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirror_modules._checks import check_batch, check_images, check_positive, check_tokens, check_word_mask
+from mirror_modules._lstm import run_lstm
 from mirror_modules._norms import FeatureBatchNorm
 
 # The ids that `Vocabulary` assigns, as plain numbers: this part works with any vocabulary.
@@ -38,7 +39,7 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
         >>> word_mask.tolist()
         [[True, True, True, True], [True, True, True, False]]
     """
-    check_word_mask("append_end", tokens, word_mask, may_stall=False)
+    word_mask = check_word_mask("append_end", tokens, word_mask, may_stall=False)
     if word_mask is None:
         word_mask = torch.ones_like(tokens, dtype=torch.bool)
     mask_with_end = F.pad(word_mask, (1, 0), value=True)
@@ -112,14 +113,7 @@ class Captioner(nn.Module):
         check_tokens("Captioner", tokens, self.vocabulary_size)
         check_batch("Captioner", images=first_input, tokens=tokens)
         inputs = torch.cat((first_input.unsqueeze(1), self.embedding(tokens[:, :-1])), dim=1)
-        return self.output(self._recur(inputs, None)[0])
-
-    def _recur(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the LSTM, without autocast on a CPU: many processors have no bfloat16 LSTM, and torch raises."""
-        if inputs.device.type != "cpu":
-            return self.lstm(inputs, state)
-        with torch.autocast("cpu", enabled=False):
-            return self.lstm(inputs.to(self.output.weight.dtype), state)
+        return self.output(run_lstm(self.lstm, inputs)[0])
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Predict each word of the captions.
@@ -176,12 +170,12 @@ class Captioner(nn.Module):
         inputs = first_input.repeat_interleave(width, dim=0)
         state: tuple[Tensor, Tensor] | None = None
         for t in range(max_words):
-            hidden, state = self._recur(inputs.unsqueeze(1), state)
-            log_p = self.output(hidden[:, 0]).float().log_softmax(dim=1).view(batch, width, -1)
+            hidden, state = run_lstm(self.lstm, inputs.unsqueeze(1), state)
+            log_p = self.output(hidden[:, 0]).float().log_softmax(dim=1).unflatten(0, (batch, width))
             if end_token not in (None, PAD):
                 # Padding is not a word and may only follow the end token.
                 log_p[:, :, PAD] = float("-inf")
-            only_padding = torch.full_like(log_p[0, 0], float("-inf"))
+            only_padding = log_p.new_full((log_p.shape[2],), float("-inf"))
             only_padding[PAD] = 0.0
             log_p = torch.where(ended.unsqueeze(2), only_padding, log_p)
             score, choice = (score.unsqueeze(2) + log_p).flatten(1).topk(width, dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -168,7 +169,7 @@ def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
 
 
 class UnseenCaption(NamedTuple):
-    """A validation image with one of its captions, which no training image has."""
+    """A validation image with one of its captions, which no training image has; see `unseen_captions`."""
 
     image: int
     """Row in the validation images."""
@@ -176,11 +177,23 @@ class UnseenCaption(NamedTuple):
 
 
 def unseen_captions(splits: Splits) -> list[UnseenCaption]:
-    """For each validation image its first caption that does not occur verbatim among the training captions."""
-    seen = {caption for captions in splits.training.captions for caption in captions}
+    """For each validation image its first caption that differs from all training captions for the model.
+
+    The model reads tokens, cut to its maximum number of words: captions that differ only in case, in punctuation, in
+    unknown words or beyond that number are the same.
+    """
+    seen = {tokens for captions in _token_rows(splits.training) for tokens in captions}
     unseen = []
-    for image, captions in enumerate(splits.validation.captions):
-        new = next((caption for caption in captions if caption not in seen), None)
+    for image, rows in enumerate(_token_rows(splits.validation)):
+        new = next((i for i, tokens in enumerate(rows) if tokens not in seen), None)
         if new is not None:
-            unseen.append(UnseenCaption(image, new))
+            unseen.append(UnseenCaption(image, splits.validation.captions[image][new]))
     return unseen
+
+
+def _token_rows(captions: InMemoryCaptions) -> Iterator[list[tuple[int, ...]]]:
+    """The tokens of all captions of each image, without padding."""
+    lengths = captions.word_mask.sum(dim=1).tolist()
+    rows = (tuple(row[:length]) for row, length in zip(captions.tokens.tolist(), lengths))
+    for count in captions.caption_counts.tolist():
+        yield list(islice(rows, count))

@@ -7,15 +7,15 @@ SHA-256. The content is tensors and plain Python, for `torch.load(weights_only=T
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mirror_modules._files import flush_to_disk
+from mirror_modules._files import flush_to_disk, replace
 from mirror_modules.training.errors import is_dead_worker
 
 DIGITS = 16
@@ -67,7 +67,7 @@ class Checkpoints:
                 raise error.__context__ or OSError(str(error)) from None
             path = self.folder / f"{self.phase}-{step:08}-{checksum(temporary)}.pt"
             flush_to_disk(temporary)
-            os.replace(temporary, path)
+            replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -75,7 +75,9 @@ class Checkpoints:
         files = self.files()
         for old in list(files)[: -self.kept]:
             if old != best_step:
-                files[old].unlink()
+                # Windows refuses this while another program has the file open; the next save tries again.
+                with suppress(PermissionError):
+                    files[old].unlink()
         return path
 
     def newest_whole(self) -> Path | None:
@@ -89,7 +91,7 @@ class Checkpoints:
             if is_whole(path):
                 return path
             renamed = path.with_suffix(".damaged")
-            path.replace(renamed)
+            replace(path, renamed)
             fallback = "the one before it is used" if self.files() else "there is no other: the phase starts again"
             warnings.warn(
                 f"{path} is damaged: its checksum is not the one in its name. It is now {renamed.name}, and "

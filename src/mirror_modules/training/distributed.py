@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mirror_modules._checks import check_choice
 from mirror_modules.training.errors import TrainingError
 
 # Longer than rank 0 takes for a checkpoint or a validation while the other ranks wait.
@@ -152,22 +153,44 @@ def is_main_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def resolve_device(name: str) -> str:
+    """Check the name of a device; "auto" becomes "cuda" if there is a GPU, and "cpu" otherwise.
+
+    Raises:
+        ValueError: The name is unknown, or torch sees no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    check_choice("device", "the device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not has_gpu:
+        raise ValueError("device: it is 'cuda', but torch sees no GPU; use 'cpu' or 'auto'.")
+    return name
+
+
 @contextmanager
 def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
     """Join the process group that torchrun's environment describes; a single process without torchrun.
 
     Args:
-        device: "cpu" or "cuda". With several GPUs, each process of a machine takes its own.
+        device: "cpu", "cuda" or "auto". With several GPUs, each process of a machine takes its own.
 
     Raises:
-        ValueError: There are more processes on this machine than GPUs.
+        ValueError: There are more processes on this machine than GPUs, or torch was built without the backend: NCCL for
+            GPUs, gloo for CPUs.
         TrainingError: Another process has ended.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if world_size == 1:
-        yield ProcessGroup(device=torch.device(device))
+        yield ProcessGroup(device=torch.device(resolve_device(device)))
         return
-    own_device = torch.device(device)
+    own_device = torch.device(resolve_device(device))
+    backend = "nccl" if own_device.type == "cuda" else "gloo"
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        raise ValueError(
+            f"torchrun started {world_size} processes, but this build of torch has no backend {backend!r} to connect "
+            f"them on {device!r}; train with a single process, or on another device or system."
+        )
     if own_device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

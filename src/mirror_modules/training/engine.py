@@ -38,6 +38,9 @@ from mirror_modules.training.validation import Unseen, unseen_pairs
 # A terminal and torchrun may both send the same SIGINT.
 SECONDS_BETWEEN_SIGNALS = 1.0
 LOWER_IS_BETTER = ("cross_entropy", "redescription")
+# The number after the recipe's seed, one per purpose, so that no two streams of random numbers coincide; `data` uses 0
+# to 4. Then follow the phase, whose result does not depend on which other phases ran before it, and the rank if any.
+DROPOUT, BATCHES, WEIGHTS, NOISE = range(5, 9)
 
 
 class Signals:
@@ -64,7 +67,8 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None is a handler that was not installed from Python; it cannot be restored.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @dataclass
@@ -143,7 +147,8 @@ class PhaseRun:
         with ExitStack() as stack:
             # Dropout draws from the global generator; each rank has other images and needs other draws.
             stack.enter_context(self.group.fork_rng())
-            torch.manual_seed(seeded(self.run.recipe.seed, PHASES.index(self.phase), self.group.rank).initial_seed())
+            dropout = seeded(self.run.recipe.seed, DROPOUT, PHASES.index(self.phase), self.group.rank)
+            torch.manual_seed(dropout.initial_seed())
             newest = self.group.broadcast(self.checkpoints.newest_whole() if self.group.is_main else None)
             self.log = PhaseLog(
                 self.phase,
@@ -379,7 +384,7 @@ def make_batches(run: Run, phase: str, recipe: PhaseRecipe, *, with_images: bool
     return RepeatableBatches(
         captions,
         batch_size,
-        int(seeded(run.recipe.seed, 7, PHASES.index(phase)).initial_seed()),
+        int(seeded(run.recipe.seed, BATCHES, PHASES.index(phase)).initial_seed()),
         crop=resolution if captions.images.shape[1] > resolution else None,
         rank=group.rank,
         ranks=group.world_size,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,8 @@ WRITTEN_WHOLE = (
 
 LOCK = ".lock"
 FORMAT = "mirror-modules run 2"
+# The names that `write_whole` gives to temporary files.
+_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN_WHOLE))})\.[a-z0-9_]{{8}}")
 
 
 class RunFolder:
@@ -101,8 +105,11 @@ class RunFolder:
                 "started. Restore them, or choose another --out."
             )
 
-    def read_recipe(self) -> Recipe:
+    def read_recipe(self, kind: str | None = None) -> Recipe:
         """The recipe in config.json.
+
+        Args:
+            kind: What the folder must hold; None stands for the run of a single model.
 
         Raises:
             FileNotFoundError: There is no run in the folder.
@@ -120,10 +127,16 @@ class RunFolder:
                 f"{self.path} holds a run of another version of mirror-modules, which this one cannot read (its format "
                 f"is {content.get('format')!r}, not {FORMAT!r}); use that version, or train again with another --out."
             )
+        if content.get("kind") != kind:
+            expected = "a single run" if kind is None else f"an {kind}"
+            raise ValueError(f"{self.config} is not that of {expected}; choose another folder.")
         try:
-            return Recipe.from_dict(content["recipe"])
+            recipe = Recipe.from_dict(content["recipe"])
+            if missing := list(_missing(recipe.to_dict(), content["recipe"])):
+                raise ValueError(f"it lacks {', '.join(missing)}")
         except ValueError as error:
             raise ValueError(f"{self.config} was written by another version, or edited: {error}") from error
+        return recipe
 
     def begin(self, recipe: Recipe) -> None:
         """Create the folder and write its config.json; a resumed run records its versions if they differ."""
@@ -154,7 +167,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def _missing(expected: dict[str, Any], found: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the fields in `expected` that `found` lacks."""
+    for name, value in expected.items():
+        if name not in found:
+            yield prefix + name
+        elif isinstance(value, dict):
+            yield from _missing(value, found[name], f"{prefix}{name}.")
+
+
 def _is_leftover(path: Path) -> bool:
     """Whether a killed run left this file before it could rename or remove it."""
-    names = [f".{name}." for name in WRITTEN_WHOLE]
-    return path.is_file() and (path.name == LOCK or any(path.name.startswith(name) for name in names))
+    return path.is_file() and (path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None)

@@ -66,7 +66,7 @@ class PhaseLog:
         self.board: Any = None
         if self.writes:
             truncate_phase(self.path, self.phase, self.step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8", newline="\n")
             if self.recipe.tensorboard:
                 self.board = _summary_writer()(str(self.path.parent / "tensorboard"), purge_step=self.step + 1)
         return self
@@ -188,7 +188,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or not _is_logged(entry):
             raise ValueError(f"{path} is damaged: line {number} is not a logged step; remove the line.")

@@ -7,7 +7,7 @@ generator against one discriminator per stage, and `evaluator` another encoder p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from mirror_modules._files import write_whole
 from mirror_modules.adversarial import PairedDiscriminator
+from mirror_modules.data.seeding import seeded
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, load_splits, unseen_captions
 from mirror_modules.training.distributed import ProcessGroup, process_group
-from mirror_modules.training.engine import PhaseRun, Run, make_batches
+from mirror_modules.training.engine import NOISE, WEIGHTS, PhaseRun, Run, make_batches
 from mirror_modules.training.features import Cache, FrozenFeatures, cached_images, cached_text
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.plan import Plan, make_plan
@@ -38,9 +39,6 @@ from mirror_modules.training.validation import (
     measure_generator,
     measure_pair,
 )
-
-# Each phase has its own random streams, so that its result does not depend on which other phases ran before it.
-SEED_OFFSETS = {"stem": 100, "stream": 200, "glam": 300, "evaluator": 400}
 
 
 def train(
@@ -59,7 +57,7 @@ def train(
         recipe: Data, model and training of the run.
         out: The run's folder, the same for all processes. Finished phases in it are reused.
         phases: Phases to train, in any order.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
         resume: Continue interrupted phases from their newest checkpoints; on a CPU the result equals that of an
             uninterrupted run bit for bit. In a new folder, the run simply starts.
 
@@ -67,8 +65,8 @@ def train(
         The run's folder.
 
     Raises:
-        ValueError: A phase is unknown or requires others, the folder holds another run or an interrupted phase, or the
-            recipe cannot be trained and evaluated on its data.
+        ValueError: An argument is not as above, a phase requires others, the folder holds another run or an interrupted
+            phase, or the recipe cannot be trained and evaluated on its data.
         TrainingError: Training cannot continue; the message gives the reason.
         Interrupted: SIGINT or SIGTERM was received; the step was finished and a checkpoint written.
 
@@ -81,6 +79,10 @@ def train(
         >>> folder.model  # doctest: +SKIP
         PosixPath('runs/short/model')
     """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"train: recipe must be a Recipe such as get_recipe('demo'), but it is {recipe!r}.")
+    if isinstance(phases, str) or not (phases := tuple(phases)):
+        raise ValueError(f"train: phases must be a list of one or more of {', '.join(PHASES)}, but it is {phases!r}.")
     folder = RunFolder(out)
     with process_group(device) as group:
         plan = _common_plan(recipe, folder, phases, resume, group)
@@ -95,10 +97,21 @@ def train(
             group.barrier()
             with folder.locked() if group.is_main else nullcontext():
                 if group.is_main:
+                    if make_plan(recipe, folder, phases, resume=resume) != plan:
+                        raise ValueError(f"{folder.path} was changed by another process meanwhile; try again.")
                     folder.begin(recipe)
                     write_whole(folder.vocabulary, splits.vocabulary.save)
-                with run.signals, _determinism(recipe.engine.deterministic), group.fork_rng():
+                with ExitStack() as stack:
+                    stack.enter_context(run.signals)
+                    stack.enter_context(_determinism(recipe.engine.deterministic))
+                    stack.enter_context(group.fork_rng())
+                    # The caller may have turned gradients off.
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.enable_grad())
                     _train_phases(run, plan)
+        elif group.is_main and folder.read_recipe() != recipe:
+            # Only fields that may change in a finished run, such as the path of the data.
+            folder.begin(recipe)
     return folder
 
 
@@ -121,7 +134,7 @@ def _common_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resum
 def _train_phases(run: Run, plan: Plan) -> None:
     trainers = {"stem": train_stem, "stream": train_stream, "glam": train_glam, "evaluator": train_evaluator}
     for phase in plan.to_train:
-        torch.manual_seed(run.recipe.seed + SEED_OFFSETS[phase])
+        torch.manual_seed(seeded(run.recipe.seed, WEIGHTS, PHASES.index(phase)).initial_seed())
         module = trainers[phase](run)
         if run.group.is_main:
             save_weights(module, run.folder.weights(phase))
@@ -206,7 +219,7 @@ def train_glam(run: Run) -> nn.Module:
     load_weights(model.captioner, folder.weights("stream"))
     model.to(run.group.device)
     text, message = _cache_captions(run, model)
-    random = torch.Generator().manual_seed(seed + SEED_OFFSETS["glam"])
+    random = seeded(seed, NOISE, PHASES.index("glam"))
     state = start(model, recipe, random, run.group, text)
     with PhaseRun(run, "glam", state, recipe.glam, state.networks()) as steps:
         if message:

@@ -137,3 +137,5 @@ def test_errors():
         class_id_of({"size": "small"})
     with pytest.raises(ValueError, match=r"resolution must be at least 8 pixels, but it is 7"):
         draw_flower(FLOWER, 7, rng)
+    with pytest.raises(ValueError, match=r"draw_flower: resolution must be a whole number .*, but it is 16.5"):
+        draw_flower(FLOWER, 16.5, rng)

@@ -2,12 +2,14 @@ import json
 import os
 import shutil
 import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mirror_modules.data import CaptionFolder
-from mirror_modules.data.readers.files import read_lines
+from mirror_modules.data import CaptionFolder, open_captions
+from mirror_modules.data.readers.files import SPLITS, read_lines
 from tests.layouts import captions_of, make_folder, write_image
 
 pytest.importorskip("PIL.Image")
@@ -124,7 +126,10 @@ def test_unusual_captions(tmp_path):
         ('{"file": 3, "caption": "x"}', "line 2 needs a file and a caption"),
         ('{"file": "../x.png", "caption": "x"}', r"line 2 names the file '../x.png', which is not in this folder"),
         ('{"file": "", "caption": "x"}', "line 2 names the file ''"),
-        ('{"file": "image0.png", "caption": "x", "class": []}', "line 2 has the class .*; expected a name or a number"),
+        (
+            '{"file": "image0.png", "caption": "x", "class": []}',
+            r"line 2 has a class that cannot be read \(the class must be a number or a name, but it is \[\]\)",
+        ),
         (
             '{"file": "image0.png", "caption": "x", "class": "b"}',
             "line 1 gives image0.png another class than a later line",
@@ -192,23 +197,77 @@ def test_an_unclosed_quotation_mark_costs_only_its_own_row(tmp_path):
     assert skipped.file.endswith("captions.csv line 11")
 
 
-def test_unpaired_files_are_refused_or_skipped(tmp_path):
+def test_images_without_captions_are_refused_or_skipped(tmp_path):
     root = make_folder(tmp_path)
-    (root / "train" / "image3.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"image3.png has no captions beside it in image3.txt; fix it"):
+    (root / "train" / "image3.txt").rename(root / "train" / "image03.txt")
+    with pytest.raises(
+        FileNotFoundError, match=r"image3.png has no captions beside it in image3.txt \(similar: image03"
+    ):
         CaptionFolder(root)
-    (root / "train" / "image4.png").unlink()
     (root / "train" / "image5.txt").write_bytes(b"\xff\xfe\x00")
     write_image(root / "train" / "image0.bmp", 0)
     (root / "train" / "image1.TXT").write_text("another thing")
     folder = CaptionFolder(root, on_error="list")
-    assert len(folder) == 3
+    assert len(folder) == 4
     reasons = {skipped.file.rsplit("/")[-1]: skipped.reason for skipped in folder.report.skipped}
-    assert reasons.keys() == {"image3.png", "image4.txt", "image5.txt", "image0.png", "image1.txt"}
+    assert reasons.keys() == {"image3.png", "image5.txt", "image0.png", "image1.txt"}
     assert reasons["image1.txt"] == "shares its name with image1.TXT; put all captions into one of them"
-    assert reasons["image4.txt"] == "has no image of the same name beside it"
     assert reasons["image5.txt"].startswith("is not UTF-8 text")
     assert reasons["image0.png"] == "shares its name and captions with image0.bmp; rename one of them"
+
+
+# Files that systems, editors and people leave in a folder, and those of them that are named as ignored.
+LITTER = {
+    "._image0.png": b"\0\5\x16\7",
+    "._image0.txt": b"\0\5\x16\7",
+    "._captions.csv": b"\0\5\x16\7",
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "Thumbs.db": b"\xd0\xcf\x11\xe0",
+    "desktop.ini": b"[.ShellClassInfo]",
+    "image0.txt~": b"an older caption",
+    "#image0.txt#": b"an older caption",
+    ".image0.txt.swp": b"b0VIM 9.0",
+    ".#image0.txt": b"",
+    "image0.png.part": b"",
+    "README.txt": b"read me",
+    "LICENSE.txt": b"CC BY 4.0",
+    "image0.bak.txt": b"an older caption",
+    "notes.caption": b"a note",
+}
+IGNORED = ["LICENSE.txt", "README.txt", "image0.bak.txt", "notes.caption"]
+
+
+def test_other_files_do_not_stop_reading(tmp_path):
+    root = make_folder(tmp_path / "divided")
+    expected = CaptionFolder(root).entries
+    for name, content in LITTER.items():
+        (root / "train" / name).write_bytes(content)
+    (root / "train" / "__MACOSX").mkdir()
+    with pytest.warns(
+        UserWarning, match=r"^CaptionFolder: \S*LICENSE.txt has no image of the same name beside it; .*"
+    ) as said:
+        folder = CaptionFolder(root)
+    assert folder.entries == expected
+    assert [(Path(file).name, reason) for file, reason in folder.report.ignored] == [
+        (name, "has no image of the same name beside it") for name in IGNORED
+    ]
+    assert folder.report.skipped == []
+    (warning,) = said
+    assert "\n" not in str(warning.message)
+    assert warning.filename == __file__
+    assert type(open_captions(root, on_error="list")) is CaptionFolder
+
+
+def test_a_stray_text_of_an_undivided_folder_is_named_in_one_split(tmp_path):
+    root = make_undivided(tmp_path, 23)
+    (root / "README.txt").write_text("read me")
+    ignored = [CaptionFolder(root, split=split, on_error="list").report.ignored for split in SPLITS]
+    assert sorted(map(len, ignored)) == [0, 1]
+    for path in root.glob("*.png"):
+        path.unlink()
+    for split in SPLITS:
+        with pytest.raises(ValueError, match=r"there is no image in the .* split of .*; the folder must hold"):
+            CaptionFolder(root, split=split)
 
 
 def test_the_validation_split_of_few_images_may_be_empty(tmp_path):
@@ -221,6 +280,190 @@ def test_the_validation_split_of_few_images_may_be_empty(tmp_path):
     ):
         CaptionFolder(tmp_path, split="validation")
     assert len(CaptionFolder(tmp_path, split="validation", on_error="list")) == 0
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_are_those_of_any_system(tmp_path, end):
+    def write(name, *lines):
+        (tmp_path / "train" / name).write_bytes("".join(line + end for line in lines).encode())
+
+    def captions():
+        return [entry.captions for entry in CaptionFolder(tmp_path).entries]
+
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "train" / name, 0)
+    (tmp_path / "validation").mkdir()
+    write("a.txt", "a red bird", "", "a blue bird")
+    write("b.txt", "a green bird")
+    expected = captions()
+    assert expected == [("a red bird", "a blue bird"), ("a green bird",)]
+    rows = [("a.png", "a red bird"), ("a.png", "a blue bird"), ("b.png", "a green bird")]
+    write("captions.jsonl", *(json.dumps({"file": file, "caption": caption}) for file, caption in rows))
+    assert captions() == expected
+    (tmp_path / "train" / "captions.jsonl").unlink()
+    write("captions.csv", "file,caption", *map(",".join, rows))
+    assert captions() == expected
+
+
+def read_one(root, files, **options):
+    """The first sample of a folder with one image a.png and these files."""
+    write_image(root / "train" / "a.png", 0)
+    (root / "validation").mkdir(exist_ok=True)
+    for name, content in files.items():
+        (root / "train" / name).write_text(content, encoding="utf-8")
+    return open_captions(root, **options)[0]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "x\ny"),
+        ("a.TXT", "x\ny"),
+        ("A.txt", "x\ny"),
+        ("a.caption", "x\ny"),
+        (
+            "captions.jsonl",
+            '{"file": "a.png", "caption": "x", "url": null}\n{"file": "a.png", "caption": "y", "width": 3}',
+        ),
+        ("Captions.JSONL", '{"file": "a.png", "caption": "x"}\n{"file": "a.png", "caption": "y"}'),
+        ("captions.jsonl", '{"file": "a.png", "captions": ["x", null, "y"]}'),
+        ("captions.jsonl", '{"file": "a.png", "captions": null, "caption": ["x", "y"]}'),
+        ("captions.jsonl", '{"file": "a.png", "captions": 2, "caption": ["x", "y"]}'),
+        ("captions.jsonl", '{"file": "a.png", "caption": null}\n{"file": "a.png", "caption": ["x", "y"]}'),
+        ("captions.csv", "id,file,url,caption\n1,a.png,,x\n2,a.png,,y"),
+        ("Captions.csv", "File, Caption\na.png,x\na.png,y"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'),
+        ("metadata.csv", "file_name,text\na.png,x\na.png,y"),
+        ("Metadata.csv", "text,file_name,label\nx,a.png,3\ny,a.png,3"),
+    ],
+)
+def test_captions_are_found_in_every_usual_place(tmp_path, name, content, mark):
+    assert read_one(tmp_path, {name: mark + content}).captions == ("x", "y")
+
+
+def test_one_place_precedes_the_other(tmp_path):
+    places = {
+        "captions.csv": "file,caption\na.png,in captions.csv",
+        "a.txt": "in a.txt",
+        "a.caption": "in a.caption",
+        "metadata.jsonl": '{"file_name": "a.png", "text": "in metadata.jsonl"}',
+    }
+    for name in list(places):
+        assert read_one(tmp_path, places).captions == (f"in {name}",)
+        (tmp_path / "train" / name).unlink()
+        del places[name]
+    (tmp_path / "train" / "metadata.csv").write_text("")
+    (tmp_path / "train" / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"train has both metadata.jsonl and metadata.csv; keep one of them"):
+        CaptionFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"class": "b"}, "b"),
+        ({"class": " b "}, "b"),
+        ({"class": 3}, "3"),
+        ({"class": "", "label": 3}, "3"),
+        ({"label": 3}, "3"),
+        ({"label": "3"}, "3"),
+        ({"class": "b", "label": 3}, "b"),
+        ({"class": unicodedata.normalize("NFD", "é")}, unicodedata.normalize("NFC", "é")),
+        ({"label": "b"}, None),
+        ({"label": -1}, None),
+        ({"label": 3.5}, None),
+        ({"class": " "}, None),
+    ],
+)
+def test_the_class_is_a_name_or_a_number_or_an_integer_label(tmp_path, row, expected):
+    def class_of(fields):
+        line = json.dumps({"file": "a.png", "caption": "x", **fields})
+        return read_one(tmp_path, {"captions.jsonl": line}).class_id
+
+    assert class_of(row) == class_of({} if expected is None else {"class": expected})
+    assert (class_of(row) == class_of({})) == (expected is None)
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "é빨") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "listed"),
+    [
+        (f"{DECOMPOSED}.png", f"{COMPOSED}.png"),
+        (f"{COMPOSED}.png", f"{DECOMPOSED}.png"),
+        (f"{DECOMPOSED}/x.png", f"{COMPOSED}/x.png"),
+        (f"{DECOMPOSED}.PNG", f"{COMPOSED}.png"),
+        ("im/A.PNG", "im/a.png"),
+        ("Im/a.png", "im/A.png"),
+        ("im/a.png", "im\\a.png"),
+        ("im/a.png", ".\\im\\a.png"),
+        ("im/a.png", " im/a.png "),
+        ("straße.png", "STRASSE.png"),
+    ],
+)
+def test_a_listed_file_is_found_in_another_spelling(tmp_path, on_disk, listed):
+    image = write_image(tmp_path / "train" / on_disk, 7)
+    (tmp_path / "validation").mkdir()
+    rows = [{"file": name, "caption": caption} for name, caption in ((listed, "x"), (on_disk, "y"))]
+    (tmp_path / "train" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (entry,) = CaptionFolder(tmp_path).entries
+    assert entry.image == image
+    assert entry.captions == ("x", "y")
+
+
+def test_the_exact_spelling_comes_first(tmp_path):
+    """On file systems that tell case and Unicode forms apart, each name is a file of its own."""
+    names = ("a.png", "A.png", f"{COMPOSED}.png", f"{DECOMPOSED}.png")
+    for i, name in enumerate(names):
+        write_image(tmp_path / "train" / name, i)
+    if len(os.listdir(tmp_path / "train")) < 4:
+        pytest.skip("the file system does not tell these names apart")
+    (tmp_path / "validation").mkdir()
+    rows = "\n".join(json.dumps({"file": name, "caption": name}) for name in names)
+    (tmp_path / "train" / "captions.jsonl").write_text(rows)
+    assert [entry.image.name for entry in CaptionFolder(tmp_path).entries] == list(names)
+    (tmp_path / "train" / "captions.jsonl").unlink()
+    for name in names:
+        (tmp_path / "train" / name).with_suffix(".txt").write_text(Path(name).stem)
+    assert all(entry.captions == (entry.image.stem,) for entry in CaptionFolder(tmp_path).entries)
+    (tmp_path / "train" / "a.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/a.png has no captions beside it in a.txt; fix it"):
+        CaptionFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("image", "text"), [(f"{DECOMPOSED}.png", f"{COMPOSED}.txt"), ("IMG_1.PNG", "img_1.txt")])
+def test_a_text_file_is_found_in_another_spelling(tmp_path, image, text):
+    write_image(tmp_path / "train" / image, 0)
+    (tmp_path / "train" / text).write_text("a red bird")
+    (tmp_path / "validation").mkdir()
+    assert open_captions(tmp_path)[0].captions == ("a red bird",)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "listed", "similar"),
+    [
+        (["im/a.jpg"], "im/a.png", r"im/a.png, which does not exist \(similar: a.jpg\); fix it"),
+        (["images/a.png"], "image/a.png", r"image/a.png, which does not exist \(similar: images\)"),
+        (["im/red 1.png", "im/red 2.png"], "im/red_2.png", r"red_2.png, which does not exist \(similar: red 2.png\)"),
+        ([f"im/{i:05}.png" for i in range(300)], "im/217.png", r"217.png, which does not exist \(similar: 00217.png\)"),
+        (["im/A.png", "im/a.PNG"], "im/a.png", r"im/a.png, which does not exist \(similar: A.png, a.PNG\)"),
+        (["im/x.png"], "im/something.png", r"something.png, which does not exist; fix it"),
+        (["im/a.png"], "im/../im/a.png", "names the file 'im/../im/a.png', which is not in this folder"),
+        (["im/a.png"], "..\\train\\im\\a.png", "names the file .*, which is not in this folder"),
+    ],
+)
+def test_the_message_about_a_missing_file_names_similar_ones(tmp_path, on_disk, listed, similar):
+    for name in on_disk:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    if len(os.listdir((tmp_path / "train" / on_disk[0]).parent)) < len(on_disk):
+        pytest.skip("the file system does not tell these names apart")
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "train" / "captions.jsonl").write_text(json.dumps({"file": listed, "caption": "x"}))
+    with pytest.raises((ValueError, FileNotFoundError), match=similar):
+        CaptionFolder(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")

@@ -86,3 +86,16 @@ def test_captions_of_unlisted_images_are_ignored(root):
     content["annotations"] += [{"image_id": 9999, "caption": "nothing"}, {"image_id": 7}, 3, {"caption": "x"}]
     path.write_text(json.dumps(content))
     assert sum(len(sample.captions) for sample in CocoCaptions(root)) == 18
+
+
+@pytest.mark.parametrize("listed", ["000000000002.JPG", ".\\000000000002.jpg", " 000000000002.jpg"])
+def test_a_listed_file_is_found_in_another_spelling(root, listed):
+    path = root / "annotations" / "captions_train2017.json"
+    content = json.loads(path.read_text())
+    expected = CocoCaptions(root).entries
+    content["images"][2]["file_name"] = listed
+    path.write_text(json.dumps(content))
+    assert CocoCaptions(root).entries == expected
+    (root / "train2017" / "000000000002.jpg").rename(root / "train2017" / "2.jpg")
+    with pytest.raises(FileNotFoundError, match=r"2.(jpg|JPG), which does not exist \(similar: 2.jpg\); fix it"):
+        CocoCaptions(root)

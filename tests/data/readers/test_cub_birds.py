@@ -1,9 +1,14 @@
+import pickle
 import shutil
+import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from mirror_modules.data import CubBirds
+from mirror_modules.data.readers import cub_birds
+from mirror_modules.data.readers.safe_pickle import PickledDict, read_pickle
 from tests.layouts import captions_of, make_birds, write_pickle
 
 Image = pytest.importorskip("PIL.Image")
@@ -73,6 +78,26 @@ def test_invalid_pickled_captions_are_refused(root, content, message):
         CubBirds(root)
 
 
+@pytest.mark.parametrize("number", [-1, 2**20, 2**64, "1", None])
+def test_words_without_a_valid_number_are_dropped(root, number):
+    words = {0: "<end>", 1: "red", 2: b"bird", 3: "x" * 101, 4: 5, number: "green", 2**20 - 1: "x" * 100}
+    content = [[[1, number, 2, 3, 4, 0, 7, 2**20 - 1] for _ in range(60)], [], words, {}]
+    write_pickle(root / "captions.pickle", content)
+    assert CubBirds(root)[0].captions == ("red bird " + "x" * 100,) * 10
+
+
+def test_the_last_of_two_words_with_one_number_counts(root):
+    captions = pickle.dumps([[1] for _ in range(60)], protocol=2)[2:-1]
+    (root / "captions.pickle").write_bytes(b"(" + captions + b"](I1\nVred\nI1\nVblue\ndt.")
+    assert CubBirds(root)[0].captions == ("blue",) * 10
+
+
+def test_pickled_captions_of_more_than_1000_words_are_dropped(root):
+    content = [[[1] * (1000 + i % 2) for i in range(60)], [], {1: "x"}, {}]
+    write_pickle(root / "captions.pickle", content)
+    assert CubBirds(root)[0].captions == (" ".join(["x"] * 1000),) * 5
+
+
 def test_names_may_be_bytes(root):
     names = [f"{1 + i % 2:03}.Wren/Wren_{i:04}".encode() for i in range(6)]
     write_pickle(root / "train" / "filenames.pickle", names)
@@ -107,8 +132,60 @@ def test_an_invalid_class_is_refused_or_skipped(root, value):
     assert (len(birds), len(birds.report.skipped)) == (5, 1)
 
 
-def test_a_class_in_both_splits_is_refused(root):
-    write_pickle(root / "test" / "class_info.pickle", [3, 2, 4])
+def stored(text):
+    """A text as a pickle stores it, in memo 0."""
+    opcode, content = (b"B", text) if isinstance(text, bytes) else (b"X", text.encode())
+    return opcode + struct.pack("<I", len(content)) + content + b"q\0"
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, b"x" * 200_000, "한" * 60_000], ids=["text", "bytes", "wide text"])
+@pytest.mark.parametrize("file", ["train/filenames.pickle", "train/class_info.pickle", "captions.pickle"])
+def test_memory_is_proportional_to_the_pickles(root, file, text):
+    """Copies of a text of 200 kB, each of which takes two bytes in the file, would take 300 to 500 MB."""
+    content = b"](" + stored(text) + b"h\0" * 2000 + b"e"
+    if file == "captions.pickle":
+        captions = (b"](" + b"K\1" * 40 + b"e") * 60
+        content = b"](](" + captions + b"e]}K\1" + stored(text) + b"se"
+    else:
+        write_pickle(root / "train" / "filenames.pickle", [f"{i}" for i in range(2001)])
+        write_pickle(root / "train" / "class_info.pickle", [1] * 2001)
+    (root / file).write_bytes(b"\x80\3" + content + b".")
+    tracemalloc.start()
+    birds = CubBirds(root, on_error="list")
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert (len(birds), len(birds.report.skipped)) == (0, 6 if file == "captions.pickle" else 2001)
+
+
+class Unhashable(int):
+    __hash__ = None
+
+
+def test_integers_of_pickles_are_never_hashed(tmp_path, monkeypatch):
+    """They can be chosen such that each lookup in a set or dict visits all of them."""
+
+    def read_unhashable(path):
+        return unhashable(read_pickle(path))
+
+    def unhashable(value):
+        if isinstance(value, PickledDict):
+            result = PickledDict()
+            for key, each in value.items():
+                result[unhashable(key)] = unhashable(each)
+            return result
+        if isinstance(value, list):
+            return [unhashable(each) for each in value]
+        return Unhashable(value) if isinstance(value, int) else value
+
+    monkeypatch.setattr(cub_birds, "read_pickle", read_unhashable)
+    birds = CubBirds(make_birds(tmp_path, pickled=True))
+    assert [entry.class_id for entry in birds.entries] == [1, 2, 1, 2, 1, 2]
+    assert birds[0].captions[0] == captions_of(0)[0].replace(",", "")
+
+
+@pytest.mark.parametrize("classes", [[3, 2, 4], [2, 2, 0], [None, 2**40, 2]])
+def test_a_class_in_both_splits_is_refused(root, classes):
+    write_pickle(root / "test" / "class_info.pickle", classes)
     for split in ("train", "validation"):
         with pytest.raises(
             ValueError, match=r"class 2 is in class_info.pickle of both train and test in .*: remove the class"
@@ -121,7 +198,7 @@ def test_invalid_class_files_are_refused(root):
     with pytest.raises(ValueError, match=r"class_info.pickle has 2 classes, but .*filenames.pickle has 6 images"):
         CubBirds(root)
     write_pickle(root / "train" / "class_info.pickle", {1: 2})
-    with pytest.raises(ValueError, match=r"class_info.pickle must hold a list, but it holds a dict"):
+    with pytest.raises(ValueError, match=r"class_info.pickle must hold a list, but it holds a PickledDict"):
         CubBirds(root)
     write_pickle(root / "train" / "class_info.pickle", [1, 2, "wren", 1, 2, 1])
     with pytest.raises(ValueError, match=r"class_info.pickle entry 2 is 'wren'; expected a class number"):
@@ -131,11 +208,19 @@ def test_invalid_class_files_are_refused(root):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "entry 1 is None; expected an image name"),
+        (None, "entry 1 is None; expected an image name such as 001.Wren/Wren_0001, of at most 511 characters"),
+        (5, "entry 1 is of type int; expected an image name"),
+        (b"../x", "entry 1 is b'../x'; expected an image name"),
+        ("x" * 511, "names x*, which is not in images.txt"),
+        ("x" * 512, f"entry 1 is '{'x' * 199}...; expected an image name"),
+        (b"x" * 10**6, f"entry 1 is b'{'x' * 198}...; expected an image name"),
         ("../secret/x", "entry 1 is '../secret/x'; expected an image name"),
         ("/etc/passwd", "entry 1 is '/etc/passwd'"),
         ("001.Wren/Wren_0000", "entry 1 names 001.Wren/Wren_0000 a second time"),
-        ("001.Wren/Wren_9999", r"Wren_9999.jpg has no bounding box of positive size in bounding_boxes.txt"),
+        (
+            "001.Wren/Wren_9999",
+            r"entry 1 names 001.Wren/Wren_9999, which is not in images.txt \(similar: 001.Wren/Wren_0004, ",
+        ),
     ],
 )
 def test_invalid_names_are_refused_or_skipped(root, name, message):
@@ -145,6 +230,48 @@ def test_invalid_names_are_refused_or_skipped(root, name, message):
         CubBirds(root)
     birds = CubBirds(root, on_error="list")
     assert (len(birds), len(birds.report.skipped)) == (1, 1)
+
+
+def upper_case_suffix(root):
+    """Image 2 is a .JPG, in the list and on disk."""
+    rewrite(root / "CUB_200_2011" / "images.txt", "Wren_0002.jpg", "Wren_0002.JPG")
+    image = root / "CUB_200_2011" / "images" / "001.Wren" / "Wren_0002.jpg"
+    image.rename(image.with_suffix(".JPG"))
+
+
+def backslashes(root):
+    path = root / "CUB_200_2011" / "images.txt"
+    path.write_text(path.read_text().replace("/", "\\"))
+    names = [f"{1 + i % 2:03}.Wren\\Wren_{i:04}" for i in range(6)]
+    write_pickle(root / "train" / "filenames.pickle", names)
+
+
+def other_case(root):
+    """As of an archive that was unpacked by a system that ignores case."""
+    (root / "text" / "001.Wren").rename(root / "text" / "001.wren")
+    (root / "CUB_200_2011" / "images" / "002.Wren").rename(root / "CUB_200_2011" / "images" / "002.WREN")
+    write_pickle(root / "train" / "filenames.pickle", [f"{1 + i % 2:03}.wren/WREN_{i:04}" for i in range(6)])
+
+
+@pytest.mark.parametrize("change", [upper_case_suffix, backslashes, other_case])
+def test_names_are_found_in_another_spelling(root, change):
+    expected = list(CubBirds(root, resolution=13))
+    change(root)
+    birds = CubBirds(root, resolution=13)
+    for one, other in zip(birds, expected, strict=True):
+        assert np.array_equal(one.image, other.image)
+        assert one[1:] == other[1:]
+    assert all(entry.image.is_file() for entry in birds.entries)
+
+
+def test_an_image_that_is_not_listed_is_not_blamed_on_its_box(root):
+    rewrite(root / "CUB_200_2011" / "images.txt", "001.Wren/Wren_0002.jpg", "001.Wren/Wren-0002.jpg")
+    with pytest.raises(
+        ValueError,
+        match=r"filenames.pickle entry 2 names 001.Wren/Wren_0002, which is not in images.txt "
+        r"\(similar: 001.Wren/Wren-0002\); fix it",
+    ):
+        CubBirds(root)
 
 
 @pytest.mark.parametrize("box", ["10.0 5.0 0.0 12.0", "10.0 5.0 x 12.0", "10.0 5.0 nan 12.0", "10.0 5.0 1e300 12.0"])

@@ -212,3 +212,156 @@ def test_the_image_is_cropped_around_the_box(tmp_path):
 
 def test_the_size_is_that_of_the_stored_image(tmp_path):
     assert image_size(saved(tmp_path, Image.new("RGB", (31, 17)))) == (31, 17)
+
+
+def chunk(name, content, checksum=None):
+    checksum = zlib.crc32(name + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def encoded(kind, pixels=RAMP, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_with(*chunks, before_pixels=True, pixels=RAMP):
+    """A PNG with further chunks behind its header, or behind its pixels."""
+    content = encoded("PNG", pixels)
+    at = 33 if before_pixels else len(content) - 12
+    return content[:at] + b"".join(chunks) + content[at:]
+
+
+def jpeg_with(marker, content):
+    image = encoded("JPEG", quality=100)
+    return image[:2] + struct.pack(">HH", 0xFF00 + marker, len(content) + 2) + content + image[2:]
+
+
+def tiff_header(orientation=3, count=1):
+    """EXIF data with an orientation; with a count of several values, their offset lies outside."""
+    return struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 3, count, orientation, 0)
+
+
+LONG_TEXT = bytes(2**20 + 1)
+BROKEN_EXIF = {
+    "garbage": b"garbage",
+    "zeros": bytes(100),
+    "cut in its header": b"II*",
+    "an offset outside": b"II*\0\xff\xff\xff\x7f",
+    "cut in its only entry": tiff_header()[:15],
+    "values outside": tiff_header(2**30, 2**20),
+}
+BROKEN_METADATA = {
+    **{f"{name}, PNG": png_with(chunk(b"eXIf", exif)) for name, exif in BROKEN_EXIF.items()},
+    **{
+        f"{name}, PNG, behind the pixels": png_with(chunk(b"eXIf", e), before_pixels=False)
+        for name, e in BROKEN_EXIF.items()
+    },
+    **{f"{name}, WebP": encoded("WEBP", lossless=True, exif=exif) for name, exif in BROKEN_EXIF.items()},
+    **{f"{name}, JPEG": jpeg_with(0xE1, b"Exif\0\0" + exif) for name, exif in BROKEN_EXIF.items()},
+    "an EXIF profile as text": png_with(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 3\n012")),
+    "a long compressed text": png_with(chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG_TEXT))),
+    "a long international text": png_with(chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LONG_TEXT))),
+    "a long text behind": png_with(chunk(b"zTXt", b"x\0\0" + zlib.compress(LONG_TEXT)), before_pixels=False),
+    "a text of unknown compression": png_with(chunk(b"zTXt", b"workflow\0\7garbage")),
+    "a color profile of no name": png_with(chunk(b"iCCP", b"profile")),
+    "a color profile of unknown compression": png_with(chunk(b"iCCP", b"profile\0\7garbage")),
+    "a long color profile": png_with(chunk(b"iCCP", b"profile\0\0" + zlib.compress(LONG_TEXT))),
+    "a wrong checksum of a text": png_with(chunk(b"tEXt", b"a\0b", checksum=1)),
+    "a wrong checksum of the EXIF data": png_with(chunk(b"eXIf", tiff_header(), checksum=1)),
+    "a short gamma": png_with(chunk(b"gAMA", b"")),
+    "a short density": png_with(chunk(b"pHYs", b"\0")),
+    "short animation control": png_with(chunk(b"acTL", b"\0")),
+    "animation out of order": png_with(
+        chunk(b"acTL", struct.pack(">II", 3, 0)), chunk(b"fcTL", struct.pack(">5I2H2B", 5, 40, 40, 0, 0, 1, 1, 0, 0))
+    ),
+    "a PNG cut in a trailing text": png_with(chunk(b"tEXt", b"a\0" + bytes(100)), before_pixels=False)[:-60],
+    "a short color profile, JPEG": jpeg_with(0xE2, b"ICC_PROFILE\0"),
+    "a short JFIF header": jpeg_with(0xE0, b"JFIF"),
+    "a WebP cut in its EXIF data": encoded("WEBP", lossless=True, exif=tiff_header() + bytes(99))[:-60],
+    "a WebP of a wrong length": encoded("WEBP", lossless=True).replace(b"RIFF", b"RIFF\xff\xff\0\0")[:8]
+    + encoded("WEBP", lossless=True)[8:],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_METADATA)
+def test_damaged_metadata_costs_no_pixel(tmp_path, name):
+    """The image is read, not rotated, and the damage is reported."""
+    path, ignored = tmp_path / "image", []
+    path.write_bytes(BROKEN_METADATA[name])
+    assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None])
+    assert len(ignored) == 1
+    assert ignored[0].startswith("has damaged ")
+    assert image_size(path) == (40, 40)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with(chunk(b"eXIf", tiff_header()), chunk(b"zTXt", b"x\0\0" + zlib.compress(LONG_TEXT)), pixels=TURNED[3]),
+        png_with(chunk(b"eXIf", tiff_header()), chunk(b"gAMA", b""), pixels=TURNED[3]),
+        encoded("WEBP", TURNED[3], lossless=True, exif=tiff_header(), xmp=bytes(99))[:-60],
+    ],
+    ids=["long text", "short gamma", "WebP cut in its XMP data"],
+)
+def test_an_intact_orientation_survives_other_damage(tmp_path, content):
+    path, ignored = tmp_path / "image", []
+    path.write_bytes(content)
+    assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None])
+    assert [reason[:20] for reason in ignored] == ["has damaged metadata"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF", "GIF"])
+@pytest.mark.parametrize("orientation", [0, 9, 99, 65535])
+def test_an_odd_orientation_is_no_damage(tmp_path, kind, orientation):
+    options = {"exif": tiff_header(orientation)} if kind in ("PNG", "WEBP", "JPEG") else {}
+    options |= {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {}
+    path, ignored = tmp_path / "image", []
+    path.write_bytes(encoded(kind, **options))
+    assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None], 12)
+    assert ignored == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
+def test_the_first_frame_of_an_animation_is_read(tmp_path, kind):
+    frames = [Image.fromarray(pixels).convert("RGB") for pixels in (RAMP, RAMP.T, RAMP[::-1])]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(tmp_path / "image", kind, save_all=True, append_images=frames[1:], **options)
+    assert close(read_square(tmp_path / "image", 40), RAMP[..., None], 12)
+    if kind != "TIFF":  # whose directory is at its end
+        content = (tmp_path / "image").read_bytes()
+        (tmp_path / "image").write_bytes(content[:-200])
+        assert close(read_square(tmp_path / "image", 40), RAMP[..., None], 12)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "GIF"])
+def test_a_truncated_image_is_refused_unless_all_pixels_are_there(tmp_path, kind):
+    """Cut at every byte: pixels are complete or the file is refused, with and without metadata behind them."""
+    noise = np.random.default_rng(0).integers(0, 256, (17, 13, 3), dtype=np.uint8)
+    options = {"lossless": True, "exif": tiff_header(orientation=1), "xmp": bytes(23)} if kind == "WEBP" else {}
+    content, path = encoded(kind, noise, **options), tmp_path / "image"
+    if kind == "PNG":
+        content = content[:-12] + chunk(b"tEXt", b"a\0" + bytes(23)) + content[-12:]
+    path.write_bytes(content)
+    whole, accepted = read_square(path, 13), []
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        try:
+            square = read_square(path, 13)
+        except ValueError:
+            continue
+        assert np.array_equal(square, whole)
+        accepted.append(length)
+    # Once the pixels are there, what follows does not matter.
+    assert accepted == list(range(len(content) - len(accepted), len(content)))
+    assert len(accepted) > {"PNG": 46, "WEBP": 60, "JPEG": -1, "GIF": 0}[kind]
+
+
+def test_damaged_pixels_are_not_taken_for_damaged_metadata(tmp_path):
+    """A byte too many or too few among the pixels of a WebP moves the border of the next chunk."""
+    noise = np.random.default_rng(0).integers(0, 256, (17, 13, 3), dtype=np.uint8)
+    content = encoded("WEBP", noise, lossless=True, exif=tiff_header())
+    for changed in (content[:120] + b"\7" + content[120:], content[:120] + content[121:]):
+        (tmp_path / "image.webp").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"image.webp cannot be read as an image .could not create decoder object"):
+            read_square(tmp_path / "image.webp", 8)

@@ -108,6 +108,27 @@ def test_damaged_samples_are_listed(root):
         OxfordFlowers(root, on_error="skip")
 
 
+def test_names_are_found_in_another_spelling(root):
+    expected = list(OxfordFlowers(root, resolution=13))
+    text = root / "text_c10" / "class_00004" / "image_00002.txt"
+    text.rename(text.with_suffix(".TXT"))
+    (root / "jpg" / "image_00003.jpg").rename(root / "jpg" / "image_00003.JPG")
+    for one, other in zip(OxfordFlowers(root, resolution=13), expected, strict=True):
+        assert np.array_equal(one.image, other.image)
+        assert one[1:] == other[1:]
+
+
+def test_other_files_do_not_stop_reading(root):
+    expected = OxfordFlowers(root).entries
+    folder = root / "text_c10" / "class_00004"
+    for name in ("README.txt", "._image_00001.txt", ".DS_Store", "image_00001.txt~", ".image_00001.txt.swp"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    with pytest.warns(UserWarning, match=r"^OxfordFlowers: \S*README.txt is not named image_XXXXX.txt; ignored\.$"):
+        flowers = OxfordFlowers(root)
+    assert flowers.entries == expected
+    assert flowers.report.ignored == [(str(folder / "README.txt"), "is not named image_XXXXX.txt")]
+
+
 def test_a_class_listed_twice_is_read_once(root):
     (root / "trainclasses.txt").write_text("class_00004\nclass_00010\nclass_00004\n")
     assert len(OxfordFlowers(root)) == 3

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_a_pickle_holds_the_path_of_the_folder_and_no_images(made):
     pickled = pickle.dumps(captions)
     assert len(pickled) < 1000
     assert same_samples(pickle.loads(pickled), captions)
+
+
+def test_a_pickle_of_mapped_images_holds_the_path_of_their_folder_and_no_images(made, tmp_path):
+    prepare_captions(made[0], tmp_path / "cache", resolution=101)
+    captions = InMemoryCaptions(PreparedCaptions(tmp_path / "cache", resolution=101), max_words=18)
+    pickled = ForkingPickler.dumps(captions)
+    assert len(pickled) < captions.images.numel() // 20
+    assert not captions.images.is_shared(), "pickled for a worker process, the images were copied into shared memory"
+    copy = pickle.loads(pickled)
+    assert torch.equal(copy.images, captions.images)
+    assert copy.images.data_ptr() == copy._mapped.stored_images().data_ptr()
+    assert copy.captions == captions.captions
+    batches = [RepeatableBatches(each, 5, seed=7, crop=11)[2].images for each in (captions, copy)]
+    assert torch.equal(*batches)
 
 
 def test_worker_processes_read_the_same_images(made):

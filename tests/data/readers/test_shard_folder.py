@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import pickle
 import shutil
 import tarfile
@@ -22,6 +23,7 @@ from mirror_modules.data import (
     prepare_captions,
 )
 from mirror_modules.data.inspection import inspect_split
+from mirror_modules.data.readers.files import class_named, class_of
 from mirror_modules.data.readers.images import read_square
 from tests.layouts import (
     SHARD_SUFFIXES,
@@ -129,6 +131,187 @@ def test_samples_and_reports_equal_those_of_the_stream(tmp_path, monkeypatch):
     # Samples and classes do not depend on the path of the folder.
     again, _ = read_all(ShardFolder(tmp_path, resolution=R, on_error="list"))
     assert all(map(equal, again, expected))
+
+
+def test_a_shard_of_a_downloader_is_read(tmp_path, monkeypatch):
+    """100 samples as img2dataset writes them through webdataset: jpg, txt, and a json of all that is known."""
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "train-00000.tar")) as writer:
+        for number in range(100):
+            caption, key = captions_of(number)[0], f"{number:09}"
+            known = {
+                "caption": caption,
+                "url": f"https://example.org/{number}.jpg",
+                "key": key,
+                "status": "success",
+                "error_message": None,
+                "width": 23,
+                "height": 19,
+                "original_width": 1024,
+                "original_height": 846,
+                "exif": json.dumps({"Image Orientation": "Horizontal (normal)"}),
+                "sha256": "0" * 64,
+                "punsafe": math.nan,
+            }
+            image = write_image(tmp_path / "images" / f"{number}.jpg", number).read_bytes()
+            writer.write({"__key__": key, "jpg": image, "txt": caption, "json": json.dumps(known, indent=4)})
+    monkeypatch.chdir(tmp_path)
+    folder, stream = ShardFolder(".", resolution=R), WebDatasetCaptions("train-00000.tar", R, seed=None)
+    assert numbers(folder) == list(range(100))
+    assert len({entry.class_id for entry in folder.entries}) == 100
+    assert folder.report.skipped == folder.report.ignored == []
+    for number, (one, other) in enumerate(zip(folder, stream, strict=True)):
+        assert equal(one, other)
+        assert one.captions == (captions_of(number)[0],)
+        assert np.array_equal(one.image, read_square(tmp_path / "images" / f"{number}.jpg", R))
+
+
+@pytest.fixture
+def read_both(tmp_path, monkeypatch):
+    """Read a shard with both readers: its samples, what is skipped, and what the folder ignores."""
+    pytest.importorskip("webdataset")
+    # The stream takes the class of an image without one from the name of the shard as given.
+    monkeypatch.chdir(tmp_path)
+
+    def read(files):
+        (tmp_path / "train-0.tar").write_bytes(tar_of(files))
+        folder = ShardFolder(".", resolution=R, on_error="list")
+        samples, skipped = read_all(folder)
+        stream = WebDatasetCaptions("train-0.tar", R, seed=None, on_error="list")
+        streamed = list(stream)
+        assert len(samples) == len(streamed)
+        assert all(map(equal, samples, streamed))
+        assert skipped == stream.report.skipped
+        return samples, skipped, folder.report.ignored
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("members", "captions"),
+    [
+        ({"txt": b"x\ny"}, ("x", "y")),
+        ({"txt": b"x\r\ny\r\n"}, ("x", "y")),
+        ({"txt": b"x\ry\r"}, ("x", "y")),
+        ({"txt": b"x", "json": b"{}"}, ("x",)),
+        ({"txt": b"x", "json": b"[3]"}, ("x",)),
+        ({"txt": b"x", "json": b'{"captions": ["y"]}'}, ("x",)),
+        ({"txt": b"", "json": b'{"caption": "y"}'}, ("y",)),
+        ({"txt": b"x", "caption": b"y"}, ("x",)),
+        ({"caption": b"y", "json": b'{"caption": "z"}'}, ("y",)),
+        ({"json": b'{"captions": ["x", "y"], "caption": "z"}'}, ("x", "y")),
+        ({"json": b'{"captions": null, "caption": "z"}'}, ("z",)),
+        ({"json": b'{"captions": [null, "y"]}'}, ("y",)),
+        ({"json": b'{"captions": 5, "caption": "z"}'}, ("z",)),
+        ({"json": b'{"caption": ["x", "y"]}'}, ("x", "y")),
+        ({"json": b'\xef\xbb\xbf{"text": "x"}'}, ("x",)),
+        ({"json": b'{"caption": "x\\ny"}'}, ("x y",)),
+    ],
+)
+def test_captions_come_from_the_txt_or_else_from_the_json(tmp_path, read_both, members, captions):
+    image = write_image(tmp_path / "x.jpg", 0).read_bytes()
+    samples, skipped, ignored = read_both([("0.jpg", image), *((f"0.{n}", c) for n, c in members.items())])
+    assert [sample.captions for sample in samples] == [captions]
+    assert skipped == ignored == []
+
+
+@pytest.mark.parametrize(
+    ("members", "class_id"),
+    [
+        ({"cls": b"3"}, 3),
+        ({"cls": b"3\n"}, 3),
+        ({"cls": b"3", "json": b'{"class": 5}'}, 3),
+        ({"json": b'{"class": 3}'}, 3),
+        ({"json": b'{"label": 3}'}, 3),
+        ({"json": b'{"class": 5, "label": 3}'}, 5),
+        ({"json": b'{"class": null, "label": 3}'}, 3),
+        ({"cls": b"wren"}, class_named("wren")),
+        ({"json": b'{"class": "wren"}'}, class_named("wren")),
+        ({"cls": b""}, None),
+        ({"json": b'{"class": null}'}, None),
+        ({"json": b'{"label": "wren"}'}, None),
+        ({"json": b'{"label": -1}'}, None),
+        ({"json": b'{"label": [1, 2]}'}, None),
+    ],
+)
+def test_the_class_comes_from_the_cls_or_else_from_the_json(tmp_path, read_both, members, class_id):
+    image = write_image(tmp_path / "x.jpg", 0).read_bytes()
+    files = [("0.jpg", image), ("0.txt", b"x"), *((f"0.{name}", content) for name, content in members.items())]
+    ((sample,), _, _) = read_both(files)
+    assert sample.class_id == (class_of("train-0.tar/0") if class_id is None else class_id)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"txt": b"x", "cls": b"\xff"}, "has a class that cannot be read ('utf-8' codec"),
+        (
+            {"txt": b"x", "cls": b"-1"},
+            "has a class that cannot be read (the class must be a name, or an integer from 0",
+        ),
+        (
+            {"txt": b"x", "json": b'{"class": []}'},
+            "has a class that cannot be read (the class must be a number or a name",
+        ),
+        ({"txt": b"\xff"}, "has captions that cannot be read ('utf-8' codec"),
+        ({"txt": b"", "json": b"{"}, "has captions that cannot be read (Expecting property"),
+        ({"txt": b"", "json": b'{"caption": null}'}, "has no caption with a word"),
+        ({"json": b'{"prompt": "x"}'}, "has no captions; expected a txt, or a json such as"),
+        ({}, "has no captions; expected a txt, or a json such as"),
+    ],
+)
+def test_unreadable_captions_and_classes_are_damage(tmp_path, read_both, members, reason):
+    image = write_image(tmp_path / "x.jpg", 0).read_bytes()
+    samples, skipped, _ = read_both([("0.jpg", image), *((f"0.{n}", c) for n, c in members.items())])
+    assert samples == []
+    assert [each.reason[: len(reason)] for each in skipped] == [reason]
+
+
+def test_a_damaged_json_beside_a_txt_is_ignored(tmp_path, read_both):
+    image = write_image(tmp_path / "x.jpg", 0).read_bytes()
+    files = [("0.jpg", image), ("0.txt", b"x"), ("0.json", b"{")]
+    samples, skipped, ((file, reason),) = read_both(files)
+    assert [sample.captions for sample in samples] == [("x",)]
+    assert skipped == []
+    assert file.endswith("train-0.tar/0")
+    assert reason.startswith("has a json that cannot be read (Expecting property")
+
+
+@pytest.mark.parametrize(
+    "litter",
+    [
+        "._0.jpg",
+        "d/._0.jpg",
+        "./._0.jpg",
+        "__MACOSX/._0.jpg",
+        "__MACOSX/0.jpg",
+        "d/__MACOSX/d/0.txt",
+        "@eaDir/0.jpg",
+        ".DS_Store",
+        "d/.DS_Store",
+        "Thumbs.db",
+        "d/desktop.ini",
+        "0.txt~",
+        "d/#0.txt#",
+        "d/.0.txt.swp",
+        "README.md",
+        "README.txt",
+        "d/LICENSE.txt",
+        "0000.parquet",
+        "0.seg.png",
+    ],
+)
+def test_other_files_in_a_shard_are_ignored(tmp_path, read_both, litter):
+    """Before, within and after the samples, since a sample consists of consecutive members."""
+    one, two = (write_image(tmp_path / f"{i}.png", i).read_bytes() for i in range(2))
+    files = [("0.png", one), ("0.txt", b"x"), ("d/0.png", two), ("d/0.txt", b"y")]
+    expected, *_ = read_both(files)
+    assert len(expected) == 2
+    for at in range(5):
+        samples, skipped, _ = read_both([*files[:at], (litter, b"\0\5\x16\7"), *files[at:]])
+        assert all(map(equal, samples, expected))
+        assert len(samples) == 2
+        assert skipped == []
 
 
 def test_worker_processes_read_the_same_samples(tmp_path):

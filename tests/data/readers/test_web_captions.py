@@ -159,7 +159,13 @@ def test_a_position_is_small_and_validated(shards):
             ValueError, match=r"the position belongs to 2 worker processes, but there are [13]; continue"
         ):
             list(captions.read(workers))
-    for state in ({}, {"epoch": 0, "samples": [], "next": 0}, {"epoch": -1, "samples": [1], "next": 0}):
+    for state in (
+        {},
+        None,
+        {"epoch": 0, "samples": [], "next": 0},
+        {"epoch": 0, "samples": 3, "next": 0},
+        {"epoch": -1, "samples": [1], "next": 0},
+    ):
         with pytest.raises(ValueError, match="a position has an epoch, samples and the next worker, such as"):
             captions.load_state_dict(state)
 
@@ -167,13 +173,13 @@ def test_a_position_is_small_and_validated(shards):
 REASONS = {
     50: "cannot be read as an image (it is empty)",
     51: "cannot be read as an image",
-    52: "has no captions; expected a txt or a json",
+    52: "has no captions; expected a txt, or a json such as",
     53: "has no image; expected one of jpg, jpeg, png, webp",
     54: "has captions that cannot be read ('utf-8' codec",
     55: "has no caption with a word",
     56: "has captions that cannot be read (Expecting property",
-    57: 'has captions that cannot be read (expected {"captions"',
-    58: "has captions that cannot be read (the class must be an integer from 0 to 2**63 - 1, but it is 'bird')",
+    57: "has no captions; expected a txt, or a json such as",
+    58: "has a class that cannot be read (the class must be a name, or an integer from 0 to 2**63 - 1, but it is -1)",
     59: "has no caption with a word",
 }
 
@@ -193,7 +199,7 @@ def test_damaged_samples_are_listed_once_and_the_others_are_read(tmp_path, worke
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_damaged_sample_raises(tmp_path, workers):
     shards = [write_shard(tmp_path / f"{i}.tar", range(48 + 8 * i, 56 + 8 * i), damaged_sample) for i in range(2)]
-    with pytest.raises(ValueError, match=r"WebDatasetCaptions: .*\.tar/00.. .*; fix it, or skip it with on_error"):
+    with pytest.raises(ValueError, match=r"WebDatasetCaptions: .*\.tar/00\S+ .*; fix it, or skip it with on_error"):
         list(WebDatasetCaptions(shards, R, on_error="stop").read(workers))
     with pytest.raises(ValueError, match=r"6 samples cannot be read, more than 5% of them"):
         list(WebDatasetCaptions(shards, R, on_error="skip").read(workers))
@@ -344,6 +350,7 @@ def test_arguments_are_checked(shards):
     for changes, message in (
         ({"resolution": 0}, "WebDatasetCaptions: resolution must be a whole number of at least 1, but it is 0"),
         ({"buffer": 0}, "buffer must be a whole number of at least 1, but it is 0"),
+        ({"seed": -1}, "WebDatasetCaptions: seed must be at least 0, or None, but it is -1"),
         ({"rank": 2, "ranks": 2}, "rank must be from 0 to 1 with ranks=2, but it is 2"),
         (
             {"ranks": 8},
@@ -353,6 +360,10 @@ def test_arguments_are_checked(shards):
         (
             {"shards": [*shards, shards[2]]},
             "shards names .*train-002.tar twice; its samples would be read twice per epoch",
+        ),
+        (
+            {"shards": "train-{0..3.tar"},
+            r"shards='train-\{0..3.tar' cannot be expanded \(Unbalanced braces: .*\)",
         ),
         ({"on_error": "ignore"}, "on_error must be one of 'stop', 'skip', 'list', but it is 'ignore'"),
     ):

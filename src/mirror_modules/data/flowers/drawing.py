@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mirror_modules._checks import check_positive
 from mirror_modules.data.flowers.attributes import check_attributes
 from mirror_modules.data.flowers.backgrounds import BACKGROUNDS
 
@@ -70,7 +71,7 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
         RGB bytes, (resolution, resolution, 3).
 
     Raises:
-        ValueError: The attributes are not those of `ATTRIBUTES`, or the resolution is below 8.
+        ValueError: The attributes are not those of `ATTRIBUTES`, or the resolution is not a whole number of at least 8.
 
     Examples:
         >>> import numpy as np
@@ -81,6 +82,7 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
         ((32, 32, 3), dtype('uint8'))
     """
     check_attributes(attributes)
+    check_positive("draw_flower", resolution=resolution)
     if resolution < MIN_RESOLUTION:
         raise ValueError(f"draw_flower: resolution must be at least {MIN_RESOLUTION} pixels, but it is {resolution}.")
     x, y = pixel_axes(resolution)

@@ -5,18 +5,35 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from io import StringIO
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from mirror_modules.data.readers.damage import DamagedSample
-from mirror_modules.data.readers.files import SPLITS, CaptionedFiles, Entry, class_of, is_inside, read_lines
+from mirror_modules.data.readers.fields import CAPTION_FIELDS, FILE_FIELDS, captions_in, class_in
+from mirror_modules.data.readers.files import (
+    SPLITS,
+    CaptionedFiles,
+    Entry,
+    class_named,
+    class_of,
+    read_lines,
+    split_lines,
+)
+from mirror_modules.data.readers.names import NameIndex, is_hidden, is_inside
 
 LISTS = ("captions.jsonl", "captions.csv")
+# Lists of Hugging Face's image folders, read only if no text file belongs to an image: they may hold other metadata.
+METADATA_LISTS = ("metadata.jsonl", "metadata.csv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+# In order of preference.
+TEXT_SUFFIXES = (".txt", ".caption")
 # Share of the validation split, in folders without train/ and validation/.
 VALIDATION_SHARE = 0.1
+_FIELDS = (*FILE_FIELDS, *CAPTION_FIELDS, "class", "label")
 
 
 class CaptionFolder(CaptionedFiles):
@@ -24,8 +41,12 @@ class CaptionFolder(CaptionedFiles):
 
     Either each image has a text file of the same name beside it, one caption per line, or one list holds all captions:
     captions.jsonl with an object {"file": ..., "caption": ..., "class": ...} per line, or captions.csv with the columns
-    file, caption and, optionally, class. A file listed on several lines has several captions. Images of one class are
-    never each other's mismatched pairs; an image without a class is its own class.
+    file, caption and, optionally, class. A file listed on several lines has several captions. The lists of Hugging
+    Face's image folders, metadata.jsonl and metadata.csv with file_name and text, are read as well. Images of one class
+    are never each other's mismatched pairs; an image without a class is its own class.
+
+    Names are compared up to Unicode form and case where no file has exactly the listed name. Hidden files are ignored;
+    so are text files without an image, which are listed in `report.ignored` and in a warning.
 
     The folder is either divided into train/ and validation/, each with this content, or undivided: then a tenth of the
     images, chosen by a hash of their names, is the validation split, and images added later do not move the others.
@@ -78,38 +99,37 @@ class CaptionFolder(CaptionedFiles):
             self._require(*SPLITS)
         folder = self.root / self.split if divided else self.root
         self._in_other_split = 0
-        lists = [name for name in LISTS if (folder / name).is_file()]
-        if len(lists) > 1:
-            raise ValueError(f"{self._owner}: {folder} has both {' and '.join(lists)}; keep one of them.")
-        if lists:
-            yield from self._read_list(folder / lists[0], bool(divided))
+        content = scan_folder(folder)
+        if len(content.lists) > 1:
+            names = " and ".join(path.name for path in content.lists)
+            raise ValueError(f"{self._owner}: {folder} has both {names}; keep one of them.")
+        if content.lists:
+            yield from self._read_list(content.lists[0], bool(divided))
         else:
-            yield from self._read_pairs(folder, bool(divided))
+            yield from self._read_pairs(content, bool(divided))
 
-    def _read_pairs(self, folder: Path, divided: bool) -> Iterator[Entry]:
+    def _read_pairs(self, content: FolderContent, divided: bool) -> Iterator[Entry]:
         """Images with text files beside them; each image is its own class."""
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        texts: dict[str, Path] = {}
-        for path in files:
-            if path.suffix.lower() != ".txt":
-                continue
-            first = texts.setdefault(path.stem, path)
-            if first != path and (divided or self._is_in_split(path.stem)):
+        unused = NameIndex(text.name for text in content.unused_texts)
+        for path, first in content.repeated_texts:
+            if divided or self._is_in_split(path.stem):
                 self._skip(path, f"shares its name with {first.name}; put all captions into one of them")
         described: dict[str, Path] = {}
-        for class_id, image in enumerate(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES):
-            first = described.setdefault(image.stem, image)
+        for class_id, image in enumerate(content.images):
+            text = content.texts.get(image)
+            first = described.setdefault(image.stem if text is None else text.stem, image)
             if not divided and not self._is_in_split(image.stem):
-                continue
-            if first != image:
+                self._in_other_split += 1
+            elif first != image:
                 self._skip(image, f"shares its name and captions with {first.name}; rename one of them")
-            elif image.stem not in texts:
-                self._skip(image, f"has no captions beside it in {image.stem}.txt", missing=True)
+            elif text is None:
+                expected = f"{image.stem}.txt"
+                self._skip(image, f"has no captions beside it in {expected}{unused.similar(expected)}", missing=True)
             else:
-                yield from self._read_pair(image, texts[image.stem], class_id)
-        for stem, text in texts.items():
-            if stem not in described and (divided or self._is_in_split(stem)):
-                self._skip(text, "has no image of the same name beside it", missing=True)
+                yield from self._read_pair(image, text, class_id)
+        for text in content.unused_texts:
+            if divided or self._is_in_split(text.stem):
+                self.report.ignore(text, "has no image of the same name beside it")
 
     def _read_pair(self, image: Path, text: Path, class_id: int) -> Iterator[Entry]:
         try:
@@ -119,34 +139,38 @@ class CaptionFolder(CaptionedFiles):
 
     def _read_list(self, path: Path, divided: bool) -> Iterator[Entry]:
         images: dict[str, _Listed] = {}
-        rows = _json_rows(self._owner, path) if path.suffix == ".jsonl" else _csv_rows(self._owner, path)
+        names: dict[str, str] = {}
+        rows = _json_rows(self._owner, path) if path.suffix.lower() == ".jsonl" else _csv_rows(self._owner, path)
         for number, row in rows:
             if isinstance(row, str):
                 # An invalid line names no image; it is assigned to one split, like an image, and reported there only.
                 if divided or self._is_in_split(f"line {number}"):
                     self._skip(f"{path} line {number}", row)
                 continue
-            own_class = f"file {path.parent.relative_to(self.root) / row.file}"
-            class_id = class_of(own_class if row.class_name is None else f"class {row.class_name}")
-            listed = images.setdefault(row.file, _Listed(number, class_id, []))
-            listed.captions.append(row.caption if listed.class_id == class_id else None)
+            if row.file not in names:
+                found = self._finder.find(path.parent, row.file)
+                names[row.file] = row.file if found is None else found.relative_to(path.parent).as_posix()
+            file = names[row.file]
+            own_class = f"file {path.parent.relative_to(self.root) / file}"
+            class_id = class_of(own_class) if row.class_name is None else class_named(row.class_name)
+            listed = images.setdefault(file, _Listed(number, class_id, []))
+            listed.captions.append(row.captions if listed.class_id == class_id else None)
         for file, listed in images.items():
             if not divided and not self._is_in_split(file):
+                self._in_other_split += 1
                 continue
             source = f"{path} line {listed.line}"
-            captions = [caption for caption in listed.captions if caption is not None]
+            captions = [captions for captions in listed.captions if captions is not None]
             if len(captions) < len(listed.captions):
                 self._skip(source, f"gives {file} another class than a later line")
-            else:
-                yield from self._entry(path.parent / file, captions, source, listed.class_id)
+            elif image := self._find(source, path.parent, file):
+                yield from self._entry(image, chain.from_iterable(captions), source, listed.class_id)
 
     def _is_in_split(self, name: str) -> bool:
-        """Whether an item of this name belongs to the split, in an undivided folder; counts those that do not."""
+        """Whether an item of this name belongs to the split, in an undivided folder."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode("utf-8", "backslashreplace")).digest()
         is_validation = int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
-        is_in_split = is_validation == (self.split == "validation")
-        self._in_other_split += not is_in_split
-        return is_in_split
+        return is_validation == (self.split == "validation")
 
     def _expected(self) -> str:
         if self._in_other_split:
@@ -157,13 +181,58 @@ class CaptionFolder(CaptionedFiles):
         return super()._expected()
 
 
+class FolderContent(NamedTuple):
+    """The files of a folder by their role."""
+
+    lists: list[Path]
+    """Lists of captions."""
+    images: list[Path]
+    texts: dict[Path, Path]
+    """The text file of each image that has one."""
+    unused_texts: list[Path]
+    """Text files of no image."""
+    repeated_texts: list[tuple[Path, Path]]
+    """Text files whose name up to the suffix is that of another one, and the latter."""
+
+
+def scan_folder(folder: Path) -> FolderContent:
+    """Sort the files of a folder by their role, without hidden ones."""
+    with os.scandir(folder) as found:
+        files = sorted(folder / file.name for file in found if not is_hidden(file.name) and file.is_file())
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    texts: dict[str, Path] = {}
+    repeated = []
+    for suffix in TEXT_SUFFIXES:
+        for path in files:
+            if path.suffix.lower() == suffix:
+                first = texts.setdefault(path.stem, path)
+                if first != path and first.suffix.lower() == suffix:
+                    repeated.append((path, first))
+    # A text whose image has exactly its name belongs to no other image.
+    others = NameIndex(texts.keys() - {image.stem for image in images})
+    stems = {image: image.stem if image.stem in texts else others.find(image.stem) for image in images}
+    text_of = {image: texts[stem] for image, stem in stems.items() if stem is not None}
+    used = set(text_of.values())
+    lists = [path for name in LISTS for path in files if path.name.lower() == name]
+    if not lists and not text_of:
+        lists = [path for name in METADATA_LISTS for path in files if path.name.lower() == name]
+    return FolderContent(lists, images, text_of, [text for text in texts.values() if text not in used], repeated)
+
+
+def is_caption_folder(root: Path) -> bool:
+    """Whether `CaptionFolder` finds captions in a folder."""
+    parts = [root / split for split in SPLITS if (root / split).is_dir()] or [root]
+    contents = [scan_folder(part) for part in parts]
+    return any(content.lists or content.texts for content in contents)
+
+
 class _Listed(NamedTuple):
     """All lines of a list about one image."""
 
     line: int
     """Number of the first."""
     class_id: int
-    captions: list[str | None]
+    captions: list[tuple[str, ...] | None]
     """None for a line that gives another class."""
 
 
@@ -171,7 +240,7 @@ class _Row(NamedTuple):
     """One line of a list."""
 
     file: str
-    caption: str
+    captions: tuple[str, ...]
     class_name: str | None
 
 
@@ -179,19 +248,21 @@ def _parse_row(row: Any) -> _Row | str:
     """Parse a line of a list, or return what is wrong with it."""
     if not isinstance(row, dict):
         return 'must be an object {"file": ..., "caption": ...}'
-    file, caption, class_name = row.get("file"), row.get("caption"), row.get("class")
-    if not isinstance(file, str) or not isinstance(caption, str):
+    file, captions = next((row[name] for name in FILE_FIELDS if name in row), None), captions_in(row)
+    if not isinstance(file, str) or captions is None:
         return "needs a file and a caption, both strings"
     if not is_inside(file):
         return f"names the file {file!r}, which is not in this folder"
-    if class_name is not None and not isinstance(class_name, str | int):
-        return f"has the class {class_name!r}; expected a name or a number"
-    return _Row(str(PurePosixPath(file)), caption, None if class_name in (None, "") else str(class_name))
+    try:
+        class_name = class_in(row)
+    except ValueError as error:
+        return f"has a class that cannot be read ({error})"
+    return _Row(str(PurePosixPath(file)), captions, None if class_name is None else str(class_name))
 
 
 def _json_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
     """Yield the number of each line with its content, or with what is wrong with it."""
-    for number, line in enumerate(_read_text(owner, path).split("\n"), start=1):
+    for number, line in enumerate(split_lines(_read_text(owner, path)), start=1):
         if line.strip():
             try:
                 yield number, _parse_row(json.loads(line))
@@ -202,7 +273,7 @@ def _json_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
 def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
     """Yield the number of the first line of each row with its content, or with what is wrong with it."""
     lines = list(StringIO(_read_text(owner, path), newline=""))
-    done, header = 0, list[str]()
+    done, header, columns = 0, list[str](), list[str]()
 
     def remaining() -> Iterator[str]:
         nonlocal done
@@ -223,7 +294,9 @@ def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
             continue
         if not header:
             header = [name.strip() for name in row or []]
-            if header.count("file") != 1 or header.count("caption") != 1 or header.count("class") > 1:
+            columns = [name.lower() for name in header]
+            has_fields = all(any(name in columns for name in names) for names in (FILE_FIELDS, CAPTION_FIELDS))
+            if not has_fields or any(columns.count(name) > 1 for name in _FIELDS):
                 raise ValueError(
                     f"{owner}: {path} begins with {header}; the first line must name the columns file and caption, "
                     "once each and separated by commas."
@@ -231,7 +304,7 @@ def _csv_rows(owner: str, path: Path) -> Iterator[tuple[int, _Row | str]]:
         elif row is None:
             return
         elif len(row) == len(header):
-            yield first, _parse_row(dict(zip(header, row)))
+            yield first, _parse_row(dict(zip(columns, row)))
         elif row:
             yield first, f"has {len(row)} columns instead of {len(header)}; quote captions that contain commas"
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mirror_modules.data.readers.files import CaptionedFiles, Entry, is_inside
+from mirror_modules.data.readers.files import CaptionedFiles, Entry
+from mirror_modules.data.readers.names import is_inside
 
 _NAMES = {"train": "train", "validation": "val"}
 _YEARS = ("2017", "2014")
@@ -46,8 +47,8 @@ class CocoCaptions(CaptionedFiles):
     def _read_entries(self) -> Iterator[Entry]:
         name = _NAMES[self.split]
         # One year for both splits: the splits of 2014 and 2017 share images.
-        year = max(_YEARS, key=lambda y: sum(self._annotations(each, y).is_file() for each in _NAMES.values()))
-        path = self._annotations(name, year)
+        year = max(_YEARS, key=lambda y: sum(_annotations(self.root, each, y).is_file() for each in _NAMES.values()))
+        path = _annotations(self.root, name, year)
         self._require(str(path.relative_to(self.root)), f"{name}{year}")
         content = self._read_json(path)
         captions = defaultdict(list)
@@ -68,11 +69,8 @@ class CocoCaptions(CaptionedFiles):
             else:
                 ids.add(str(image["id"]))
                 names.add(image["file_name"])
-                file = self.root / f"{name}{year}" / image["file_name"]
-                yield from self._entry(file, captions[str(image["id"])], path, i)
-
-    def _annotations(self, name: str, year: str) -> Path:
-        return self.root / "annotations" / f"captions_{name}{year}.json"
+                if file := self._find(path, self.root / f"{name}{year}", image["file_name"]):
+                    yield from self._entry(file, captions[str(image["id"])], path, i)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
@@ -83,3 +81,12 @@ class CocoCaptions(CaptionedFiles):
             if not isinstance(content, dict) or not isinstance(content.get(part), list):
                 raise ValueError(f"{self._owner}: {path} has no list {part!r}; expected a file of COCO captions.")
         return content
+
+
+def is_coco(root: Path) -> bool:
+    """Whether a folder has annotations that `CocoCaptions` reads."""
+    return any(_annotations(root, name, year).is_file() for name in _NAMES.values() for year in _YEARS)
+
+
+def _annotations(root: Path, name: str, year: str) -> Path:
+    return root / "annotations" / f"captions_{name}{year}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from mirror_modules._checks import check_choice
 ON_ERROR = ("stop", "skip", "list")
 # A larger share of damaged samples is no accident: something is wrong with the data set as a whole.
 MAX_DAMAGED_SHARE = 0.05
+MAX_EXCERPT = 200
 
 
 class Skipped(NamedTuple):
@@ -19,6 +21,14 @@ class Skipped(NamedTuple):
     """The file at fault, with the line or entry in it if known."""
     reason: str
     """What is wrong with it: the predicate of a sentence whose subject is the file."""
+
+
+class Ignored(NamedTuple):
+    """A file, or damage to one, that costs no sample."""
+
+    file: str
+    reason: str
+    """Why the file, or a part of it, is ignored: the predicate of a sentence whose subject is the file."""
 
 
 class DamagedSample(ValueError):
@@ -72,6 +82,8 @@ class ErrorReport:
 
     skipped: list[Skipped]
     """The samples skipped so far."""
+    ignored: list[Ignored]
+    """Files that belong to no sample, such as a README.txt, and damaged metadata of samples that were read."""
     share_at_opening: float
     """Share of the samples skipped on opening the data set, before any image was read."""
 
@@ -79,6 +91,8 @@ class ErrorReport:
         check_choice("ErrorReport", "on_error", on_error, ON_ERROR)
         self.on_error = on_error
         self.skipped = []
+        self.ignored = []
+        self._ignored: set[Ignored] = set()
         self.share_at_opening = 0.0
 
     def add(self, owner: str, file: str | Path, reason: str, *, missing: bool = False) -> None:
@@ -98,6 +112,13 @@ class ErrorReport:
             raise kind(printable(f"{owner}: {file} {reason}; fix it, or skip it with on_error='skip'."))
         self.skipped.append(Skipped(printable(file), printable(reason)))
 
+    def ignore(self, file: str | Path, reason: str) -> None:
+        """Record a file that costs no sample, once for each reason."""
+        ignored = Ignored(printable(file), printable(reason))
+        if ignored not in self._ignored:
+            self._ignored.add(ignored)
+            self.ignored.append(ignored)
+
     def check(self, owner: str, count: int, total: int) -> None:
         """Raise if too many samples are damaged: `count` of `total`, in addition to those skipped on opening.
 
@@ -113,12 +134,23 @@ class ErrorReport:
             )
 
     def listing(self, limit: int = 5) -> str:
-        """The first `limit` files and reasons, in one line."""
-        lines = [f"{file} {reason}" for file, reason in self.skipped[:limit]]
-        more = len(self.skipped) - len(lines)
-        return "; ".join(lines) + (f"; and {more} more" if more else "")
+        """The first `limit` skipped files and reasons, in one line."""
+        return one_line(self.skipped, limit)
+
+
+def one_line(entries: Sequence[Skipped] | Sequence[Ignored], limit: int = 5) -> str:
+    """The first `limit` files and reasons, in one line."""
+    lines = [f"{file} {reason}" for file, reason in entries[:limit]]
+    more = len(entries) - len(lines)
+    return "; ".join(lines) + (f"; and {more} more" if more else "")
 
 
 def printable(text: str | Path) -> str:
     """Text that UTF-8 can encode: file names on disk need not be Unicode, so surrogates are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def excerpt(text: str) -> str:
+    """The first `MAX_EXCERPT` characters of a text of any length, printable and on one line, for a message."""
+    line = " ".join(printable(text[: MAX_EXCERPT + 1]).split())
+    return line if len(text) <= MAX_EXCERPT else f"{line[:MAX_EXCERPT]}..."

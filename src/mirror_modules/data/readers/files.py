@@ -6,17 +6,20 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, printable
+from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, one_line, printable
 from mirror_modules.data.readers.images import Box, decode_square, image_size, import_pillow, read_square
+from mirror_modules.data.readers.names import FileFinder
 from mirror_modules.data.sample import CaptionedImage
 
 SPLITS = ("train", "validation")
@@ -75,12 +78,17 @@ class CaptionedFiles:
         self.report = ErrorReport(on_error)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self._owner}: there is no folder {self.root}; it must hold {self.layout}.")
+        self._finder = FileFinder()
         self.entries = tuple(self._read_entries())
+        # Its file names would be copied to every worker process.
+        del self._finder
         count, total = len(self.report.skipped), len(self.entries) + len(self.report.skipped)
         self.report.check(self._owner, count, total)
         self.report.share_at_opening = count / max(total, 1)
         if not self.entries and on_error != "list":
             raise ValueError(f"{self._owner}: there is no image in {self._source()}; {self._expected()}.")
+        if self.report.ignored and on_error != "list":
+            warnings.warn(f"{self._owner}: {one_line(self.report.ignored)}; ignored.", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -104,13 +112,17 @@ class CaptionedFiles:
 
     def _read_image(self, index: int) -> NDArray[np.uint8]:
         entry = self.entries[index]
+
+        def ignore(reason: str) -> None:
+            self.report.ignore(entry.image, reason)
+
         if entry.part is None:
-            return read_square(entry.image, self.resolution, entry.box)
+            return read_square(entry.image, self.resolution, entry.box, ignore=ignore)
         try:
             content = entry.part.read()
         except OSError as error:
             raise DamagedSample(self._owner, entry.image, f"cannot be read ({error.strerror})") from error
-        return decode_square(content, str(entry.image), self.resolution)
+        return decode_square(content, str(entry.image), self.resolution, ignore=ignore)
 
     @property
     def _owner(self) -> str:
@@ -137,31 +149,49 @@ class CaptionedFiles:
     def _skip(self, file: str | Path, reason: str, *, missing: bool = False) -> None:
         self.report.add(self._owner, file, reason, missing=missing)
 
+    def _find(self, source: str | Path, folder: Path, name: str) -> Path | None:
+        """The file `name` in `folder`; if it does not exist, its sample is skipped, blaming `source`."""
+        found = self._finder.find(folder, name)
+        if found is None:
+            similar = self._finder.similar(folder, name)
+            self._skip(source, f"describes {folder / name}, which does not exist{similar}", missing=True)
+        return found
+
     def _entry(
         self, image: Path, lines: Iterable[str], source: str | Path, class_id: int, box: Box | None = None
     ) -> Iterator[Entry]:
-        """Yield the entry of one image; skip it, blaming `source`, if its file is missing or no line has a word."""
-        # Path.is_file raises an OSError for names that are too long; os.path.isfile returns False.
-        if not os.path.isfile(image):
-            self._skip(source, f"describes {image}, which does not exist", missing=True)
-        elif captions := clean_captions(lines):
+        """Yield the entry of one image; skip it, blaming `source`, if no line has a word."""
+        if captions := clean_captions(lines):
             yield Entry(image, captions, class_id, box)
         else:
             self._skip(source, f"holds no caption of {image.name}")
 
 
 def check_apart(owner: str, *splits: CaptionedFiles) -> None:
-    """Require that the splits have no image in common.
+    """Require that the splits have no image in common, under one name or through links.
 
     Raises:
         ValueError: An image is in all of them.
     """
-    shared = set.intersection(*({entry.image for entry in dataset.entries} for dataset in splits))
+    places = [{_place(entry): entry.image for entry in dataset.entries} for dataset in splits]
+    shared = set.intersection(*map(set, places))
     if shared:
+        first = min(places[-1][place] for place in shared)
         raise ValueError(
-            f"{owner}: {len(shared)} images are in both splits, such as {printable(min(shared))}; validating on "
+            f"{owner}: {len(shared)} images are in both splits, such as {printable(first)}; validating on "
             "training images is meaningless: remove them from one split."
         )
+
+
+def _place(entry: Entry) -> object:
+    """Where the bytes of an image are stored: device, file number and offset; its name if the file is not there."""
+    file, offset = (entry.image, 0) if entry.part is None else (entry.part.file, entry.part.offset)
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return entry.image
+    # Some file systems number no files.
+    return (status.st_dev, status.st_ino, offset) if status.st_ino else entry.image
 
 
 def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
@@ -170,9 +200,20 @@ def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(caption for caption in captions if _WORD.search(caption))
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end in LF, CR LF or CR."""
+    # str.splitlines would also break lines at control characters.
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def class_of(name: str) -> int:
     """Class id of a class name: a hash, equal in every process and in both splits."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8], "big") // 2
+
+
+def class_named(name: str) -> int:
+    """Class id of a user's class name, up to its Unicode form and surrounding spaces."""
+    return class_of(f"class {unicodedata.normalize('NFC', name).strip()}")
 
 
 def read_lines(owner: str, path: Path) -> list[str]:
@@ -185,16 +226,9 @@ def read_lines(owner: str, path: Path) -> list[str]:
         # Reading a named pipe would block forever.
         if not stat.S_ISREG(path.stat().st_mode):
             raise DamagedSample(owner, path, "is not a regular file")
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedSample(owner, path, f"is not UTF-8 text ({error})") from error
     except OSError as error:
         raise DamagedSample(owner, path, f"cannot be read ({error.strerror})") from error
-    # str.splitlines would also break lines at control characters.
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative file name stays within its folder."""
-    path = PurePosixPath(name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return [line.strip() for line in split_lines(text) if line.strip()]

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirror_modules.data.readers.damage import DamagedSample
+from mirror_modules.data.readers.metadata import without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -23,6 +24,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LARGE_PIXELS = 2**24
 MAX_PIXELS = 2**26
 ORIENTATION = 0x0112
+_T = TypeVar("_T")
+
+
+def _discard(reason: str) -> None:
+    pass
 
 
 class Box(NamedTuple):
@@ -34,16 +40,20 @@ class Box(NamedTuple):
     height: float
 
 
-def read_square(path: Path, resolution: int, box: Box | None = None) -> NDArray[np.uint8]:
+def read_square(
+    path: Path, resolution: int, box: Box | None = None, *, ignore: Callable[[str], object] = _discard
+) -> NDArray[np.uint8]:
     """Read an image, resize its shorter side to `resolution` (antialiased) and keep the center square, (H, W, 3).
 
     The EXIF orientation is applied, transparent pixels are composited onto white, and 16-bit gray is scaled to bytes.
+    Damaged metadata is ignored; without a readable orientation, the image is not rotated.
 
     Args:
         path: A JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
         resolution: Height and width of the result.
         box: Bounding box to crop around, with a margin (see `square_around`), in pixels as stored; None uses the whole
             image.
+        ignore: Called with a description of ignored damage.
 
     Returns:
         RGB bytes, (resolution, resolution, 3).
@@ -53,16 +63,19 @@ def read_square(path: Path, resolution: int, box: Box | None = None) -> NDArray[
         ImportError: Pillow is missing.
         MemoryError: The decoded image does not fit in memory.
     """
-    return _read("read_square", path, path, lambda: path.stat().st_size, resolution, box)
+    return _read("read_square", path, path, lambda: path.stat().st_size, resolution, box, ignore)
 
 
-def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint8]:
+def decode_square(
+    content: bytes, name: str, resolution: int, *, ignore: Callable[[str], object] = _discard
+) -> NDArray[np.uint8]:
     """Decode the bytes of an image file, as `read_square` does.
 
     Args:
         content: The bytes.
         name: Name of the image in error messages.
         resolution: Height and width of the result.
+        ignore: Called with a description of ignored damage.
 
     Returns:
         RGB bytes, (resolution, resolution, 3).
@@ -71,17 +84,12 @@ def decode_square(content: bytes, name: str, resolution: int) -> NDArray[np.uint
         ValueError: The bytes cannot be read as an image; the message gives the reason.
         ImportError: Pillow is missing.
     """
-    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None)
+    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None, ignore)
 
 
 def image_size(file: Path | BytesIO) -> tuple[int, int]:
     """Width and height as stored, of a file that `read_square` can read."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(file, formats=FORMATS) as image:
-            return image.size
+    return _open(file, lambda image: image.size, _discard)
 
 
 def square_around(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
@@ -130,16 +138,13 @@ def _read(
     size: Callable[[], int],
     resolution: int,
     box: Box | None,
+    ignore: Callable[[str], object],
 ) -> NDArray[np.uint8]:
     import_pillow()
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about large images and odd metadata, both of which are handled here.
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
-                return _to_square(image, resolution, box)
+        return _open(file, lambda image: _to_square(image, resolution, box, ignore), ignore)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -147,11 +152,43 @@ def _read(
         raise DamagedSample(owner, name, f"cannot be read as an image ({reason})") from error
     # Decoders raise errors of every type on damaged bytes.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DamagedSample(owner, name, f"cannot be read as an image ({reason})") from error
+        raise DamagedSample(owner, name, f"cannot be read as an image ({_reason_of(error)})") from error
 
 
-def _to_square(image: PillowImage, resolution: int, box: Box | None) -> NDArray[np.uint8]:
+def _open(file: Path | BytesIO, use: Callable[[PillowImage], _T], ignore: Callable[[str], object]) -> _T:
+    """Apply a function to an opened image; if that fails, try again without the metadata of the file."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns about large images and odd metadata, both of which are handled here.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                return use(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            stripped = without_metadata(file.getvalue() if isinstance(file, BytesIO) else file.read_bytes())
+            if stripped is None:
+                raise
+            try:
+                with Image.open(BytesIO(stripped), formats=FORMATS) as image:
+                    result = use(image)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001
+                raise error from None
+            ignore(f"has damaged metadata, without which it is read ({_reason_of(error)})")
+            return result
+
+
+def _reason_of(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_square(
+    image: PillowImage, resolution: int, box: Box | None, ignore: Callable[[str], object]
+) -> NDArray[np.uint8]:
     from PIL import Image
 
     width, height = image.size
@@ -185,8 +222,27 @@ def _to_square(image: PillowImage, resolution: int, box: Box | None) -> NDArray[
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(image.getexif().get(ORIENTATION, 1))
+    }.get(_orientation(image, ignore))
     return np.array(square if turn is None else square.transpose(turn))
+
+
+def _orientation(image: PillowImage, ignore: Callable[[str], object]) -> Any:
+    """The EXIF orientation; None if there is none, or if it cannot be read, which is reported to `ignore`."""
+    from PIL import Image
+
+    orientation = None
+    try:
+        with warnings.catch_warnings(record=True) as problems:
+            warnings.simplefilter("always")
+            # Pillow hides the errors of a JPEG file's EXIF data: it has read them on opening the file.
+            Image.Exif().load(image.info.get("exif") or b"")
+            orientation = image.getexif().get(ORIENTATION)
+        reason = str(problems[0].message) if problems else None
+    except Exception as error:  # noqa: BLE001
+        reason = _reason_of(error)
+    if reason is not None and orientation is None:
+        ignore(f"has damaged EXIF data, without which it is read ({reason})")
+    return orientation
 
 
 def _to_rgb(image: PillowImage) -> PillowImage:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from mirror_modules.data.readers.damage import DamagedSample
 from mirror_modules.data.readers.files import CaptionedFiles, Entry, read_lines
+from mirror_modules.data.readers.names import is_hidden
 
 _CLASS_LISTS = {"train": "trainclasses.txt", "validation": "valclasses.txt"}
 
@@ -65,7 +66,11 @@ class OxfordFlowers(CaptionedFiles):
             folder = self.root / "text_c10" / name
             if not folder.is_dir():
                 raise FileNotFoundError(f"{self._owner}: {class_list} lists {name}, but there is no folder {folder}.")
-            for text in sorted(folder.glob("image_*.txt")):
+            texts = (path for path in folder.iterdir() if path.suffix.lower() == ".txt" and not is_hidden(path.name))
+            for text in sorted(texts):
+                if not text.name.startswith("image_"):
+                    self.report.ignore(text, "is not named image_XXXXX.txt")
+                    continue
                 for entry in self._read_entry(text, int(name.removeprefix("class_"))):
                     if entry.image in seen:
                         self._skip(text, f"describes {entry.image}, which already belongs to another class")
@@ -79,4 +84,5 @@ class OxfordFlowers(CaptionedFiles):
         except DamagedSample as error:
             self._skip(*error.skipped)
         else:
-            yield from self._entry(self.root / "jpg" / f"{text.stem}.jpg", lines, text, class_id)
+            if image := self._find(text, self.root / "jpg", f"{text.stem}.jpg"):
+                yield from self._entry(image, lines, text, class_id)

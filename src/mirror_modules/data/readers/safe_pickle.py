@@ -4,34 +4,63 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from mirror_modules.data.readers.damage import excerpt
+
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUILTINS = ("builtins", "__builtin__")
-_SCALARS, _CONTAINERS = {type(None), bool, int, float, str, bytes}, {dict, list, tuple, set, frozenset}
 # Booleans, integers, floats, bytes, text.
-_SCALAR_CODE = re.compile(r"[biufSU]\d{1,4}")
-# Calls may copy this many bytes and items for each byte of the file; pickles of numpy scalars stay below 1.
+_SCALAR_CODE = re.compile(r"[biufSU][0-9]{1,9}")
+# Calls may copy this many bytes for each byte of the file; pickles of numpy scalars stay below 1.
 _COPIES_PER_BYTE = 4
+
+
+class PickledDict:
+    """The keys and values of a pickled dict, none of which is hashed.
+
+    In a dict, integer keys can be chosen such that a lookup visits all of them, even among integers of 32 bits. The
+    hash of a long integer is computed at every lookup. Hashing a tuple nested 200,000 deep overflows the C stack and
+    kills the process; hashing 60 tuples, each of which holds the previous one twice, takes 2^60 steps.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        self._items: list[tuple[Any, Any]] = []
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._items.append((key, value))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def items(self) -> list[tuple[Any, Any]]:
+        """Pairs of key and value in the order of the file; the last value of a repeated key counts."""
+        return self._items
+
+
+_SCALARS, _CONTAINERS = {type(None), bool, int, float, str, bytes}, {PickledDict, list, tuple}
 
 
 def read_pickle(path: Path) -> Any:
     """Read a pickle of lists, tuples, sets, dicts, numbers, strings, bytes and numpy scalars.
 
-    Python 2 strings are decoded as Latin-1; numpy scalars become Python numbers and strings. Dict keys and set members
-    must be numbers or text, and no container may be referenced twice: otherwise a few bytes could demand unbounded
+    Python 2 strings are decoded as Latin-1; numpy scalars become Python numbers and strings, sets become lists, and
+    dicts become `PickledDict`. No container may be referenced twice: otherwise a few bytes could demand unbounded
     memory or time.
 
     Args:
         path: The file.
 
     Returns:
-        The data, built of Python's own types alone.
+        The data, built of Python's own types and `PickledDict` alone.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -44,15 +73,17 @@ def read_pickle(path: Path) -> Any:
         return result
     except _Forbidden as error:
         raise ValueError(
-            f"read_pickle: {path} requests the global {error}; only lists, tuples, sets, dicts, numbers, strings and "
-            "numpy scalars are read. Do not load it by other means unless you trust its author."
+            f"read_pickle: {path} requests the global {excerpt(str(error))}; only lists, tuples, sets, dicts, numbers, "
+            "strings and numpy scalars are read. Do not load it by other means unless you trust its author."
         ) from error
     # A pickle is a program, so a damaged one can raise anything.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = str(error)
         if not isinstance(error, ValueError | pickle.UnpicklingError):
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
-        raise ValueError(f"read_pickle: {path} is damaged: it is not a pickle of plain data ({reason}).") from error
+        raise ValueError(
+            f"read_pickle: {path} is damaged: it is not a pickle of plain data ({excerpt(reason)})."
+        ) from error
 
 
 class _Forbidden(Exception):
@@ -64,10 +95,11 @@ def _check_plain(content: Any) -> None:
 
     Each container then takes bytes of its own in the file, so a loop over the result ends in proportion to its size.
     """
-    pending, seen = [[content]], set[int]()
+    pending: list[Any] = [[content]]
+    seen = set[int]()
     while pending:
         container = pending.pop()
-        parts = [*container, *container.values()] if isinstance(container, dict) else container
+        parts = list(chain.from_iterable(container.items())) if isinstance(container, PickledDict) else container
         types = set(map(type, parts))
         if foreign := types - _SCALARS - _CONTAINERS:
             raise ValueError(f"it holds an object of type {foreign.pop().__name__}")
@@ -81,20 +113,23 @@ def _check_plain(content: Any) -> None:
                     pending.append(part)
 
 
-def _with_scalars(code: bytes, hashed: slice) -> Callable[[Any], None]:
-    """An opcode that hashes `hashed` of the topmost stack items, restricted to numbers and text.
+def _load_empty_dict(unpickler: Any) -> None:
+    unpickler.append(PickledDict())
 
-    Hashing a tuple nested 200,000 deep overflows the C stack and kills the process; hashing 60 tuples, each of which
-    holds the previous one twice, takes 2^60 steps.
-    """
-    load = pickle._Unpickler.dispatch[code[0]]
 
-    def load_checked(unpickler: Any) -> None:
-        if not _SCALARS.issuperset(map(type, unpickler.stack[hashed])):
-            raise ValueError("a dict key or set member is neither a number nor text")
-        load(unpickler)
+def _load_dict(unpickler: Any) -> None:
+    items, result = unpickler.pop_mark(), PickledDict()
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        result[key] = value
+    unpickler.append(result)
 
-    return load_checked
+
+def _load_state(unpickler: Any) -> None:
+    """Numpy's dtypes alone have a state: a pickle could otherwise replace the attributes of other objects."""
+    state, instance = unpickler.stack.pop(), unpickler.stack[-1]
+    if not isinstance(instance, _ScalarType):
+        raise ValueError(f"it sets the state of an object of type {type(instance).__name__}")
+    instance.set_state(state)
 
 
 def _refuse_bytearray(unpickler: Any) -> None:
@@ -102,25 +137,43 @@ def _refuse_bytearray(unpickler: Any) -> None:
     raise ValueError("it holds a bytearray")
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    """The unpickler written in Python, whose opcodes can be restricted.
+class _Memo(list[Any]):
+    """Memoized objects by index.
 
-    Its memo is a dict. The memo of the one written in C is an array, which a memo index of 2^28 in an 8-byte file grows
-    to 4 GiB.
+    The memo of Python's unpickler is a dict, whose keys can be chosen to collide; that of the one written in C is an
+    array, which an index of 2^28 in an 8-byte file grows to 4 GiB.
     """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # Picklers number the objects, each of which takes a byte or more.
+        if index > self._size:
+            raise ValueError(f"a memo index of {index} in a file of {self._size} bytes")
+        # The ellipsis is no plain data, so an object that is missing is refused.
+        self.extend([...] * (index + 1 - len(self)))
+        super().__setitem__(index, value)
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """The unpickler written in Python, whose opcodes can be replaced."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,
-        pickle.SETITEM[0]: _with_scalars(pickle.SETITEM, slice(-2, -1)),
-        pickle.SETITEMS[0]: _with_scalars(pickle.SETITEMS, slice(None, None, 2)),
-        pickle.DICT[0]: _with_scalars(pickle.DICT, slice(None, None, 2)),
-        pickle.ADDITEMS[0]: _with_scalars(pickle.ADDITEMS, slice(None)),
-        pickle.FROZENSET[0]: _with_scalars(pickle.FROZENSET, slice(None)),
+        pickle.EMPTY_DICT[0]: _load_empty_dict,
+        pickle.DICT[0]: _load_dict,
+        pickle.EMPTY_SET[0]: pickle._Unpickler.dispatch[pickle.EMPTY_LIST[0]],
+        pickle.ADDITEMS[0]: pickle._Unpickler.dispatch[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: pickle._Unpickler.dispatch[pickle.LIST[0]],
+        pickle.BUILD[0]: _load_state,
         pickle.BYTEARRAY8[0]: _refuse_bytearray,
     }
 
     def __init__(self, content: bytes) -> None:
         super().__init__(BytesIO(content), encoding="latin1")
+        self.memo = _Memo(len(content))
         self._copies_left = _COPIES_PER_BYTE * len(content)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -130,10 +183,10 @@ class _PlainUnpickler(pickle._Unpickler):
             return _Call(self, _ScalarType)
         if module == "_codecs" and name == "encode":
             return _Call(self, _bytes)
-        if module in _BUILTINS and name == "set":
-            return _Call(self, _set)
-        if module in _BUILTINS and name == "frozenset":
-            return _Call(self, _frozenset)
+        if module in _BUILTINS and name == "bytes":
+            return _Call(self, _empty_bytes)
+        if module in _BUILTINS and name in ("set", "frozenset"):
+            return _Call(self, _members)
         raise _Forbidden(f"{module}.{name}")
 
     def get_extension(self, code: int) -> None:
@@ -142,7 +195,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def count_copies(self, arguments: tuple[Any, ...]) -> None:
         """Limit what calls copy: 8 bytes of a pickle repeat a call on a text of any length stored once."""
-        self._copies_left -= sum(len(each) for each in arguments if hasattr(each, "__len__"))
+        self._copies_left -= sum(len(each) for each in arguments if isinstance(each, str | bytes))
         if self._copies_left < 0:
             raise ValueError("its calls copy far more than it holds")
 
@@ -159,42 +212,44 @@ class _Call:
         self._unpickler.count_copies(arguments)
         return self._function(*arguments)
 
-    def __setstate__(self, state: object) -> None:
-        raise ValueError("it gives a function a state")
-
 
 class _ScalarType:
     """A substitute for numpy's dtype, which must not be built from untrusted data."""
 
     __slots__ = ("dtype",)
 
-    def __init__(self, code: str, *_: object) -> None:
+    # A call with any number of arguments could repeat a list of them at no cost in bytes.
+    def __init__(self, code: str, align: object = False, copy: object = False) -> None:
         if not _SCALAR_CODE.fullmatch(code):
             raise ValueError(f"a numpy scalar of type {code!r}")
         self.dtype = np.dtype(code)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order from the state that numpy stores."""
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _scalar(kind: _ScalarType, data: bytes | str) -> Any:
+    # Empty text and bytes, which numpy does not read from a buffer.
+    if kind.dtype.itemsize == 0:
+        return kind.dtype.type().item()
     raw = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(raw, kind.dtype, count=1)[0].item()
 
 
 def _bytes(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"bytes in the encoding {encoding!r}")
+        # Without the encoding: the repr of a nested tuple could take 2^60 steps.
+        raise ValueError("bytes in an encoding other than Latin-1")
     return text.encode("latin1")
 
 
-def _set(items: Iterable[Any] = ()) -> set[Any]:
-    items = list(items)
-    if not _SCALARS.issuperset(map(type, items)):
-        raise ValueError("a dict key or set member is neither a number nor text")
-    return set(items)
+def _empty_bytes() -> bytes:
+    """Protocols 0 to 2 store empty bytes as `bytes()`; `bytes(n)` would allocate n."""
+    return b""
 
 
-def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
-    return frozenset(_set(items))
+def _members(members: list[Any]) -> list[Any]:
+    """Protocols 0 to 3 store a set as a call on the list of its members."""
+    return members

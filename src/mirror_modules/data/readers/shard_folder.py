@@ -11,10 +11,17 @@ from typing import ClassVar, NamedTuple
 
 from mirror_modules.data.readers.damage import DamagedSample
 from mirror_modules.data.readers.files import CaptionedFiles, Entry, Part, class_of
-from mirror_modules.data.readers.shards import Member, check_end, find_shards, image_suffix, read_captions, reason_of
+from mirror_modules.data.readers.shards import (
+    IMAGES,
+    Member,
+    check_end,
+    find_shards,
+    image_suffix,
+    read_captions,
+    reason_of,
+    split_member,
+)
 
-# webdataset's rule for splitting names, which excludes metadata of the shard itself.
-_NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)$")
 # The first bytes of gzip, bzip2, xz and zstd.
 _COMPRESSED = re.compile(rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\x00|\x28\xb5\x2f\xfd")
 
@@ -86,11 +93,10 @@ class ShardFolder(CaptionedFiles):
                             continue
                         if not 0 <= member.size <= length - member.offset_data:
                             raise tarfile.ReadError("unexpected end of data")
-                        if name := _NAME.match(member.name):
-                            suffix = name[2].lower()
-                            stored = tar.extractfile(member) if suffix in ("json", "txt") else None
+                        if name := split_member(member.name):
+                            stored = None if name.suffix in IMAGES else tar.extractfile(member)
                             content = b"" if stored is None else stored.read()
-                            yield _File(name[1], suffix, Part(shard, member.offset_data, member.size), content)
+                            yield _File(*name, Part(shard, member.offset_data, member.size), content)
                     check_end(file)
         # Number fields of damaged headers may be no numbers, or offsets too large to seek to.
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
@@ -105,8 +111,10 @@ class ShardFolder(CaptionedFiles):
                 self._skip(f"{place}.{file.suffix}", "occurs twice in one sample; the first one is read")
         try:
             suffix = image_suffix(self._owner, place, files)
-            texts = {suffix: file.content for suffix, file in files.items() if suffix in ("json", "txt")}
-            captions, class_id = read_captions(self._owner, place, texts)
+            texts = {suffix: file.content for suffix, file in files.items() if suffix not in IMAGES}
+            captions, class_id = read_captions(
+                self._owner, place, texts, lambda reason: self.report.ignore(place, reason)
+            )
         except DamagedSample as error:
             self._skip(*error.skipped)
         else:
@@ -124,4 +132,4 @@ class _File(NamedTuple):
     """The rest of the name."""
     part: Part
     content: bytes
-    """Content of a json or txt; empty for other members."""
+    """Empty for an image."""

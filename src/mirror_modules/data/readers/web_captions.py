@@ -17,14 +17,20 @@ from mirror_modules._checks import check_positive
 from mirror_modules.data.readers.damage import DamagedSample, ErrorReport
 from mirror_modules.data.readers.files import class_of
 from mirror_modules.data.readers.images import decode_square, import_pillow
-from mirror_modules.data.readers.shards import Member, check_end, image_suffix, read_captions, reason_of
+from mirror_modules.data.readers.shards import (
+    Member,
+    check_end,
+    image_suffix,
+    read_captions,
+    reason_of,
+    split_member,
+)
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.seeding import seeded
 
 # The share of damaged samples is computed for at least this many: a smaller number is too few to estimate it.
 MIN_SAMPLES = 100
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_META = re.compile(r"__[^/]*__($|/)")
 _T = TypeVar("_T")
 
 
@@ -32,8 +38,9 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
     """Square images with captions, streamed from shards in the format of the package `webdataset`.
 
     A shard is a tar file. Consecutive members whose names agree up to the first dot form a sample: an image (jpg, jpeg,
-    png, webp) with a txt, one caption per line, or a json, {"captions": ["..."], "class": 3}. The class is optional; an
-    image without one is its own class.
+    png, webp) with a txt, one caption per line, or a json, {"captions": ["..."], "class": 3}; if there are both, the
+    txt holds the captions. The class is optional, in the json or in a cls; an image without one is its own class. Other
+    fields and members, such as the metadata of a downloader, are ignored.
 
     Each pass over the data set is one epoch, in an order that depends on seed and epoch number: the shards are shuffled
     and distributed over all worker processes of all ranks, and each worker shuffles its samples in a buffer. Together
@@ -85,9 +92,14 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         check_positive(owner, resolution=resolution, buffer=buffer, ranks=ranks)
         if not isinstance(rank, int) or not 0 <= rank < ranks:
             raise ValueError(f"{owner}: rank must be from 0 to {ranks - 1} with ranks={ranks}, but it is {rank!r}.")
+        if seed is not None and seed < 0:
+            raise ValueError(f"{owner}: seed must be at least 0, or None, but it is {seed}.")
         _import_webdataset()
         import_pillow()
-        self.shards = _expand(shards)
+        try:
+            self.shards = _expand(shards)
+        except ValueError as error:
+            raise ValueError(f"{owner}: shards={shards!r} cannot be expanded ({error}); close each brace.") from error
         self.resolution, self.seed, self.buffer, self.rank, self.ranks = resolution, seed, buffer, rank, ranks
         self.report = ErrorReport(on_error)
         if len(set(self.shards)) < len(self.shards):
@@ -163,11 +175,14 @@ class WebDatasetCaptions(IterableDataset[CaptionedImage]):
         Raises:
             ValueError: `state` is not a position.
         """
-        numbers = [state.get("epoch"), state.get("next"), *(state.get("samples") or [None])]
+        fields = state if isinstance(state, Mapping) else {}
+        samples = fields.get("samples")
+        counts = samples if isinstance(samples, list | tuple) and samples else [None]
+        numbers = (fields.get("epoch"), fields.get("next"), *counts)
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(
                 f"{self._owner}: a position has an epoch, samples and the next worker, such as {self.state_dict()}, "
-                f"but it is {dict(state)!r}."
+                f"but it is {state!r}."
             )
         self._epoch, self._samples, self._next = state["epoch"], list(state["samples"]), state["next"]
 
@@ -309,8 +324,9 @@ def _read_files(name: str, record: Callable[[Exception], object]) -> Iterator[di
             while (member := tar.next()) is not None:
                 # tarfile keeps a list of all members, which would grow with the shard.
                 tar.members = []  # type: ignore[attr-defined]
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is not None and not _META.match(member.name):
+                is_read = member.isreg() and split_member(member.name) is not None
+                content = tar.extractfile(member) if is_read else None
+                if content is not None:
                     yield {"fname": member.name, "data": content.read(), "__url__": name}
             check_end(tar.fileobj)
     # Opening and decompressing a shard raises errors of many types.
