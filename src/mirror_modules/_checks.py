@@ -103,21 +103,22 @@ def check_word_mask(
     if tuple(word_mask.shape) != expected:
         raise ValueError(f"{owner}: word_mask is {shape_of(word_mask)} but the captions are {expected} (B, L).")
     real = word_mask if word_mask.dtype == torch.bool else word_mask != 0
-    if not is_readable(word_mask) or word_mask.numel() == 0 or (is_unchecked(word_mask) and not may_stall):
+    is_on_cpu = word_mask.device.type == "cpu"
+    if not is_readable(word_mask) or word_mask.numel() == 0 or not (is_on_cpu or may_stall):
         return real
     if word_mask.dtype != torch.bool and bool(((word_mask != 0) & (word_mask != 1)).any()):
         raise ValueError(
             f"{owner}: word_mask has integers from {int(word_mask.min())} to {int(word_mask.max())}, but only 0 "
             "(padding) and 1 (a real word) are allowed; pass attention_mask.bool(), not the token ids."
         )
-    first_words = real[:, 0]
+    first_words = real.select(1, 0)
     if bool(first_words.all()):
         return real
     has_words = real.any(dim=1)
     if not bool(has_words.all()):
         row = int((~has_words).nonzero()[0, 0])
         raise ValueError(f"{owner}: caption {row} has no real word in word_mask; each caption needs at least one.")
-    if word_mask.device.type == "cpu" and not bool(first_words.any()):
+    if is_on_cpu and not bool(first_words.any()):
         warnings.warn(
             f"{owner}: word_mask marks the first word of every caption as padding; if it is True for padding, pass "
             "~word_mask. For captions padded on the left, ignore this warning.",

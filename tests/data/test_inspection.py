@@ -112,8 +112,8 @@ def test_ignored_files_are_counted_and_listed(tmp_path):
     assert text.splitlines()[-4:] == [
         "ignored, without loss of an image: 3",
         f"  {root}/train/README.txt has no image of the same name beside it",
-        f"  {root}/train/image2.png has damaged EXIF data, without which it is read (not a TIFF file (header b'garbage' "
-        "not valid))",
+        f"  {root}/train/image2.png has damaged EXIF data, without which it is read "
+        "(not a TIFF file (header b'garbage' not valid))",
         f"  {root}/validation/README.txt has no image of the same name beside it",
     ]
     for i in range(MAX_LISTED):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mirror_modules.evaluation import ablation, ablation_table
@@ -231,6 +232,20 @@ def test_a_result_with_other_metrics_than_the_real_images_is_named(out, recipe, 
         ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
 
 
+def test_the_caller_may_have_turned_gradients_off(out, recipe, without_processes, monkeypatch):
+    """The attribute classifier is trained in the caller's process."""
+    modes = []
+    monkeypatch.setattr(
+        ablation,
+        "fit_attribute_classifier",
+        lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())),
+    )
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+    assert modes == [(True, False)] * 2
+
+
 def test_a_removed_result_is_measured_again(out, recipe, without_processes):
     result, before = out / "cells/weight-0/seed-0/result.json", json.loads((out / "ablation.json").read_text())
     result.unlink()
@@ -285,7 +300,7 @@ def test_names_that_break_tables_are_refused(recipe, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["../../escape", "/tmp/escape", "C:\\escape", "~", "$x^$ & <b> `y`", "\ubf43"])
+@pytest.mark.parametrize("name", ["../../escape", "/tmp/escape", "C:\\escape", "~", "$x^$ & <b> `y`", "caf\u00e9"])
 def test_other_names_stay_in_the_folder_and_are_shown(tmp_path, name):
     folder = ablation._cell_folder(tmp_path / "out", Cell(name, {}), 0)
     assert folder.resolve().parent.parent == (tmp_path / "out" / "cells").resolve()

@@ -190,6 +190,54 @@ def test_word_accuracy_matches_a_loop_over_words(run_copy, tiny_recipe):
         assert word_accuracy(model.captioner, images, tokens, word_mask).accuracy == pytest.approx(correct / count)
 
 
+def test_a_run_without_a_log_is_evaluated_without_curves_and_speed(run_copy):
+    """Removing a damaged log is the way out that its error names."""
+    expected = evaluate(run_copy.path)
+    run_copy.log.unlink()
+    metrics = evaluate(run_copy.path)
+    speed = {"seconds", "images_per_second", "waited_for_data"}
+    assert metrics == {name: value for name, value in expected.items() if name not in speed}
+    page = run_copy.report.read_text(encoding="utf-8")
+    assert "Loss curves" not in page
+    assert "Training phases" not in page
+    assert "Generated images" in page
+
+
+def test_a_damaged_log_is_reported_before_images_are_generated(run_copy, monkeypatch):
+    run_copy.log.write_text("{}\n")
+    monkeypatch.setattr(evaluation, "generate_images", None)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1"):
+        evaluate(run_copy.path)
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_random_state_and_gradients_of_the_caller_are_kept(run_copy, monkeypatch, without_report, gradients):
+    make_quick_classifiers(monkeypatch)
+    random = torch.get_rng_state()
+    with gradients():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        metrics = evaluate(run_copy.path, fit_classifier=True)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "diversity" in metrics["features"]["generated"]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "the device must be one of .* but it is 'gpu'"),
+        pytest.param(
+            "cuda",
+            "it is 'cuda', but torch sees no GPU; use 'cpu' or 'auto'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(run_copy, device, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(run_copy.path, device=device)
+
+
 def test_a_failed_evaluation_keeps_the_previous_files(run_copy):
     evaluate(run_copy.path)
     before = run_copy.evaluation.read_bytes(), run_copy.report.read_bytes()

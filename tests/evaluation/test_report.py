@@ -348,6 +348,59 @@ def test_an_incomplete_showcase_is_refused(folder, name):
         write(folder, generated=showcase.generated._replace(images=[*showcase.generated.images[:2], showcase.real[:4]]))
 
 
+@pytest.mark.parametrize("metrics", [{}, None, [], {"r_precision": None}, {"r_precision": 0.5}, {"chance": 0.01}])
+def test_metrics_without_an_r_precision_are_refused(folder, metrics):
+    with pytest.raises(
+        ValueError, match=r"write_report: metrics lack 'r_precision'; pass the content of evaluation\.json"
+    ):
+        write_report(folder, demo(), make_showcase(), metrics)
+    assert not folder.report.exists()
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"r_precision": {"generated": 0.5}},
+        {"r_precision": {"generated": {}}},
+        {"r_precision": {"generated": {"top1": "high"}}},
+        {"r_precision": {"generated": {"top1": 0.5, "top2": 0.5, "standard_errors": [0.1]}}},
+        {**METRICS, "word_accuracy": 0.5},
+        {**METRICS, "image_information": {"generated": None}},
+        {**METRICS, "redescription": {"generated": 0.5}},
+        {**METRICS, "attributes": {"generated": {"classifier": {"all": {"share": 0.5}}}}},
+        {**METRICS, "features": {"generated": {"frechet_distance": 1.0}}},
+        {**METRICS, "seconds": {"stem": None}},
+        {**METRICS, "candidates": "many"},
+    ],
+)
+def test_metrics_of_another_form_are_refused_before_anything_is_written(folder, metrics):
+    with pytest.raises(ValueError, match=r"write_report: metrics have another form than evaluation\.json: "):
+        write_report(folder, demo(), make_showcase(), metrics)
+    assert not folder.report.exists()
+    assert not folder.pictures.exists()
+
+
+def test_an_empty_showcase_is_refused(folder):
+    showcase = make_showcase()
+    none = GeneratedImages([images[:0] for images in showcase.generated.images], [], [])
+    empty = {"captions": [], "words": [], "real": showcase.real[:0], "generated": none}
+    empty |= {"real_descriptions": [], "generated_descriptions": []}
+    for changes in (empty, {"generated": GeneratedImages([], [], [])}):
+        with pytest.raises(ValueError, match="write_report: the showcase has no captions or no generated images"):
+            write(folder, **changes)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"versions": []}', "{"])
+def test_a_damaged_config_is_named(folder, content):
+    folder.config.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json (holds no recipe|is damaged)"):
+        write(folder)
+    folder.config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not a run: config\.json is missing"):
+        write(folder)
+    assert not folder.pictures.exists()
+
+
 def test_images_of_other_precisions_are_shown(folder):
     showcase = make_showcase()
     half = GeneratedImages(*([tensor.bfloat16() for tensor in part] for part in showcase.generated))

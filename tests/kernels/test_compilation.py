@@ -33,9 +33,9 @@ def is_integer(name):
 
 
 def compile_kernel(kernel, constants, integers, pointers=16, warps=4):
-    '''Compile as Triton does at a launch with these integers, given by name, and pointers that are multiples of a number.
+    '''Compile as Triton does at a launch: an integer of 1 is a constant, a multiple of 16 allows wider memory accesses.
 
-    An integer of 1 becomes a constant, and a multiple of 16 allows wider memory accesses.
+    `integers` returns the integer with a given name; pointers are multiples of `pointers`.
     '''
     constants, signature, multiples = dict(constants), {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -117,8 +117,8 @@ def stop(*_, **__):
     raise Stopped
 
 
-# What fails for some integers fails before this stage; the rest of the compiler takes most of the time.
-CUDABackend.make_llir = stop
+# What fails for some integers fails before this stage; the stages that follow take most of the time.
+CUDABackend.make_ttgir = stop
 VALUES = (1, 16, 17, 2**31 + 1)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -78,7 +79,7 @@ def test_results_and_gradients_match_the_definition(device, case):
         assert_close(kernel, definition)
 
 
-@pytest.mark.parametrize("gammas", [(5.0, 1.0), (0.5, 20.0)])
+@pytest.mark.parametrize("gammas", [(5.0, 1.0), (0.5, 20.0), (1, 1)])
 def test_both_gammas(device, gammas):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
     names = dict(zip(("gamma_attention", "gamma_word"), gammas))
@@ -209,6 +210,16 @@ def test_half_precision_equals_double_precision_for_scores_of_any_size(device, d
         # the features, may lie below the normal numbers, where rounding errors are absolute.
         atol = 2 * numbers.eps * float(exact.abs().max()) + largest * numbers.smallest_normal * numbers.eps
         assert_close(kernel.double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scores_are_float32(device_type, dtype):
+    with FakeTensorMode():  # shapes and dtypes alone, which need no GPU
+        words, regions = (torch.empty(size, dtype=dtype, device=device_type) for size in ((J, L, D), (I, R, D)))
+        scores = similarity._scores(words, regions)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (J * L, I, R)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])

@@ -66,6 +66,21 @@ def test_at_most_one_block_of_scores_is_in_memory(monkeypatch):
     assert max(sizes) <= 200
 
 
+def test_more_ties_than_candidates_are_not_summed(monkeypatch):
+    """At most `candidates - 1` captions are drawn; the time would be quadratic in the number of ties."""
+    module = importlib.import_module("mirror_modules.metrics.expected_hits")
+    drawn, log_choose = [], module._log_choose
+
+    def record(n, k):
+        drawn.append(k)
+        return log_choose(n, k)
+
+    monkeypatch.setattr(module, "_log_choose", record)
+    constant = torch.ones(97, 3)
+    torch.testing.assert_close(expected_hits(constant, constant, candidates=M).mean(), torch.tensor(1 / M).double())
+    assert max(drawn) == M - 1
+
+
 def test_features_that_require_gradients_are_accepted():
     features = torch.randn(N, D, requires_grad=True)
     assert not expected_hits(features, features, candidates=M).requires_grad
@@ -98,6 +113,14 @@ def test_known_values():
         (torch.ones(5, 3), torch.ones(5, 3), 4.5, r"candidates must be a whole number of at least 1, but it is 4\.5"),
         (torch.ones(5, 3).int(), torch.ones(5, 3), 2, "images must be floating point, but they are torch.int32"),
         (torch.ones(5, 3), torch.ones(5, 3).bool(), 2, "sentences must be floating point, but they are torch.bool"),
+        (torch.ones(5, 3).to_sparse(), torch.ones(5, 3), 2, r"images must be a dense tensor .* are torch\.sparse_coo"),
+        (torch.ones(5, 3, device="meta"), torch.ones(5, 3), 2, "images must be a dense .* they are on the meta device"),
+        (
+            torch.ones(5, 3),
+            torch.ones(5, 3).to(torch.float8_e5m2),
+            2,
+            "sentences must be floating point, .*float8_e5m2",
+        ),
         ([[1.0]], torch.ones(5, 3), 2, "images must be a tensor, but it is a list; torch.as_tensor makes one"),
     ],
 )

@@ -116,6 +116,16 @@ def test_texts_may_come_in_any_iterable(metric):
     assert metric(np.array(described), np.array(captions)) == expected
 
 
+@pytest.mark.parametrize("metric", [redescription_quality, words_in_place])
+def test_errors_of_an_iterable_are_not_hidden(metric):
+    def texts():
+        yield "red"
+        raise TypeError("the reason")
+
+    with pytest.raises(TypeError, match="the reason"):
+        metric(texts(), ["red", "blue"])
+
+
 def test_bleu_is_not_smoothed():
     assert redescription_quality(["a small flower red with"], ["a small red flower with"]).bleu4 == 0
 
@@ -138,6 +148,14 @@ def test_a_missing_package_is_named(monkeypatch):
     [
         (r"descriptions must be a list of strings, one for each image; wrap a single one", "red", ["red"]),
         (r"captions must be a list of strings", ["red"], "red"),
+        (r"descriptions must be a list of strings", None, None),
+        (r"captions must be a list of strings", ["red"], None),
+        (r"captions must be a list of strings", ["red"], 5),
+        (r"captions must be a list of strings", ["red"], np.array("red")),
+        (r"captions must be a list of strings", ["red"], b"red"),
+        # Sets have no order, and dictionaries would yield their keys.
+        (r"descriptions must be a list of strings", {"red", "blue"}, ["red", "blue"]),
+        (r"captions must be a list of strings", ["red"], {"red": "a red flower"}),
         (r"captions must be a list of strings", ["red"], [["red", "a red flower"]]),
         (r"one description per caption, .* but there are 2 descriptions and 1 captions", ["red", "blue"], ["red"]),
         (r"and at least one caption, but there are 0 descriptions and 0 captions", [], []),

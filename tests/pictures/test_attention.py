@@ -71,6 +71,14 @@ def test_without_attention_there_are_no_maps(generated):
     assert attention_maps(CAPTIONS, WORDS, generated._replace(word_weights=[], sentence_weights=[])) == []
 
 
+@pytest.mark.parametrize(("captions", "words", "images"), [(N - 1, N, N), (N, N - 1, N), (N, N, N - 1)])
+def test_captions_words_and_images_must_have_equal_counts(generated, captions, words, images):
+    message = rf"attention_maps: {captions} captions and the words of {words} for {images} images; give both for each"
+    fewer = generated._replace(images=[batch[:images] for batch in generated.images])
+    with pytest.raises(ValueError, match=message):
+        attention_maps(CAPTIONS[:captions], WORDS[:words], fewer)
+
+
 def test_a_sheet_has_a_row_per_caption_and_a_column_per_map(generated):
     maps = attention_maps(CAPTIONS, WORDS, generated)
     sheet = draw_attention(maps)

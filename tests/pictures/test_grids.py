@@ -112,6 +112,13 @@ def test_captions_and_images_must_have_equal_counts():
         captioned_grid(make_images(), ["a flower"], 2)
 
 
+@pytest.mark.parametrize("captions", ["abcde", [None] * N, [["a"]] * N])
+def test_captions_must_be_strings(captions):
+    """A single string would be split into letters."""
+    with pytest.raises(ValueError, match=r"captioned_grid: captions must be a list of strings, .* wrap a single one"):
+        captioned_grid(make_images(), captions, 2)
+
+
 def make_samples(captions, size):
     pixels = np.random.default_rng(0).integers(0, 256, (len(captions), size, size, 3), dtype=np.uint8)
     return [CaptionedImage(image, (caption, "another"), 0, {}) for image, caption in zip(pixels, captions)]
@@ -132,6 +139,30 @@ def test_a_sample_sheet_keeps_captions_legible(size, width):
 def test_a_sample_sheet_shortens_long_captions():
     long, beginning = "flower " * 100, " ".join(["flower"] * 22) + " ..."
     np.testing.assert_array_equal(sample_sheet(make_samples([long], 64)), sample_sheet(make_samples([beginning], 64)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "sample_sheet: there is no sample; give at least one"),
+        (
+            [*make_samples("ab", 7), *make_samples("c", 5)],
+            r"sample_sheet: sample 2 is \(5, 5, 3\), but sample 0 is \(7, 7, 3\); open the data set with one",
+        ),
+        (
+            [*make_samples("a", 7), CaptionedImage(np.zeros((7, 7, 3), np.uint8), (), 0, {})],
+            "sample_sheet: sample 1 has no caption; give it one, or remove it",
+        ),
+    ],
+)
+def test_samples_without_a_common_sheet_are_refused(samples, message):
+    with pytest.raises(ValueError, match=message):
+        sample_sheet(samples)
+
+
+def test_samples_may_come_from_a_generator():
+    samples = make_samples("ab", 7)
+    np.testing.assert_array_equal(sample_sheet(sample for sample in samples), sample_sheet(samples))
 
 
 @pytest.mark.parametrize("width", [1, 30, 61, 200])
@@ -192,7 +223,8 @@ def test_the_image_is_visible_through_the_heat():
     [
         (make_images(), torch.ones(2, 2), r"heat_overlay: image must be \(3, H, W\), but it is \(5, 3, 3, 7\)"),
         (make_images()[0, :2], torch.ones(2, 2), r"heat_overlay: images must be \(B, 3, H, W\)"),
-        (make_images()[0], torch.ones(1, 2, 2), r"heat_overlay: weights must be \(h, w\), but they are \(1, 2, 2\)"),
+        (make_images()[0], torch.ones(1, 2, 2), r"heat_overlay: weights must be \(h, w\), .* they are \(1, 2, 2\)"),
+        (make_images()[0], torch.ones(0, 2), r"heat_overlay: weights must be \(h, w\), at least one, .* are \(0, 2\)"),
         (make_images()[0], -torch.ones(2, 2), r"heat_overlay: weights must be finite and at least 0"),
         (make_images()[0], torch.full((2, 2), torch.nan), r"heat_overlay: weights must be finite and at least 0"),
     ],
@@ -210,6 +242,15 @@ def test_small_images_are_enlarged_by_repeating_pixels():
     for y in range(6):
         for x in range(6):
             torch.testing.assert_close(both[0, :, :, y, x], small[:, :, y // 3, x // 3], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "listed"),
+    [([], r"\(none\)"), ([make_images(2), make_images(3)], r"\(\(2, 3, 3, 7\), \(3, 3, 3, 7\)\)")],
+)
+def test_batches_of_other_numbers_of_images_are_refused(batches, listed):
+    with pytest.raises(ValueError, match=f"same_size: there must be one or more batches with the same .*{listed}"):
+        same_size(batches)
 
 
 def test_a_png_is_lossless(tmp_path):

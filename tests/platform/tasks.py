@@ -12,7 +12,7 @@ from mirror_modules.data import WebDatasetCaptions, open_captions, prepare_capti
 from mirror_modules.evaluation import ablate, evaluate
 from mirror_modules.evaluation.ablation import Cell
 from mirror_modules.training import engine, train
-from mirror_modules.training.recipes import DataRecipe
+from mirror_modules.training.recipes import PHASES, DataRecipe
 from tests.layouts import make_folder, write_shard
 from tests.runs import make_tiny_recipe
 
@@ -60,7 +60,7 @@ def photographs(folder):
         (folder / "originals" / "train" / name).write_text("damaged", encoding="utf-8")
     prepare_captions(folder / "originals", folder / "prepared", resolution=R, on_error="skip")
     recipe = make_tiny_recipe()
-    phases = {name: dataclasses.replace(recipe.phase(name), steps=2) for name in ("stem", "stream", "glam", "evaluator")}
+    phases = {phase: dataclasses.replace(recipe.phase(phase), steps=2) for phase in PHASES}
     data = DataRecipe(source="auto", training_images=None, validation_images=None, augment=True, on_error="skip")
     return dataclasses.replace(recipe, data=data, **phases)
 

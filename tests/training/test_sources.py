@@ -30,8 +30,8 @@ def split_sizes(recipe):
 @pytest.mark.parametrize("source", ["birds", "coco", "folder", "webdataset"])
 def test_a_model_is_trained_and_evaluated_on_every_source(tiny_recipe, tmp_path, source):
     root = MAKERS[source](tmp_path / "data", training=21, validation=7)
-    # The generated captions have ten words.
-    model = dataclasses.replace(tiny_recipe.model, max_words=6)
+    # The generated captions have ten words, and the seventh completes the number of the image.
+    model = dataclasses.replace(tiny_recipe.model, max_words=7)
     recipe = dataclasses.replace(with_data(tiny_recipe, root, source=source, long_captions="subsample"), model=model)
     train(recipe, tmp_path / "run")
     metrics = evaluate(tmp_path / "run")

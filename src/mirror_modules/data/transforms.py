@@ -150,10 +150,10 @@ def image_pyramid(images: Tensor, resolutions: Sequence[int]) -> list[Tensor]:
     Examples:
         >>> import torch
         >>> from mirror_modules.data import image_pyramid
-        >>> images = torch.arange(16.0).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
+        >>> images = torch.arange(-8.0, 8.0).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
         >>> coarse, fine = image_pyramid(images, (2, 4))
         >>> coarse[0, 0].tolist(), torch.equal(fine, images)
-        ([[2.5, 4.5], [10.5, 12.5]], True)
+        ([[-5.5, -3.5], [2.5, 4.5]], True)
     """
     check_images("image_pyramid", images)
     check_positive("image_pyramid", **{f"resolutions[{i}]": r for i, r in enumerate(resolutions)})

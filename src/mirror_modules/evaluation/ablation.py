@@ -164,8 +164,9 @@ def ablate(
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
     write_json(folder / "config.json", content)
-    # Train it before the processes start: each of them would train its own.
-    _attribute_classifier(recipe, folder)
+    # Train it before the processes start: each of them would train its own. The caller may have turned gradients off.
+    with torch.inference_mode(False), torch.enable_grad():
+        _attribute_classifier(recipe, folder)
     real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
     missing = [task for task in tasks if not real_paths[task[2]].exists()]
     _in_processes(train_shared, missing, jobs, title="shared phases")

@@ -121,9 +121,7 @@ def evaluate(
         return _evaluate(folder, recipe, str(group.device), fit_classifier, inception)
 
 
-def _evaluate(
-    folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bool, inception: bool
-) -> dict[str, Any]:
+def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bool, inception: bool) -> dict[str, Any]:
     # Read first: a damaged log is an error.
     speed = _speed(folder)
     model = MirrorGAN.from_pretrained(folder.model, device=device)

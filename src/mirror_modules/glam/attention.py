@@ -118,14 +118,13 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
     word_mask = check_word_mask("word_attention", words, word_mask, may_stall=False)
     check_alike("word_attention", word_mask, features=features, words=words)
     features, words = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words))
-    context, weights = without_autocast(_word_attention, (features, words, word_mask))
+    context, weights = without_autocast(_word_attention, (features, zero_padding(words, word_mask), word_mask))
     return context, weights
 
 
 def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Evaluate the equations. Words are zero at padding, or its scores could outweigh the mask, or be NaN."""
     height = features.shape[2]
-    # Padding is zeroed first, or its scores could outweigh the mask, and infinity or NaN would remain.
-    words = zero_padding(words, word_mask)
     # In float32, because scores beyond 65504 would overflow float16.
     features_BCN, wide_words = at_least_float32(rearrange(features, "b c h w -> b c (h w)")), at_least_float32(words)
     if word_mask is None:
@@ -135,11 +134,11 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
         # matrix product, which saves a pass over the scores.
         lowest = torch.finfo(wide_words.dtype).min
         padding_BL = torch.zeros_like(word_mask, dtype=wide_words.dtype).masked_fill(~word_mask, lowest)
-        scores_BLN = torch.baddbmm(rearrange(padding_BL, "b l -> b l 1"), wide_words, features_BCN)
+        scores_BLN = torch.baddbmm(padding_BL.unsqueeze(2), wide_words, features_BCN)
     weights_BLN = torch.softmax(scores_BLN, dim=1).to(words.dtype)
     if word_mask is not None and is_unchecked(word_mask):
         # The check did not read the mask here; the weights of a caption without a real word become zero.
-        weights_BLN = weights_BLN * rearrange(word_mask, "b l -> b l 1")
+        weights_BLN = weights_BLN * word_mask.unsqueeze(2)
     context_BCN = words.mT @ weights_BLN
     return (
         rearrange(context_BCN, "b c (h w) -> b c h w", h=height),
@@ -192,7 +191,7 @@ def _sentence_attention(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(features.dtype, sentence.dtype)
     # In float32, because scores beyond 65504 would overflow float16, and over many positions each weight underflows.
-    sentence_BC11 = at_least_float32(rearrange(sentence, "b c -> b c 1 1"))
+    sentence_BC11 = at_least_float32(sentence).unsqueeze(2).unsqueeze(3)
     scores_BCHW = at_least_float32(features) * sentence_BC11
     if score_matrix is not None:
         scores_BCHW = torch.einsum("dc,bchw->bdhw", at_least_float32(score_matrix), scores_BCHW)
@@ -262,6 +261,7 @@ def global_local_attention(
         features, words, sentence, impl=impl, score_matrix=score_matrix, sentence_axis=sentence_axis
     )
     features, words, sentence = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words, sentence))
+    words = zero_padding(words, word_mask)
     if score_matrix is not None:
         score_matrix = score_matrix.to(autocast_dtype(score_matrix))
     if choice.implementation == "triton":

@@ -42,7 +42,10 @@ OPERATOR = "mirror_modules::global_local_attention"
 def global_local_attention(
     features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both contexts and both maps of `functional.global_local_attention`; without `need_weights` the maps are empty."""
+    """Both contexts and both maps of `functional.global_local_attention`; without `need_weights` the maps are empty.
+
+    Words must be finite at padding: a weight of zero would not remove infinity or NaN.
+    """
     from mirror_modules.kernels import attention_triton
 
     results = _empty_results(features, words, sentence, word_mask, need_weights)

@@ -40,15 +40,16 @@ def _store_tile(pointer, value_NC, position, channel, stride_c, stride_n, N, C):
 
 @triton.jit
 def _load_words(words, word_mask, b, word, channel, L, C, HAS_MASK: tl.constexpr):
-    """Load the words of a chunk (L, C), zero at padding, and the mask of real words (L,).
+    """Load the words of a chunk (L, C) and the mask of real words (L,).
 
-    A weight of zero would not remove the infinity or NaN that padding may hold.
+    Words are zero at padding already. Masking this load by `real_L` instead would take 112 KiB of shared memory in the
+    backward pass of 256 channels in float16, in place of 64 KiB: more than smaller GPUs have.
     """
     real_L = word < L
     if HAS_MASK:
         real_L = real_L & (tl.load(word_mask + b * L + word, mask=real_L, other=0) != 0)
     offsets = (b * L + word[:, None]) * C + channel[None, :]
-    inside = real_L[:, None] & (channel[None, :] < C)
+    inside = (word[:, None] < L) & (channel[None, :] < C)
     return tl.load(words + offsets, mask=inside, other=0.0), real_L
 
 

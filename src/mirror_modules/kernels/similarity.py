@@ -43,9 +43,9 @@ ELEMENTS_PER_BLOCK = 2**12
 ALIGNMENT = 16
 """Regions are padded to a multiple of this, which enables vectorized loads and stores in Triton and fast matrix
 products in torch."""
-HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether torch multiplies half-precision matrices into float32, which it does on a GPU since 2.8; otherwise their
-copies in float32 are multiplied."""
+HAS_WIDE_PRODUCTS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+"""Whether torch multiplies half-precision matrices on a GPU into a float32 result, which torch 2.8 introduced for CUDA;
+otherwise float32 copies of the matrices are multiplied."""
 OPERATOR = "mirror_modules::word_region_similarity"
 
 
@@ -57,7 +57,7 @@ OPERATOR = "mirror_modules::word_region_similarity"
 def word_region_similarity(
     regions: Tensor, words: Tensor, word_mask: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
-    """`functional.word_region_similarity` without its checks."""
+    """`functional.word_region_similarity` without its checks; words must be finite at padding."""
     from mirror_modules.kernels import similarity_triton
 
     similarity = _empty_similarity(regions, words, word_mask, gamma_attention, gamma_word)

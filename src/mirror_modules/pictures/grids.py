@@ -128,6 +128,7 @@ def sample_sheet(samples: Sequence[CaptionedImage]) -> Picture:
         >>> sample_sheet([flowers[i] for i in range(3)]).shape[1]  # three images of 128 pixels and two gaps of 12
         408
     """
+    samples = list(samples)
     if not samples:
         raise ValueError("sample_sheet: there is no sample; give at least one.")
     for i, sample in enumerate(samples):

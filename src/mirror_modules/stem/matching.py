@@ -159,21 +159,20 @@ def _similarity(
     regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
     """Evaluate the equations, (I, J). With words before captions, both softmaxes run over whole rows."""
-    words_LJD = words_JLD.transpose(0, 1)
-    attention_ILJR = _attention(regions_IRD, words_JLD, mask_JL, gamma_attention)
+    words_LJD, padding_LJ = words_JLD.transpose(0, 1), ~mask_JL.mT
+    attention_ILJR = _attention(regions_IRD, words_LJD, padding_LJ, gamma_attention)
     context_ILJD = (attention_ILJR.to(regions_IRD.dtype).flatten(1, 2) @ regions_IRD).unflatten(1, words_LJD.shape[:2])
     cosine_ILJ = F.cosine_similarity(at_least_float32(context_ILJD), at_least_float32(words_LJD), dim=3, eps=SHORTEST)
     # The lowest finite number instead of -inf, here and below: a caption without words must not give NaN.
     logits_ILJ = gamma_word * cosine_ILJ
-    return logits_ILJ.masked_fill(~mask_JL.mT, torch.finfo(logits_ILJ.dtype).min).logsumexp(dim=1)
+    return logits_ILJ.masked_fill(padding_LJ, torch.finfo(logits_ILJ.dtype).min).logsumexp(dim=1)
 
 
-def _attention(regions_IRD: Tensor, words_JLD: Tensor, mask_JL: Tensor, gamma_attention: float) -> Tensor:
-    words_LJD = words_JLD.transpose(0, 1)
+def _attention(regions_IRD: Tensor, words_LJD: Tensor, padding_LJ: Tensor, gamma_attention: float) -> Tensor:
     # In float32, because scores beyond 65504 would overflow float16.
     words_KD, regions_IDR = at_least_float32(words_LJD.flatten(0, 1)), at_least_float32(regions_IRD.mT)
     scores_ILJR = (words_KD @ regions_IDR).unflatten(1, words_LJD.shape[:2])
-    scores_ILJR = scores_ILJR.masked_fill(~mask_JL.mT.unsqueeze(2), torch.finfo(scores_ILJR.dtype).min)
+    scores_ILJR = scores_ILJR.masked_fill(padding_LJ.unsqueeze(2), torch.finfo(scores_ILJR.dtype).min)
     return torch.softmax(gamma_attention * torch.softmax(scores_ILJR, dim=1), dim=3)
 
 
@@ -232,7 +231,8 @@ def word_region_attention(
     check_number(owner, gamma_attention=gamma_attention)
 
     def attention(regions: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor]:
-        return (rearrange(_attention(regions, words, word_mask, gamma_attention), "i l j r -> i j l r"),)
+        attention_ILJR = _attention(regions, words.transpose(0, 1), ~word_mask.mT, gamma_attention)
+        return (rearrange(attention_ILJR, "i l j r -> i j l r"),)
 
     return without_autocast(attention, _prepare(regions, words, word_mask))[0]
 

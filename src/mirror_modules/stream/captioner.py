@@ -112,7 +112,9 @@ class Captioner(nn.Module):
         """Predict each word from the first input (B, embedding_dim) and the words before it: logits (B, L, V)."""
         check_tokens("Captioner", tokens, self.vocabulary_size)
         check_batch("Captioner", images=first_input, tokens=tokens)
-        inputs = torch.cat((first_input.unsqueeze(1), self.embedding(tokens[:, :-1])), dim=1)
+        # The last word is dropped after the concatenation: `tokens[:, :-1]` is empty for captions of one word, which an
+        # exported graph would not accept.
+        inputs = torch.cat((first_input.unsqueeze(1), self.embedding(tokens)), dim=1)[:, :-1]
         return self.output(run_lstm(self.lstm, inputs)[0])
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:

@@ -413,6 +413,18 @@ def test_a_listed_file_is_found_in_another_spelling(tmp_path, on_disk, listed):
     assert entry.captions == ("x", "y")
 
 
+def test_the_unicode_form_matters_less_than_case(tmp_path):
+    names = [unicodedata.normalize("NFD", name) for name in ("é.png", "É.png")]
+    for name in names:
+        write_image(tmp_path / "train" / name, 0)
+    if len(os.listdir(tmp_path / "train")) < 2:
+        pytest.skip("the file system does not tell these names apart")
+    (tmp_path / "validation").mkdir()
+    rows = "\n".join(json.dumps({"file": unicodedata.normalize("NFC", name), "caption": "x"}) for name in names)
+    (tmp_path / "train" / "captions.jsonl").write_text(rows)
+    assert [entry.image.name for entry in CaptionFolder(tmp_path).entries] == names
+
+
 def test_the_exact_spelling_comes_first(tmp_path):
     """On file systems that tell case and Unicode forms apart, each name is a file of its own."""
     names = ("a.png", "A.png", f"{COMPOSED}.png", f"{DECOMPOSED}.png")

@@ -242,7 +242,12 @@ def tiff_header(orientation=3, count=1):
     return struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 3, count, orientation, 0)
 
 
+def divided(content, at):
+    return content[:at], content[at:]
+
+
 LONG_TEXT = bytes(2**20 + 1)
+SHORT_PROFILE = b"\xff\xe2\0\x0eICC_PROFILE\0"
 BROKEN_EXIF = {
     "garbage": b"garbage",
     "zeros": bytes(100),
@@ -301,14 +306,29 @@ def test_damaged_metadata_costs_no_pixel(tmp_path, name):
         png_with(chunk(b"eXIf", tiff_header()), chunk(b"zTXt", b"x\0\0" + zlib.compress(LONG_TEXT)), pixels=TURNED[3]),
         png_with(chunk(b"eXIf", tiff_header()), chunk(b"gAMA", b""), pixels=TURNED[3]),
         encoded("WEBP", TURNED[3], lossless=True, exif=tiff_header(), xmp=bytes(99))[:-60],
+        SHORT_PROFILE.join(divided(encoded("JPEG", TURNED[3], quality=100, exif=b"Exif\0\0" + tiff_header()), 2)),
     ],
-    ids=["long text", "short gamma", "WebP cut in its XMP data"],
+    ids=["long text", "short gamma", "WebP cut in its XMP data", "JPEG with a short color profile"],
 )
 def test_an_intact_orientation_survives_other_damage(tmp_path, content):
     path, ignored = tmp_path / "image", []
     path.write_bytes(content)
     assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None])
     assert [reason[:20] for reason in ignored] == ["has damaged metadata"]
+
+
+def test_transparency_and_colors_survive_damaged_metadata(tmp_path):
+    """A transparent color of a PNG, and the inverted CMYK of a JPEG with Adobe's marker."""
+    buffer, text = io.BytesIO(), chunk(b"zTXt", b"x\0\0" + zlib.compress(LONG_TEXT))
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(buffer, "PNG", transparency=(9, 8, 7))
+    (tmp_path / "image.png").write_bytes(buffer.getvalue()[:33] + text + buffer.getvalue()[33:])
+    ignored = []
+    assert read_square(tmp_path / "image.png", 4, ignore=ignored.append).min() == 255
+    buffer = io.BytesIO()
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(buffer, "JPEG", quality=100)
+    (tmp_path / "image.jpg").write_bytes(SHORT_PROFILE.join(divided(buffer.getvalue(), 2)))
+    assert close(read_square(tmp_path / "image.jpg", 4, ignore=ignored.append), [0, 255, 255])
+    assert [reason[:20] for reason in ignored] == ["has damaged metadata"] * 2
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF", "GIF"])
@@ -319,6 +339,15 @@ def test_an_odd_orientation_is_no_damage(tmp_path, kind, orientation):
     path, ignored = tmp_path / "image", []
     path.write_bytes(encoded(kind, **options))
     assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None], 12)
+    assert ignored == []
+
+
+def test_damage_to_other_exif_entries_does_not_matter(tmp_path):
+    """A camera's name whose text lies outside, beside an intact orientation."""
+    entries = struct.pack("<HHIIHHIII", 0x0110, 2, 99, 2**20, 0x0112, 3, 1, 3, 0)
+    path, ignored = tmp_path / "image", []
+    path.write_bytes(encoded("PNG", TURNED[3], exif=struct.pack("<2sHIH", b"II", 42, 8, 2) + entries))
+    assert close(read_square(path, 40, ignore=ignored.append), RAMP[..., None])
     assert ignored == []
 
 

@@ -193,6 +193,7 @@ def read_both(tmp_path, monkeypatch):
         ({"txt": b"x\ny"}, ("x", "y")),
         ({"txt": b"x\r\ny\r\n"}, ("x", "y")),
         ({"txt": b"x\ry\r"}, ("x", "y")),
+        ({"txt": b"x\x0cy\xc2\x85z\xe2\x80\xa8w"}, ("x y z\u2028w",)),
         ({"txt": b"x", "json": b"{}"}, ("x",)),
         ({"txt": b"x", "json": b"[3]"}, ("x",)),
         ({"txt": b"x", "json": b'{"captions": ["y"]}'}, ("x",)),

@@ -125,7 +125,7 @@ def _load_dict(unpickler: Any) -> None:
 
 
 def _load_state(unpickler: Any) -> None:
-    """Numpy's dtypes alone have a state: a pickle could otherwise replace the attributes of other objects."""
+    """Set the state of a numpy dtype; of other objects, a pickle could replace any attribute."""
     state, instance = unpickler.stack.pop(), unpickler.stack[-1]
     if not isinstance(instance, _ScalarType):
         raise ValueError(f"it sets the state of an object of type {type(instance).__name__}")
@@ -149,10 +149,10 @@ class _Memo(list[Any]):
         self._size = size
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        # Picklers number the objects, each of which takes a byte or more.
+        # Picklers number the objects that they write, each of which takes at least a byte.
         if index > self._size:
             raise ValueError(f"a memo index of {index} in a file of {self._size} bytes")
-        # The ellipsis is no plain data, so an object that is missing is refused.
+        # Unused indices hold an ellipsis, which is not plain data: a file that refers to one is refused.
         self.extend([...] * (index + 1 - len(self)))
         super().__setitem__(index, value)
 
@@ -201,7 +201,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 class _Call:
-    """A permitted function, wrapped: a pickle could replace the defaults of a bare function."""
+    """A permitted function whose calls are counted against the limit on copies."""
 
     __slots__ = ("_function", "_unpickler")
 
