@@ -152,10 +152,10 @@ def test_half_precision_equals_double_precision_for_scores_of_any_size(axis, mix
 
 
 def test_half_precision_averages_over_more_positions_than_its_largest_number():
-    # Each weight is 1/65,536, below the normal numbers of float16, which ends at 65,504.
-    features, sentence = torch.zeros(1, 1, 256, 256, dtype=torch.float16), torch.full((1, 1), 3.0, dtype=torch.float16)
+    # Each weight is 1/66,049, below the normal numbers of float16, whose largest is 65,504.
+    features, sentence = torch.zeros(1, 1, 257, 257, dtype=torch.float16), torch.full((1, 1), 0.1, dtype=torch.float16)
     context, _ = sentence_attention(features, sentence, axis="positions")
-    assert (context == 3).all()
+    assert (context == sentence).all()
 
 
 def test_equal_scores_beyond_half_precision():

@@ -76,14 +76,14 @@ def word_region_similarity(
 
     Only the result is kept for all pairs. "torch" computes tiles of images and captions and recomputes them in the
     backward pass (a compiled graph takes all pairs at once, because its compiler plans its own memory); "triton" does
-    the same with fused softmaxes. Under autocast, regions and words are cast as for a matrix product. On a GPU and in a
-    compiled graph, where checking the mask would force a synchronization, a caption without a word raises no error: its
-    similarity to any image is about -1e38, with a gradient of zero.
+    the same with fused softmaxes. Under autocast, regions and words are cast as for a matrix product; scores are at
+    least float32 in any case. On a GPU and in a compiled graph, where checking the mask would force a synchronization,
+    a caption without a word raises no error: its similarity to any image is about -1e38, with a gradient of zero.
 
     Args:
         regions: Region features v, (I, R, D).
         words: Word features w, (J, L, D).
-        word_mask: True for a real word, (J, L); None if all are.
+        word_mask: True for a real word, (J, L); None if all are. Padding has no influence, whatever it holds.
         gamma_attention: Inverse temperature of the attention over regions.
         gamma_word: Inverse temperature of the sum over words: large values emphasize the best match.
         impl: "auto", "torch" or "triton"; a named implementation runs or raises. `functional.explain` returns the

@@ -102,7 +102,7 @@ class RedescriptionLoss(nn.Module):
         >>> from mirror_modules.stem import ConvBackbone
         >>> captioner = Captioner(ConvBackbone(), vocabulary_size=50, embedding_dim=16, hidden_dim=32)
         >>> redescription = RedescriptionLoss(captioner)
-        >>> images = torch.rand(2, 3, 32, 32, requires_grad=True)
+        >>> images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_(True)
         >>> redescription(images, torch.tensor([[5, 9, 4], [8, 6, 7]])).backward()
         >>> images.grad.shape, all(parameter.grad is None for parameter in captioner.parameters())
         (torch.Size([2, 3, 32, 32]), True)
