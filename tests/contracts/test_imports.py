@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mirror_modules
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
@@ -32,12 +34,64 @@ for name in [name for name in sys.modules if name.split(".")[0] in HEAVY]:
 sys.meta_path.insert(0, Refuse())
 
 import mirror_modules
+from mirror_modules import *
 
 attention = mirror_modules.GlobalLocalAttention(3, 5, 7)
 attention(torch.randn(1, 3, 2, 2), torch.randn(1, 4, 5), torch.randn(1, 7)).word_context.sum().backward()
 mirror_modules.TextEncoder(11, feature_dim=6)(torch.tensor([[3, 4]])).sentence.sum().backward()
 
 print(refused)
+"""
+
+
+IMPORT_ALONE = """
+import sys
+
+before = set(sys.modules)
+import mirror_modules
+
+dir(mirror_modules), mirror_modules.__version__, mirror_modules.__doc__
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+# Each runs in a process of its own, in which nothing was imported before.
+USES = {
+    "attributes": """
+import mirror_modules
+
+for name in ("adversarial", "data", "functional", "glam", "kernels", "metrics", "models", "stem", "stream"):
+    assert getattr(mirror_modules, name).__name__ == f"mirror_modules.{name}"
+assert mirror_modules.Vocabulary is mirror_modules.stem.Vocabulary
+""",
+    "imports": """
+from mirror_modules import TextEncoder, functional
+assert TextEncoder.__module__ == "mirror_modules.stem.text_encoder" and functional.diversity
+from mirror_modules import *
+import mirror_modules
+assert all(globals()[name] is getattr(mirror_modules, name) for name in mirror_modules.__all__)
+""",
+    "help and pickle": """
+import inspect, pickle, pydoc
+import mirror_modules
+assert "class MatchingLoss(" in pydoc.plain(pydoc.render_doc(mirror_modules))
+assert dict(inspect.getmembers(mirror_modules))["MirrorGAN"] is mirror_modules.MirrorGAN
+assert pickle.loads(pickle.dumps(mirror_modules.MirrorGAN)) is mirror_modules.MirrorGAN
+""",
+    "after another module": """
+import mirror_modules.pictures
+assert mirror_modules.stem.ConvBackbone
+""",
+}
+
+# `python -m mirror_modules` with an option, and the large packages that it has loaded at its end.
+RUN_COMMAND = """
+import runpy
+import sys
+
+sys.argv = ["mirror-modules", "OPTION"]
+try:
+    runpy.run_module("mirror_modules", run_name="__main__")
+except SystemExit as end:
+    print("status", end.code, *sorted({"torch", "numpy", "tyro"} & set(sys.modules)))
 """
 
 
@@ -69,6 +123,42 @@ def test_a_heavy_import_would_be_seen(package):
     guarded = f"import mirror_modules\ntry:\n    import {package}\nexcept ImportError:\n    pass\n"
     done = run_python(IMPORT_AND_USE.replace("import mirror_modules\n", guarded, 1))
     assert done.stdout.strip() == f"['{package}']", done.stderr
+
+
+def test_importing_the_package_imports_nothing_else():
+    done = run_python(IMPORT_ALONE)
+    assert (done.returncode, done.stdout.strip()) == (0, "['mirror_modules']"), done.stderr
+
+
+@pytest.mark.parametrize("use", USES)
+def test_names_are_imported_when_used(use):
+    done = run_python(USES[use])
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_the_usual_error():
+    with pytest.raises(AttributeError, match=r"^module 'mirror_modules' has no attribute 'TextEncodr'$"):
+        _ = mirror_modules.TextEncodr
+    with pytest.raises(ImportError, match=r"^cannot import name 'TextEncodr' from 'mirror_modules'"):
+        from mirror_modules import TextEncodr  # noqa: F401
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "mirror_modules"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"mirror-modules {mirror_modules.__version__}\n"), done.stderr
+    done = subprocess.run([*command, "draw"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mirror-modules: unknown command 'draw'")
+
+
+@pytest.mark.parametrize(
+    ("option", "first_words"), [("--help", "usage: mirror-modules COMMAND"), ("--version", "mirror-modules 0.")]
+)
+def test_the_command_prints_its_usage_and_version_without_torch(option, first_words):
+    done = run_python(RUN_COMMAND.replace("OPTION", option))
+    assert done.stdout.startswith(first_words), done.stderr
+    assert done.stdout.splitlines()[-1] == "status 0"
 
 
 def test_layers_hold():

@@ -102,8 +102,8 @@ CASES = {
         "need_weights",
         (False, True),
     ),
-    "MirrorGAN.generate(need_weights)": Case(
-        lambda value: make_model().generate(CAPTIONS, need_weights=value),
+    "MirrorGAN.generate_stages(need_weights)": Case(
+        lambda value: make_model().generate_stages(CAPTIONS, need_weights=value),
         f"{ATTENTION}.global_local_attention",
         "need_weights",
         (False, True),

@@ -1,5 +1,6 @@
 """The public names: adding or removing one must show here, and in the API reference."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def undocumented(package: str, page: str) -> list[str]:
 def test_the_package_exports_these_names():
     assert mirror_modules.__all__ == PUBLIC_NAMES
     assert all(hasattr(mirror_modules, name) for name in PUBLIC_NAMES)
+
+
+def test_the_imports_of_type_checkers_are_those_at_run_time():
+    tree = ast.parse(Path(mirror_modules.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    shown = {(node.module, alias.name) for node in block.body for alias in node.names}
+    packages = {("mirror_modules", package) for package in mirror_modules._EXPORTS}
+    names = {
+        (f"mirror_modules.{package}", name) for package, names in mirror_modules._EXPORTS.items() for name in names
+    }
+    assert shown == packages | names
+    assert sorted(name for _, name in names) == [name for name in PUBLIC_NAMES if name != "functional"]
 
 
 def test_functional_exports_these_functions():

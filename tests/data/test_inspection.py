@@ -109,16 +109,17 @@ def test_ignored_files_are_counted_and_listed(tmp_path):
     assert rows["images"] == ["6", "3"]
     assert rows["damaged"] == ["0", "0"]
     assert "damaged: " not in text
-    assert text.splitlines()[-4:] == [
+    assert text.splitlines()[-5:] == [
         "ignored, without loss of an image: 3",
         f"  {root}/train/README.txt has no image of the same name beside it",
         f"  {root}/train/image2.png has damaged EXIF data, without which it is read "
         "(not a TIFF file (header b'garbage' not valid))",
         f"  {root}/validation/README.txt has no image of the same name beside it",
+        f"train with: mirror-modules train photos-64 --data {root}",
     ]
     for i in range(MAX_LISTED):
         (root / "train" / f"{i}.txt").write_text("a note")
-    assert inspect_folder(root).text.endswith("\n  and 3 more")
+    assert "\n  and 3 more\n" in inspect_folder(root).text
 
 
 @pytest.mark.parametrize("make", [make_coco, make_shards])
@@ -152,13 +153,20 @@ def test_classes_are_compared_if_the_data_set_has_classes(tmp_path):
 def test_a_folder_is_inspected(root):
     text, samples = inspect_folder(root)
     assert text.startswith(f"{root} is read as 'folder'\n")
-    assert text.endswith("captions.csv line 5 holds no caption of c.png")
+    assert "captions.csv line 5 holds no caption of c.png\n" in text
+    assert text.endswith(f"\ntrain with: mirror-modules train photos-64 --data {root}")
     assert [sample.captions[0] for sample in samples] == ["A red, red bird.", "red", "a red fish", "a bird"]
     assert {sample.image.shape for sample in samples} == {(64, 64, 3)}
     text, samples = inspect_folder(root, source="folder", resolution=9, max_words=2, min_count=2)
     assert {sample.image.shape for sample in samples} == {(9, 9, 3)}
     assert "longer than 2 words" in text
     assert "vocabulary: 1 words" in text
+    assert text.endswith(f" --data {root} --data.source folder")
+
+
+def test_the_path_in_the_command_is_quoted(tmp_path):
+    root = make_folder(tmp_path / "my photos")
+    assert inspect_folder(root).text.endswith(f"\ntrain with: mirror-modules train photos-64 --data '{root}'")
 
 
 def test_a_folder_prepared_at_a_low_resolution_is_inspected_at_it(tmp_path):
@@ -175,6 +183,7 @@ def test_without_a_readable_image_there_are_no_samples(tmp_path):
     text, samples = inspect_folder(root)
     assert samples == ()
     assert "damaged: 9 of 9" in text
+    assert "train with" not in text
 
 
 def test_errors(root):

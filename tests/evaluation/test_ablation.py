@@ -45,8 +45,8 @@ def run_here(monkeypatch):
     """
 
     def run_tasks(function, tasks, jobs, *, title):
-        finished.extend(tasks)
-        for task in tasks:
+        finished.extend(tasks.values())
+        for task in tasks.values():
             function(*task)
 
     finished = []
@@ -371,12 +371,76 @@ def test_the_folders_of_the_paper_s_cells_keep_their_names():
     assert len(set(folders)) == 18
 
 
+def test_the_start_and_the_end_of_each_process_are_printed(capfd):
+    tasks = {name: (f"from {name}",) for name in ("phases stem, seed 0", "cell 'weight 0', seed 3")}
+    ablation._in_processes(print, tasks, 1, title="cells")
+    captured = capfd.readouterr()
+    assert captured.out.splitlines() == [f"from {name}" for name in tasks]
+    lines = [re.sub(r"\d+ min \d+ s", "T", line) for line in captured.err.splitlines()]
+    assert lines == [
+        "phases stem, seed 0 (1 of 2): starts",
+        "phases stem, seed 0 (1 of 2): finished after T",
+        "cell 'weight 0', seed 3 (2 of 2): starts",
+        "cell 'weight 0', seed 3 (2 of 2): finished after T",
+    ]
+
+
+def test_the_processes_are_named_and_divide_the_threads(recipe, tmp_path, monkeypatch):
+    started = {}
+
+    def record(function, tasks, jobs, *, title):
+        started.update(tasks)
+        threads.append(torch.get_num_threads())
+        run_tasks(function, tasks, jobs, title=title)
+
+    threads = []
+    run_here(monkeypatch)
+    run_tasks = ablation._in_processes
+    monkeypatch.setattr(ablation, "_in_processes", record)
+    engine = dataclasses.replace(recipe.engine, threads=3)
+    ablate(dataclasses.replace(recipe, engine=engine), tmp_path / "out", cells=CELLS[:1], seeds=(0, 3))
+    phases = "phases stem, stream, evaluator"
+    assert list(started) == [
+        f"{phases}, seed 0",
+        f"{phases}, seed 3",
+        "cell 'weight 0', seed 0",
+        "cell 'weight 0', seed 3",
+    ]
+    assert threads == [3, 3]
+    assert torch.get_num_threads() == 1
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (content["recipe"]["engine"]["threads"], content["versions"]["machine"][-11:]) == (3, ", 3 threads")
+    # Each process sets its own share.
+    assert all(task[-4].engine.threads is None for task in started.values())
+
+
+def test_options_of_a_part_that_a_cell_turns_off_are_reset():
+    base = get_recipe("ablation")
+    model = dataclasses.replace(base.model, sentence_axis="positions")
+    glam = dataclasses.replace(base.glam, redescription_reduction="sentence")
+    recipes = {
+        cell.name: Recipe.from_dict(cell.fields, dataclasses.replace(base, model=model, glam=glam))
+        for cell in ablation_cells()
+    }
+    assert recipes["word attention, weight 1"].model.sentence_axis == "channels"
+    assert recipes["word attention, weight 1"].glam.redescription_reduction == "sentence"
+    assert recipes["weight 0"].model.sentence_axis == "positions"
+    assert recipes["weight 0"].glam.redescription_reduction == "word"
+
+
+def test_few_validation_images_lower_the_number_of_candidates(recipe, tmp_path, without_processes, capsys):
+    few = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, validation_images=5))
+    content = ablate(few, tmp_path / "out", cells=CELLS[:1], seeds=(0,))
+    assert "R-precision among 5 captions instead of evaluation.candidates=11" in capsys.readouterr().err
+    assert 0 <= content["figures"]["weight 0"]["r_precision"]["mean"] <= 1
+
+
 def test_a_failed_process_is_reported(recipe, tmp_path, capfd):
     """The shared phases of the cell are missing."""
     with pytest.raises(
         TrainingError, match=r"a process of the ablation exited with status 1; .* repeat the command to continue"
     ):
-        ablation._in_processes(run_cell, [(CELLS[0], recipe, tmp_path, 0, "cpu")], 1, title="cells")
+        ablation._in_processes(run_cell, {"cell": (CELLS[0], recipe, tmp_path, 0, "cpu")}, 1, title="cells")
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 
@@ -387,13 +451,12 @@ def test_a_process_that_cannot_start_is_reported(tmp_path):
         pass
 
     with pytest.raises((AttributeError, pickle.PicklingError), match="not_importable"):
-        ablation._in_processes(not_importable, [()], 1, title="cells")
+        ablation._in_processes(not_importable, {"task": ()}, 1, title="cells")
 
 
 def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
-    script = (
-        "from mirror_modules.evaluation.ablation import _in_processes\n_in_processes(print, [()], 1, title='cells')\n"
-    )
+    call = "_in_processes(print, {'task': ()}, 1, title='cells')"
+    script = f"from mirror_modules.evaluation.ablation import _in_processes\n{call}\n"
     (tmp_path / "start.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "start.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -405,7 +468,7 @@ def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
 def test_child_processes_end_when_their_parent_is_killed(tmp_path):
     pid = tmp_path / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)"
-    call = f"_in_processes(exec, [({code!r},)], 1, title='processes')"
+    call = f"_in_processes(exec, {{'task': ({code!r},)}}, 1, title='processes')"
     start = f"from mirror_modules.evaluation.ablation import _in_processes; {call}"
     guarded = f"if __name__ == '__main__':\n    {start}\n"
     (tmp_path / "start.py").write_text(guarded, encoding="utf-8")

@@ -1,5 +1,7 @@
 """Attribute accuracy on synthetic flowers, and the classifier that predicts their attributes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -110,6 +112,29 @@ def test_fitting_does_not_advance_the_global_generator(tmp_path, monkeypatch):
     for _ in ("trained", "loaded"):
         fit_attribute_classifier(tmp_path / "attributes.safetensors", RESOLUTION, steps=2, images=70)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_a_log_the_training_is_announced_and_a_line_is_printed_every_minute(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
+    path = tmp_path / "attributes.safetensors"
+    fit_attribute_classifier(path, RESOLUTION, steps=2, images=70)
+    assert capsys.readouterr().err.splitlines() == [
+        f"attribute classifier: drawing 70 flowers and training on them for 2 steps, once; it is kept as {path}",
+        "attribute classifier: step 2 of 2, finished after 0 min 0 s",
+    ]
+    fit_attribute_classifier(path, RESOLUTION)
+    assert capsys.readouterr().err == ""
+
+    # Each reading of the clock is 25 seconds after the one before.
+    seconds = itertools.count(0, 25)
+    network = torch.nn.Linear(3, 1)
+    loss = lambda rows, random: network(torch.ones(len(rows), 3)).sum()  # noqa: E731
+    attributes.fit_network("classes", network, 7, loss, 8, 0, clock=lambda: next(seconds))
+    assert capsys.readouterr().err.splitlines() == [
+        "classes: step 3 of 8, 2 min 5 s left",
+        "classes: step 6 of 8, 0 min 50 s left",
+        "classes: step 8 of 8, finished after 3 min 20 s",
+    ]
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -265,6 +265,49 @@ def test_a_requested_classifier_is_trained_once_and_named(run_copy, monkeypatch)
     assert len(trained) == 1
 
 
+def test_a_classifier_is_trained_by_default_for_drawn_flowers_that_it_can_classify(
+    run_copy, monkeypatch, without_report
+):
+    trained = make_quick_classifiers(monkeypatch)
+    # At 16 pixels, it would not be accurate enough.
+    assert "features" not in evaluate(run_copy.path)
+    monkeypatch.setattr(evaluation, "LOWEST_CLASSIFIED_RESOLUTION", 16)
+    assert "features" not in evaluate(run_copy.path, fit_classifier=False)
+    assert trained == []
+    metrics = evaluate(run_copy.path)
+    assert set(metrics["attributes"]["generated"]["classifier"]) == {*ATTRIBUTES, "all"}
+    assert evaluate(run_copy.path) == metrics
+    assert len(trained) == 1
+
+
+def test_photographs_get_a_classifier_on_request_only(run_copy, monkeypatch, without_report):
+    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
+    monkeypatch.setattr(evaluation, "LOWEST_CLASSIFIED_RESOLUTION", 16)
+    assert "not_measured" not in evaluate(run_copy.path)
+    assert "not_measured" in evaluate(run_copy.path, fit_classifier=True)
+
+
+@pytest.mark.parametrize(("of_run", "threads", "used"), [(None, None, 1), (3, None, 3), (3, 2, 2)])
+def test_the_number_of_threads_is_set_and_restored(run_copy, monkeypatch, without_report, of_run, threads, used):
+    recipe = run_copy.read_recipe()
+    run_copy.begin(dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, threads=of_run)))
+    counts, generate = [], evaluation.generate_images
+    monkeypatch.setattr(
+        evaluation, "generate_images", lambda *a: (counts.append(torch.get_num_threads()), generate(*a))[1]
+    )
+    evaluate(run_copy.path, threads=threads)
+    assert set(counts) == {used}
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("threads", [0, 1.5])
+def test_an_invalid_number_of_threads_is_refused(run_copy, threads):
+    with pytest.raises(
+        ValueError, match=f"evaluate: threads must be a whole number of at least 1, but it is {threads}"
+    ):
+        evaluate(run_copy.path, threads=threads)
+
+
 def test_independent_metrics_use_no_network_that_the_generator_was_trained_with(run_copy, monkeypatch, without_report):
     """Zeroing the training's text encoder, image encoder and captioner does not change them."""
 

@@ -45,6 +45,19 @@ FULL = {
     "seconds": {"stem": 61.24, "glam": 1402.4},
     "images_per_second": {"stem": 418.13, "glam": 55.7},
     "parameters": {"generator": 1234567},
+    "extractor": "network of the test",
+    "features": {
+        "generated": {
+            "distance_images": 1000,
+            "frechet_distance": 33.2412,
+            "kernel_distance": -0.00438213,
+            "inception_score": 7.70312,
+            "inception_score_deviation": 0.116345,
+            "diversity": 0.104512,
+            "diversity_standard_error": 0.004145,
+        },
+        "real": {"distance_images": 1000, "frechet_distance": 1.0, "kernel_distance": 0.0, "inception_score": 17.0},
+    },
 }
 
 
@@ -87,6 +100,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.texts, self.images, self.tags, self.marked, self.urls = [], [], [], [], [], []
+        self.headings = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -109,6 +123,8 @@ class Page(HTMLParser):
             self.texts.append(data)
         if "mark" in self.open:
             self.marked.append(data)
+        if {"h1", "h2", "h3"} & {*self.open}:
+            self.headings.append(data)
 
 
 def decode(url):
@@ -155,7 +171,7 @@ def test_the_page_loads_no_external_resources(full_page, full_run):
 
 def test_each_section_has_a_heading(full_page):
     for heading in ("Results", "Training phases", "Generated images", "Redescription", "Attention maps", "Loss curves"):
-        assert heading in full_page.text
+        assert heading in full_page.headings
 
 
 def test_user_text_is_escaped(full_page):
@@ -218,10 +234,23 @@ def test_results_are_percentages_with_errors_and_chance(full_page):
     assert "R-precision, top 3 81.2% ± 1.1 81.2% ± 1.1 81.2% ± 1.1 3.0%" in full_page.text
     assert "Word accuracy 71.1% 74.4% 52.2% –" in full_page.text
     assert "in nats per token: generated 0.87, real images 1.30, shuffled 0.00." in full_page.text
+    headings = "Phase Trained networks Steps Seconds Images/s Waiting for data"
+    assert f"{headings} stem Text and image encoder" in full_page.text
     assert "retrieves the caption of 61.7% of the generated images among 99 other captions, and of" in full_page.text
     assert "glam Generator and discriminators" in full_page.text
     assert "1,402.4 55.7" in full_page.text
-    assert "parameters.generator 1,234,567" in full_page.text
+    assert "Parameters: generator 1,234,567" in full_page.text
+
+
+def test_metrics_have_few_digits_and_words_as_names(full_page):
+    assert "Fréchet distance (FID) 33.2 1" in full_page.text
+    assert "Kernel distance (KID) -0.00438 0" in full_page.text
+    assert "Inception Score 7.70 ± 0.12 17" in full_page.text
+    assert "Diversity of images of the same caption 0.1045 ± 0.0041 –" in full_page.text
+    shown = full_page.text[: full_page.text.index("Details")]
+    assert not re.search(r"[a-z]_[a-z]", shown)
+    further = full_page.text[full_page.text.index("Further metrics") :]
+    assert further.startswith("Further metrics Images 1,000 Evaluator another <pair> Parameters: generator")
 
 
 def test_r_precision_alone_is_enough(folder):
@@ -229,7 +258,7 @@ def test_r_precision_alone_is_enough(folder):
     assert "R-precision, top 1 61.7% ± 1.5 –" in page.text
     assert "Word accuracy" not in page.text
     assert "ceiling" not in page.text
-    assert "Images per second" not in page.text
+    assert "Images/s" not in page.text
 
 
 def test_metrics_of_real_images_alone_have_a_report(folder):
@@ -251,12 +280,28 @@ def test_score_rows():
     assert rows[3].values == [None, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (7.70312, 0.116345, "7.70 ± 0.12"),
+        (1234.5, 250.0, "1,234 ± 250"),
+        (12.3, 99.9, "12 ± 100"),
+        (0.25, 0.0, "0.25 ± 0"),
+        (0.25, float("nan"), "0.25 ± nan"),
+        (0.123456, None, "0.123"),
+    ],
+)
+def test_a_value_has_as_many_decimals_as_its_error(value, error, text):
+    generated = {"inception_score": value, "inception_score_deviation": error}
+    assert feature_rows({"features": {"generated": generated}})[0][1].replace("\N{NO-BREAK SPACE}", " ") == text
+
+
 def test_feature_rows_show_standard_errors_if_known():
-    generated = {"frechet_distance": 2.5, "diversity": 0.25, "diversity_standard_error": 0.0125}
+    generated = {"frechet_distance": 2.5, "diversity": 0.25, "diversity_standard_error": 0.0126}
     rows = feature_rows({"features": {"generated": generated, "real": {"frechet_distance": 1.5}}})
     assert rows == [
         ["Fréchet distance (FID)", "2.5", "1.5"],
-        ["Diversity of images of the same caption", "0.25 ± 0.0125", "–"],
+        ["Diversity of images of the same caption", "0.250 ±\N{NO-BREAK SPACE}0.013", "–"],
     ]
 
 
@@ -265,9 +310,9 @@ def test_attribute_rows_name_the_method():
     generated = {"measured_colors": {"all": accuracy}, "classifier": {"petal_color": accuracy, "all": accuracy}}
     real = {"measured_colors": {"all": {**accuracy, "share": 1.0, "standard_error": 0.0}}}
     assert attribute_rows({"attributes": {"generated": generated, "real": real}}) == [
-        ["petal color", "classifier", "50.0% ± 25.0", "–"],
-        ["all", "classifier", "50.0% ± 25.0", "–"],
-        ["all", "pixels", "50.0% ± 25.0", "100.0% ± 0.0"],
+        ["petal color", "classifier", "50.0% ±\N{NO-BREAK SPACE}25.0", "–"],
+        ["all", "classifier", "50.0% ±\N{NO-BREAK SPACE}25.0", "–"],
+        ["all", "pixels", "50.0% ±\N{NO-BREAK SPACE}25.0", "100.0% ±\N{NO-BREAK SPACE}0.0"],
     ]
     assert attribute_rows({}) == []
 
@@ -302,6 +347,7 @@ def test_configuration_and_versions_are_shown(full_page):
         (12345.6, "12,346"),
         (0.123456, "0.1235"),
         (float("nan"), "nan"),
+        ([0.5, 1e-6], "0.5, 1e-06"),
         ([16, 32], "16, 32"),
         ("a b", "a b"),
     ],

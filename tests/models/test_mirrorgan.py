@@ -1,13 +1,16 @@
 """The reference model: images are reproducible and independent of their batch; no call changes a part's mode."""
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from mirror_modules import MirrorGAN, MirrorGANConfig, RedescriptionLoss, Vocabulary
+from mirror_modules.data import to_float
 from mirror_modules.stream import append_end
 
 CAPTIONS = ["a red flower with five round petals", "blue petals", "a white flower"]
@@ -36,14 +39,14 @@ def make_noise(batch):
 
 
 def test_generate_returns_an_image_per_caption_and_stage():
-    generated = make().generate(CAPTIONS, seed=0)
+    generated = make().generate_stages(CAPTIONS, seed=0)
     assert [tuple(images.shape) for images in generated.images] == [(3, 3, size, size) for size in (4, 8, 16)]
     assert generated.word_weights == generated.sentence_weights == []
     assert not generated.images[-1].requires_grad
 
 
 def test_attention_maps_are_returned_on_request_and_padding_gets_zero_weight():
-    generated = make().generate(CAPTIONS, seed=0, need_weights=True)
+    generated = make().generate_stages(CAPTIONS, seed=0, need_weights=True)
     assert [tuple(weights.shape) for weights in generated.word_weights] == [(3, 7, 4, 4), (3, 7, 8, 8)]
     for weights in generated.word_weights:
         assert (weights[1, 2:] == 0).all()
@@ -53,7 +56,7 @@ def test_attention_maps_are_returned_on_request_and_padding_gets_zero_weight():
 
 def test_images_depend_on_the_seed_alone():
     model = make()
-    first, again, other = (model.generate(CAPTIONS, seed=seed).images[-1] for seed in (5, 5, 6))
+    first, again, other = (model.generate(CAPTIONS, seed=seed) for seed in (5, 5, 6))
     assert_close(again, first, atol=0, rtol=0)
     assert not torch.equal(other, first)
 
@@ -61,7 +64,7 @@ def test_images_depend_on_the_seed_alone():
 def test_without_a_seed_each_call_samples_new_noise_and_keeps_the_global_random_state():
     model = make()
     before = torch.get_rng_state()
-    assert not torch.equal(model.generate(CAPTIONS).images[-1], model.generate(CAPTIONS).images[-1])
+    assert not torch.equal(model.generate(CAPTIONS), model.generate(CAPTIONS))
     model.generate(CAPTIONS, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -69,8 +72,8 @@ def test_without_a_seed_each_call_samples_new_noise_and_keeps_the_global_random_
 def test_an_image_generated_alone_equals_the_same_image_in_a_batch_of_other_lengths():
     model = make()
     for caption in CAPTIONS:
-        together = model.generate([caption, *CAPTIONS], seed=3).images
-        alone = model.generate([caption], seed=3).images
+        together = model.generate_stages([caption, *CAPTIONS], seed=3).images
+        alone = model.generate_stages([caption], seed=3).images
         for image, images in zip(alone, together):
             assert_close(image, images[:1], atol=1e-5, rtol=1e-5)
 
@@ -87,15 +90,15 @@ def test_an_image_at_any_row_equals_the_same_image_alone():
 def test_generate_equals_forward_in_evaluation_mode():
     model = make().train()
     tokens, word_mask = VOCABULARY.encode(CAPTIONS)
-    noise, condition_noise = model._sample_noise(3, seed=0)
-    generated = model.generate(CAPTIONS, seed=0)
+    noise, condition_noise = model._sample_noise("", 3, 0, None)
+    generated = model.generate_stages(CAPTIONS, seed=0)
     expected = model.eval()(tokens, word_mask, noise=noise, condition_noise=condition_noise)
     assert_close(generated.images, expected.images)
 
 
 def test_long_captions_are_truncated():
     model = make(max_words=2)
-    generated = model.generate(["a red flower", "a red petals"], seed=0, need_weights=True)
+    generated = model.generate_stages(["a red flower", "a red petals"], seed=0, need_weights=True)
     assert generated.word_weights[0].shape[1] == 2
 
 
@@ -134,9 +137,96 @@ def test_an_empty_caption_is_named(caption):
         make().generate(["a red flower", caption])
 
 
-def test_a_single_string_is_refused():
-    with pytest.raises(ValueError, match=r"captions must be a list of strings, but it is one string"):
-        make().generate("a red flower")
+def test_a_caption_may_be_a_plain_string():
+    model = make()
+    assert torch.equal(model.generate("a red flower", seed=0), model.generate(["a red flower"], seed=0))
+
+
+def test_images_of_one_caption_are_adjacent_and_have_the_next_seeds():
+    model = make()
+    images = model.generate(CAPTIONS[:2], images_per_caption=3, seed=5)
+    assert len(images) == 6
+    for i, image in enumerate(images):
+        alone = model.generate(CAPTIONS[i // 3], seed=5 + i)
+        assert_close(alone, image[None], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="images_per_caption must be a whole number of at least 1"):
+        model.generate(CAPTIONS, images_per_caption=0)
+
+
+def test_each_image_may_have_its_own_seed():
+    model = make()
+    images = model.generate(["a red flower"] * 3, seed=[7, 2, 7])
+    assert_close(images[0], images[2], atol=1e-5, rtol=1e-5)
+    assert_close(images[1:2], model.generate("a red flower", seed=2), atol=1e-5, rtol=1e-5)
+    for seed in ([1, 2], "12"):
+        with pytest.raises(ValueError, match=r"or one for each of the 3 images, but it is"):
+            model.generate(CAPTIONS, seed=seed)
+
+
+def test_the_output_is_a_tensor_an_array_or_pillow_images():
+    model = make()
+    images = model.generate(CAPTIONS, seed=0)
+    array = model.generate(CAPTIONS, seed=0, output="np")
+    assert (array.shape, array.dtype) == ((3, 16, 16, 3), np.float32)
+    assert_close(torch.from_numpy(array).permute(0, 3, 1, 2) * 2 - 1, images, atol=1e-6, rtol=0)
+    pictures = model.generate(CAPTIONS, seed=0, output="pil")
+    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (16, 16))] * 3
+    assert np.abs(np.stack(pictures) / 255 - array).max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(ValueError, match="output must be one of 'pt', 'np', 'pil', but it is 'jpg'"):
+        model.generate(CAPTIONS, output="jpg")
+
+
+def test_half_precision_gives_arrays_and_pictures():
+    model = make().bfloat16()
+    assert model.generate("a red flower", output="np").dtype == np.float32
+    assert len(model.generate("a red flower", output="pil")) == 1
+
+
+def test_each_stage_can_be_generated_alone():
+    model = make()
+    for images, resolution in zip(model.generate_stages(CAPTIONS, seed=0).images, (4, 8, 16)):
+        assert torch.equal(model.generate(CAPTIONS, seed=0, resolution=resolution), images)
+    with pytest.raises(ValueError, match="resolution must be one of 4, 8, 16, the stages of this model, but it is 32"):
+        model.generate(CAPTIONS, resolution=32)
+
+
+def test_truncated_noise_has_the_truncated_normal_distribution_and_keeps_the_order():
+    model = make(noise_dim=2000, condition_dim=2000)
+    bound = 0.7
+    plain, _ = model._sample_noise("", 2, 0, None)
+    noise, condition_noise = model._sample_noise("", 2, 0, bound)
+    for values in (noise, condition_noise):
+        assert values.abs().max() <= bound
+        # Standard deviation of a standard normal truncated to [-b, b]: 1 - 2 b phi(b) / (2 Phi(b) - 1).
+        density, mass = math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi), math.erf(bound / math.sqrt(2))
+        assert float(values.std()) == pytest.approx(math.sqrt(1 - 2 * bound * density / mass), rel=0.05)
+    assert torch.equal(noise.flatten().argsort(), plain.flatten().argsort())
+    assert_close(model._sample_noise("", 2, 0, 50.0)[0], plain)
+    assert not torch.equal(
+        model.generate("a red flower", seed=0, truncation=bound), model.generate("a red flower", seed=0)
+    )
+
+
+@pytest.mark.parametrize("truncation", [0, -1.0, math.nan, "1"])
+def test_a_truncation_out_of_range_is_refused(truncation):
+    with pytest.raises(ValueError, match="truncation must be"):
+        make().generate("a red flower", truncation=truncation)
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", "none"])
+def test_interpolation_runs_from_the_image_of_one_caption_to_that_of_the_other(attention):
+    model = make(attention=attention).double()
+    # Captions of 7 and 2 words.
+    images = model.interpolate(CAPTIONS[0], CAPTIONS[1], steps=5, seed=3)
+    ends = model.generate(CAPTIONS[:2], seed=[3, 3])
+    assert_close(images[[0, -1]], ends, atol=1e-9, rtol=1e-9)
+    # No jump: each step is a fraction of the way.
+    steps = images.diff(dim=0).flatten(1).norm(dim=1)
+    assert (steps > 0).all()
+    assert steps.max() < 0.8 * (ends[1] - ends[0]).norm()
+    assert len(model.interpolate(*CAPTIONS[:2], output="pil", resolution=8)) == 8
+    with pytest.raises(ValueError, match="steps must be at least 2, the images of both captions, but it is 1"):
+        model.interpolate(*CAPTIONS[:2], steps=1)
 
 
 def test_describe_returns_a_caption_per_image_in_words_of_the_vocabulary():
@@ -172,10 +262,9 @@ def test_modes_are_restored_after_an_error():
 
 def test_images_have_the_dtype_of_the_weights():
     model = make().double()
-    assert {images.dtype for images in model.generate(CAPTIONS, seed=0).images} == {torch.float64}
-    assert_close(
-        model.generate(CAPTIONS, seed=0).images[-1].float(), model.float().generate(CAPTIONS, seed=0).images[-1]
-    )
+    images = model.generate(CAPTIONS, seed=0)
+    assert images.dtype == torch.float64
+    assert_close(images.float(), model.float().generate(CAPTIONS, seed=0))
 
 
 def test_options_of_the_config_reach_the_parts():
@@ -198,8 +287,68 @@ def test_a_seed_out_of_range_is_refused(seed):
 
 def test_a_seed_may_be_a_whole_number_of_numpy():
     model = make()
-    first, second = (model.generate(CAPTIONS, seed=seed).images[-1] for seed in (5, np.int64(5)))
+    first, second = (model.generate(CAPTIONS, seed=seed) for seed in (5, np.int64(5)))
     assert torch.equal(first, second)
+
+
+def test_images_of_every_form_are_described(tmp_path):
+    torch.manual_seed(1)
+    model = make()
+    # An untrained captioner describes all images alike, unless its image feature dominates.
+    with torch.no_grad():
+        model.captioner.image_projection.weight.mul_(50)
+    pixels = torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8)
+    pictures = [Image.fromarray(each) for each in pixels.numpy()]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    expected = model.describe(to_float(pixels))
+    assert len(set(expected)) > 1
+    forms = {
+        "bytes": pixels,
+        "bytes, channels first": pixels.permute(0, 3, 1, 2),
+        "array of bytes": pixels.numpy(),
+        "array of floats": pixels.numpy() / 255,
+        "Pillow images": pictures,
+        "paths": [tmp_path / f"{i}.png" for i in range(3)],
+        "names": tuple(str(tmp_path / f"{i}.png") for i in range(3)),
+        "mixed": [pictures[0], tmp_path / "1.png", str(tmp_path / "2.png")],
+    }
+    for form, images in forms.items():
+        assert model.describe(images) == expected, form
+    for single in (pictures[0], tmp_path / "0.png", pixels[0].numpy()):
+        assert model.describe(single) == expected[:1]
+    assert model.describe([]) == []
+    assert model.describe(pictures[0].resize((64, 32))) == model.describe([pictures[0].resize((64, 32))])
+
+
+def test_generated_images_of_every_form_are_described():
+    model = make()
+    expected = model.describe(model.generate(CAPTIONS, seed=0))
+    for output in ("np", "pil"):
+        assert len(model.describe(model.generate(CAPTIONS, seed=0, output=output))) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 3, 16, 16) * 255, r"must be finite and in \[-1, 1\]; pass bytes \(uint8\), or x / 127.5 - 1"),
+        (torch.full((1, 3, 16, 16), math.nan), r"must be finite and in \[-1, 1\]"),
+        (torch.zeros(3, 16, 16), r"must be \(B, 3, H, W\), but they are \(3, 16, 16\)"),
+        (
+            torch.zeros(1, 3, 16, 16, dtype=torch.int64),
+            r"floats in \[-1, 1\] or bytes \(uint8\), but they are",
+        ),
+        (np.full((1, 16, 16, 3), 200.0), r"must be finite and in \[0, 1\]; pass bytes \(uint8\), or x / 255"),
+        (np.zeros((1, 3, 16, 16)), r"an array must be \(B, H, W, 3\) or \(H, W, 3\), but it is \(1, 3, 16, 16\)"),
+        (np.zeros((16, 16, 3), np.int64), r"floats in \[0, 1\] or bytes \(uint8\), but it holds int64"),
+        (7, "but they are of the type int"),
+        ([torch.zeros(3, 16, 16)], "but one is of the type Tensor"),
+        ("nowhere.png", "nowhere.png cannot be read as an image"),
+    ],
+)
+def test_other_forms_of_images_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        make().describe(images)
 
 
 def test_no_images_have_no_descriptions():

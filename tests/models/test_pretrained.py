@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 
 import pytest
@@ -11,7 +12,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+from mirror_modules import (
+    Captioner,
+    CascadedGenerator,
+    ConditioningAugmentation,
+    MirrorGAN,
+    MirrorGANConfig,
+    TextEncoder,
+    Vocabulary,
+)
 from mirror_modules.models.pretrained import load_weights, save_weights
 
 CAPTIONS = ["a red flower", "blue petals"]
@@ -58,7 +67,7 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     assert loaded.vocabulary == model.vocabulary
     assert not loaded.training
     assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
-    assert_close(loaded.generate(CAPTIONS, seed=1).images, model.generate(CAPTIONS, seed=1).images, atol=0, rtol=0)
+    assert_close(loaded.generate(CAPTIONS, seed=1), model.generate(CAPTIONS, seed=1), atol=0, rtol=0)
 
 
 def test_the_folder_holds_three_readable_files_and_no_pickle(folder):
@@ -114,6 +123,44 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a model folder: config\.json is missing"):
         MirrorGAN.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("given", [".", "model/model.safetensors", "phases"])
+def test_a_path_near_a_model_is_pointed_to_the_model(folder, given):
+    with pytest.raises(FileNotFoundError, match=rf"is not a model folder: .*did you mean {re.escape(str(folder))}\?"):
+        MirrorGAN.from_pretrained(folder.parent / given)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (TextEncoder, "text_encoder"),
+        (ConditioningAugmentation, "conditioning"),
+        (CascadedGenerator, "generator"),
+        (Captioner, "captioner"),
+    ],
+)
+def test_one_part_of_a_model_can_be_loaded_alone(folder, part, name):
+    loaded = part.from_pretrained(folder)
+    assert type(loaded) is part
+    assert not loaded.training
+    model = MirrorGAN.from_pretrained(folder)
+    assert_close(loaded.state_dict(), getattr(model, name).state_dict(), atol=0, rtol=0)
+    assert part.from_pretrained(folder, device="meta").state_dict().keys() == loaded.state_dict().keys()
+    with pytest.raises(FileNotFoundError, match="is not a model folder"):
+        part.from_pretrained(folder / "nowhere")
+
+
+def test_a_subclass_of_a_part_is_not_in_a_saved_model(folder):
+    class OtherEncoder(TextEncoder):
+        pass
+
+    with pytest.raises(TypeError, match=r"OtherEncoder.from_pretrained: .* have other classes"):
+        OtherEncoder.from_pretrained(folder)
+
+
+def test_the_vocabulary_can_be_loaded_alone(folder):
+    assert Vocabulary.from_pretrained(folder) == Vocabulary.build(CAPTIONS)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])

@@ -98,5 +98,5 @@ def test_a_model_without_attention_has_no_sheet(attention):
     config = MirrorGANConfig(resolutions=(4, 8), attention=attention, **sizes, **captioner)
     model = MirrorGAN(config, Vocabulary(["a", "red", "flower"])).eval()
     captions = ["a red flower", "red"]
-    sheet = attention_sheet(model, captions, model.generate(captions, seed=0, need_weights=True))
+    sheet = attention_sheet(model, captions, model.generate_stages(captions, seed=0, need_weights=True))
     assert (sheet is None) == (attention == "none")

@@ -552,7 +552,7 @@ SHORT = [
 ]
 
 
-def torchrun(folder, log, *options, program=("-m", "mirror_modules.cli")):
+def torchrun(folder, log, *options, program=("-m", "mirror_modules")):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     words += [*program, "train", "demo", "--out", str(folder), *SHORT, *options]
     with log.open("w") as file:

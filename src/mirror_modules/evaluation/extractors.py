@@ -6,6 +6,7 @@ part in the training of a generator.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +147,10 @@ def fit_class_extractor(
                 images = images.flip(3)
             return F.cross_entropy(classifier(images), class_ids[trained_on[rows]], label_smoothing=0.1)
 
+        print(
+            f"class classifier: training on {len(trained_on):,} images for {steps:,} steps, once; it is kept as {path}",
+            file=sys.stderr,
+        )
         fit_network("class classifier", classifier, len(trained_on), loss, steps, seed, weight_decay=1e-4)
         path.parent.mkdir(exist_ok=True)
         save_weights(classifier, path)

@@ -30,9 +30,12 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 STAGE_COLUMNS = 8
 # Images in the overviews are enlarged up to this many pixels.
 TILE = 192
-# Metrics with a section of their own on the page; all others are listed under "Further metrics".
+# Metrics with a place of their own on the page; all others are listed under "Further metrics".
 SHOWN = (
     "r_precision",
+    "chance",
+    "candidates",
+    "extractor",
     "word_accuracy",
     "image_information",
     "redescription",
@@ -48,6 +51,8 @@ FEATURE_METRICS = {
     "inception_score": "Inception Score",
     "diversity": "Diversity of images of the same caption",
 }
+# The field of evaluation.json that holds the error of a metric.
+FEATURE_ERRORS = {"inception_score": "inception_score_deviation", "diversity": "diversity_standard_error"}
 SOURCES = {"generated": "Generated", "real": "Real images", "shuffled": "Shuffled"}
 
 
@@ -140,7 +145,7 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
             phases=phase_rows(recipe, metrics),
             attributes=attribute_rows(metrics),
             features=feature_rows(metrics),
-            other=flatten(metrics, without=SHOWN),
+            other=[(title_of(name), value) for name, value in flatten(metrics, without=SHOWN)],
             configuration=flatten(recipe.to_dict()),
             versions=flatten(read_json(folder.config).get("versions", {})),
             **pictures,
@@ -314,12 +319,25 @@ def feature_rows(metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def _with_error(values: dict[str, float], name: str) -> str:
-    value, error = values.get(name), values.get(f"{name}_standard_error")
-    return show(value) if error is None else f"{show(value)} ± {show(error)}"
+    value, error = values.get(name), values.get(FEATURE_ERRORS.get(name, ""))
+    if value is None or error is None:
+        return show(value, digits=3)
+    if not (math.isfinite(error) and error > 0):
+        return _plus_minus(show(value, digits=3), show(error, digits=2))
+    # Two digits of the error, and as many decimals of the value.
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return _plus_minus(f"{value:,.{decimals}f}", f"{error:,.{decimals}f}")
 
 
 def _accuracy(accuracy: dict[str, float] | None) -> str:
-    return show(None) if accuracy is None else f"{accuracy['share']:.1%} ± {100 * accuracy['standard_error']:.1f}"
+    if accuracy is None:
+        return show(None)
+    return _plus_minus(f"{accuracy['share']:.1%}", f"{100 * accuracy['standard_error']:.1f}")
+
+
+def _plus_minus(value: str, error: str) -> str:
+    # The no-break space keeps the sign with the error in narrow columns.
+    return f"{value} ±\N{NO-BREAK SPACE}{error}"
 
 
 def phase_rows(recipe: Recipe, metrics: dict[str, Any]) -> list[list[str]]:
@@ -349,14 +367,20 @@ def flatten(fields: dict[str, Any], without: Sequence[str] = (), prefix: str = "
     return rows
 
 
-def show(value: Any) -> str:
-    """Format a value for the report."""
+def title_of(name: str) -> str:
+    """Turn the dotted name of a metric into words, such as "parameters.generator" into "Parameters: generator"."""
+    words = name.replace("_", " ").replace(".", ": ")
+    return words[:1].upper() + words[1:]
+
+
+def show(value: Any, digits: int = 4) -> str:
+    """Format a value for the report, with a number of significant digits."""
     if value is None:
         return "–"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(show, value))
+        return ", ".join(show(each, digits) for each in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"

@@ -36,6 +36,7 @@ from mirror_modules._tiles import (
     recomputed_in_tiles,
     without_autocast,
 )
+from mirror_modules._typing import TypedCall
 
 SentenceAxis = Literal["channels", "positions"]
 
@@ -312,7 +313,7 @@ def choose_attention(
     return kernels.choose(OPERATION, impl, facts)
 
 
-class GlobalLocalAttention(nn.Module):
+class GlobalLocalAttention(TypedCall, nn.Module):
     """Attend to the words at each position and to the sentence as a whole (MirrorGAN, Sec. 3.2).
 
         word_context     = sum_l (U w_l) * softmax_l(f^T U w_l)
@@ -423,7 +424,7 @@ class GlobalLocalAttention(nn.Module):
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}, condition_dim={self.condition_dim}"
 
 
-class WordAttention(nn.Module):
+class WordAttention(TypedCall, nn.Module):
     """Attend to the words alone: the attention of AttnGAN, used in MirrorGAN as an ablation.
 
         word_context = sum_l (U w_l) * softmax_l(f^T U w_l)

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from mirror_modules._checks import check_batch, check_features, check_positive, check_word_mask
+from mirror_modules._pretrained import FromModelFolder
+from mirror_modules._typing import TypedCall
 from mirror_modules.glam.attention import GlobalLocalAttention, WordAttention
 from mirror_modules.glam.stages import SMALLEST_RESOLUTION, ImageHead, InitialStage, RefinementStage
 
@@ -29,7 +31,7 @@ class GeneratedImages(NamedTuple):
     """Sentence attention map of each refinement stage; empty if not requested. Each (B, C, H, W)."""
 
 
-class CascadedGenerator(nn.Module):
+class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
     """Noise, condition and words -> images of increasing resolution (MirrorGAN, Sec. 3.2).
 
         f_0 = F_0(z, s_ca),    f_i = F_i(f_{i-1}, Att_i(f_{i-1}, w, s_ca)),    I_i = G_i(f_i)

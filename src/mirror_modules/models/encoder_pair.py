@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mirror_modules._typing import TypedCall
 from mirror_modules.models.config import MirrorGANConfig
 from mirror_modules.stem import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 
 
-class EncoderPair(nn.Module):
+class EncoderPair(TypedCall, nn.Module):
     """A text encoder and an image encoder whose features are close for matching pairs (DAMSM; MirrorGAN, Sec. 3.1).
 
     Args:

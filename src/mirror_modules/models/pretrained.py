@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mirror_modules._files import read_json, write_json, write_whole
 from mirror_modules.models.config import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
+from mirror_modules.stem.vocabulary import VOCABULARY_FILE
 
 FORMAT = "mirror-modules model 1"
-CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocabulary.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -98,10 +99,7 @@ def read_model_folder(folder: str | Path) -> SavedModel:
     folder = Path(folder)
     for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a model folder: {name} is missing; expected a folder that save_pretrained or "
-                "`mirror-modules train` wrote, such as runs/demo/model."
-            )
+            raise FileNotFoundError(f"{folder} is not a model folder: {name} is missing; {_hint(folder)}")
     fields = read_json(folder / CONFIG_FILE)
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE} is not a {FORMAT!r} file; save the model again.")
@@ -117,6 +115,14 @@ def read_model_folder(folder: str | Path) -> SavedModel:
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not a valid model configuration: {error}") from error
     return SavedModel(config, vocabulary, folder / WEIGHTS_FILE)
+
+
+def _hint(folder: Path) -> str:
+    """What to pass instead of a folder that holds no model: people pass the run's folder, or the weights."""
+    for near in (folder / "model", folder.parent, folder.parent / "model"):
+        if all((near / name).is_file() for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE)):
+            return f"did you mean {near}?"
+    return "expected a folder that save_pretrained or `mirror-modules train` wrote, such as runs/demo/model."
 
 
 def _first(names: list[str]) -> str:

@@ -1,1 +1,5 @@
-"""Pictures from tensors: image grids with captions, attention maps, PNG files."""
+"""Pictures from tensors: image files, image grids with captions, attention maps."""
+
+from mirror_modules.pictures.saving import save_images
+
+__all__ = ["save_images"]

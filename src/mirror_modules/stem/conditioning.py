@@ -16,6 +16,8 @@ from mirror_modules._checks import (
     check_precision,
     shape_of,
 )
+from mirror_modules._pretrained import FromModelFolder
+from mirror_modules._typing import TypedCall
 
 
 class Condition(NamedTuple):
@@ -62,7 +64,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mea
     return elements.mean() if reduction == "mean" else elements.sum(dim=1).mean()
 
 
-class ConditioningAugmentation(nn.Module):
+class ConditioningAugmentation(FromModelFolder, TypedCall, nn.Module):
     """Sample a condition from a learned normal distribution around the sentence (MirrorGAN, Sec. 3.1).
 
         sample = mu(s) + sigma(s) * eps,    eps ~ N(0, I)

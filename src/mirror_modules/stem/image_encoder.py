@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mirror_modules._checks import check_images, check_positive, check_precision
 from mirror_modules._norms import MapBatchNorm
+from mirror_modules._typing import TypedCall
 
 # Mean and standard deviation of ImageNet's images in [0, 1], per color channel.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,7 +30,7 @@ class ImageFeatures(NamedTuple):
     """One global feature per image. (B, D)"""
 
 
-class ConvBackbone(nn.Module):
+class ConvBackbone(TypedCall, nn.Module):
     """A small convolutional network that trains from scratch.
 
     Each block halves the resolution and doubles the channels. Regions are the positions of the second-to-last block
@@ -83,7 +84,7 @@ def _block(before: int, after: int) -> nn.Sequential:
     )
 
 
-class TorchvisionBackbone(nn.Module):
+class TorchvisionBackbone(TypedCall, nn.Module):
     """torchvision's Inception v3 or one of its ResNets, without the classifier.
 
     Images in [-1, 1] are converted to the input on which torchvision's weights were trained: for a ResNet they are
@@ -186,7 +187,7 @@ def build_backbone(name: str, weights: Any = None) -> nn.Module:
     return ConvBackbone()
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(TypedCall, nn.Module):
     """Encode images as region features and a global feature in the space of the words (MirrorGAN, Sec. 3.1; DAMSM).
 
         regions = backbone_regions W_r,    image = backbone_image W_g + b_g

@@ -30,6 +30,7 @@ from mirror_modules._tiles import (
     recomputed_in_tiles,
     without_autocast,
 )
+from mirror_modules._typing import TypedCall
 from mirror_modules.stem.image_encoder import ImageFeatures
 from mirror_modules.stem.text_encoder import TextFeatures
 
@@ -377,7 +378,7 @@ def contrastive_terms(
     return F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)
 
 
-class MatchingLoss(nn.Module):
+class MatchingLoss(TypedCall, nn.Module):
     """Text-image matching loss (AttnGAN's DAMSM; MirrorGAN, Sec. 3.1): `matching_loss` as a Module.
 
     Args:

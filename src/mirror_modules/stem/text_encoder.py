@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mirror_modules._checks import check_positive, check_tokens, check_word_mask, is_readable, zero_padding
 from mirror_modules._lstm import run_lstm
+from mirror_modules._pretrained import FromModelFolder
+from mirror_modules._typing import TypedCall
 
 
 class TextFeatures(NamedTuple):
@@ -21,7 +23,7 @@ class TextFeatures(NamedTuple):
     """One feature per caption. (B, D)"""
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(FromModelFolder, TypedCall, nn.Module):
     """A bidirectional LSTM over word embeddings (MirrorGAN, Sec. 3.1).
 
         words = hidden states of both directions,    sentence = last hidden state of both directions

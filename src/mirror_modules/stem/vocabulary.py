@@ -22,6 +22,7 @@ UNKNOWN = 2
 """Token id of every word that the vocabulary lacks."""
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
 FORMAT = "mirror-modules vocabulary 1"
+VOCABULARY_FILE = "vocabulary.json"  # its name in a model's folder
 
 
 def split_words(caption: str) -> list[str]:
@@ -180,3 +181,13 @@ class Vocabulary:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"Vocabulary.load: 'words' in {path} is not a list of strings; the file is damaged.")
         return cls(words)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Vocabulary:
+        """Read the vocabulary of a saved model from its folder.
+
+        Raises:
+            FileNotFoundError: The folder holds no vocabulary.
+            ValueError: The file is damaged.
+        """
+        return cls.load(Path(folder) / VOCABULARY_FILE)

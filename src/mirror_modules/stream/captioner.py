@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from mirror_modules._checks import check_batch, check_images, check_positive, check_tokens, check_word_mask
 from mirror_modules._lstm import run_lstm
 from mirror_modules._norms import FeatureBatchNorm
+from mirror_modules._pretrained import FromModelFolder
+from mirror_modules._typing import TypedCall
 
 # The ids that `Vocabulary` assigns, as plain numbers: this part works with any vocabulary.
 PAD, END = 0, 1
@@ -47,7 +49,7 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
     return F.pad(tokens, (0, 1), value=PAD).scatter(1, end, end_token), mask_with_end
 
 
-class Captioner(nn.Module):
+class Captioner(FromModelFolder, TypedCall, nn.Module):
     """Predict a caption with an LSTM whose first input is the image, followed by the words (MirrorGAN, Sec. 3.3).
 
         x_{-1} = CNN(image),    x_t = W_e T_t,    p_{t+1} = softmax(W LSTM(x_t)),    t = -1 .. L - 2

@@ -23,6 +23,7 @@ from mirror_modules._checks import (
     is_readable,
     shape_of,
 )
+from mirror_modules._typing import TypedCall
 
 Reduction = Literal["word", "sentence"]
 
@@ -75,7 +76,7 @@ def redescription_loss(
     return losses_BL.sum() / (word_mask.sum() if reduction == "word" else tokens.shape[0])
 
 
-class RedescriptionLoss(nn.Module):
+class RedescriptionLoss(TypedCall, nn.Module):
     """Score generated images by the likelihood of their captions under a frozen captioner (MirrorGAN, Sec. 3.3).
 
         loss = redescription_loss(captioner(images, tokens), tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from mirror_modules.data import (
     CaptionBatch,
     CaptionedImages,
+    CaptionFolder,
     ErrorReport,
     InMemoryCaptions,
     RepeatableBatches,
@@ -21,12 +23,14 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
+from mirror_modules.data.readers.damage import printable
 from mirror_modules.data.readers.files import CaptionedFiles, check_apart
 from mirror_modules.data.readers.images import shrink
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.distributed import is_main_process
 from mirror_modules.training.errors import TrainingError, is_dead_worker
+from mirror_modules.training.log import progress_bar
 from mirror_modules.training.recipes import DataRecipe
 
 # Random crops are taken from images larger by this factor, as in the published code.
@@ -72,10 +76,28 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
         validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
         reports = training.report, validation.report
         check_apart("load_splits", training, validation)
+        _check_sizes(training, validation)
     in_training = _load(training, recipe, model, reports[0])
     in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
     skipped = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
     return Splits(in_training, in_validation, skipped)
+
+
+def _check_sizes(training: CaptionedFiles, validation: CaptionedFiles) -> None:
+    """Require two images in each split: a batch and R-precision compare images.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    if min(len(training), len(validation)) >= 2:
+        return
+    remedy = "add images"
+    if isinstance(training, CaptionFolder) and not (training.root / "train").is_dir():
+        remedy += ", or divide the folder into train/ and validation/, without which a tenth is for validation"
+    raise ValueError(
+        f"{printable(training.root)} has {len(training)} training and {len(validation)} validation images, and needs "
+        f"at least 2 of each; {remedy}."
+    )
 
 
 def _load(
@@ -86,8 +108,6 @@ def _load(
     vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:
     """Read a split into memory; the training split builds the vocabulary, the validation split reuses it."""
-    from tqdm import tqdm
-
     is_training = vocabulary is None
     split, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -96,7 +116,7 @@ def _load(
     if count < len(dataset):
         # Evenly spaced, so that a subset of a data set sorted by class still has all classes.
         selected = torch.utils.data.Subset(selected, [i * len(dataset) // count for i in range(count)])
-    with tqdm(total=count, desc=f"{split} images", unit=" images", dynamic_ncols=True, disable=None) as bar:
+    with progress_bar(total=count, desc=f"{split} images", unit=" images") as bar:
         loaded = InMemoryCaptions(
             selected,
             vocabulary,
@@ -189,6 +209,32 @@ def unseen_captions(splits: Splits) -> list[UnseenCaption]:
         if new is not None:
             unseen.append(UnseenCaption(image, splits.validation.captions[image][new]))
     return unseen
+
+
+def usable_candidates(requested: int, splits: Splits) -> int:
+    """Candidate captions per image for R-precision: as requested, but no more than there are unseen captions.
+
+    Raises:
+        ValueError: Fewer than two captions are unseen, so that no image has a wrong caption to compare with.
+    """
+    unseen = len(unseen_captions(splits))
+    if unseen < 2:
+        raise ValueError(
+            "evaluation needs at least 2 validation images with a caption that no training image has, but there are "
+            f"{len(splits.validation)} validation images, of which {unseen} have one; use more of them, or captions "
+            "that differ from those of the training images."
+        )
+    return min(requested, unseen)
+
+
+def announce_candidates(requested: int, usable: int) -> None:
+    """Print a line to standard error if fewer candidates are used than requested."""
+    if usable < requested:
+        print(
+            f"R-precision among {usable} captions instead of evaluation.candidates={requested}, because {usable} "
+            "validation images have a caption that no training image has",
+            file=sys.stderr,
+        )
 
 
 def _token_rows(captions: InMemoryCaptions) -> Iterator[list[tuple[int, ...]]]:

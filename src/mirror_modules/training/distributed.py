@@ -7,6 +7,7 @@ compute what one process would with the same batch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,24 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not has_gpu:
         raise ValueError("device: it is 'cuda', but torch sees no GPU; use 'cpu' or 'auto'.")
     return name
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Set torch's number of CPU threads, unless it is None, and restore it on exit."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
+
+
+def count_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager

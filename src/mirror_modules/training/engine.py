@@ -25,7 +25,7 @@ import torch
 
 from mirror_modules.data import CaptionBatch, RepeatableBatches
 from mirror_modules.data.seeding import seeded
-from mirror_modules.training.batches import Splits, load_batches, to_device
+from mirror_modules.training.batches import Splits, load_batches, to_device, usable_candidates
 from mirror_modules.training.checkpoints import Checkpoints, is_whole, load_checkpoint
 from mirror_modules.training.distributed import ProcessGroup
 from mirror_modules.training.errors import Interrupted, TrainingError, is_dead_worker, is_out_of_memory
@@ -85,6 +85,11 @@ class Run:
     def unseen(self) -> Unseen:
         """The validation pairs on which metrics are computed."""
         return unseen_pairs(self.splits, self.recipe.model.max_words)
+
+    @cached_property
+    def candidates(self) -> int:
+        """Candidate captions per image for R-precision: the recipe's, or fewer where the data have fewer."""
+        return usable_candidates(self.recipe.evaluation.candidates, self.splits)
 
     def stop_if_interrupted(self) -> None:
         """End the run between two phases if a signal was received on some rank.
@@ -156,6 +161,7 @@ class PhaseRun:
                 self.run.folder.log,
                 self.run.recipe.logging,
                 done=None if newest is None else self._restore(newest),
+                device=self.group.device,
                 writes=self.group.is_main,
             )
             stack.enter_context(self._explained_errors())

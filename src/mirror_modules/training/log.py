@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,14 @@ from torch import Tensor
 from mirror_modules._files import write_text
 from mirror_modules.training.recipes import LoggingRecipe
 
+# Columns that a progress bar keeps; what does not fit beside it is not shown.
+BAR_COLUMNS = 20
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
+# Without the rate, for narrow terminals.
+SHORT_BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
+# Seconds over which a rate is measured, and the share of the best rate below which it is slow.
+RATE_SECONDS = 60.0
+SLOW_SHARE = 1 / 3
 # Fields of a line that are not training metrics.
 BOOKKEEPING = ("phase", "step", "seconds", "images", "waited", "skipped")
 
@@ -30,7 +39,9 @@ class PhaseLog:
         path: The metrics.jsonl; lines of this phase after the restored step, from an interrupted run, are removed.
         recipe: How often to log, and where.
         done: `state_dict` of the checkpoint to continue from; None starts the phase.
+        device: Device that trains; names the remedy where training becomes slow.
         writes: Whether this rank writes and prints.
+        clock: Seconds since some moment.
     """
 
     def __init__(
@@ -41,27 +52,27 @@ class PhaseLog:
         recipe: LoggingRecipe,
         *,
         done: dict[str, Any] | None = None,
+        device: torch.device | None = None,
         writes: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.phase, self.steps, self.path, self.recipe, self.writes = phase, steps, path, recipe, writes
+        self.device, self.clock = device or torch.device("cpu"), clock
         state = done or {"step": 0, "images": 0, "seconds": 0.0, "waited": 0.0}
         self.step, self.images = int(state["step"]), int(state["images"])
         self.seconds_before, self.waited = float(state["seconds"]), float(state["waited"])
 
     def __enter__(self) -> PhaseLog:
-        from tqdm import tqdm
-
-        self.started = self.summarized = time.perf_counter()
-        self.begun_with = self.images
-        self.bar: Any = tqdm(
+        self.started = self.summarized = self.rated = self.clock()
+        self.begun_with = self.rated_images = self.images
+        self.best_rate, self.is_slow = 0.0, False
+        self.bar = progress_bar(
             desc=self.phase,
             initial=self.images,
             unit=" images",
             unit_scale=True,
-            dynamic_ncols=True,
             mininterval=0.5,
-            # None: where there is no terminal.
-            disable=None if self.writes else True,
+            **({} if self.writes else {"disable": True}),
         )
         self.board: Any = None
         if self.writes:
@@ -69,12 +80,14 @@ class PhaseLog:
             self.file = self.path.open("a", encoding="utf-8", newline="\n")
             if self.recipe.tensorboard:
                 self.board = _summary_writer()(str(self.path.parent / "tensorboard"), purge_step=self.step + 1)
+        if self.bar.disable:
+            self.info(f"starts after step {self.step} of {self.steps}" if self.step else f"starts, {self.steps} steps")
         return self
 
     @property
     def seconds(self) -> float:
         """Time spent in the phase, earlier runs included."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return self.seconds_before + self.clock() - self.started
 
     def state_dict(self) -> dict[str, Any]:
         """The counters of a resumed run. All lines written so far are on disk afterwards."""
@@ -96,6 +109,7 @@ class PhaseLog:
         if self.bar.total is None:
             self.bar.total = self.images + (self.steps - self.step) * images
         self.bar.update(images)
+        self._check_rate()
         if not due or not self.writes:
             return
         values = read_figures(figures)
@@ -104,9 +118,9 @@ class PhaseLog:
         hidden = ("accuracy", "norm", "learning_rate")
         shown = {name: f"{value:.2f}" for name, value in values.items() if not any(part in name for part in hidden)}
         self.bar.set_postfix({"step": f"{self.step}/{self.steps}", **dict(list(shown.items())[-5:])})
-        quiet_for = time.perf_counter() - self.summarized
+        quiet_for = self.clock() - self.summarized
         if self.bar.disable and (quiet_for > 60 * self.recipe.summary_minutes or self.step == self.steps):
-            self.summarized = time.perf_counter()
+            self.summarized = self.clock()
             self.info(", ".join([self.summary(count), *(f"{name} {value}" for name, value in shown.items())]))
 
     def write(self, values: dict[str, float], **bookkeeping: float) -> None:
@@ -129,13 +143,37 @@ class PhaseLog:
 
     def summary(self, skipped: int) -> str:
         """Progress in words: step, rate, time left, share of time spent waiting for data, skipped steps."""
-        rate = (self.images - self.begun_with) / max(time.perf_counter() - self.started, 1e-9)
+        rate = (self.images - self.begun_with) / max(self.clock() - self.started, 1e-9)
         remaining = (self.steps - self.step) * self.images / max(self.step, 1) / max(rate, 1e-9)
         parts = [f"step {self.step} of {self.steps}", f"{rate:.1f} images/s"]
         if self.step < self.steps:
-            parts.append(f"{int(remaining // 60)} min {int(remaining % 60)} s left")
+            parts.append(f"{in_minutes(remaining)} left")
+        else:
+            parts.append(f"finished after {in_minutes(self.seconds)}")
         parts.append(f"{self.waited / max(self.seconds, 1e-9):.1%} waited for data")
         return ", ".join(parts + ([f"{skipped} steps skipped"] if skipped else []))
+
+    def _check_rate(self) -> None:
+        """Print a line, once, when the rate falls far below the best one of the phase."""
+        seconds = self.clock() - self.rated
+        if seconds < RATE_SECONDS:
+            return
+        rate = (self.images - self.rated_images) / seconds
+        self.rated, self.rated_images = self.clock(), self.images
+        self.best_rate = max(self.best_rate, rate)
+        if rate >= SLOW_SHARE * self.best_rate or self.is_slow:
+            return
+        self.is_slow = True
+        if self.device.type != "cpu":
+            remedy = "other programs may use the GPU or the processor"
+        elif torch.get_num_threads() > 1:
+            remedy = (
+                "other programs may use the processor, where several threads wait for each other: stop with Ctrl-C and "
+                "continue with --resume --threads 1"
+            )
+        else:
+            remedy = "other programs may use the processor"
+        self.info(f"slow, {rate:.1f} images/s in the last minute after up to {self.best_rate:.1f}; {remedy}")
 
     def info(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -155,6 +193,37 @@ class PhaseLog:
                     raise
             if self.board is not None:
                 self.board.close()
+
+
+def progress_bar(**options: Any) -> Any:
+    """A tqdm progress bar in a terminal, nothing elsewhere. The bar keeps its width: what does not fit is not shown.
+
+    Args:
+        options: Arguments of tqdm.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        @staticmethod
+        def format_meter(
+            n: float, total: float, elapsed: float, ncols: int | None = None, postfix: str | None = None, **options: Any
+        ) -> str:
+            entries = postfix.split(", ") if postfix else []
+            layouts = [(BAR_FORMAT, ", ".join(entries[:count])) for count in range(len(entries), -1, -1)]
+            for bar_format, shown in [*layouts, (SHORT_BAR_FORMAT, "")]:
+                options |= {"bar_format": bar_format, "postfix": shown}
+                without_bar = {**options, "bar_format": bar_format.replace("{bar}", "")}
+                used = len(tqdm.format_meter(n, total, elapsed, **without_bar))
+                if ncols is None or used + BAR_COLUMNS <= ncols:
+                    break
+            return str(tqdm.format_meter(n, total, elapsed, ncols=ncols, **options))
+
+    return Bar(**{"dynamic_ncols": True, "disable": None, **options})
+
+
+def in_minutes(seconds: float) -> str:
+    """A duration such as "3 min 20 s"."""
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 def read_figures(figures: dict[str, Tensor | float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ generator against one discriminator per stage, and `evaluator` another encoder p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +22,8 @@ from mirror_modules.models import MirrorGAN
 from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stream import Captioner
-from mirror_modules.training.batches import Splits, load_splits, unseen_captions
-from mirror_modules.training.distributed import ProcessGroup, process_group
+from mirror_modules.training.batches import Splits, announce_candidates, load_splits
+from mirror_modules.training.distributed import ProcessGroup, count_cores, cpu_threads, process_group
 from mirror_modules.training.engine import NOISE, WEIGHTS, PhaseRun, Run, make_batches
 from mirror_modules.training.features import Cache, FrozenFeatures, cached_images, cached_text
 from mirror_modules.training.folder import RunFolder
@@ -51,7 +52,7 @@ def train(
 ) -> RunFolder:
     """Train the phases that a run's folder lacks; with several processes if torchrun started them.
 
-    The caller's global random state is restored at the end.
+    The caller's global random state and number of threads are restored at the end.
 
     Args:
         recipe: Data, model and training of the run.
@@ -84,7 +85,7 @@ def train(
     if isinstance(phases, str) or not (phases := tuple(phases)):
         raise ValueError(f"train: phases must be a list of one or more of {', '.join(PHASES)}, but it is {phases!r}.")
     folder = RunFolder(out)
-    with process_group(device) as group:
+    with cpu_threads(recipe.engine.threads), process_group(device) as group:
         plan = _common_plan(recipe, folder, phases, resume, group)
         if group.is_main:
             for phase in plan.finished:
@@ -101,6 +102,7 @@ def train(
                         raise ValueError(f"{folder.path} was changed by another process meanwhile; try again.")
                     folder.begin(recipe)
                     write_whole(folder.vocabulary, splits.vocabulary.save)
+                    _announce(run.group)
                 with ExitStack() as stack:
                     stack.enter_context(run.signals)
                     stack.enter_context(_determinism(recipe.engine.deterministic))
@@ -141,6 +143,17 @@ def _train_phases(run: Run, plan: Plan) -> None:
         run.stop_if_interrupted()
 
 
+def _announce(group: ProcessGroup) -> None:
+    """Print the device and the number of threads."""
+    threads = torch.get_num_threads()
+    each = f" in each of {group.world_size} processes" if group.world_size > 1 else ""
+    print(
+        f"training on {group.device.type} with {threads} {'thread' if threads == 1 else 'threads'}{each}, on a machine "
+        f"with {count_cores()} cores (--threads N changes the number of threads)",
+        file=sys.stderr,
+    )
+
+
 @contextmanager
 def _determinism(required: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
@@ -170,7 +183,7 @@ def _train_pair(run: Run, phase: str) -> nn.Module:
         for batch in steps.batches():
             steps.record(matching_step(state, batch, recipe))
             if steps.validation_due:
-                steps.validated(measure_pair(pair, run.unseen, run.recipe.evaluation.candidates, run.recipe.seed))
+                steps.validated(measure_pair(pair, run.unseen, run.candidates, run.recipe.seed))
         steps.restore_best()
     return pair.eval()
 
@@ -229,8 +242,7 @@ def train_glam(run: Run) -> nn.Module:
             if steps.samples_due:
                 _write_samples(steps, state, run.unseen.spread(SAMPLES))
             if steps.validation_due:
-                candidates = recipe.evaluation.candidates
-                steps.validated(measure_generator(state, pair.to(run.group.device), run.unseen, candidates, seed))
+                steps.validated(measure_generator(state, pair.to(run.group.device), run.unseen, run.candidates, seed))
         steps.restore_best()
     state.generator.module.load_state_dict(state.average.module.state_dict())
     if run.group.is_main:
@@ -279,12 +291,11 @@ def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> 
 def _check_feasible(run: Run, plan: Plan) -> None:
     """Raise the errors of invalid sizes, data and batches before anything is written or trained."""
     recipe, splits = run.recipe, run.splits
-    unseen, candidates = len(unseen_captions(splits)), recipe.evaluation.candidates
-    if unseen < candidates:
-        raise ValueError(
-            f"evaluation.candidates={candidates} needs that many validation images with a caption that no training "
-            f"image has, but there are {unseen}; use more validation images, or lower evaluation.candidates."
-        )
+    if len(splits.training) < 2:
+        raise ValueError("training needs at least 2 training images, but there is 1; use more images.")
+    candidates = run.candidates
+    if run.group.is_main:
+        announce_candidates(recipe.evaluation.candidates, candidates)
     # Networks on the meta device raise the errors of invalid sizes and of images too small for a backbone.
     sizes = recipe.model
     with torch.device("meta"):

@@ -186,7 +186,8 @@ def draw_samples(state: AdversarialState, unseen: Unseen, seed: int, need_weight
     with warnings.catch_warnings():
         # Unknown words are expected: these captions may contain words too rare for the vocabulary.
         warnings.filterwarnings("ignore", message="unknown words")
-        generated = averaged_model(state).generate(unseen.captions[:SAMPLES], seed=seed, need_weights=need_weights)
+        model = averaged_model(state)
+        generated = model.generate_stages(unseen.captions[:SAMPLES], seed=seed, need_weights=need_weights)
     return GeneratedImages(*([tensor.float().cpu() for tensor in tensors] for tensors in generated))
 
 

@@ -270,7 +270,21 @@ def test_a_stray_text_of_an_undivided_folder_is_named_in_one_split(tmp_path):
             CaptionFolder(root, split=split)
 
 
-def test_the_validation_split_of_few_images_may_be_empty(tmp_path):
+@pytest.mark.parametrize("style", ["texts", "list"])
+@pytest.mark.parametrize("seed", range(5))
+def test_two_of_a_few_images_are_for_validation(tmp_path, style, seed):
+    for count in range(4, 13):
+        root = make_undivided(tmp_path / str(count), count)
+        if style == "list":
+            rows = [{"file": f"image{i}.png", "caption": captions_of(i)[0]} for i in range(count)]
+            (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        training, validation = (CaptionFolder(root, split=split, seed=seed) for split in SPLITS)
+        assert len(validation) >= 2
+        assert len(training) + len(validation) == count
+        assert not names(training) & names(validation)
+
+
+def test_the_validation_split_of_three_images_may_be_empty(tmp_path):
     make_undivided(tmp_path, 3)
     assert len(CaptionFolder(tmp_path)) == 3
     with pytest.raises(

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import StringIO
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -31,8 +31,9 @@ METADATA_LISTS = ("metadata.jsonl", "metadata.csv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 # In order of preference.
 TEXT_SUFFIXES = (".txt", ".caption")
-# Share of the validation split, in folders without train/ and validation/.
-VALIDATION_SHARE = 0.1
+# Share of the validation split in folders without train/ and validation/, and its lowest number of images, which holds
+# where as many are left for training.
+VALIDATION_SHARE, VALIDATION_IMAGES = 0.1, 2
 _FIELDS = (*FILE_FIELDS, *CAPTION_FIELDS, "class", "label")
 
 
@@ -49,7 +50,8 @@ class CaptionFolder(CaptionedFiles):
     so are text files without an image, which are listed in `report.ignored` and in a warning.
 
     The folder is either divided into train/ and validation/, each with this content, or undivided: then a tenth of the
-    images, chosen by a hash of their names, is the validation split, and images added later do not move the others.
+    images, chosen by a hash of their names, is the validation split, and at least two of four or more. Images added
+    later do not move the others, except in a folder so small that two are more than the tenth.
 
     Args:
         root: The folder.
@@ -91,6 +93,7 @@ class CaptionFolder(CaptionedFiles):
         on_error: str = "stop",
     ) -> None:
         self.seed = seed
+        self._bound = int(VALIDATION_SHARE * 2**64)
         super().__init__(root, split, resolution, on_error)
 
     def _read_entries(self) -> Iterator[Entry]:
@@ -110,6 +113,7 @@ class CaptionFolder(CaptionedFiles):
 
     def _read_pairs(self, content: FolderContent, divided: bool) -> Iterator[Entry]:
         """Images with text files beside them; each image is its own class."""
+        self._raise_bound({image.stem for image in content.texts})
         unused = NameIndex(text.name for text in content.unused_texts)
         for path, first in content.repeated_texts:
             if divided or self._is_in_split(path.stem):
@@ -155,6 +159,7 @@ class CaptionFolder(CaptionedFiles):
             class_id = class_of(own_class) if row.class_name is None else class_named(row.class_name)
             listed = images.setdefault(file, _Listed(number, class_id, []))
             listed.captions.append(row.captions if listed.class_id == class_id else None)
+        self._raise_bound(images)
         for file, listed in images.items():
             if not divided and not self._is_in_split(file):
                 self._in_other_split += 1
@@ -168,9 +173,17 @@ class CaptionFolder(CaptionedFiles):
 
     def _is_in_split(self, name: str) -> bool:
         """Whether an item of this name belongs to the split, in an undivided folder."""
+        return (self._hash(name) < self._bound) == (self.split == "validation")
+
+    def _raise_bound(self, names: Collection[str]) -> None:
+        """Raise the bound below which hashes are validation, if too few of the names are."""
+        if len(names) >= 2 * VALIDATION_IMAGES:
+            self._bound = max(self._bound, sorted(map(self._hash, names))[VALIDATION_IMAGES - 1] + 1)
+
+    def _hash(self, name: str) -> int:
+        """A number below 2^64."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode("utf-8", "backslashreplace")).digest()
-        is_validation = int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
-        return is_validation == (self.split == "validation")
+        return int.from_bytes(digest[:8], "big")
 
     def _expected(self) -> str:
         if self._in_other_split:

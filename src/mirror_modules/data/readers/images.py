@@ -87,6 +87,15 @@ def decode_square(
     return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None, ignore)
 
 
+def square(image: PillowImage, resolution: int) -> NDArray[np.uint8]:
+    """The center square of a Pillow image, as `read_square` reads it from a file.
+
+    Raises:
+        ValueError: The image has a mode or a size that cannot be converted.
+    """
+    return _to_square(image, resolution, None, _discard)
+
+
 def image_size(file: Path | BytesIO) -> tuple[int, int]:
     """Width and height as stored, of a file that `read_square` can read."""
     return _open(file, lambda image: image.size, _discard)

@@ -53,10 +53,11 @@ class NameIndex:
 
         Only the first misses get one.
         """
-        key = _without_zeros(_caseless(name))
+        # The cheap checks first: a damaged list may hold names of any length.
         self._hints += 1
-        if self._hints > _HINTS or len(key) > _NAME_LENGTH:
+        if self._hints > _HINTS or len(name) > _NAME_LENGTH:
             return ""
+        key = _without_zeros(_caseless(name))
         keys, names = self._spellings
         at = bisect_left(keys, key)
         near = get_close_matches(key, keys[max(at - _NEIGHBORS, 0) : at + _NEIGHBORS], n=10)
@@ -77,9 +78,8 @@ class NameIndex:
         """The names by their caseless form without leading zeros, which puts 7.jpg beside 0007.jpg; first the keys."""
         names: dict[str, list[str]] = {}
         for name in sorted(self._names):
-            key = _without_zeros(_caseless(name))
-            if len(key) <= _NAME_LENGTH:
-                names.setdefault(key, []).append(name)
+            if len(name) <= _NAME_LENGTH:
+                names.setdefault(_without_zeros(_caseless(name)), []).append(name)
         return sorted(names), names
 
 

@@ -1,6 +1,15 @@
 """Recipes: everything that determines the result of a run, by name."""
 
-from mirror_modules.training.recipes.named import RECIPES, ablation, demo, flowers_64, get_recipe, load_recipe
+from mirror_modules.training.recipes.named import (
+    RECIPES,
+    ablation,
+    demo,
+    describe_recipes,
+    flowers_64,
+    get_recipe,
+    load_recipe,
+    photos_64,
+)
 from mirror_modules.training.recipes.records import (
     PHASES,
     AdversarialRecipe,
@@ -29,8 +38,10 @@ __all__ = [
     "Recipe",
     "ablation",
     "demo",
+    "describe_recipes",
     "differences",
     "flowers_64",
     "get_recipe",
     "load_recipe",
+    "photos_64",
 ]

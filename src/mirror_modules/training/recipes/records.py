@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from mirror_modules.training.recipes.fields import changed_fields, override
 
 PHASES = ("stem", "stream", "glam", "evaluator")
 """The phases of a run, in order."""
+
+NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error")
+"""Fields of `DataRecipe` that apply to files only."""
 
 
 def _harmless(default: Any) -> Any:
@@ -30,7 +34,7 @@ class DataRecipe:
     """Drawn flowers, or the format of the folder `path`, which auto recognizes; prepared is the cache written by
     `mirror-modules data prepare`."""
     path: str | None = _harmless(None)
-    """Folder of the photographs; not used for drawn flowers."""
+    """Folder of the photographs; None for drawn flowers."""
     training_images: int | None = 4096
     """Number of training images; None takes all, or draws 4096 flowers."""
     validation_images: int | None = 1000
@@ -48,6 +52,15 @@ class DataRecipe:
         limits = {"training_images": self.training_images, "validation_images": self.validation_images}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         check_positive("DataRecipe", min_count=self.min_count, **given)
+        if self.source != "synthetic-flowers":
+            return
+        if self.path is not None:
+            raise ValueError(
+                f"DataRecipe: source='synthetic-flowers' draws its images and does not read path={self.path!r}; to "
+                f"train on that folder, use `mirror-modules train photos-64 --data {shlex.quote(self.path)}`."
+            )
+        for name in NOT_READ_FOR_DRAWN_FLOWERS:
+            _check_has_effect("DataRecipe", self, name, "source='synthetic-flowers'")
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class MatchingRecipe:
         check_positive("MatchingRecipe", steps=self.steps, batch_size=self.batch_size, word_pairs=self.word_pairs)
         _check_above_zero("MatchingRecipe", self, "learning_rate", "gamma_loss", "max_grad_norm")
         _check_not_negative("MatchingRecipe", self, "word_weight")
+        if self.word_weight == 0:
+            _check_has_effect("MatchingRecipe", self, "word_pairs", "word_weight=0")
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,10 @@ class AdversarialRecipe:
                 f"{owner}: redescription_weight and redescription_ratio are both None; give one of them a number, or "
                 "redescription_weight=0 to turn redescription off."
             )
+        if weight == 0:
+            _check_has_effect(owner, self, "redescription_reduction", "redescription_weight=0")
+        if self.r1_weight == 0:
+            _check_has_effect(owner, self, "r1_every", "r1_weight=0")
         if self.average_decay >= 1:
             raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
         if self.adversarial_weighting == "release" and not self.mismatched_pairs:
@@ -184,7 +203,8 @@ class EvaluationRecipe:
     """Evaluation at the end of a run."""
 
     candidates: int = 100
-    """Candidate captions per image for R-precision, its own included."""
+    """Candidate captions per image for R-precision, its own included; at most as many as there are unseen validation
+    captions."""
     report_images: int = 24
     """Captions shown in the report."""
 
@@ -208,6 +228,8 @@ class EngineRecipe:
     """Raise an error in operations that are not deterministic; on a CPU, all operations used here are."""
     synchronize_batch_norm: bool = False
     """Compute batch-norm statistics over the images of all processes instead of each process by itself."""
+    threads: int | None = _harmless(None)
+    """Threads of each process on the CPU; None takes torch's default."""
     loader_workers: int = _harmless(0)
     """Processes that load batches; 0 loads them in the training process."""
     cached_features_mib: int = 1024
@@ -225,6 +247,7 @@ class EngineRecipe:
             max_skipped_steps=self.max_skipped_steps,
             checkpoint_every=self.checkpoint_every,
             checkpoints_kept=self.checkpoints_kept,
+            **({} if self.threads is None else {"threads": self.threads}),
         )
         _check_not_negative("EngineRecipe", self, "loader_workers", "cached_features_mib")
 
@@ -296,6 +319,9 @@ class Recipe:
                 "Recipe: glam.r1_weight needs second derivatives, which torch.compile does not support; set it to 0, "
                 "or turn engine.compile off."
             )
+        if self.model.attention != "global-local":
+            # The preset `release` sets the other two fields of sentence attention for every kind of attention.
+            _check_has_effect("Recipe: model", self.model, "sentence_axis", f"attention={self.model.attention!r}")
 
     def phase(self, name: str) -> PhaseRecipe:
         """The fields of one of `PHASES`."""
@@ -328,6 +354,17 @@ def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     for words, harmless in changed_fields(old, new):
         # The best step is selected among those with a checkpoint.
         yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+
+
+def _check_has_effect(owner: str, record: Any, name: str, condition: str) -> None:
+    """Require the default of a field that is not read under a condition."""
+    default = next(each.default for each in dataclasses.fields(record) if each.name == name)
+    value = getattr(record, name)
+    if value != default:
+        raise ValueError(
+            f"{owner}: {name}={value!r} has no effect with {condition}; leave {name} at {default!r}, or change the "
+            "latter."
+        )
 
 
 def _check_above_zero(owner: str, record: Any, *names: str) -> None:

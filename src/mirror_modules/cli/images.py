@@ -1,0 +1,171 @@
+"""The commands `generate` and `describe`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirror_modules.cli.parsing import Device, check_out, device_of, parse
+from mirror_modules.data import DamagedSample
+from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
+from mirror_modules.data.readers.names import is_hidden
+from mirror_modules.models import MirrorGAN
+from mirror_modules.pictures.grids import captioned_grid, grid
+from mirror_modules.pictures.saving import numbered, save_images
+
+# Images per batch: the memory does not grow with their number.
+BATCH = 32
+GRID_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Generate images from captions. An image depends on its caption and its seed alone."""
+
+    model_dir: Path
+    """Folder of the model, such as runs/demo/model."""
+    caption: tuple[str, ...]
+    """Captions; more can come from --captions."""
+    captions: Path | None = None
+    """Text file with further captions, one per line."""
+    images: int = 1
+    """Images per caption."""
+    seed: int = 0
+    """Seed of the first image; each further image has the next one. The seed of each image is printed: with it, the
+    image can be generated alone."""
+    truncation: float | None = None
+    """Draw the noise from [-truncation, truncation] only: more typical, less diverse images."""
+    resolution: int | None = None
+    """Height and width of the images: one of the model's resolutions; the finest by default."""
+    out: Path = Path("generated.png")
+    """File to write: .png, .jpg, .webp, .bmp or .tif. Several images are numbered: generated-000.png."""
+    grid: bool = False
+    """Write one picture with all images side by side, and captions below them."""
+    no_captions: bool = False
+    """Draw the grid without captions."""
+    scale: int | None = None
+    """Pixels of the grid per pixel of an image; 4 by default."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+
+
+def generate(arguments: list[str]) -> None:
+    """Run `mirror-modules generate`."""
+    options: GenerateOptions = parse(GenerateOptions, arguments, "generate", positional=("model_dir", "caption"))
+    captions = _captions(options)
+    if options.images < 1:
+        raise ValueError(f"--images must be at least 1, but it is {options.images}.")
+    if not options.grid and (options.no_captions or options.scale is not None):
+        name = "--no-captions" if options.no_captions else "--scale"
+        raise ValueError(f"{name} needs --grid: without it, each image is written as it is.")
+    check_out(options.out)
+    model = MirrorGAN.from_pretrained(options.model_dir, device=device_of(options.device))
+    rows = [caption for caption in captions for _ in range(options.images)]
+    seeds = [options.seed + i for i in range(len(rows))]
+    # Encoding all captions first finds the errors of each before an image is written, and warns once.
+    model.vocabulary.encode(rows, max_words=model.config.max_words)
+    batches = _batches(model, options, rows, seeds)
+    if options.grid:
+        _write_grid(options, rows, torch.cat(list(batches)))
+        return
+    files = iter([options.out] if len(rows) == 1 else numbered(options.out, len(rows)))
+    images = (image for batch in batches for image in batch)
+    for image, file, seed, caption in zip(images, files, seeds, rows):
+        save_images(image.unsqueeze(0), file)
+        print(f"{file}: seed {seed}, {caption}")
+
+
+def _captions(options: GenerateOptions) -> list[str]:
+    """The captions on the command line and those of the file."""
+    for caption in options.caption:
+        if Path(caption).is_file():
+            raise ValueError(
+                f"{caption!r} is a file, not a caption; to read captions from it, use --captions {caption}."
+            )
+    captions = list(options.caption)
+    if options.captions is not None:
+        try:
+            text = options.captions.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--captions {options.captions} is not UTF-8 text ({error}).") from error
+        captions += [line.strip() for line in text.splitlines() if line.strip()]
+        if not captions:
+            raise ValueError(f"--captions {options.captions} has no caption; write one per line.")
+    if not captions:
+        raise ValueError("there is no caption; add at least one after the model's folder, or use --captions FILE.")
+    return captions
+
+
+def _batches(
+    model: MirrorGAN, options: GenerateOptions, captions: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Tensor]:
+    with warnings.catch_warnings():
+        # They were named before.
+        warnings.filterwarnings("ignore", message="unknown words")
+        for start in range(0, len(captions), BATCH):
+            chosen = slice(start, start + BATCH)
+            images = model.generate(
+                captions[chosen], seed=seeds[chosen], truncation=options.truncation, resolution=options.resolution
+            )
+            yield images.cpu()
+
+
+def _write_grid(options: GenerateOptions, captions: list[str], images: Tensor) -> None:
+    columns, scale = min(len(images), GRID_COLUMNS), 4 if options.scale is None else options.scale
+    if options.no_captions:
+        picture = grid(images, columns=columns, scale=scale)
+    else:
+        picture = captioned_grid(images, captions, columns=columns, scale=scale)
+    save_images(picture[None], options.out)
+    print(options.out)
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    """Caption images."""
+
+    model_dir: Path
+    """Folder of the model, such as runs/demo/model."""
+    images: tuple[Path, ...]
+    """Image files, or folders of them; the center square is captioned."""
+    beam_width: int = 3
+    """Width of the beam search; 1 is greedy."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+
+
+def describe(arguments: list[str]) -> None:
+    """Run `mirror-modules describe`."""
+    options: DescribeOptions = parse(DescribeOptions, arguments, "describe", positional=("model_dir", "images"))
+    if not options.images:
+        raise ValueError("there is no image; add at least one file or folder after the model's folder.")
+    files = [file for path in options.images for file in _image_files(path)]
+    model = MirrorGAN.from_pretrained(options.model_dir, device=device_of(options.device))
+    failures = []
+    for file in files:
+        try:
+            caption = model.describe(file, beam_width=options.beam_width)[0]
+        except DamagedSample as error:
+            failures.append(str(error))
+        else:
+            print(f"{file}: {caption}")
+    if failures:
+        more = f" (and {len(failures) - 1} other files)" if len(failures) > 1 else ""
+        raise ValueError(f"{failures[0]}{more}")
+
+
+def _image_files(path: Path) -> list[Path]:
+    """A file itself, or the images of a folder in alphabetical order."""
+    if not path.is_dir():
+        return [path]
+    files = [
+        file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name)
+    ]
+    if not files:
+        raise ValueError(f"the folder {path} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return files

@@ -1,0 +1,257 @@
+"""The commands `train`, `recipes`, `evaluate` and `ablate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import indent
+from typing import Any, Literal
+
+from mirror_modules.cli.parsing import Device, device_of, option, parse
+from mirror_modules.training.recipes import PHASES, RECIPES, Recipe, describe_recipes, get_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model phase by phase, evaluate it, and write a report. Finished phases are kept and reused."""
+
+    recipe: Recipe
+    out: Path | None = None
+    """Folder of the run; runs/RECIPE by default."""
+    data: Path | None = None
+    """Folder of captioned photographs, in any format that `mirror-modules data inspect` recognizes; for recipes that
+    train on photographs."""
+    steps: int | None = None
+    """Optimizer steps of every phase, instead of the recipe's; --glam.steps and the like override it for one phase."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+    threads: int | None = None
+    """Threads on a CPU; torch's default is the number of cores. One thread is faster while other programs compute."""
+    phases: tuple[Literal["stem", "stream", "glam", "evaluator"], ...] = ()
+    """Phases to train; all by default."""
+    resume: bool = False
+    """Continue an interrupted run from its newest checkpoint; in a new folder, start the run."""
+    config: Path | None = None
+    """JSON file with the fields that differ from the recipe's, or a run's config.json; command-line options win."""
+
+    def resolve(self) -> Recipe:
+        """The recipe with --data and --threads."""
+        return _with_threads(self.recipe if self.data is None else _with_data(self.recipe, self.data), self.threads)
+
+
+def train(arguments: list[str]) -> None:
+    """Run `mirror-modules train`."""
+    from mirror_modules.evaluation.evaluation import evaluate
+    from mirror_modules.training.distributed import is_main_process
+    from mirror_modules.training.loop import train
+
+    name, base = _recipe_of(arguments, "demo")
+    if (file := option("--config", arguments)) is not None:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--config {file}: there is no such file; expected JSON with fields of a recipe.")
+        base = load_recipe(file, base)
+    options: TrainOptions = parse(
+        TrainOptions,
+        arguments,
+        f"train {name}",
+        default=TrainOptions(_with_steps(base, arguments, PHASES)),
+        # The help joins lines that do not begin with a space.
+        description=f"{TrainOptions.__doc__}\n\nRecipes, as in `mirror-modules train RECIPE`:\n"
+        + indent(describe_recipes(), "  "),
+    )
+    device = device_of(options.device)
+    out = options.out or Path("runs") / name
+    phases = options.phases or PHASES
+    recipe = options.resolve()
+    folder = train(recipe, out, phases=phases, device=device, resume=options.resume)
+    if not is_main_process():
+        return
+    if all(folder.weights(phase).exists() for phase in PHASES):
+        print_metrics(evaluate(out, device=device, threads=recipe.engine.threads))
+        print(f"Open {folder.report}")
+    else:
+        print(f"Phases {', '.join(phases)} are in {folder.path}; the other phases are not trained yet.")
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """List the recipes of `mirror-modules train`, and the data that each trains on."""
+
+
+def recipes(arguments: list[str]) -> None:
+    """Run `mirror-modules recipes`."""
+    parse(RecipesOptions, arguments, "recipes")
+    print(describe_recipes())
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate a trained run again; writes evaluation.json, pictures and report.html."""
+
+    run_dir: Path
+    """Folder of the run, such as runs/demo."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+    threads: int | None = None
+    """Threads on a CPU; torch's default is the number of cores."""
+    fit_classifier: bool = False
+    """Train the classifier for FID, KID, Inception Score, diversity and attribute accuracy, once per run; on drawn
+    flowers this is the default."""
+    no_fit_classifier: bool = False
+    """Do without these metrics on drawn flowers, too."""
+    inception: bool = False
+    """Use torchvision's Inception v3 for FID, KID, Inception Score and diversity; its weights are downloaded."""
+
+    def fits_classifier(self) -> bool | None:
+        """The value of --fit-classifier or --no-fit-classifier; None without either."""
+        if self.fit_classifier and self.no_fit_classifier:
+            raise ValueError("--fit-classifier and --no-fit-classifier exclude each other; give one of them.")
+        return self.fit_classifier or (False if self.no_fit_classifier else None)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Run `mirror-modules evaluate`."""
+    from mirror_modules.evaluation.evaluation import evaluate
+
+    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate", positional=("run_dir",))
+    metrics = evaluate(
+        options.run_dir,
+        device=device_of(options.device),
+        threads=options.threads,
+        fit_classifier=options.fits_classifier(),
+        inception=options.inception,
+    )
+    print_metrics(metrics)
+    print(f"Open {options.run_dir / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """Train and evaluate the paper's ablation: equal data, seeds and steps, with one change at a time.
+
+    After an interruption, the same command continues.
+    """
+
+    recipe: Recipe
+    out: Path | None = None
+    """Folder of all runs; runs/RECIPE by default."""
+    data: Path | None = None
+    """Folder of captioned photographs, for recipes that train on photographs."""
+    steps: int | None = None
+    """Optimizer steps of every phase, instead of the recipe's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of data, weights and noise; one run per seed and cell."""
+    cells: tuple[str, ...] = ()
+    """Names of the cells to train; all by default."""
+    jobs: int = 1
+    """Cells trained at the same time."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+    threads: int | None = None
+    """Threads on a CPU, divided among the jobs; torch's default is the number of cores."""
+
+
+def ablate(arguments: list[str]) -> None:
+    """Run `mirror-modules ablate`."""
+    from mirror_modules.evaluation.ablation import ablate, ablation_cells
+
+    name, base = _recipe_of(arguments, "ablation")
+    if option("--seed", arguments) is not None:
+        raise ValueError("--seed has no effect on an ablation, which trains each cell with several: use --seeds 0 1 2.")
+    default = AblateOptions(_with_steps(base, arguments, PHASES))
+    options: AblateOptions = parse(AblateOptions, arguments, f"ablate {name}", default=default)
+    recipe = _with_threads(
+        options.recipe if options.data is None else _with_data(options.recipe, options.data), options.threads
+    )
+    cells = {cell.name: cell for cell in ablation_cells()}
+    for cell in options.cells:
+        if cell not in cells:
+            close = get_close_matches(cell, cells, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, cells))}."
+            raise ValueError(f"--cells: unknown cell {cell!r}; {hint}")
+    out = options.out or Path("runs") / name
+    chosen = [cell for cell in cells.values() if not options.cells or cell.name in options.cells]
+    ablate(recipe, out, cells=chosen, seeds=options.seeds, jobs=options.jobs, device=device_of(options.device))
+    print((out / "ablation.md").read_text(encoding="utf-8"), end="")
+    print(f"Open {out / 'ablation.png'}")
+
+
+def _recipe_of(arguments: list[str], default: str) -> tuple[str, Recipe]:
+    """The recipe that the first word names, which is removed."""
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
+    if name not in RECIPES and Path(name).is_dir():
+        raise ValueError(f"{name!r} is a folder, not a recipe; to train on it, write photos-64 --data {name}.")
+    return name, get_recipe(name)
+
+
+def _with_data(recipe: Recipe, path: Path) -> Recipe:
+    return replace(recipe, data=replace(recipe.data, path=str(path)))
+
+
+def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
+    return recipe if threads is None else replace(recipe, engine=replace(recipe.engine, threads=threads))
+
+
+def _with_steps(recipe: Recipe, arguments: list[str], phases: tuple[str, ...]) -> Recipe:
+    """The recipe with --steps, on which the defaults of --glam.steps and the like depend."""
+    try:
+        steps = int(option("--steps", arguments) or "")
+    except ValueError:
+        # Missing, or not a whole number, which tyro reports.
+        return recipe
+    changes: dict[str, Any] = {phase: replace(recipe.phase(phase), steps=steps) for phase in phases}
+    return replace(recipe, **changes)
+
+
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """Print the content of evaluation.json as tables."""
+    print(f"R-precision among {metrics['candidates']} captions (chance {metrics['chance']:.1%}), top 1 / 2 / 3:")
+    for name, value in metrics["r_precision"].items():
+        print(f"  {name:<10} {value['top1']:6.1%} {value['top2']:6.1%} {value['top3']:6.1%}")
+    print("Word accuracy of the captioner:")
+    for name, value in metrics["word_accuracy"].items():
+        print(f"  {name:<10} {value:6.1%}")
+    print("Pointwise mutual information of image and caption under the captioner, nats per token:")
+    for name, value in metrics["image_information"].items():
+        # Adding 0.0 turns -0.0 into 0.0.
+        print(f"  {name:<10} {round(value, 2) + 0.0:6.2f}")
+    for method, title in (
+        ("classifier", "by the attribute classifier"),
+        ("measured_colors", "colors measured in pixels"),
+    ):
+        _print_attributes(
+            {name: each[method] for name, each in metrics.get("attributes", {}).items() if method in each}, title
+        )
+    if "features" in metrics:
+        print(f"Features of a {metrics['extractor']}:")
+        for name, figures in metrics["features"].items():
+            print(f"  {name:<10} {_feature_figures(figures)}")
+    if "not_measured" in metrics:
+        print(f"Without the metrics of --fit-classifier: {metrics['not_measured']}")
+    if any(metrics["skipped"].values()):
+        counts = ", ".join(f"{count:,} of the {split} split" for split, count in metrics["skipped"].items())
+        print(f"Damaged samples skipped: {counts}")
+
+
+def _print_attributes(accuracy: Mapping[str, Any], title: str) -> None:
+    """A row for each attribute, a column for each kind of image."""
+    if not accuracy:
+        return
+    print(f"Attribute accuracy, {title}:")
+    print(f"  {'':<16}" + "".join(f" {name:>10}" for name in accuracy))
+    for attribute in next(iter(accuracy.values())):
+        shares = "".join(f" {each[attribute]['share']:>10.1%}" for each in accuracy.values())
+        print(f"  {attribute.replace('_', ' '):<16}{shares}")
+
+
+def _feature_figures(figures: Mapping[str, float]) -> str:
+    parts = [
+        f"FID {figures['frechet_distance']:.3g}",
+        f"KID {figures['kernel_distance']:.3g}",
+        f"Inception Score {figures['inception_score']:.3g} ± {figures['inception_score_deviation']:.1g}",
+    ]
+    if "diversity" in figures:
+        parts.append(f"diversity {figures['diversity']:.3g} ± {figures['diversity_standard_error']:.1g}")
+    return ", ".join(parts) + f" ({figures['distance_images']:,} images)"
