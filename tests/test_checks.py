@@ -287,3 +287,25 @@ def test_vmap_of_an_operation_and_of_its_gradient_equals_the_loop(name):
     for operation in (function, torch.func.grad(total)):
         expected = torch.stack([operation(*rows) for rows in zip(*inputs)])
         assert_close(torch.func.vmap(operation)(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: functional.word_attention(features(), words().numpy()), "word_attention: words"),
+        (lambda: functional.sentence_attention(features().numpy(), torch.randn(B, C)), "sentence_attention: features"),
+        (lambda: functional.word_region_similarity([[1.0]], words()), "word_region_similarity: regions"),
+        (lambda: functional.image_sentence_similarity([[1.0]], [[1.0]]), "image_sentence_similarity: images"),
+        (lambda: functional.contrastive_terms([[1.0]]), "contrastive_terms: similarity"),
+        (lambda: functional.mismatch([1, 2]), "mismatch: class_ids"),
+        (lambda: functional.kl_divergence(torch.zeros(B, C), [0.0]), "kl_divergence: log_variance"),
+        (lambda: functional.balance_gradients([1.0], 0.5), "balance_gradients: images"),
+        (lambda: functional.redescription_loss([[[1.0]]], torch.ones(1, 1).long()), "redescription_loss: logits"),
+        (lambda: GlobalLocalAttention(C, D, E)(features(), words().numpy(), None), "GlobalLocalAttention: words"),
+        (lambda: PairedDiscriminator(16, E)(torch.zeros(B, 3, 16, 16).numpy(), None), "PairedDiscriminator: images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arrays_and_lists_are_named(call, named):
+    with pytest.raises(ValueError, match=f"{named} must be a tensor, but it is a .*; torch.as_tensor makes one"):
+        call()

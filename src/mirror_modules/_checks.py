@@ -15,8 +15,18 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def check_tensors(owner: str, **values: object) -> None:
+    """Require tensors rather than arrays or lists of numbers."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{owner}: {name} must be a tensor, but it is a {type(value).__name__}; torch.as_tensor makes one."
+            )
+
+
 def check_features(owner: str, name: str, tensor: Tensor, layout: str, size: int, argument: str) -> None:
     """Require one axis per letter of `layout`, with `size` features on the axis named C or D."""
+    check_tensors(owner, **{name: tensor})
     axes = layout.strip("()").replace(" ", "").split(",")
     if tensor.ndim != len(axes):
         raise ValueError(f"{owner}: {name} must be {layout}, but it is {shape_of(tensor)}.")
@@ -39,6 +49,7 @@ def check_batch(owner: str, **tensors: Tensor) -> None:
 
 def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None:
     """Require floating point tensors that have the same precision after the casts of autocast, on the same device."""
+    check_tensors(owner, **tensors)
     dtypes = {name: autocast_dtype(tensor) for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
         listed = ", ".join(f"{name}: {dtype}".replace("torch.", "") for name, dtype in dtypes.items())
@@ -53,6 +64,7 @@ def check_alike(owner: str, word_mask: Tensor | None, **tensors: Tensor) -> None
 
 def check_precision(owner: str, layer: nn.Module, **tensors: Tensor) -> None:
     """Require floating point tensors in the precision of the weights of a layer, after the casts of autocast."""
+    check_tensors(owner, **tensors)
     weight = next(layer.parameters(), None)
     if weight is not None and not (weight.is_floating_point() and is_readable(weight)):
         weight = None  # Quantized and distributed weights are converted later.
@@ -157,6 +169,7 @@ def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
 
     A batch without a negative value is probably not in [-1, 1] and causes a warning, on a CPU only.
     """
+    check_tensors(owner, images=images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}.")
     if not images.is_floating_point():

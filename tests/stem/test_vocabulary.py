@@ -194,3 +194,10 @@ def test_a_length_that_keeps_no_word_is_rejected(max_words):
     vocabulary = Vocabulary.build(CAPTIONS)
     with pytest.raises(ValueError, match=r"Vocabulary\.encode: max_words must be .* at least 1"):
         vocabulary.encode(CAPTIONS, max_words=max_words)
+
+
+@pytest.mark.parametrize("captions", [[7], ["a flower", None], [["a flower"]]])
+def test_captions_that_are_no_strings(captions):
+    for call in (Vocabulary.build, Vocabulary(["a", "flower"]).encode):
+        with pytest.raises(ValueError, match=r"a caption must be a string, but one is of the type (int|NoneType|list)"):
+            call(captions)

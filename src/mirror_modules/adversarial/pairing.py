@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import shape_of
+from mirror_modules._checks import check_tensors, shape_of
 
 
 class Mismatch(NamedTuple):
@@ -45,6 +45,7 @@ def mismatch(class_ids: Tensor, *, generator: torch.Generator | None = None) -> 
         >>> mismatch(torch.tensor([7, 7])).valid.tolist()  # nothing to pair with
         [False, False]
     """
+    check_tensors("mismatch", class_ids=class_ids)
     if class_ids.ndim != 1 or class_ids.shape[0] == 0:
         raise ValueError(f"mismatch: class_ids must be (B,), one per row, but they are {shape_of(class_ids)}.")
     device = generator.device if generator is not None else class_ids.device

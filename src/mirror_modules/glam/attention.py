@@ -23,6 +23,7 @@ from mirror_modules._checks import (
     check_features,
     check_positive,
     check_precision,
+    check_tensors,
     check_word_mask,
     is_unchecked,
     shape_of,
@@ -512,6 +513,7 @@ def _check_score_matrix(owner: str, features: Tensor, score_matrix: Tensor | Non
 
 
 def _check_projected(owner: str, features: Tensor, name: str, text: Tensor, layout: str) -> None:
+    check_tensors(owner, features=features, **{name: text})
     if features.ndim != 4:
         raise ValueError(f"{owner}: features must be (B, C, H, W), but they are {shape_of(features)}.")
     if min(features.shape[1:]) < 1:

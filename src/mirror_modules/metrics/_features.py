@@ -6,20 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import shape_of
-
-
-def check_tensors(owner: str, **values: object) -> None:
-    """Require tensors rather than arrays or lists of numbers.
-
-    Raises:
-        ValueError: A value is not a tensor.
-    """
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{owner}: {name} must be a tensor, but it is a {type(value).__name__}; torch.as_tensor makes one."
-            )
+from mirror_modules._checks import check_tensors, shape_of
 
 
 def check_generator(owner: str, generator: object) -> None:

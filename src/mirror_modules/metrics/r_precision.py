@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_positive, shape_of
-from mirror_modules.metrics._features import check_generator, check_pairs, check_tensors, directions
+from mirror_modules._checks import check_positive, check_tensors, shape_of
+from mirror_modules.metrics._features import check_generator, check_pairs, directions
 
 # Scores in memory at a time: those of 30,000 images with 30,000 captions would need 7 GB at once.
 LARGEST_BLOCK = 2**24

@@ -14,6 +14,7 @@ from mirror_modules._checks import (
     check_features,
     check_positive,
     check_precision,
+    check_tensors,
     shape_of,
 )
 from mirror_modules._pretrained import FromModelFolder
@@ -57,6 +58,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mea
         tensor(2.5000)
     """
     check_choice("kl_divergence", "reduction", reduction, ("mean", "sum"))
+    check_tensors("kl_divergence", mean=mean, log_variance=log_variance)
     if mean.shape != log_variance.shape:
         raise ValueError(f"kl_divergence: mean is {shape_of(mean)} but log_variance is {shape_of(log_variance)}.")
     mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)

@@ -19,6 +19,7 @@ from mirror_modules._checks import (
     check_alike,
     check_batch,
     check_number,
+    check_tensors,
     check_word_mask,
     shape_of,
     zero_padding,
@@ -178,6 +179,7 @@ def _attention(regions_IRD: Tensor, words_LJD: Tensor, padding_LJ: Tensor, gamma
 
 
 def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor | None) -> Tensor | None:
+    check_tensors(owner, regions=regions, words=words)
     if regions.ndim != 3 or words.ndim != 3 or regions.shape[2] != words.shape[2]:
         raise ValueError(
             f"{owner}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
@@ -284,6 +286,7 @@ def matching_loss(
     owner = "matching_loss"
     regions, image = image_features
     words, sentence = text_features
+    check_tensors(owner, regions=regions, image=image, words=words, sentence=sentence)
     check_batch(owner, regions=regions, image=image, words=words, sentence=sentence)
     if image.ndim != 2 or image.shape != sentence.shape:
         raise ValueError(
@@ -324,6 +327,7 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
         >>> image_sentence_similarity(images, sentences).tolist()
         [[0.0], [1.0]]
     """
+    check_tensors("image_sentence_similarity", images=images, sentences=sentences)
     if images.ndim != 2 or sentences.ndim != 2 or images.shape[1] != sentences.shape[1]:
         raise ValueError(
             "image_sentence_similarity: images must be (I, D) and sentences (J, D) with the same D, but they are "
@@ -362,6 +366,7 @@ def contrastive_terms(
         >>> round(captions.item(), 4)  # one negative less: log 3
         1.0986
     """
+    check_tensors("contrastive_terms", similarity=similarity)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"contrastive_terms: similarity must be (B, B), but it is {shape_of(similarity)}.")
     if class_ids is not None and class_ids.shape != similarity.shape[:1]:

@@ -31,6 +31,8 @@ def split_words(caption: str) -> list[str]:
     Marks belong to a word because some scripts write vowels as marks. Marks without a letter or a digit, such as those
     of an emoji, are not a word.
     """
+    if not isinstance(caption, str):
+        raise ValueError(f"a caption must be a string, but one is of the type {type(caption).__name__}.")
     # Compose after lower-casing: some capitals have no composed form although their small letters do.
     normal = unicodedata.normalize("NFC", caption.lower())
     runs = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in normal).split()

@@ -18,6 +18,7 @@ from mirror_modules._checks import (
     check_choice,
     check_images,
     check_number,
+    check_tensors,
     check_tokens,
     check_word_mask,
     is_readable,
@@ -59,6 +60,7 @@ def redescription_loss(
     """
     owner = "redescription_loss"
     check_choice(owner, "reduction", reduction, ("word", "sentence"))
+    check_tensors(owner, logits=logits)
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"{owner}: logits must be (B, L, V) for tokens (B, L), but they are {shape_of(logits)} and "
@@ -308,6 +310,7 @@ def balance_gradients(
         check_number(owner, ratio=ratio)
         if ratio < 0:
             raise ValueError(f"{owner}: ratio must be 0 or more, but it is {ratio!r}.")
+    check_tensors(owner, images=images)
     if images.ndim < 2:
         raise ValueError(f"{owner}: images must be (B, ...) with at least two axes, but they are {shape_of(images)}.")
     if reference is not None:
