@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mirror_modules import data as data
     from mirror_modules import functional as functional
     from mirror_modules import glam as glam
+    from mirror_modules import interop as interop
     from mirror_modules import kernels as kernels
     from mirror_modules import metrics as metrics
     from mirror_modules import models as models
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
         TextFeatures,
         Vocabulary,
     )
-    from mirror_modules.stream import Captioner, RedescriptionLoss
+    from mirror_modules.stream import Captioner, RedescriptionLoss, RedescriptionScore
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "PairedDiscriminator",
     "PairedLogits",
     "RedescriptionLoss",
+    "RedescriptionScore",
     "TextEncoder",
     "TextFeatures",
     "Vocabulary",
@@ -81,6 +83,7 @@ _EXPORTS = {
         "WordAttention",
         "WordContext",
     ),
+    "interop": (),
     "kernels": (),
     "metrics": (),
     "models": ("MirrorGAN", "MirrorGANConfig"),
@@ -95,7 +98,7 @@ _EXPORTS = {
         "TextFeatures",
         "Vocabulary",
     ),
-    "stream": ("Captioner", "RedescriptionLoss"),
+    "stream": ("Captioner", "RedescriptionLoss", "RedescriptionScore"),
 }
 
 # Hidden from type checkers: with this function, they would accept every name.

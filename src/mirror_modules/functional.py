@@ -7,6 +7,7 @@ from mirror_modules.adversarial.losses import discriminator_loss, generator_loss
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.kernels import Choice
+from mirror_modules.metrics.clip_score import clip_score
 from mirror_modules.metrics.diversity import diversity
 from mirror_modules.metrics.expected_hits import expected_hits
 from mirror_modules.metrics.frechet_distance import frechet_distance
@@ -23,12 +24,15 @@ from mirror_modules.stem.matching import (
     word_region_attention,
     word_region_similarity,
 )
+from mirror_modules.stream.balancing import balance_gradients
 from mirror_modules.stream.captioner import append_end
-from mirror_modules.stream.redescription import balance_gradients, redescription_loss
+from mirror_modules.stream.redescription import redescription_loss
+from mirror_modules.stream.scoring import image_information
 
 __all__ = [
     "append_end",
     "balance_gradients",
+    "clip_score",
     "contrastive_terms",
     "discriminator_loss",
     "diversity",
@@ -37,6 +41,7 @@ __all__ = [
     "frechet_distance",
     "generator_loss",
     "global_local_attention",
+    "image_information",
     "image_sentence_similarity",
     "inception_score",
     "kernel_distance",

@@ -95,6 +95,7 @@ def test_a_file_in_place_of_a_caption_is_pointed_to_captions(capsys, model, tmp_
     ("words", "message"),
     [
         (["--images", 0], "--images must be at least 1"),
+        (["--best-of", 0], "--best-of must be at least 1"),
         (["--resolution", 32], "resolution must be one of 8, 16"),
         (["--truncation", 0], "truncation must be above 0"),
         (["--seed", -1], "seed must be a whole number from 0"),
@@ -108,6 +109,18 @@ def test_truncation_and_resolution_reach_the_model(capsys, model, tmp_path):
     run(capsys, "generate", model, CAPTION, "--truncation", 0.5, "--resolution", 8, "--out", tmp_path / "f.png")
     expected = MirrorGAN.from_pretrained(model).generate(CAPTION, seed=0, truncation=0.5, resolution=8, output="pil")[0]
     assert np.array_equal(read(tmp_path / "f.png"), np.asarray(expected))
+
+
+def test_the_best_of_several_is_written_with_its_seed(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mirror_modules.cli.images.BATCH", 2)
+    words = ["generate", model, CAPTION, "--images", 3, "--best-of", 4, "--seed", 7, "--out", tmp_path / "f.png"]
+    _, out, _ = run(capsys, *words)
+    seeds = [int(line.split("seed ")[1].split(",")[0]) for line in out.splitlines()]
+    assert all(7 + 4 * i <= seed < 11 + 4 * i for i, seed in enumerate(seeds))
+    loaded = MirrorGAN.from_pretrained(model)
+    assert seeds == loaded.best_seeds(CAPTION, 4, images_per_caption=3, seed=7)
+    (expected,) = loaded.generate(CAPTION, seed=seeds[1], output="pil")
+    assert np.array_equal(read(tmp_path / "f-001.png"), np.asarray(expected))
 
 
 def test_a_run_in_place_of_its_model_is_pointed_to_the_model(capsys, model):

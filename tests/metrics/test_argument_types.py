@@ -14,17 +14,28 @@ SETS = {"features_a": FEATURES, "features_b": FEATURES}
 DRAWN = {**PAIRS, "class_ids": IDS, "image_ids": IDS, "candidates": 5, "generator": RANDOM}
 TEXTS = {"descriptions": CAPTIONS, "captions": CAPTIONS}
 ARGUMENTS = {
+    "clip_score": {"images": FEATURES, "captions": FEATURES, "scale": 2.5},
     "diversity": {"features": torch.ones(2, N, D)},
     "expected_hits": {**PAIRS, "candidates": 5},
     "frechet_distance": SETS,
     "inception_score": {"predictions": FEATURES, "kind": "logits", "splits": 2, "generator": RANDOM},
-    "kernel_distance": {**SETS, "subsets": 2, "subset_size": 5, "generator": RANDOM},
+    "kernel_distance": {
+        **SETS,
+        "kernel": "rbf",
+        "bandwidth": 10.0,
+        "estimate": "biased",
+        "scale": 1000,
+        "subsets": 2,
+        "subset_size": 5,
+        "generator": RANDOM,
+    },
     "r_precision": DRAWN,
     "r_precision_folds": {**DRAWN, "folds": 2},
     "redescription_quality": TEXTS,
     "words_in_place": TEXTS,
 }
-OPTIONAL = ("class_ids", "image_ids", "generator")
+OPTIONAL = ("class_ids", "image_ids", "generator", "bandwidth", "subset_size")
+NUMBERS = ("bandwidth", "scale")
 WRONG = [None, "text", 1.5, True, object(), {"a": 1}, {1, 2}, np.random.default_rng(0), FEATURES.to_sparse()]
 
 
@@ -32,7 +43,7 @@ WRONG = [None, "text", 1.5, True, object(), {"a": 1}, {1, 2}, np.random.default_
 @pytest.mark.parametrize(("metric", "name"), [(metric, name) for metric, names in ARGUMENTS.items() for name in names])
 def test_wrong_types_are_named(metric, name, wrong):
     function = getattr(functional, metric)
-    if wrong is None and name in OPTIONAL:
+    if (wrong is None and name in OPTIONAL) or (isinstance(wrong, float) and name in NUMBERS):
         function(**{**ARGUMENTS[metric], name: wrong})
         return
     with pytest.raises(ValueError, match=f"^{metric}: .*{name}"):

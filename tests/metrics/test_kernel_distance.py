@@ -1,9 +1,11 @@
 """The kernel distance against sums over pairs, known values, and torchmetrics."""
 
+import importlib
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -16,14 +18,19 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def kernel(x, y):
+def polynomial(x, y):
     return (sum(p * q for p, q in zip(x, y)) / len(x) + 1) ** 3
 
 
-def discrepancy_by_loops(a, b):
+def rbf(bandwidth):
+    return lambda x, y: math.exp(-sum((p - q) ** 2 for p, q in zip(x, y)) / (2 * bandwidth**2))
+
+
+def discrepancy_by_loops(a, b, kernel=polynomial, estimate="unbiased"):
     a, b = a.double().tolist(), b.double().tolist()
-    pairs_a = [kernel(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j]
-    pairs_b = [kernel(b[i], b[j]) for i in range(len(b)) for j in range(len(b)) if i != j]
+    biased = estimate == "biased"
+    pairs_a = [kernel(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if biased or i != j]
+    pairs_b = [kernel(b[i], b[j]) for i in range(len(b)) for j in range(len(b)) if biased or i != j]
     between = [kernel(x, y) for x in a for y in b]
     return sum(pairs_a) / len(pairs_a) + sum(pairs_b) / len(pairs_b) - 2 * sum(between) / len(between)
 
@@ -85,6 +92,184 @@ def test_a_generator_reproduces_the_draw():
     a, b = torch.randn(N, D), torch.randn(M, D)
     results = [kernel_distance(a, b, subsets=2, subset_size=3, generator=seeded(seed)) for seed in (1, 1, 2)]
     assert results[0] == results[1] != results[2]
+
+
+CMMD = {"kernel": "rbf", "estimate": "biased", "scale": 1000, "subset_size": None}
+
+
+def kid_of_one_subset(a, b):
+    """KID of two complete sets of the same size, from three kernel matrices."""
+    a, b = a.double(), b.double()
+    within_a, within_b, between = ((x @ y.mT / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    pairs = len(a) * (len(a) - 1)
+    same_a, same_b = ((kernel.sum() - kernel.diagonal().sum()) / pairs for kernel in (within_a, within_b))
+    return same_a + same_b - 2 * between.mean()
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 2), (N, 7), (211, 101)])
+@pytest.mark.parametrize("features", [1, D, 67])
+def test_kid_is_that_of_three_kernel_matrices_bit_for_bit(count, size, features):
+    a, b = torch.randn(count, features), torch.randn(count, features) + 0.5
+    draws, distances = seeded(5), []
+    for _ in range(3):
+        rows_a, rows_b = (torch.randperm(count, generator=draws)[:size] for _ in "ab")
+        distances.append(kid_of_one_subset(a[rows_a], b[rows_b]))
+    expected = torch.stack(distances)
+    result = kernel_distance(a, b, subsets=3, subset_size=size, generator=seeded(5))
+    assert result == (float(expected.mean()), float(expected.std(correction=0)))
+
+
+@pytest.mark.parametrize("estimate", ["unbiased", "biased"])
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({"kernel": "polynomial"}, polynomial),
+        ({"kernel": "rbf"}, rbf(10)),
+        ({"kernel": "rbf", "bandwidth": None}, rbf(10)),
+        ({"kernel": "rbf", "bandwidth": 10.0}, rbf(10)),
+        ({"kernel": "rbf", "bandwidth": 1}, rbf(1)),
+        ({"kernel": "rbf", "bandwidth": 0.3}, rbf(0.3)),
+    ],
+)
+def test_complete_sets_match_the_loops(options, kernel, estimate):
+    a, b = torch.randn(N, D), torch.randn(M, D) + 0.5
+    expected = discrepancy_by_loops(a, b, kernel, estimate)
+    result = kernel_distance(a, b, **options, estimate=estimate, subset_size=None)
+    assert tuple(result) == pytest.approx((expected, 0.0), rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("estimate", ["unbiased", "biased"])
+def test_subsets_match_the_loops_under_the_rbf_kernel(estimate):
+    a, b = torch.randn(N, D), torch.randn(M, D) + 0.5
+    draws, expected = seeded(3), []
+    for _ in range(3):
+        rows_a, rows_b = (torch.randperm(count, generator=draws)[:7] for count in (N, M))
+        expected.append(discrepancy_by_loops(a[rows_a], b[rows_b], rbf(2), estimate))
+    options = {"kernel": "rbf", "bandwidth": 2, "estimate": estimate, "subsets": 3, "subset_size": 7}
+    result = kernel_distance(a, b, **options, generator=seeded(3))
+    mean = sum(expected) / 3
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in expected) / 3)
+    assert tuple(result) == pytest.approx((mean, deviation), rel=1e-10)
+
+
+def test_cmmd_matches_the_loops():
+    a, b = (F.normalize(torch.randn(count, D) + shift, dim=1) for count, shift in ((N, 0), (M, 1)))
+    expected = 1000 * discrepancy_by_loops(a, b, rbf(10), "biased")
+    assert tuple(kernel_distance(a, b, **CMMD)) == pytest.approx((expected, 0.0), rel=1e-10)
+
+
+def test_cmmd_of_constant_sets_matches_the_closed_form():
+    # Perpendicular features of length 1 have the squared distance 2.
+    a, b = torch.eye(D)[0].expand(N, D), torch.eye(D)[1].expand(M, D)
+    assert kernel_distance(a, b, **CMMD).mean == pytest.approx(1000 * (2 - 2 * math.exp(-2 / 200)), rel=1e-10)
+    assert kernel_distance(a, a, **CMMD).mean == 0.0
+
+
+def test_shifted_gaussians_match_the_closed_form_under_the_rbf_kernel():
+    # E exp(-|x - y|^2 / 2s^2) = (s^2 / (s^2 + 2))^(D/2) exp(-|shift|^2 / (2 (s^2 + 2))) for two normal distributions.
+    bandwidth, shift = 2.0, 1.5
+    variance = bandwidth**2 + 2
+    expected = 2 * (bandwidth**2 / variance) ** (D / 2) * (1 - math.exp(-D * shift**2 / (2 * variance)))
+    a, b = torch.randn(2003, D, generator=seeded()), shift + torch.randn(1009, D, generator=seeded(1))
+    result = kernel_distance(a, b, kernel="rbf", bandwidth=bandwidth, subset_size=None)
+    assert result.mean == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{"kernel": "polynomial"}, {"kernel": "rbf", "bandwidth": 1}])
+def test_the_biased_estimate_is_higher_by_the_pairs_of_an_image_with_itself(options):
+    a, b = torch.randn(N, D, dtype=torch.float64), torch.randn(M, D, dtype=torch.float64)
+    kernel = polynomial if options["kernel"] == "polynomial" else rbf(1)
+    excess = 0
+    for rows in (a.tolist(), b.tolist()):
+        itself = [kernel(x, x) for x in rows]
+        others = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        excess += (sum(itself) / len(itself) - sum(others) / len(others)) / len(rows)
+    unbiased, biased = (
+        kernel_distance(a, b, **options, estimate=estimate, subset_size=None).mean
+        for estimate in ("unbiased", "biased")
+    )
+    assert biased - unbiased == pytest.approx(excess, rel=1e-9)
+
+
+def test_the_biased_estimate_is_never_negative():
+    for seed in range(50):
+        a = torch.randn(17, D, generator=seeded(seed))
+        shuffled = a[torch.randperm(17, generator=seeded(seed))]  # the same set, summed in another order
+        assert 0 <= kernel_distance(a, shuffled, **CMMD).mean < 1e-10
+        assert kernel_distance(a, torch.randn(17, D, generator=seeded(seed + 50)), **CMMD).mean > 0
+
+
+def test_cmmd_is_nearly_the_distance_between_the_means():
+    # k = 1 - |x - y|^2 / 200 to within 0.0002 for features of length 1: the spread hardly counts.
+    wide, narrow = (F.normalize(spread * torch.randn(1009, D) + 1, dim=1).double() for spread in (0.8, 0.1))
+    shift = (wide.mean(dim=0) - narrow.mean(dim=0)).square().sum()
+    assert kernel_distance(wide, narrow, **CMMD).mean == pytest.approx(10 * float(shift), abs=0.4)
+    opposite = torch.cat([wide, -wide]), torch.cat([narrow, -narrow])  # both means are zero
+    assert kernel_distance(*opposite, **CMMD).mean < 0.05
+
+
+@pytest.mark.parametrize("estimate", ["unbiased", "biased"])
+@pytest.mark.parametrize("kernel", ["polynomial", "rbf"])
+@pytest.mark.parametrize("block", [1, 30, 7 * 101, 2**24])
+def test_the_block_size_has_no_influence(monkeypatch, kernel, estimate, block):
+    a, b = torch.randn(101, D), torch.randn(53, D) + 1
+    options = {"kernel": kernel, "estimate": estimate, "subset_size": None}
+    expected = kernel_distance(a, b, **options)
+    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.kernel_distance"), "LARGEST_BLOCK", block)
+    assert tuple(kernel_distance(a, b, **options)) == pytest.approx(tuple(expected), rel=1e-10)
+
+
+def test_complete_sets_draw_nothing():
+    a, b, random = torch.randn(N, D), torch.randn(M, D), seeded()
+    before = random.get_state()
+    results = {kernel_distance(a, b, subsets=subsets, subset_size=None, generator=random) for subsets in (1, 100)}
+    assert len(results) == 1
+    assert torch.equal(random.get_state(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "rbf", "estimate": "biased"}])
+def test_the_scale_is_a_factor_of_mean_and_deviation(options):
+    a, b = torch.randn(N, D), torch.randn(M, D)
+    options = {**options, "subsets": 3, "subset_size": 7}
+    result, scaled = (kernel_distance(a, b, **options, scale=scale, generator=seeded()) for scale in (1.0, 1000))
+    assert tuple(scaled) == pytest.approx([1000 * value for value in result])
+    assert result.standard_deviation > 0
+
+
+def test_the_rbf_kernel_depends_on_distances_only():
+    a, b = torch.randn(N, D, dtype=torch.float64), torch.randn(M, D, dtype=torch.float64)
+    options = {"kernel": "rbf", "bandwidth": 1, "subset_size": None}
+    expected = kernel_distance(a, b, **options).mean
+    assert kernel_distance(a + 100, b + 100, **options).mean == pytest.approx(expected, rel=1e-9)
+    scaled = kernel_distance(1e-9 * a, 1e-9 * b, **{**options, "bandwidth": 1e-9}).mean
+    assert scaled == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_rbf_kernel_is_at_most_one_far_from_the_origin():
+    # The rounding errors of these squared distances are far above the distances.
+    a, b = 1e9 + torch.randn(N, D, dtype=torch.float64), 1e9 + torch.randn(M, D, dtype=torch.float64)
+    for estimate in ("unbiased", "biased"):
+        assert abs(kernel_distance(a, b, kernel="rbf", bandwidth=1, estimate=estimate, subset_size=None).mean) <= 2
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (r"kernel must be one of 'polynomial', 'rbf', but it is 'gaussian'", {"kernel": "gaussian"}),
+        (r"estimate must be one of 'unbiased', 'biased', but it is 'v-statistic'", {"estimate": "v-statistic"}),
+        (r"bandwidth=10\.0 needs kernel='rbf'; the polynomial kernel has none", {"bandwidth": 10.0}),
+        (r"bandwidth must be above 0, but it is 0", {"kernel": "rbf", "bandwidth": 0}),
+        (r"bandwidth must be above 0, but it is -1\.5", {"kernel": "rbf", "bandwidth": -1.5}),
+        (r"bandwidth must be a finite number, but it is nan", {"kernel": "rbf", "bandwidth": math.nan}),
+        (r"scale must be above 0, but it is 0\.0", {"scale": 0.0}),
+        (r"scale must be a finite number, but it is '1000'", {"scale": "1000"}),
+        (r"subsets must be a whole number of at least 1, but it is 0", {"subsets": 0, "subset_size": None}),
+        (r"generator must be a torch\.Generator or None", {"generator": 0, "subset_size": None}),
+    ],
+)
+def test_invalid_options_raise(message, options):
+    with pytest.raises(ValueError, match="kernel_distance: .*" + message):
+        kernel_distance(torch.ones(N, D), torch.ones(M, D), **{"subset_size": 3, **options})
 
 
 class GivenFeatures(nn.Module):

@@ -144,6 +144,23 @@ def test_captions_of_the_same_class_are_never_candidates():
     assert r_precision(features, features, candidates=N).top1 < 0.5
 
 
+def test_the_defaults_are_the_protocol_of_clip_r_precision():
+    # 110 captions of 10 classes: the 99 mismatched captions of each image are all those of the other classes.
+    classes = torch.arange(110) % 10
+    captions = torch.randn(110, 17, dtype=torch.float64)
+    images = captions + 1.5 * torch.randn(110, 17, dtype=torch.float64)
+    hits = []
+    for i, image in enumerate(images):
+        ranked = [i, *(j for j in range(110) if classes[j] != classes[i])]
+        assert len(ranked) == 100
+        cosines = [float(image @ captions[j] / (image.norm() * captions[j].norm())) for j in ranked]
+        hits.append(max(range(100), key=cosines.__getitem__) == 0)
+    assert 0.2 < sum(hits) / 110 < 0.9
+    assert r_precision(images, captions, classes).top1 == pytest.approx(sum(hits) / 110)
+    # Published values are means over ten parts of the same size.
+    assert r_precision_folds(images, captions, classes).top1 == pytest.approx(sum(hits) / 110)
+
+
 def test_more_candidates_lower_the_precision():
     generator = seeded()
     images = torch.randn(503, 7, generator=generator)

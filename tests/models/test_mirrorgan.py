@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from mirror_modules import MirrorGAN, MirrorGANConfig, RedescriptionLoss, Vocabulary
 from mirror_modules.data import to_float
-from mirror_modules.stream import append_end
+from mirror_modules.stream import append_end, redescription_loss
 
 CAPTIONS = ["a red flower with five round petals", "blue petals", "a white flower"]
 VOCABULARY = Vocabulary.build(CAPTIONS)
@@ -161,6 +161,32 @@ def test_each_image_may_have_its_own_seed():
     for seed in ([1, 2], "12"):
         with pytest.raises(ValueError, match=r"or one for each of the 3 images, but it is"):
             model.generate(CAPTIONS, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [5, [5, 50, 500, 0]])
+def test_the_best_of_several_images_is_found_by_a_loop(seed):
+    model, best, captions = make(), 3, ["a red flower"] * 2 + ["a white flower"] * 2
+    seeds = model.best_seeds(captions[::2], best, images_per_caption=2, seed=seed)
+    for i, caption in enumerate(captions):
+        first = 5 + best * i if isinstance(seed, int) else seed[i]
+        tokens, mask = append_end(*model.vocabulary.encode([caption]))
+        losses = []
+        for candidate in range(first, first + best):
+            image = model.generate(caption, seed=candidate)
+            with torch.no_grad():
+                losses.append(redescription_loss(model.captioner.eval()(image, tokens), tokens, mask).item())
+        assert seeds[i] == first + losses.index(min(losses))
+    images = model.generate(captions[::2], best_of=best, images_per_caption=2, seed=seed)
+    assert_close(images, model.generate(captions, seed=seeds), atol=1e-5, rtol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.captioner.parameters())
+
+
+def test_the_best_of_new_noise():
+    model = make()
+    assert model.generate("a red flower", best_of=2, output="np").shape == (1, 16, 16, 3)
+    assert len(model.best_seeds(CAPTIONS, 2)) == len(CAPTIONS)
+    with pytest.raises(ValueError, match="best_of must be a whole number of at least 1, but it is 0"):
+        model.generate(CAPTIONS, best_of=0)
 
 
 def test_the_output_is_a_tensor_an_array_or_pillow_images():

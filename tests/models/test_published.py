@@ -254,7 +254,7 @@ def test_captioner_features_equal_resnet_of_resized_images(size):
 
     images = torch.rand(2, 3, *size) * 2 - 1
     resized = nn.Upsample(size=(224, 224), mode="bilinear")(images)
-    assert_equal(captioner.first_input(images), norm.eval()(linear(trunk(resized).flatten(1))))
+    assert_equal(captioner.encode_images(images), norm.eval()(linear(trunk(resized).flatten(1))))
     assert torch.equal(captioner.output.weight, rnn_state["linear.weight"])
 
 

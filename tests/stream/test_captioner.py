@@ -48,7 +48,7 @@ def cell_of(lstm):
 def log_probabilities(captioner, image, words):
     """Log probabilities of the next word, given one image (1, 3, H, W) and the words before it."""
     cell = cell_of(captioner.lstm)
-    h, c = cell(captioner.first_input(image))
+    h, c = cell(captioner.encode_images(image))
     for word in words:
         h, c = cell(captioner.embedding(torch.tensor([word])), (h, c))
     return torch.log_softmax(captioner.output(h)[0], dim=0).tolist()

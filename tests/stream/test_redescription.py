@@ -23,13 +23,17 @@ def mask_of(*real_words, length=L):
 
 
 def loss_by_loops(logits, tokens, mask, reduction):
-    total, count = 0.0, 0
+    total, count, of_captions = 0.0, 0, []
     for b in range(B):
+        losses = []
         for t in range(L):
             if mask[b, t]:
                 row = logits[b, t].tolist()
-                total -= row[tokens[b, t]] - math.log(sum(math.exp(value) for value in row))
-                count += 1
+                losses.append(math.log(sum(math.exp(value) for value in row)) - row[tokens[b, t]])
+        total, count = total + sum(losses), count + len(losses)
+        of_captions.append(sum(losses) / len(losses))
+    if reduction == "none":
+        return torch.tensor(of_captions)
     return total / (count if reduction == "word" else B)
 
 
@@ -53,15 +57,16 @@ def draw(batch=B):
     return torch.rand(batch, 3, 8, 9) * 2 - 1, torch.randint(V, (batch, L))
 
 
-@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
 @pytest.mark.parametrize("real_words", [(5, 5, 5), (5, 2, 1)])
 def test_matches_the_loops(real_words, reduction):
     logits, tokens, mask = torch.randn(B, L, V), torch.randint(V, (B, L)), mask_of(*real_words)
     loss = redescription_loss(logits, tokens, mask, reduction=reduction)
-    assert loss.item() == pytest.approx(loss_by_loops(logits, tokens, mask, reduction), rel=1e-5)
+    assert_close(loss, torch.as_tensor(loss_by_loops(logits, tokens, mask, reduction)), rtol=1e-5, atol=1e-5)
+    assert loss.shape == ((B,) if reduction == "none" else ())
 
 
-@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
 def test_without_a_mask_all_words_are_real(reduction):
     logits, tokens = torch.randn(B, L, V), torch.randint(V, (B, L))
     expected = redescription_loss(logits, tokens, mask_of(5, 5, 5), reduction=reduction)
@@ -69,14 +74,14 @@ def test_without_a_mask_all_words_are_real(reduction):
 
 
 @pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
-@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
 def test_gradients(reduction, mask):
     logits, tokens = torch.randn(B, L, V, dtype=torch.float64, requires_grad=True), torch.randint(V, (B, L))
     assert gradcheck(lambda x: redescription_loss(x, tokens, mask, reduction=reduction), (logits,))
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4, float("inf"), float("nan")])
-@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
 def test_padding_has_no_influence(reduction, garbage):
     logits, tokens = torch.randn(B, L, V, requires_grad=True), torch.randint(V, (B, L))
     padded_logits = torch.cat((logits.detach(), torch.full((B, 2, V), garbage)), dim=1).requires_grad_()
@@ -84,8 +89,8 @@ def test_padding_has_no_influence(reduction, garbage):
     mask, padded_mask = mask_of(5, 2, 1), mask_of(5, 2, 1, length=L + 2)
     loss = redescription_loss(logits, tokens, mask, reduction=reduction)
     padded = redescription_loss(padded_logits, padded_tokens, padded_mask, reduction=reduction)
-    loss.backward()
-    padded.backward()
+    loss.sum().backward()
+    padded.sum().backward()
     assert_close(padded, loss)
     assert_close(padded_logits.grad[:, :L], logits.grad)
     assert (padded_logits.grad[~padded_mask] == 0).all()
@@ -131,7 +136,7 @@ def test_the_module_compiles_into_one_graph_with_a_captioner_that_does(compiled)
     assert images.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("reduction", ["word", "sentence"])
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
 @pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
 def test_module_equals_function(mask, reduction):
     captioner, (images, tokens) = make_captioner(), draw()
@@ -432,7 +437,7 @@ def test_logits_at_padding_may_depend_on_any_token(real_words):
     assert loss(images, tokens, mask_of(real_words, 5, 5)).isfinite()
 
 
-@pytest.mark.parametrize("captioner", [Embedded, lambda: Embedded(2), Tinted, make_captioner])
+@pytest.mark.parametrize("captioner", [Embedded, Tinted, make_captioner])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mask", [None, mask_of(5, 2, 1)])
 def test_captioners_that_keep_the_contract_pass(captioner, mask, autocast):
@@ -606,7 +611,7 @@ def test_a_captioner_must_be_a_module():
 
 def test_an_unknown_reduction_raises():
     with pytest.raises(
-        ValueError, match=r"redescription_loss: reduction must be one of 'word', 'sentence', but it is 'sum'"
+        ValueError, match=r"redescription_loss: reduction must be one of 'word', 'sentence', 'none', but it is 'sum'"
     ):
         redescription_loss(torch.zeros(B, L, V), torch.zeros(B, L).long(), reduction="sum")
     with pytest.raises(ValueError, match=r"RedescriptionLoss: reduction must be one of"):

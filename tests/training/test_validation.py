@@ -18,8 +18,8 @@ from mirror_modules.training.state import start
 from mirror_modules.training.validation import (
     Unseen,
     draw_samples,
-    image_information,
     measure_captioner,
+    measure_image_information,
     measure_pair,
     unseen_pairs,
     word_accuracy,
@@ -142,8 +142,8 @@ def test_image_information_is_the_mean_log_ratio_to_another_image():
     expected = 2 / 3 * math.log(7) / 2
     captioner = PixelCaptioner()
     for given, information in ((images, expected), (images[:1].expand(3, -1, -1, -1), 0)):
-        _, entropy = word_accuracy(captioner, given, tokens, mask)
-        measured = image_information(captioner, given, tokens, mask, entropy, 0)
+        own = word_accuracy(captioner, given, tokens, mask)
+        measured = measure_image_information(captioner, given, tokens, mask, own, 0)
         assert measured == pytest.approx(information, rel=1e-5, abs=1e-6)
 
 

@@ -38,6 +38,8 @@ class GenerateOptions:
     seed: int = 0
     """Seed of the first image; each further image has the next one. The seed of each image is printed: with it, the
     image can be generated alone."""
+    best_of: int = 1
+    """Candidates for each image, of which the one is written from which the model best recovers the caption."""
     truncation: float | None = None
     """Draw the noise from [-truncation, truncation] only: more typical, less diverse images."""
     resolution: int | None = None
@@ -58,17 +60,20 @@ def generate(arguments: list[str]) -> None:
     """Run `mirror-modules generate`."""
     options: GenerateOptions = parse(GenerateOptions, arguments, "generate", positional=("model_dir", "caption"))
     captions = _captions(options)
-    if options.images < 1:
-        raise ValueError(f"--images must be at least 1, but it is {options.images}.")
+    for name in ("images", "best_of"):
+        if (number := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but it is {number}.")
     if not options.grid and (options.no_captions or options.scale is not None):
         name = "--no-captions" if options.no_captions else "--scale"
         raise ValueError(f"{name} needs --grid: without it, each image is written as it is.")
     check_out(options.out)
     model = MirrorGAN.from_pretrained(options.model_dir, device=device_of(options.device))
     rows = [caption for caption in captions for _ in range(options.images)]
-    seeds = [options.seed + i for i in range(len(rows))]
     # Encoding all captions first finds the errors of each before an image is written, and warns once.
     model.vocabulary.encode(rows, max_words=model.config.max_words)
+    seeds = [options.seed + i for i in range(len(rows))]
+    if options.best_of > 1:
+        seeds = _best_seeds(model, options, rows)
     batches = _batches(model, options, rows, seeds)
     if options.grid:
         _write_grid(options, rows, torch.cat(list(batches)))
@@ -78,6 +83,18 @@ def generate(arguments: list[str]) -> None:
     for image, file, seed, caption in zip(images, files, seeds, rows):
         save_images(image.unsqueeze(0), file)
         print(f"{file}: seed {seed}, {caption}")
+
+
+def _best_seeds(model: MirrorGAN, options: GenerateOptions, captions: list[str]) -> list[int]:
+    """The seed of the best candidate for each image."""
+    seeds: list[int] = []
+    with warnings.catch_warnings():
+        # They were named before.
+        warnings.filterwarnings("ignore", message="unknown words")
+        for start in range(0, len(captions), BATCH):
+            some, first = captions[start : start + BATCH], options.seed + start * options.best_of
+            seeds += model.best_seeds(some, options.best_of, seed=first, truncation=options.truncation)
+    return seeds
 
 
 def _captions(options: GenerateOptions) -> list[str]:

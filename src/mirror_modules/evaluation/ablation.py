@@ -275,8 +275,8 @@ def measure(
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
     candidates = usable_candidates(recipe.evaluation.candidates, splits)
     precision = expected_hits(image_features(pair, images), sentences, candidates=candidates)
-    accuracy, _ = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
-    metrics = {"r_precision": precision.tolist(), "words": [accuracy]}
+    predicted = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
+    metrics = {"r_precision": precision.tolist(), "words": [predicted.accuracy]}
     if classifier is not None:
         named = [attributes_named(caption) for caption in unseen.captions]
         metrics["attributes"] = _shares_correct(classifier.predict(images), named)

@@ -51,7 +51,7 @@ from mirror_modules.training.validation import (
     derangement,
     generate_images,
     image_features,
-    image_information,
+    measure_image_information,
     sentence_features,
     unseen_pairs,
     word_accuracy,
@@ -180,10 +180,10 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
     evaluation = {
         "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
         "chance": 1 / candidates,
-        "word_accuracy": {name: accuracy for name, (accuracy, _) in predicted.items()},
+        "word_accuracy": {name: each.accuracy for name, each in predicted.items()},
         "image_information": {
-            name: image_information(
-                model.captioner, batch, unseen.tokens, unseen.word_mask, predicted[name][1], recipe.seed
+            name: measure_image_information(
+                model.captioner, batch, unseen.tokens, unseen.word_mask, predicted[name], recipe.seed
             )
             for name, batch in images.items()
         },

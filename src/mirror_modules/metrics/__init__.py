@@ -1,5 +1,6 @@
 """Metrics of text-to-image models, on the features of any extractor, and of captions."""
 
+from mirror_modules.metrics.clip_score import clip_score
 from mirror_modules.metrics.diversity import Diversity, diversity
 from mirror_modules.metrics.expected_hits import expected_hits
 from mirror_modules.metrics.frechet_distance import frechet_distance
@@ -15,6 +16,7 @@ __all__ = [
     "RPrecision",
     "RPrecisionFolds",
     "RedescriptionQuality",
+    "clip_score",
     "diversity",
     "expected_hits",
     "frechet_distance",

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import check_tensors, shape_of
+from mirror_modules._checks import check_number, check_tensors, shape_of
+
+
+def check_above_zero(owner: str, **values: object) -> None:
+    """Require finite numbers above 0.
+
+    Raises:
+        ValueError: Another type, infinite, zero or negative.
+    """
+    check_number(owner, **values)
+    for name, value in values.items():
+        if not value > 0:  # type: ignore[operator]
+            raise ValueError(f"{owner}: {name} must be above 0, but it is {value!r}.")
 
 
 def check_generator(owner: str, generator: object) -> None:
@@ -22,8 +34,12 @@ def check_generator(owner: str, generator: object) -> None:
         )
 
 
-def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...]) -> None:
+def check_measurable(
+    owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...], *, read_values: bool = True
+) -> None:
     """Require finite floating-point features with the axes of `layout`, the first of at least the sizes `fewest`.
+
+    With `read_values=False`, NaN and infinity are not looked for.
 
     Raises:
         ValueError: Not a tensor, another number of axes, not dense, not floating point of at least 16 bits, too few
@@ -46,30 +62,45 @@ def check_measurable(owner: str, name: str, features: Tensor, layout: str, fewes
                 f"{owner}: {name} must be {layout} with {axis} at least {least}, but they are {shape_of(features)}; "
                 "pass more of them."
             )
-    if not bool(features.isfinite().all()):
+    if read_values and not bool(features.isfinite().all()):
         raise ValueError(f"{owner}: {name} contain NaN or infinite values; check how they were computed.")
 
 
-def check_pairs(owner: str, images: Tensor, sentences: Tensor) -> None:
-    """Require finite features (N, D) of images and of their own captions.
+def check_pairs(owner: str, *, read_values: bool = True, **features: Tensor) -> None:
+    """Require two tensors of finite features (N, D): of images, and of their own captions.
+
+    With `read_values=False`, NaN and infinity are not looked for.
 
     Raises:
         ValueError: Not a floating-point tensor, shapes disagree, or a feature is NaN or infinite.
     """
-    check_tensors(owner, images=images, sentences=sentences)
-    if images.ndim != 2 or images.shape != sentences.shape:
+    check_tensors(owner, **features)
+    (name, images), (other_name, captions) = features.items()
+    if images.ndim != 2 or images.shape != captions.shape:
         raise ValueError(
-            f"{owner}: images and sentences must both be (N, D), but they are {shape_of(images)} and "
-            f"{shape_of(sentences)}."
+            f"{owner}: {name} and {other_name} must both be (N, D), but they are {shape_of(images)} and "
+            f"{shape_of(captions)}."
         )
     # No comparison with NaN is true: without this check, a diverged generator would rank first everywhere.
-    check_measurable(owner, "images", images, "(N, D)", (1,))
-    check_measurable(owner, "sentences", sentences, "(N, D)", (1,))
+    check_measurable(owner, name, images, "(N, D)", (1,), read_values=read_values)
+    check_measurable(owner, other_name, captions, "(N, D)", (1,), read_values=read_values)
 
 
-def directions(features: Tensor) -> Tensor:
-    """Normalize features (..., D) to length 1, in float64; zero features stay zero."""
-    features = features.double()
-    largest = features.abs().amax(dim=-1, keepdim=True)
-    # Scaled first: squares of the raw features may overflow float64, or vanish next to the epsilon of F.normalize.
+def check_directions(owner: str, name: str, features: Tensor) -> None:
+    """Require features (..., D) that are not zero, as only these have a direction.
+
+    Raises:
+        ValueError: All D features of an image or a caption are zero.
+    """
+    is_zero = (features == 0).all(dim=-1)
+    if bool(is_zero.any()):
+        place = ", ".join(map(str, is_zero.nonzero()[0].tolist()))
+        raise ValueError(f"{owner}: {name}[{place}] is zero and has no direction; check how it was computed.")
+
+
+def directions(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normalize features (..., D) to length 1, in `dtype`; zero features stay zero."""
+    features = features.to(dtype)
+    largest = features.detach().abs().amax(dim=-1, keepdim=True)
+    # Scaled first: squares of the raw features may overflow `dtype`, or vanish next to the epsilon of F.normalize.
     return F.normalize(features / largest.masked_fill(largest == 0, 1.0), dim=-1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules.metrics._features import check_measurable, directions
+from mirror_modules.metrics._features import check_directions, check_measurable, directions
 
 
 class Diversity(NamedTuple):
@@ -47,12 +47,7 @@ def diversity(features: Tensor) -> Diversity:
         0.0
     """
     check_measurable("diversity", "features", features, "(C, S, D)", (2, 2))
-    is_zero = (features == 0).all(dim=2)
-    if bool(is_zero.any()):
-        caption, sample = is_zero.nonzero()[0].tolist()
-        raise ValueError(
-            f"diversity: features[{caption}, {sample}] is zero and has no direction; check how it was computed."
-        )
+    check_directions("diversity", "features", features)
     # The mean of half the squared distances over all pairs is the variance, which needs no loop over pairs.
     per_caption = directions(features).var(dim=1, correction=1).sum(dim=1)
     return Diversity(float(per_caption.mean()), float(per_caption.std(correction=1)) / len(per_caption) ** 0.5)

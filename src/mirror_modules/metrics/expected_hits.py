@@ -44,7 +44,7 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
         1.0
     """
     owner = "expected_hits"
-    check_pairs(owner, images, sentences)
+    check_pairs(owner, images=images, sentences=sentences)
     check_positive(owner, candidates=candidates)
     others, drawn = len(images) - 1, candidates - 1
     if not 1 <= drawn <= others:

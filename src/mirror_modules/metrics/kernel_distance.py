@@ -1,22 +1,28 @@
-"""Kernel distance between two sets of features: KID (Bińkowski et al., 2018)."""
+"""Kernel distance between two sets of features: KID (Bińkowski et al., 2018), CMMD (Jayasumana et al., 2024)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_positive, shape_of
-from mirror_modules.metrics._features import check_generator, check_measurable
+from mirror_modules._checks import check_choice, check_positive, shape_of
+from mirror_modules.metrics._features import check_above_zero, check_generator, check_measurable
+from mirror_modules.metrics.r_precision import LARGEST_BLOCK
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 class KernelDistance(NamedTuple):
-    """The squared distance. The estimate is unbiased, so it may be negative where the two sets hardly differ."""
+    """The squared distance. The unbiased estimate may be negative where the two sets hardly differ."""
 
     mean: float
     standard_deviation: float
-    """Root mean square deviation of the subsets from `mean`. Subsets overlap, so it understates the uncertainty."""
+    """Root mean square deviation of the subsets from `mean`. Subsets overlap, so it understates the uncertainty; 0 if
+    the complete sets were compared."""
 
 
 @torch.no_grad()
@@ -24,62 +30,114 @@ def kernel_distance(
     features_a: Tensor,
     features_b: Tensor,
     *,
+    kernel: Literal["polynomial", "rbf"] = "polynomial",
+    bandwidth: float | None = None,
+    estimate: Literal["unbiased", "biased"] = "unbiased",
+    scale: float = 1.0,
     subsets: int = 100,
-    subset_size: int = 1000,
+    subset_size: int | None = 1000,
     generator: torch.Generator | None = None,
 ) -> KernelDistance:
-    """Compute the maximum mean discrepancy of two sets of features under a cubic kernel (Bińkowski et al., Sec. 4).
+    """Compute the squared maximum mean discrepancy of two sets of features under a kernel: KID, CMMD.
 
-        distance = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
-        k(x, y) = (x . y / D + 1)^3
+        distance = scale * ( mean_{i, j} k(a_i, a_j) + mean_{i, j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j) )
+        k(x, y) = (x . y / D + 1)^3                         kernel="polynomial"
+        k(x, y) = exp( -|x - y|^2 / (2 bandwidth^2) )       kernel="rbf"
 
-    The result is the unbiased estimate of the squared discrepancy, averaged over subsets that are drawn from each set
-    without replacement.
+    The unbiased estimate has no pairs i = j in the first two means; the biased one has, and is never negative. Both can
+    be averaged over subsets, drawn from each set without replacement, or compare the complete sets once.
+
+    The defaults are KID (Bińkowski et al., Sec. 4). CMMD (Jayasumana et al.) is `kernel="rbf"`, `estimate="biased"`,
+    `scale=1000` and `subset_size=None`, on CLIP features that `torch.nn.functional.normalize` has brought to length 1.
+    Its paper has the unbiased estimate, but its published code computes the biased one.
 
     Args:
         features_a: Features of one set of images, (N, D).
         features_b: Features of the other set, by the same extractor, (M, D). The extractor defines the distance.
-        subsets: Number of subsets.
-        subset_size: Images of each set in a subset, at least 2, at most N and M.
+        kernel: "polynomial" as in KID, or "rbf", the Gaussian kernel of CMMD.
+        bandwidth: Distance of features at which the kernel "rbf" falls to exp(-1/2), above 0; None is 10, as in CMMD.
+            The polynomial kernel has none.
+        estimate: "unbiased", or "biased", which is higher by ( mean_i k(a_i, a_i) - mean_{i != j} k(a_i, a_j) ) / N and
+            by the same term of b.
+        scale: Factor of the result, above 0. Published tables often print KID times 100 or 1000.
+        subsets: Number of subsets; without effect if `subset_size` is None.
+        subset_size: Images of each set in a subset, at least 2, at most N and M. None compares the complete sets, once.
         generator: Source of the draws; None uses torch's global generator.
 
     Returns:
-        Mean and deviation over the subsets. Published tables often print the value times 100 or 1000.
+        Mean and deviation over the subsets.
 
     Raises:
-        ValueError: Not (N, D) and (M, D), a feature is not finite, a set is smaller than a subset, or an argument has
-            another type.
+        ValueError: Not (N, D) and (M, D), a feature is not finite, a set is smaller than a subset, there is a bandwidth
+            for the polynomial kernel, or an argument has another type or value.
 
     Examples:
         >>> import torch
         >>> from mirror_modules.functional import kernel_distance
-        >>> kernel_distance(torch.zeros(9, 5), torch.ones(9, 5), subset_size=4)  # 1 + (1 + 1)^3 - 2
+        >>> zeros, ones = torch.zeros(9, 5), torch.ones(9, 5)
+        >>> kernel_distance(zeros, ones, subset_size=4)  # 1 + (1 + 1)^3 - 2
         KernelDistance(mean=7.0, standard_deviation=0.0)
+        >>> cmmd = kernel_distance(zeros, ones, kernel="rbf", estimate="biased", scale=1000, subset_size=None)
+        >>> round(cmmd.mean, 4)  # 1000 (1 + 1 - 2 exp(-5 / 200))
+        49.3802
     """
-    check_measurable("kernel_distance", "features_a", features_a, "(N, D)", (2,))
-    check_measurable("kernel_distance", "features_b", features_b, "(M, D)", (2,))
+    owner = "kernel_distance"
+    check_measurable(owner, "features_a", features_a, "(N, D)", (2,))
+    check_measurable(owner, "features_b", features_b, "(M, D)", (2,))
     if features_a.shape[1] != features_b.shape[1]:
         raise ValueError(
-            f"kernel_distance: features_a are {shape_of(features_a)} and features_b {shape_of(features_b)}; both "
-            "need the same number of features, from the same extractor."
+            f"{owner}: features_a are {shape_of(features_a)} and features_b {shape_of(features_b)}; both need the same "
+            "number of features, from the same extractor."
         )
-    check_positive("kernel_distance", subsets=subsets, subset_size=subset_size)
-    check_generator("kernel_distance", generator)
+    check_choice(owner, "kernel", kernel, ("polynomial", "rbf"))
+    check_choice(owner, "estimate", estimate, ("unbiased", "biased"))
+    check_above_zero(owner, scale=scale)
+    function: Kernel = _polynomial_kernel
+    if kernel == "rbf":
+        bandwidth = 10.0 if bandwidth is None else bandwidth
+        check_above_zero(owner, bandwidth=bandwidth)
+        function = partial(_rbf_kernel, bandwidth=bandwidth)
+    elif bandwidth is not None:
+        raise ValueError(f"{owner}: bandwidth={bandwidth!r} needs kernel='rbf'; the polynomial kernel has none.")
+    check_positive(owner, subsets=subsets)
+    check_generator(owner, generator)
+    if subset_size is None:
+        a, b = features_a.double(), features_b.double()
+        rows = max(1, LARGEST_BLOCK // max(len(a), len(b)))
+        return KernelDistance(scale * float(_discrepancy(a, b, function, estimate, rows)), 0.0)
+    check_positive(owner, subset_size=subset_size)
     if subset_size < 2:
-        raise ValueError("kernel_distance: subset_size must be at least 2, but it is 1.")
+        raise ValueError(f"{owner}: subset_size must be at least 2, but it is 1.")
     smaller = min(len(features_a), len(features_b))
     if smaller < subset_size:
         raise ValueError(
-            f"kernel_distance: subset_size={subset_size} exceeds the {smaller} images of the smaller set; pass more "
-            "images, or lower it."
+            f"{owner}: subset_size={subset_size} exceeds the {smaller} images of the smaller set; pass more images, or "
+            "lower it."
         )
     distances = torch.stack(
         [
-            _discrepancy(_draw(features_a, subset_size, generator), _draw(features_b, subset_size, generator))
+            _discrepancy(
+                _draw(features_a, subset_size, generator),
+                _draw(features_b, subset_size, generator),
+                function,
+                estimate,
+                subset_size,
+            )
             for _ in range(subsets)
         ]
     )
-    return KernelDistance(float(distances.mean()), float(distances.std(correction=0)))
+    return KernelDistance(scale * float(distances.mean()), scale * float(distances.std(correction=0)))
+
+
+def _polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.mT / x.shape[1] + 1) ** 3
+
+
+def _rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
+    x, y = x / bandwidth, y / bandwidth
+    squared_distance = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.mT
+    # Rounding may make the distance of equal features negative.
+    return torch.exp(-squared_distance.clamp(min=0.0) / 2)
 
 
 def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
@@ -88,9 +146,26 @@ def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Ten
     return features[drawn.to(features.device)].double()
 
 
-def _discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    within_a, within_b, between = ((x @ y.mT / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    pairs = len(a) * (len(a) - 1)
-    # Without the diagonal: pairs of an image with itself would bias the estimate upwards.
-    same_a, same_b = ((kernel.sum() - kernel.diagonal().sum()) / pairs for kernel in (within_a, within_b))
-    return same_a + same_b - 2 * between.mean()
+def _discrepancy(a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"], rows: int) -> Tensor:
+    """Compute the squared discrepancy from blocks of at most `rows` rows of each kernel matrix."""
+    # Pairs of an image with itself would bias the estimate upwards.
+    within = _mean_of_pairs if estimate == "unbiased" else _mean
+    same_a, same_b = (within(x, x, kernel, rows) for x in (a, b))
+    distance = same_a + same_b - 2 * _mean(a, b, kernel, rows)
+    return distance if estimate == "unbiased" else distance.clamp(min=0.0)
+
+
+def _mean(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> Tensor:
+    """Compute the mean of k(x_i, y_j) over all i and j."""
+    blocks = x.split(rows)
+    return torch.stack([kernel(block, y).mean() * (len(block) / len(x)) for block in blocks]).sum()
+
+
+def _mean_of_pairs(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> Tensor:
+    """Compute the mean of k(x_i, y_j) over i != j, for x and y of the same size."""
+    pairs = len(x) * (len(x) - 1)
+    sums = []
+    for start in range(0, len(x), rows):
+        values = kernel(x[start : start + rows], y)
+        sums.append((values.sum() - values.diagonal(offset=start).sum()) / pairs)
+    return torch.stack(sums).sum()

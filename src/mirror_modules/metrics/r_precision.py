@@ -153,7 +153,7 @@ def _hits(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Compute the probability that each image's caption is in its top k, k = 1, 2, 3: (N, 3). 0 or 1 without ties."""
-    check_pairs(owner, images, sentences)
+    check_pairs(owner, images=images, sentences=sentences)
     check_generator(owner, generator)
     count = images.shape[0]
     for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from mirror_modules.models.pixels import OUTPUTS, from_model, to_model
 from mirror_modules.models.pretrained import CONFIG_FILE, load_weights, read_model_folder, save_model
 from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, Vocabulary
 from mirror_modules.stem.image_encoder import build_backbone
-from mirror_modules.stream import Captioner
+from mirror_modules.stream import Captioner, append_end, redescription_loss
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,6 +120,7 @@ class MirrorGAN(TypedCall, nn.Module):
         images_per_caption: int = ...,
         seed: int | Sequence[int] | None = ...,
         truncation: float | None = ...,
+        best_of: int = ...,
         output: Literal["pt"] = ...,
         resolution: int | None = ...,
     ) -> Tensor: ...
@@ -131,6 +133,7 @@ class MirrorGAN(TypedCall, nn.Module):
         images_per_caption: int = ...,
         seed: int | Sequence[int] | None = ...,
         truncation: float | None = ...,
+        best_of: int = ...,
         output: Literal["np"],
         resolution: int | None = ...,
     ) -> NDArray[np.float32]: ...
@@ -143,6 +146,7 @@ class MirrorGAN(TypedCall, nn.Module):
         images_per_caption: int = ...,
         seed: int | Sequence[int] | None = ...,
         truncation: float | None = ...,
+        best_of: int = ...,
         output: Literal["pil"],
         resolution: int | None = ...,
     ) -> list[Image]: ...
@@ -154,6 +158,7 @@ class MirrorGAN(TypedCall, nn.Module):
         images_per_caption: int = 1,
         seed: int | Sequence[int] | None = None,
         truncation: float | None = None,
+        best_of: int = 1,
         output: Literal["pt", "np", "pil"] = "pt",
         resolution: int | None = None,
     ) -> Tensor | NDArray[np.float32] | list[Image]:
@@ -167,6 +172,8 @@ class MirrorGAN(TypedCall, nn.Module):
                 each image its seed. An image depends only on its caption and its seed. None samples new noise.
             truncation: Draw the noise from a standard normal truncated to [-truncation, truncation]: smaller values
                 give more typical and less diverse images. None does not truncate.
+            best_of: Candidates for each image, of which the one is returned from which the model's captioner most
+                likely recovers the caption. The seeds are then those of `best_seeds`.
             output: "pt" for a tensor, "np" for an array, "pil" for a list of Pillow images.
             resolution: Height and width of the images, one of `config.resolutions`; None takes the finest.
 
@@ -178,10 +185,69 @@ class MirrorGAN(TypedCall, nn.Module):
             ValueError: A caption has no word, or an argument is out of range.
         """
         stage = self._stage_of("MirrorGAN.generate", output, resolution)
+        check_positive("MirrorGAN.generate", best_of=best_of)
+        if best_of > 1:
+            seed = self.best_seeds(
+                captions, best_of, images_per_caption=images_per_caption, seed=seed, truncation=truncation
+            )
         generated = self.generate_stages(
             captions, images_per_caption=images_per_caption, seed=seed, truncation=truncation
         )
         return from_model(generated.images[stage], output)
+
+    @torch.no_grad()
+    def best_seeds(
+        self,
+        captions: str | Sequence[str],
+        best_of: int,
+        *,
+        images_per_caption: int = 1,
+        seed: int | Sequence[int] | None = None,
+        truncation: float | None = None,
+    ) -> list[int]:
+        """Find the seeds of the images from which the captioner is most likely to recover their captions.
+
+        Each image is chosen among `best_of` candidates by the likelihood of its caption, end token included. With a
+        whole number s as seed, those of image i have the seeds s + i n, ..., s + i n + n - 1, where n is `best_of`.
+
+        Args:
+            captions: As in `generate`.
+            best_of: Candidates for each image.
+            images_per_caption: As in `generate`.
+            seed: A whole number s, or the seed of the first candidate of each image. None draws s.
+            truncation: As in `generate`.
+
+        Returns:
+            A seed for each image, for `generate`.
+
+        Raises:
+            ValueError: As in `generate`.
+        """
+        owner = "MirrorGAN.best_seeds"
+        check_positive(owner, best_of=best_of, images_per_caption=images_per_caption)
+        listed = [captions] if isinstance(captions, str) else list(captions)
+        rows = [caption for caption in listed for _ in range(images_per_caption)]
+        tokens, word_mask = append_end(*self.vocabulary.encode(rows, max_words=self.config.max_words))
+        tokens, word_mask = tokens.to(self.device), word_mask.to(self.device)
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        if isinstance(seed, Sequence):
+            first = _seeds_of(owner, len(rows), seed)
+        else:
+            first = _seeds_of(owner, len(rows) * best_of, seed)[::best_of]
+        best = torch.full((len(rows),), -torch.inf, device=self.device)
+        chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        for candidate in range(best_of):
+            seeds = [each + candidate for each in first]
+            with warnings.catch_warnings():
+                # Unknown words were named above.
+                warnings.filterwarnings("ignore", message="unknown words")
+                images = self.generate(rows, seed=seeds, truncation=truncation)
+            with evaluating(self):
+                likelihood = -redescription_loss(self.captioner(images, tokens), tokens, word_mask, reduction="none")
+            is_better = likelihood > best
+            best, chosen = likelihood.where(is_better, best), chosen.where(~is_better, candidate)
+        return [each + candidate for each, candidate in zip(first, chosen.tolist())]
 
     @torch.no_grad()
     def generate_stages(

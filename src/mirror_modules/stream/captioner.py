@@ -101,7 +101,7 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
             self.lstm.get_parameter("bias_ih_l0")[hidden_dim : 2 * hidden_dim] = FORGET_BIAS
         self.output = nn.Linear(hidden_dim, vocabulary_size)
 
-    def first_input(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) as the first input of the LSTM, (B, embedding_dim)."""
         check_images("Captioner", images)
         return self.project(self.image_encoder(images).image)
@@ -110,9 +110,22 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
         """Project an image feature (B, image_dim) to the first input of the LSTM, (B, embedding_dim)."""
         return self.image_norm(self.image_projection(image_feature))
 
-    def decode(self, first_input: Tensor, tokens: Tensor) -> Tensor:
-        """Predict each word from the first input (B, embedding_dim) and the words before it: logits (B, L, V)."""
+    def decode(self, first_input: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
+        """Predict each word from the encoded image and the words before it.
+
+        Args:
+            first_input: Images by `encode_images`, (N, embedding_dim).
+            tokens: Token ids, (B, L), where B is a multiple of N: row k belongs to image k mod N.
+            word_mask: As in `forward`.
+
+        Returns:
+            Logits (B, L, V).
+        """
+        check_word_mask("Captioner", tokens, word_mask, may_stall=False)
         check_tokens("Captioner", tokens, self.vocabulary_size)
+        images, captions = first_input.shape[0], tokens.shape[0]
+        if images != captions and images > 0 and captions % images == 0:
+            first_input = first_input.repeat(captions // images, 1)
         check_batch("Captioner", images=first_input, tokens=tokens)
         # The last word is dropped after the concatenation: `tokens[:, :-1]` is empty for captions of one word, which an
         # exported graph would not accept.
@@ -134,8 +147,7 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
         Raises:
             ValueError: Sizes disagree, or a token lies outside the vocabulary.
         """
-        check_word_mask("Captioner", tokens, word_mask, may_stall=False)
-        return self.decode(self.first_input(images), tokens)
+        return self.decode(self.encode_images(images), tokens, word_mask)
 
     @torch.no_grad()
     def describe(
@@ -156,7 +168,7 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
             ValueError: `images` are not floating point (B, 3, H, W), or a number is not a positive integer.
         """
         check_positive("Captioner.describe", beam_width=beam_width, max_words=max_words)
-        return self.search(self.first_input(images), beam_width, max_words, end_token)
+        return self.search(self.encode_images(images), beam_width, max_words, end_token)
 
     @torch.no_grad()
     def search(self, first_input: Tensor, beam_width: int, max_words: int, end_token: int | None) -> Tensor:

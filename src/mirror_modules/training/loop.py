@@ -305,6 +305,6 @@ def _check_feasible(run: Run, plan: Plan) -> None:
             PairedDiscriminator(resolution, sizes.word_dim, channels=sizes.discriminator_channels)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
         pair.image_encoder(images)
-        model.captioner.first_input(images)
+        model.captioner.encode_images(images)
     for phase in plan.to_train:
         make_batches(run, phase, recipe.phase(phase))

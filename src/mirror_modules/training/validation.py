@@ -17,7 +17,7 @@ from mirror_modules.metrics.r_precision import RPrecision
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.models.mirrorgan import evaluating
-from mirror_modules.stream import Captioner, append_end, redescription_loss
+from mirror_modules.stream import Captioner, append_end, image_information, redescription_loss
 from mirror_modules.training.batches import Splits, unseen_captions
 from mirror_modules.training.state import AdversarialState
 
@@ -96,6 +96,10 @@ class WordAccuracy(NamedTuple):
     """Share of tokens with the largest logit, in [0, 1]."""
     cross_entropy: float
     """Nats per token."""
+    log_likelihood: Tensor
+    """Of each caption given its image, nats per token, (N,)."""
+    word_count: Tensor
+    """Tokens of each caption, (N,)."""
 
 
 @torch.no_grad()
@@ -103,34 +107,35 @@ def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
     """Accuracy and cross entropy of a captioner's next-token predictions."""
     device = captioner.embedding.weight.device
     tokens, word_mask = append_end(tokens, word_mask)
-    correct = entropy = 0.0
+    correct, losses = 0.0, []
     for image_chunk, token_chunk, mask_chunk in zip(*(rows.split(CHUNK) for rows in (images, tokens, word_mask))):
         logits = captioner(_as_floats(image_chunk).to(device), token_chunk.to(device), mask_chunk.to(device)).cpu()
         correct += float(((logits.argmax(dim=2) == token_chunk) & mask_chunk).sum())
-        entropy += float(redescription_loss(logits, token_chunk, mask_chunk)) * float(mask_chunk.sum())
-    return WordAccuracy(correct / float(word_mask.sum()), entropy / float(word_mask.sum()))
+        losses.append(redescription_loss(logits, token_chunk, mask_chunk, reduction="none"))
+    of_caption, count = torch.cat(losses), word_mask.sum(dim=1)
+    entropy = float((of_caption * count).sum() / count.sum())
+    return WordAccuracy(correct / float(count.sum()), entropy, -of_caption, count)
 
 
-def image_information(
-    captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor, own: float, seed: int
+def measure_image_information(
+    captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor, own: WordAccuracy, seed: int
 ) -> float:
-    """Pointwise mutual information of image and caption under a captioner, in nats per token.
-
-        information = mean over tokens of  log p(token | its image) - log p(token | another image)
-
-    Near zero, the captioner ignores the image, and its redescription loss can teach a generator little.
+    """The mean over all tokens of `functional.image_information`, with another image of the split for each caption.
 
     Args:
         captioner: In evaluation mode.
         images: At least two images.
         tokens: Their captions, (N, L).
         word_mask: True for a real word, (N, L).
-        own: Cross entropy given their own images, from `word_accuracy`.
+        own: Likelihoods given their own images, from `word_accuracy`.
         seed: Seed of the assignment of other images to captions.
     """
     # The inverse permutation: images in the order of this seed's derangement must not meet their own captions again.
     others = derangement(len(images), seed).argsort()
-    return word_accuracy(captioner, images, tokens[others], word_mask[others]).cross_entropy - own
+    prior = torch.empty_like(own.log_likelihood)
+    prior[others] = word_accuracy(captioner, images, tokens[others], word_mask[others]).log_likelihood
+    information = image_information(own.log_likelihood, prior)
+    return float((information * own.word_count).sum() / own.word_count.sum())
 
 
 def derangement(count: int, seed: int) -> Tensor:
@@ -152,9 +157,9 @@ def measure_captioner(captioner: Captioner, unseen: Unseen, seed: int) -> dict[s
     """Cross entropy, word accuracy and image information of a captioner on real images."""
     pairs = unseen.images, unseen.tokens, unseen.word_mask
     with evaluating(captioner):
-        accuracy, entropy = word_accuracy(captioner, *pairs)
-        information = image_information(captioner, *pairs, entropy, seed)
-    return {"cross_entropy": entropy, "word_accuracy": accuracy, "image_information": information}
+        own = word_accuracy(captioner, *pairs)
+        information = measure_image_information(captioner, *pairs, own, seed)
+    return {"cross_entropy": own.cross_entropy, "word_accuracy": own.accuracy, "image_information": information}
 
 
 def measure_generator(
@@ -168,7 +173,7 @@ def measure_generator(
     with evaluating(model):
         images = generate_images(model, unseen.tokens, unseen.word_mask, seed)
         result = _precision(pair, images, unseen, candidates, seed)
-        _, entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask)
+        entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask).cross_entropy
     return {"r_precision": result.top1, "redescription": entropy}
 
 

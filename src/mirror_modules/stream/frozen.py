@@ -1,0 +1,94 @@
+"""A captioner that others own, frozen for good."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from mirror_modules._checks import check_batch, check_images, check_tokens, check_word_mask, is_readable
+from mirror_modules.stream.probing import probe_captioner, run_captioner
+
+
+class FrozenCaptioner(nn.Module):
+    """The base of what scores images under a captioner: it is frozen, and its contract is checked at the first call.
+
+    The gradient reaches the image, never the captioner: its parameters require no gradient, its batch norm and dropout
+    layers are in evaluation mode, and neither `train()` nor `requires_grad_()` on this module, or on a model that
+    contains it, unfreezes it. Only its recurrent layers stay in training mode, without dropout, because cuDNN cannot
+    run backward through them otherwise.
+
+    Args:
+        captioner: Any Module `(images, tokens, word_mask) -> logits (B, L, V)`. It is modified in place.
+        check: Check its contract at the first call; see `probe_captioner`. Compiled graphs do not check.
+
+    Raises:
+        ValueError: `captioner` is not a Module.
+    """
+
+    def __init__(self, captioner: nn.Module, *, check: bool = True) -> None:
+        super().__init__()
+        if not isinstance(captioner, nn.Module):
+            raise ValueError(
+                f"{type(self).__name__}: captioner must be an nn.Module, but it is a {type(captioner).__name__}."
+            )
+        self.captioner = captioner
+        self._must_check = check
+        self._freeze()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this module; the captioner stays frozen."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        self.captioner.eval()
+        self.captioner.requires_grad_(False)
+        # An optimizer updates every parameter with a gradient, even one that remains from the captioner's own training.
+        self.captioner.zero_grad(set_to_none=True)
+        for module in self.captioner.modules():
+            if isinstance(module, nn.RNNBase):
+                module.dropout = 0.0
+                module.train()
+
+    def _is_frozen(self) -> bool:
+        """Check that no other owner of the captioner, such as a whole model, has changed its modes or gradients."""
+        is_trainable = any(parameter.requires_grad for parameter in self.captioner.parameters())
+        modules = self.captioner.modules()
+        return not is_trainable and all(module.training == isinstance(module, nn.RNNBase) for module in modules)
+
+    def _checked(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        word_mask: Tensor | None,
+        *,
+        paired: bool = True,
+        probed: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor | None:
+        """Check the inputs and, at the first call, the captioner; return the mask as bool.
+
+        Args:
+            images: (B, 3, H, W).
+            tokens: (B, L).
+            word_mask: (B, L) or None.
+            paired: Whether each image has one caption.
+            probed: Tokens and mask for the check of the captioner, if words of `tokens` cannot be replaced.
+        """
+        owner = type(self).__name__
+        check_images(owner, images)
+        check_tokens(owner, tokens, None)
+        if paired:
+            check_batch(owner, images=images, tokens=tokens)
+        word_mask = check_word_mask(owner, tokens, word_mask, may_stall=False)
+        if not self._is_frozen():
+            self._freeze()
+        is_empty = images.shape[0] == 0 or tokens.shape[0] == 0
+        if self._must_check and is_readable(images) and is_readable(tokens) and not is_empty:
+            probe_captioner(owner, self.captioner, images, *(probed or (tokens, word_mask)))
+            self._must_check = False
+        return word_mask
+
+    def _logits(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None) -> Tensor:
+        """The captioner's logits (B, L, V) of checked inputs."""
+        return run_captioner(type(self).__name__, self.captioner, images, tokens, word_mask)

@@ -1,0 +1,198 @@
+"""Captioners of Hugging Face, tiny and random, of the real classes: their own loss, gradients, padding, errors."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mirror_modules import RedescriptionLoss, RedescriptionScore
+
+transformers = pytest.importorskip("transformers")
+
+from mirror_modules.interop import captioner_from  # noqa: E402
+from tests.interop.tiny import MODELS, SIZE, PairProcessor, image_processor, make, make_tokenizer  # noqa: E402
+
+CAPTIONS = ["a small red flower with five petals", "a blue bird", "a large flower"]
+N = len(CAPTIONS)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(name):
+    """A model, its processor and the captioner, frozen by a loss."""
+    model, processor = make(name)
+    captioner = captioner_from(model, processor)
+    RedescriptionLoss(captioner)
+    return model, processor, captioner
+
+
+def draw(count=N, height=20, width=24):
+    return (torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1).requires_grad_()
+
+
+def own_loss(model, captioner, name, image, ids):
+    """The model's own mean loss of one caption, computed as its documentation says, from labels."""
+    pixels = captioner.preprocess(image)
+    start = captioner._family.start
+    text = torch.tensor([[*start, *ids]])
+    labels = torch.tensor([[*[-100] * len(start), *ids]])
+    if name == "vision-encoder-decoder":
+        # The model itself shifts the labels and adds the start token.
+        return model(pixel_values=pixels, labels=torch.tensor([ids])).loss
+    options = {"token_type_ids": (labels != -100).long()} if name == "paligemma" else {}
+    output = model(pixel_values=pixels, input_ids=text, attention_mask=torch.ones_like(text), labels=labels, **options)
+    if name == "git" and transformers.__version__.startswith("5.0."):
+        # Its loss shifts the labels twice.
+        return nn.functional.cross_entropy(output.logits[0, -len(ids) - 1 : -1], torch.tensor(ids))
+    return output.loss
+
+
+def test_the_score_is_the_models_own_loss_of_each_caption(name, made):
+    model, _, captioner = made
+    images = draw()
+    score = RedescriptionScore(captioner)(images, CAPTIONS)
+    tokens, word_mask = captioner.encode(CAPTIONS)
+    for i in range(N):
+        ids = tokens[i][word_mask[i]].tolist()
+        assert ids[-1] == 2  # the end token
+        expected = own_loss(model, captioner, name, images[i : i + 1], ids)
+        assert_close(-score[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_reaches_the_image_and_no_parameter(made):
+    model, _, captioner = made
+    images, before = draw(), {key: value.clone() for key, value in model.state_dict().items()}
+    RedescriptionScore(captioner)(images, CAPTIONS).sum().backward()
+    assert images.grad.isfinite().all()
+    assert (images.grad.flatten(1).abs().amax(dim=1) > 0).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_gradient_is_that_of_finite_differences(name):
+    score = RedescriptionScore(captioner_from(*make(name)).double())
+    images, direction = draw(1).double().detach(), torch.randn(1, 3, 20, 24, dtype=torch.float64)
+    leaf = images.clone().requires_grad_()
+    score(leaf, CAPTIONS[:1]).sum().backward()
+    step = 1e-3  # Some models compute parts in float32 in any case.
+    with torch.no_grad():
+        above, below = (score(images + sign * step * direction, CAPTIONS[:1]) for sign in (1, -1))
+    assert_close((leaf.grad * direction).sum(), ((above - below) / (2 * step)).sum(), rtol=2e-2, atol=1e-6)
+
+
+def test_a_caption_alone_has_the_score_that_it_has_in_a_batch(made):
+    score, images = RedescriptionScore(made[2]), draw()
+    together = score(images, CAPTIONS)
+    alone = torch.cat([score(images[i : i + 1], CAPTIONS[i : i + 1]) for i in range(N)])
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_matrix_equals_the_loop(made):
+    score, images = RedescriptionScore(made[2]), draw(2)
+    expected = torch.stack([score(images[[i] * N], CAPTIONS) for i in range(2)])
+    for batch_size in (1, 2, 4, 256):
+        assert_close(score.score_matrix(images, CAPTIONS, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_has_no_influence(made):
+    captioner, images = made[2], draw()
+    tokens, word_mask = captioner.encode(CAPTIONS)
+    garbage = tokens.where(word_mask, 7)
+    expected = captioner(images, tokens, word_mask)
+    assert_close(captioner(images, garbage, word_mask)[word_mask], expected[word_mask], rtol=1e-5, atol=1e-5)
+
+
+def test_yes_or_no(made):
+    captioner = made[2]
+    images, question = draw(), 'does this figure show " {} " ? yes or no .'
+    score = RedescriptionScore(captioner, yes_no=question, answer="yes")(images, CAPTIONS)
+    assert score.shape == (N,)
+    assert (score < 0).all()
+    tokens, word_mask, answer = captioner.encode_answer([question.replace("{}", CAPTIONS[1])], "yes")
+    assert answer.sum() == 1
+    logits = captioner(images[1:2], tokens, word_mask)
+    yes = captioner.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert tokens[answer].tolist() == yes
+    assert_close(score[1], logits[answer].log_softmax(dim=1)[0, yes[0]], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(score, RedescriptionScore(captioner, yes_no=question, answer="no")(images, CAPTIONS))
+
+
+def test_images_are_those_of_the_processor(made):
+    """Of bytes, the processor's own pixels give the same logits, up to rounding."""
+    _, processor, captioner = made
+    content = torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    images = content.permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
+    expected = processor.image_processor(images=[content.numpy()], return_tensors="pt")["pixel_values"]
+    assert_close(captioner.preprocess(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_changes_the_logits_but_not_the_tokens(name):
+    model, processor = make(name)
+    images = draw(1).detach()
+    plain, prompted = captioner_from(model, processor), captioner_from(model, processor, prompt="a small")
+    tokens, word_mask = plain.encode("a red flower")
+    assert torch.equal(tokens, prompted.encode("a red flower")[0])
+    assert prompted(images, tokens, word_mask).shape == plain(images, tokens, word_mask).shape
+    assert not torch.allclose(prompted(images, tokens, word_mask), plain(images, tokens, word_mask))
+
+
+def test_half_precision_and_the_models_own_device(name):
+    model, processor = make(name)
+    captioner = captioner_from(model.bfloat16(), processor)
+    images = draw()
+    RedescriptionScore(captioner)(images, CAPTIONS).sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_a_tokenizer_with_an_image_processor():
+    model, processor = make("blip")
+    pair = captioner_from(model, processor.tokenizer, image_processor=processor.image_processor)
+    whole, images = captioner_from(model, processor), draw()
+    tokens = whole.encode(CAPTIONS)
+    assert torch.equal(pair(images, *tokens), whole(images, *tokens))
+    assert whole.decode_text(tokens[0]) == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"model must be a model of transformers, but it is a Linear", lambda m, p: (nn.Linear(2, 3), p, {})),
+        (r"processor has no tokenizer; it is a int", lambda m, p: (m, 7, {})),
+        (r"has no image_processor; pass the model's processor, or image_processor=", lambda m, p: (m, p.tokenizer, {})),
+        (
+            r"GPT2LMHeadModel \(model_type 'gpt2'\) is neither BLIP, GIT nor",
+            lambda m, p: (transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1)), p, {}),
+        ),
+    ],
+)
+def test_other_models_and_processors_are_refused(message, change):
+    model, processor, options = change(*make("blip"))
+    with pytest.raises(ValueError, match="captioner_from: .*" + message):
+        captioner_from(model, processor, **options)
+
+
+def test_a_missing_start_token_is_named():
+    model, _ = make("git")
+    tokenizer = make_tokenizer()
+    tokenizer.cls_token = None
+    processor = PairProcessor(image_processor(transformers.CLIPImageProcessor), tokenizer)
+    with pytest.raises(ValueError, match=r"GitForCausalLM has no start token; set tokenizer\.cls_token"):
+        captioner_from(model, processor)
+
+
+@pytest.mark.parametrize("captions", [[], [7], "", ["a flower", ""]])
+def test_captions_that_cannot_be_encoded(captions):
+    captioner = captioner_from(*make("blip"))
+    with pytest.raises(ValueError, match=r"HuggingFaceCaptioner\.encode: .*(one string or several|has no token)"):
+        captioner.encode(captions)
+
+
+def test_a_number_of_captions_that_does_not_fit():
+    captioner = captioner_from(*make("blip"))
+    tokens, word_mask = captioner.encode(CAPTIONS)
+    with pytest.raises(ValueError, match="3 captions for 2 images; the number must be the same, or a multiple"):
+        captioner(draw(2), tokens, word_mask)
