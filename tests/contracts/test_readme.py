@@ -75,6 +75,27 @@ def test_the_python_of_the_readmes_round_trip_runs(demo, capsys):
     assert len(json.loads(capsys.readouterr().out.replace("'", '"'))) == 4
 
 
+def test_the_first_python_block_scores_images_with_a_captioner(monkeypatch):
+    """With a tiny model of the same class in place of the downloaded one."""
+    transformers = pytest.importorskip("transformers")
+    from tests.interop.tiny import make
+
+    model, processor = make("blip")
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return model
+
+    monkeypatch.setattr(transformers.BlipForConditionalGeneration, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: processor)
+    namespace = {}
+    exec(blocks(README, "python")[0], namespace)
+    assert loaded == ["Salesforce/blip-image-captioning-base"]
+    assert namespace["images"].grad.abs().sum() > 0
+    assert namespace["best"].scores.shape == (2, 8)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_and_option_exists(path, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
