@@ -316,8 +316,8 @@ class _Placeholder:
         self.image_id = image_id
         if getattr(model.config, "use_decoder_only_language_model", True) is False:
             raise ValueError(
-                f"captioner_from: the language model of {name} is an encoder with a decoder, which is not supported; use "
-                "a decoder-only one, such as OPT."
+                f"captioner_from: the language model of {name} is an encoder with a decoder, which is not supported; "
+                "use a decoder-only one, such as OPT."
             )
         parameters = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in parameters

@@ -48,9 +48,6 @@ class Preprocess(TypedCall, nn.Module):
         torch.Size([2, 3, 224, 224])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         size: tuple[int, int] | int | None,
@@ -64,9 +61,8 @@ class Preprocess(TypedCall, nn.Module):
         check_choice("Preprocess", "interpolation", interpolation, INTERPOLATIONS)
         self.size, self.crop = size, crop
         self.interpolation: Interpolation = interpolation
-        # The weights of other people's networks do not contain them.
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        # Not buffers, which half precision would round.
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     @classmethod
     def imagenet(cls, size: tuple[int, int] | int | None = (224, 224)) -> Self:
@@ -114,7 +110,8 @@ class Preprocess(TypedCall, nn.Module):
             pixels = pixels.clamp(0, 1)
         if self.crop is not None:
             pixels = _center(pixels, *self.crop)
-        return (pixels - self.mean) / self.std
+        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def extra_repr(self) -> str:
         """Settings that the repr shows."""
