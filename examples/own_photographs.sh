@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# From a folder of captioned photographs to a model and its report:
+# From a folder of captioned photographs to a model and its report, in runs/ and named after the folder:
 #
 #     examples/own_photographs.sh [FOLDER]
 #
-# Without a folder, twelve drawn flowers with captions are the photographs. STEPS=100 shortens the training.
+# Without a folder, twelve drawn flowers with captions are the photographs. STEPS=100 shortens the training. The command
+# mirror-modules must be on the path: activate the environment first, such as with `source .venv/bin/activate`.
 set -euo pipefail
 
-photographs=${1:-photographs}
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
+photographs=${1:-drawn_flowers}
 if [ $# -eq 0 ]; then
     python3 - "$photographs" <<'PYTHON'
 import sys
@@ -22,7 +27,7 @@ for number, flower in enumerate(SyntheticFlowers(12, resolution=96)):
 PYTHON
 fi
 
-run=runs/photographs
+run=runs/$(basename "$photographs")
 mirror-modules data inspect "$photographs" --out photographs.png
 mirror-modules train photos-64 --data "$photographs" --out "$run" ${STEPS:+--steps "$STEPS"}
 mirror-modules generate "$run/model" "a large red flower with five petals" --images 4 --grid --out generated.png

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mirror_modules.glam import (
         CascadedGenerator,
         GeneratedImages,
+        GlamBlock,
         GlobalLocalAttention,
         GlobalLocalContext,
         WordAttention,
@@ -50,6 +51,7 @@ __all__ = [
     "Condition",
     "ConditioningAugmentation",
     "GeneratedImages",
+    "GlamBlock",
     "GlobalLocalAttention",
     "GlobalLocalContext",
     "ImageEncoder",
@@ -78,6 +80,7 @@ _EXPORTS = {
     "glam": (
         "CascadedGenerator",
         "GeneratedImages",
+        "GlamBlock",
         "GlobalLocalAttention",
         "GlobalLocalContext",
         "WordAttention",

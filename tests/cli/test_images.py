@@ -85,6 +85,16 @@ def test_captions_are_read_from_a_file(capsys, model, tmp_path):
     assert_rejected(run(capsys, *words), "captions.txt is not UTF-8 text")
 
 
+def test_captions_that_cannot_be_read_and_long_ones(capsys, model, tmp_path):
+    words = ("generate", model, "--out", tmp_path / "f.png")
+    missing = run(capsys, *words, "--captions", tmp_path / "none.txt")
+    assert_rejected(missing, "none.txt cannot be read", "must be a text file with one caption per line")
+    assert_rejected(run(capsys, *words, "--captions", tmp_path), "cannot be read")
+    status, _, err = run(capsys, *words, "very " * 90 + CAPTION)
+    assert status == 0
+    assert "words of a caption, not all of 'very very" in err
+
+
 def test_a_file_in_place_of_a_caption_is_pointed_to_captions(capsys, model, tmp_path):
     (tmp_path / "captions.txt").write_text(CAPTION)
     result = run(capsys, "generate", model, tmp_path / "captions.txt", "--out", tmp_path / "f.png")

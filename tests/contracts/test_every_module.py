@@ -15,6 +15,7 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    GlamBlock,
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
@@ -59,6 +60,13 @@ def make_mirrorgan():
     return MirrorGAN(MirrorGANConfig(resolutions=(4, 8), **sizes, **captioner), Vocabulary(WORDS))
 
 
+def make_block(sentence_dim):
+    block = GlamBlock(C, D, sentence_dim)
+    # Zero at the start, when the result is the input.
+    nn.init.normal_(block.fusion.weight)
+    return block
+
+
 CASES = {
     "ConditioningAugmentation": Case(
         lambda: ConditioningAugmentation(D, E), lambda: ((torch.randn(B, D),), {"noise": torch.randn(B, E)})
@@ -70,6 +78,14 @@ CASES = {
     "WordAttention": Case(
         lambda: WordAttention(C, D),
         lambda: ((torch.randn(B, C, 5, 7), torch.randn(B, L, D), None, MASK), {"need_weights": True}),
+    ),
+    "GlamBlock": Case(
+        lambda: make_block(E),
+        lambda: ((torch.randn(B, C, 5, 7), torch.randn(B, L, D), torch.randn(B, E), MASK), {}),
+    ),
+    "GlamBlock on tokens, with words alone": Case(
+        lambda: make_block(None),
+        lambda: ((torch.randn(B, 35, C), torch.randn(B, L, D), None, MASK), {"size": (5, 7)}),
     ),
     "CascadedGenerator": Case(
         lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1),
@@ -122,7 +138,7 @@ def flat(result):
 
 def convert(inputs, change):
     """Apply a function to the floating point tensors of nested inputs."""
-    if inputs is None or isinstance(inputs, bool):
+    if inputs is None or isinstance(inputs, int):
         return inputs
     if isinstance(inputs, Tensor):
         return change(inputs) if inputs.is_floating_point() else inputs

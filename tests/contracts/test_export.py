@@ -15,6 +15,7 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    GlamBlock,
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
@@ -78,6 +79,25 @@ def stage(batch, length):
     }
 
 
+def make_block(sentence_dim=None):
+    block = GlamBlock(C, D, sentence_dim)
+    # Zero at the start, when the result is the input.
+    nn.init.normal_(block.fusion.weight)
+    return block
+
+
+def host(batch, length):
+    inputs = stage(batch, length)
+    inputs["sentence"] = inputs.pop("condition")
+    return inputs
+
+
+def tokens_of_host(batch, length):
+    inputs = stage(batch, length)
+    del inputs["condition"]
+    return {**inputs, "features": inputs["features"].flatten(2).mT, "size": (5, 7)}
+
+
 def captioned(batch, length):
     return {"images": images(batch), "tokens": tokens(batch, length), "word_mask": mask(batch, length)}
 
@@ -102,6 +122,8 @@ CASES = {
         lambda batch, length: {**stage(batch, length), "need_weights": True},
     ),
     "WordAttention": Case(lambda: WordAttention(C, D), stage),
+    "GlamBlock": Case(lambda: make_block(E), host),
+    "GlamBlock on tokens, with words alone": Case(make_block, tokens_of_host),
     "CascadedGenerator": Case(
         lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1),
         lambda batch, length: {
@@ -198,7 +220,9 @@ def test_an_exported_graph_is_equal_after_saving_and_loading(name):
     assert_close(tensors(loaded), tensors(module(**inputs)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["GlobalLocalAttention", "CascadedGenerator", "PairedDiscriminator", "ImageEncoder"])
+@pytest.mark.parametrize(
+    "name", ["GlobalLocalAttention", "GlamBlock", "CascadedGenerator", "PairedDiscriminator", "ImageEncoder"]
+)
 def test_gradients_flow_through_exported_graphs_without_recurrence(name):
     module = prepare(name)
     graph, inputs = export(module, CASES[name]).module(), CASES[name].inputs(*OTHERS[0])

@@ -12,6 +12,7 @@ import torch
 from mirror_modules import (
     Captioner,
     CascadedGenerator,
+    GlamBlock,
     GlobalLocalAttention,
     ImageFeatures,
     MatchingLoss,
@@ -80,6 +81,10 @@ def generate_with_attention(**options):
     return generator(torch.randn(B, Z), torch.randn(B, E), torch.randn(B, L, D))
 
 
+def attend_in_a_block(**options):
+    return GlamBlock(C, D, E, **options)(torch.randn(B, C, 4, 4), torch.randn(B, L, D), torch.randn(B, E))
+
+
 def match(**options):
     image_features = ImageFeatures(torch.randn(B, R, D), torch.randn(B, D))
     return MatchingLoss(**options)(image_features, TextFeatures(torch.randn(B, L, D), torch.randn(B, D)))
@@ -134,6 +139,9 @@ CASES = {
         f"{ATTENTION}._sentence_attention",
         "axis",
         ("channels", "positions"),
+    ),
+    "GlamBlock(impl)": Case(
+        lambda value: attend_in_a_block(impl=value), "mirror_modules.kernels.choose", "impl", ("auto", "torch")
     ),
     "MirrorGANConfig(text_dropout)": Case(
         lambda value: make_model(text_dropout=value).train()(tokens()),
@@ -223,7 +231,7 @@ def test_an_option_reaches_its_operation(monkeypatch, name, second):
     assert [call[case.argument] for call in calls] == [case.received(value)] * len(calls)
 
 
-@pytest.mark.parametrize("call", [generate_with_attention, match])
+@pytest.mark.parametrize("call", [generate_with_attention, attend_in_a_block, match])
 def test_a_named_kernel_that_cannot_run_raises(monkeypatch, call):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match=r"impl='triton' cannot run: .* on 'cpu'"):

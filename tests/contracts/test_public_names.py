@@ -19,6 +19,7 @@ PUBLIC_NAMES = [
     "Condition",
     "ConditioningAugmentation",
     "GeneratedImages",
+    "GlamBlock",
     "GlobalLocalAttention",
     "GlobalLocalContext",
     "ImageEncoder",

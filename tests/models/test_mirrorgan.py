@@ -359,12 +359,13 @@ def test_generated_images_of_every_form_are_described():
     [
         (torch.rand(2, 3, 16, 16) * 255, r"must be finite and in \[-1, 1\]; pass bytes \(uint8\), or x / 127.5 - 1"),
         (torch.full((1, 3, 16, 16), math.nan), r"must be finite and in \[-1, 1\]"),
-        (torch.zeros(3, 16, 16), r"must be \(B, 3, H, W\), but they are \(3, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"must be \(B, 3, H, W\), but they are \(3, 16, 16\); for one image, pass images\[None\]"),
         (
             torch.zeros(1, 3, 16, 16, dtype=torch.int64),
             r"floats in \[-1, 1\] or bytes \(uint8\), but they are",
         ),
-        (np.full((1, 16, 16, 3), 200.0), r"must be finite and in \[0, 1\]; pass bytes \(uint8\), or x / 255"),
+        (np.full((1, 16, 16, 3), 200.0), r"must be finite and in \[0, 1\]; pass bytes \(uint8\), x / 255, or \(x \+"),
+        (np.linspace(-1, 1, 768).reshape(1, 16, 16, 3), r"must be finite and in \[0, 1\]; .* of values in \[-1, 1\]"),
         (np.zeros((1, 3, 16, 16)), r"an array must be \(B, H, W, 3\) or \(H, W, 3\), but it is \(1, 3, 16, 16\)"),
         (np.zeros((16, 16, 3), np.int64), r"floats in \[0, 1\] or bytes \(uint8\), but it holds int64"),
         (7, "but they are of the type int"),
@@ -383,3 +384,10 @@ def test_no_images_have_no_descriptions():
 
 def test_a_model_in_half_precision_describes_float32_images():
     assert len(make().bfloat16().describe(torch.zeros(2, 3, 16, 16))) == 2
+
+
+@pytest.mark.parametrize("captions", [5, None, b"a red flower", [7], {"a red flower": 1}, {"a red flower"}])
+def test_captions_that_are_no_strings(captions):
+    for call in (make().generate, lambda captions: make().best_seeds(captions, 2)):
+        with pytest.raises(ValueError, match="captions must be one string or a list of strings, but they are"):
+            call(captions)

@@ -140,6 +140,21 @@ def test_without_a_gradient_none_is_required(captioner):
         assert RedescriptionLoss(captioner())(images, tokens).isfinite()
 
 
+@pytest.mark.parametrize("captioner", [Detached, Rounded])
+def test_the_gradient_is_checked_when_one_is_first_required(captioner):
+    images, tokens = draw()
+    loss = RedescriptionLoss(captioner())
+    with torch.no_grad():
+        loss(images, tokens)
+    with pytest.raises(ValueError, match=WRONG[captioner]):
+        loss(images, tokens)
+    right = Right()
+    loss = RedescriptionLoss(right)
+    for each in (images.detach(), images.detach(), images, images):
+        loss(each, tokens)
+    assert right.calls[1:3] + right.calls[4:] == [B, B, B, B]
+
+
 def test_the_padding_of_captioners_that_ignore_the_mask_is_harmless_on_the_right():
     assert RedescriptionLoss(PaddedOnTheLeft())(*draw(), RIGHT).isfinite()
 

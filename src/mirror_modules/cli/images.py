@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mirror_modules.data.readers.names import is_hidden
 from mirror_modules.models import MirrorGAN
 from mirror_modules.pictures.grids import captioned_grid, grid
 from mirror_modules.pictures.saving import numbered, save_images
+from mirror_modules.stem.vocabulary import split_words
 
 # Images per batch: the memory does not grow with their number.
 BATCH = 32
@@ -71,6 +73,9 @@ def generate(arguments: list[str]) -> None:
     rows = [caption for caption in captions for _ in range(options.images)]
     # Encoding all captions first finds the errors of each before an image is written, and warns once.
     model.vocabulary.encode(rows, max_words=model.config.max_words)
+    limit = model.config.max_words
+    if long := [caption for caption in captions if len(split_words(caption)) > limit]:
+        print(f"mirror-modules: the model reads {limit} words of a caption, not all of {long[0]!r}", file=sys.stderr)
     seeds = [options.seed + i for i in range(len(rows))]
     if options.best_of > 1:
         seeds = _best_seeds(model, options, rows)
@@ -100,7 +105,7 @@ def _best_seeds(model: MirrorGAN, options: GenerateOptions, captions: list[str])
 def _captions(options: GenerateOptions) -> list[str]:
     """The captions on the command line and those of the file."""
     for caption in options.caption:
-        if Path(caption).is_file():
+        if _is_file(caption):
             raise ValueError(
                 f"{caption!r} is a file, not a caption; to read captions from it, use --captions {caption}."
             )
@@ -108,6 +113,11 @@ def _captions(options: GenerateOptions) -> list[str]:
     if options.captions is not None:
         try:
             text = options.captions.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise ValueError(
+                f"--captions {options.captions} cannot be read ({error.strerror}); it must be a text file with one "
+                "caption per line."
+            ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"--captions {options.captions} is not UTF-8 text ({error}).") from error
         captions += [line.strip() for line in text.splitlines() if line.strip()]
@@ -116,6 +126,14 @@ def _captions(options: GenerateOptions) -> list[str]:
     if not captions:
         raise ValueError("there is no caption; add at least one after the model's folder, or use --captions FILE.")
     return captions
+
+
+def _is_file(caption: str) -> bool:
+    try:
+        return Path(caption).is_file()
+    except OSError:
+        # Longer than a name may be.
+        return False
 
 
 def _batches(

@@ -9,12 +9,14 @@ from mirror_modules.glam.attention import (
     sentence_attention,
     word_attention,
 )
+from mirror_modules.glam.block import GlamBlock
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
 from mirror_modules.glam.stages import StageAttention, StageContext
 
 __all__ = [
     "CascadedGenerator",
     "GeneratedImages",
+    "GlamBlock",
     "GlobalLocalAttention",
     "GlobalLocalContext",
     "StageAttention",

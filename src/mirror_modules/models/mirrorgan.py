@@ -225,7 +225,7 @@ class MirrorGAN(TypedCall, nn.Module):
         """
         owner = "MirrorGAN.best_seeds"
         check_positive(owner, best_of=best_of, images_per_caption=images_per_caption)
-        listed = [captions] if isinstance(captions, str) else list(captions)
+        listed = _as_list(owner, captions)
         rows = [caption for caption in listed for _ in range(images_per_caption)]
         tokens, word_mask = append_end(*self.vocabulary.encode(rows, max_words=self.config.max_words))
         tokens, word_mask = tokens.to(self.device), word_mask.to(self.device)
@@ -276,7 +276,7 @@ class MirrorGAN(TypedCall, nn.Module):
         """
         owner = "MirrorGAN.generate"
         check_positive(owner, images_per_caption=images_per_caption)
-        captions = [captions] if isinstance(captions, str) else captions
+        captions = _as_list(owner, captions)
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
         noise, condition_noise = self._sample_noise(owner, len(tokens) * images_per_caption, seed, truncation)
         with evaluating(self):
@@ -481,6 +481,13 @@ def _attention(config: MirrorGANConfig) -> Literal["word", "none"] | AttentionFa
         score_projection=config.score_projection,
         sentence_axis=config.sentence_axis,
     )
+
+
+def _as_list(owner: str, captions: Any) -> list[str]:
+    listed = [captions] if isinstance(captions, str) else captions
+    if not isinstance(listed, Sequence) or not all(isinstance(caption, str) for caption in listed):
+        raise ValueError(f"{owner}: captions must be one string or a list of strings, but they are {captions!r}.")
+    return list(listed)
 
 
 def _seeds_of(owner: str, count: int, seed: int | Sequence[int]) -> list[int]:

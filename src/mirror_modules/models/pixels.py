@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("pt", "np", "pil")
 # Resampling overshoots [-1, 1] a little; beyond this, the values are in another range.
-LARGEST_VALUE = 2.0
+LARGEST_VALUE, LARGEST_OF_ARRAY = 2.0, 1.5
 
 
 def from_model(images: Tensor, output: str) -> Tensor | NDArray[np.float32] | list[Image]:
@@ -64,7 +64,8 @@ def _from_tensor(owner: str, images: Tensor) -> Tensor:
     if images.dtype == torch.uint8 and images.ndim == 4 and 3 in (images.shape[1], images.shape[3]):
         return to_float(images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images)
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}.")
+        hint = "; for one image, pass images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{owner}: images must be (B, 3, H, W), but they are {shape_of(images)}{hint}.")
     if not images.is_floating_point():
         raise ValueError(f"{owner}: images must be floats in [-1, 1] or bytes (uint8), but they are {images.dtype}.")
     return _checked_range(owner, images, LARGEST_VALUE, "[-1, 1]; pass bytes (uint8), or x / 127.5 - 1")
@@ -75,11 +76,14 @@ def _from_array(owner: str, images: NDArray[Any]) -> Tensor:
     if batch.ndim != 4 or batch.shape[3] != 3:
         raise ValueError(f"{owner}: an array must be (B, H, W, 3) or (H, W, 3), but it is {images.shape}.")
     if batch.dtype == np.uint8:
-        return to_float(torch.from_numpy(np.ascontiguousarray(batch)))
+        # A copy: arrays of Pillow images are read-only.
+        return to_float(torch.from_numpy(batch.copy()))
     if not np.issubdtype(batch.dtype, np.floating):
         raise ValueError(f"{owner}: an array must hold floats in [0, 1] or bytes (uint8), but it holds {batch.dtype}.")
     pixels = torch.from_numpy(np.ascontiguousarray(batch, dtype=np.float32)).permute(0, 3, 1, 2)
-    return _checked_range(owner, 2 * pixels - 1, 2 * LARGEST_VALUE - 1, "[0, 1]; pass bytes (uint8), or x / 255")
+    # Narrower than for tensors, so that values in [-1, 1] are refused.
+    expected = "[0, 1]; pass bytes (uint8), x / 255, or (x + 1) / 2 of values in [-1, 1]"
+    return _checked_range(owner, 2 * pixels - 1, LARGEST_OF_ARRAY, expected)
 
 
 def _checked_range(owner: str, images: Tensor, largest: float, expected: str) -> Tensor:

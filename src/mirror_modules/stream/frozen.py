@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mirror_modules._checks import check_batch, check_images, check_tokens, check_word_mask, is_readable
-from mirror_modules.stream.probing import probe_captioner, run_captioner
+from mirror_modules.stream.probing import needs_gradient, probe_captioner, run_captioner
 
 
 class FrozenCaptioner(nn.Module):
@@ -19,7 +19,8 @@ class FrozenCaptioner(nn.Module):
 
     Args:
         captioner: Any Module `(images, tokens, word_mask) -> logits (B, L, V)`. It is modified in place.
-        check: Check its contract at the first call; see `probe_captioner`. Compiled graphs do not check.
+        check: Check its contract at the first call, and at the first one whose images require a gradient; see
+            `probe_captioner`. Compiled graphs do not check.
 
     Raises:
         ValueError: `captioner` is not a Module.
@@ -32,7 +33,8 @@ class FrozenCaptioner(nn.Module):
                 f"{type(self).__name__}: captioner must be an nn.Module, but it is a {type(captioner).__name__}."
             )
         self.captioner = captioner
-        self._must_check = check
+        # The first call may need no gradient; whether one arrives is then checked later.
+        self._unchecked = {"contract", "gradient"} if check else set[str]()
         self._freeze()
 
     def train(self, mode: bool = True) -> Self:
@@ -84,9 +86,11 @@ class FrozenCaptioner(nn.Module):
         if not self._is_frozen():
             self._freeze()
         is_empty = images.shape[0] == 0 or tokens.shape[0] == 0
-        if self._must_check and is_readable(images) and is_readable(tokens) and not is_empty:
-            probe_captioner(owner, self.captioner, images, *(probed or (tokens, word_mask)))
-            self._must_check = False
+        if self._unchecked and is_readable(images) and is_readable(tokens) and not is_empty:
+            due = self._unchecked & ({"contract", "gradient"} if needs_gradient(images) else {"contract"})
+            if due:
+                probe_captioner(owner, self.captioner, images, *(probed or (tokens, word_mask)))
+            self._unchecked = self._unchecked - due
         return word_mask
 
     def _logits(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None) -> Tensor:

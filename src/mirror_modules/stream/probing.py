@@ -52,16 +52,21 @@ def probe_captioner(owner: str, captioner: nn.Module, images: Tensor, tokens: Te
         ValueError: The contract is broken; the message names the likely mistake.
     """
     probe = _Probe(tokens, word_mask)
-    needs_gradient = images.requires_grad and torch.is_grad_enabled() and not images.is_inference()
-    with _without_side_effects(captioner, images.device), torch.set_grad_enabled(needs_gradient):
-        image = images[:1].detach().clone().requires_grad_(needs_gradient)
+    with_gradient = needs_gradient(images)
+    with _without_side_effects(captioner, images.device), torch.set_grad_enabled(with_gradient):
+        image = images[:1].detach().clone().requires_grad_(with_gradient)
         copies = image.repeat(probe.tokens.shape[0], 1, 1, 1)
         logits_NLV = run_captioner(owner, captioner, copies, probe.tokens, probe.word_mask)
         name = f"the captioner {type(captioner).__name__}"
         _check_values(owner, name, logits_NLV.detach(), probe)
         _check_dependence(owner, name, logits_NLV.detach(), probe, autocast_dtype(images))
-        if needs_gradient:
+        if with_gradient:
             _check_gradient(owner, name, logits_NLV, probe, image)
+
+
+def needs_gradient(images: Tensor) -> bool:
+    """Whether a call with these images is expected to give them a gradient."""
+    return images.requires_grad and torch.is_grad_enabled() and not images.is_inference()
 
 
 class _Probe:

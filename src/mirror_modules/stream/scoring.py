@@ -229,7 +229,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         if not listed or not all(isinstance(caption, str) for caption in listed):
             raise ValueError(f"{owner}: captions must be token ids (B, L), or strings, at least one.")
         plain = None
-        if self.question is None or self._must_check:
+        if self.question is None or self._unchecked:
             tokens, word_mask = self.encode(listed)
             plain = tokens.to(images.device), word_mask.to(images.device)
             if self.question is None:
