@@ -359,7 +359,7 @@ def test_generated_images_of_every_form_are_described():
     [
         (torch.rand(2, 3, 16, 16) * 255, r"must be finite and in \[-1, 1\]; pass bytes \(uint8\), or x / 127.5 - 1"),
         (torch.full((1, 3, 16, 16), math.nan), r"must be finite and in \[-1, 1\]"),
-        (torch.zeros(3, 16, 16), r"must be \(B, 3, H, W\), but they are \(3, 16, 16\); for one image, pass images\[None\]"),
+        (torch.zeros(3, 16, 16), r"but they are \(3, 16, 16\); for one image, pass images\[None\]"),
         (
             torch.zeros(1, 3, 16, 16, dtype=torch.int64),
             r"floats in \[-1, 1\] or bytes \(uint8\), but they are",
