@@ -61,7 +61,7 @@ def load(size, split):
     return images, [flower.captions[0] for flower in flowers]
 
 
-def main(steps=100, batch_size=16):
+def main(steps=120, batch_size=16):
     torch.manual_seed(0)
     images, captions = load(1024, "train")
     vocabulary = Vocabulary.build(captions)

@@ -269,6 +269,20 @@ def test_the_attention_is_the_one_of_the_package():
     assert "channels=3, word_dim=13, sentence_dim=17" in repr(block)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_kernel_gives_the_same_result_and_gradients(device, layout):
+    block = trained().to(device)
+    features, words, sentence = (tensor.to(device).requires_grad_() for tensor in draw())
+    mask, target = MASK.to(device), torch.randn(B, C, H, W, device=device)
+    results = []
+    for impl in ("torch", "triton"):
+        block.attention.impl = impl
+        result = block(features.to(memory_format=layout), words, sentence, mask)
+        leaves = (features, words, sentence, *block.parameters())
+        results.append((result, *torch.autograd.grad((result * target).sum(), leaves)))
+    assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
 FEATURES, WORDS, SENTENCE = torch.zeros(B, C, H, W), torch.zeros(B, L, D), torch.zeros(B, E)
 TOKENS = torch.zeros(B, H * W, C)
 ERRORS = {
