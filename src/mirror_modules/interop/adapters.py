@@ -16,6 +16,7 @@ from mirror_modules._checks import (
     check_choice,
     zero_padding,
 )
+from mirror_modules._freezing import freeze, is_frozen
 from mirror_modules._typing import TypedCall
 
 Pooling = Literal["pooled", "projection", "mean"]
@@ -40,17 +41,11 @@ class Adapter(TypedCall, nn.Module):
 
     def _freeze(self) -> None:
         for child in self.children():
-            child.eval()
-        self.requires_grad_(False)
-        # An optimizer updates every parameter with a gradient, even one that remains from the model's own training.
-        self.zero_grad(set_to_none=True)
+            freeze(child)
 
     def _keep_frozen(self) -> None:
         """Freeze again if another owner of the model, or a Module that contains it, has changed modes or gradients."""
-        if self.trainable:
-            return
-        is_awake = any(module.training for child in self.children() for module in child.modules())
-        if is_awake or any(parameter.requires_grad for parameter in self.parameters()):
+        if not self.trainable and not all(map(is_frozen, self.children())):
             self._freeze()
 
     @contextmanager

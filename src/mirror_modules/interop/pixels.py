@@ -13,12 +13,12 @@ from typing_extensions import Self
 
 from mirror_modules._checks import at_least_float32, check_choice, check_images, shape_of
 from mirror_modules._typing import TypedCall
+from mirror_modules.stem.image_encoder import IMAGENET_MEAN, IMAGENET_STD
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 # By the number of Pillow's filter. Lanczos, which torch lacks, is close to bicubic.
 _FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Largest mean difference from the pixels of a processor, in standard deviations: rounding to bytes causes 0.01.
 TOLERANCE = 0.05
 

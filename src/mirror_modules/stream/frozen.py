@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mirror_modules._checks import check_batch, check_images, check_tokens, check_word_mask, is_readable
+from mirror_modules._freezing import freeze, is_frozen
 from mirror_modules.stream.probing import needs_gradient, probe_captioner, run_captioner
 
 
@@ -35,29 +36,13 @@ class FrozenCaptioner(nn.Module):
         self.captioner = captioner
         # The first call may need no gradient; whether one arrives is then checked later.
         self._unchecked = {"contract", "gradient"} if check else set[str]()
-        self._freeze()
+        freeze(self.captioner)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this module; the captioner stays frozen."""
         super().train(mode)
-        self._freeze()
+        freeze(self.captioner)
         return self
-
-    def _freeze(self) -> None:
-        self.captioner.eval()
-        self.captioner.requires_grad_(False)
-        # An optimizer updates every parameter with a gradient, even one that remains from the captioner's own training.
-        self.captioner.zero_grad(set_to_none=True)
-        for module in self.captioner.modules():
-            if isinstance(module, nn.RNNBase):
-                module.dropout = 0.0
-                module.train()
-
-    def _is_frozen(self) -> bool:
-        """Check that no other owner of the captioner, such as a whole model, has changed its modes or gradients."""
-        is_trainable = any(parameter.requires_grad for parameter in self.captioner.parameters())
-        modules = self.captioner.modules()
-        return not is_trainable and all(module.training == isinstance(module, nn.RNNBase) for module in modules)
 
     def _checked(
         self,
@@ -83,8 +68,8 @@ class FrozenCaptioner(nn.Module):
         if paired:
             check_batch(owner, images=images, tokens=tokens)
         word_mask = check_word_mask(owner, tokens, word_mask, may_stall=False)
-        if not self._is_frozen():
-            self._freeze()
+        if not is_frozen(self.captioner):
+            freeze(self.captioner)
         is_empty = images.shape[0] == 0 or tokens.shape[0] == 0
         if self._unchecked and is_readable(images) and is_readable(tokens) and not is_empty:
             due = self._unchecked & ({"contract", "gradient"} if needs_gradient(images) else {"contract"})
