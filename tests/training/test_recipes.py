@@ -91,6 +91,9 @@ def test_a_field_of_the_wrong_type_or_range_is_named(fields, message):
             r"that folder, use `mirror-modules train photos-64 --data 'my photos'`",
         ),
         ({"data": {"on_error": "skip"}}, r"DataRecipe: on_error='skip' has no effect with source='synthetic-flowers'"),
+        ({"data": {"held_out_share": 0.2}}, r"DataRecipe: held_out_share=0\.2 has no effect with source='synthetic-"),
+        ({"data": {"source": "auto", "held_out_share": 0.51}}, r"held_out_share must be at most 0\.5, but it is 0\.51"),
+        ({"data": {"source": "auto", "held_out_share": -0.1}}, r"held_out_share must be 0 or more, but it is -0\.1"),
         (
             {"stem": {"word_weight": 0, "word_pairs": 3}},
             r"word_pairs=3 has no effect with word_weight=0; leave .* at 48",
@@ -156,10 +159,10 @@ def test_the_list_of_recipes_names_their_data_and_the_options_that_they_read():
     assert all("on two CPU cores" in text for text in whole.values())
     read = {name: text.partition("Reads ")[2].rstrip(".").split(", ") for name, text in whole.items()}
     everything = ["--data.source", "--data", "--data.training-images", "--data.validation-images", "--data.min-count"]
-    everything += ["--data.augment", "--data.on-error", "--data.long-captions"]
+    everything += ["--data.augment", "--data.on-error", "--data.long-captions", "--data.held-out-share"]
     assert read["photos-64"] == read["flowers-64"] == everything
     assert read["demo"] == read["ablation"]
-    assert set(everything) - set(read["demo"]) == {"--data", "--data.on-error"}
+    assert set(everything) - set(read["demo"]) == {"--data", "--data.on-error", "--data.held-out-share"}
 
 
 def test_a_recipe_is_loaded_from_a_file_and_errors_name_it(tmp_path):

@@ -15,7 +15,7 @@ from mirror_modules.training.recipes.fields import changed_fields, override
 PHASES = ("stem", "stream", "glam", "evaluator")
 """The phases of a run, in order."""
 
-NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error")
+NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error", "held_out_share")
 """Fields of `DataRecipe` that apply to files only."""
 
 
@@ -47,11 +47,17 @@ class DataRecipe:
     """Whether a damaged file ends the run, or is skipped and listed as long as at most 5 % are damaged."""
     long_captions: Literal["cut", "subsample"] = "cut"
     """Training keeps the first words of captions longer than the model's max_words, or random ones in their order."""
+    held_out_share: float = 0.1
+    """Share of the training images kept from all training, to evaluate on training classes too, where validation has
+    other classes; 0 trains on all images."""
 
     def __post_init__(self) -> None:
         limits = {"training_images": self.training_images, "validation_images": self.validation_images}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         check_positive("DataRecipe", min_count=self.min_count, **given)
+        _check_not_negative("DataRecipe", self, "held_out_share")
+        if self.held_out_share > 0.5:
+            raise ValueError(f"DataRecipe: held_out_share must be at most 0.5, but it is {self.held_out_share!r}.")
         if self.source != "synthetic-flowers":
             return
         if self.path is not None:
