@@ -9,7 +9,7 @@ from mirror_modules import RedescriptionLoss, RedescriptionScore
 
 transformers = pytest.importorskip("transformers")
 
-from mirror_modules.interop import captioner_from  # noqa: E402
+from mirror_modules.interop import captioner_from, huggingface  # noqa: E402
 from tests.interop.tiny import MODELS, SIZE, PairProcessor, image_processor, make, make_tokenizer  # noqa: E402
 
 CAPTIONS = ["a small red flower with five petals", "a blue bird", "a large flower"]
@@ -96,6 +96,63 @@ def test_the_matrix_equals_the_loop(made):
     expected = torch.stack([score(images[[i] * N], CAPTIONS) for i in range(2)])
     for batch_size in (1, 2, 4, 256):
         assert_close(score.score_matrix(images, CAPTIONS, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5)
+
+
+WITH_PLACEHOLDERS = pytest.mark.parametrize("kind", ["blip-2", "llava", "paligemma"])
+
+
+@WITH_PLACEHOLDERS
+def test_features_computed_apart_equal_the_whole_model(kind, monkeypatch):
+    model, processor = make(kind)
+    captioner = captioner_from(model, processor)
+    monkeypatch.delitem(huggingface._FAMILIES, kind)
+    whole = captioner_from(model, processor)
+    images, (tokens, word_mask) = draw(2), captioner.encode(CAPTIONS)
+    encoded = captioner.encode_images(images)
+    assert encoded.shape == (2, 3 if kind == "blip-2" else 4, 16)
+    # Row k belongs to image k mod 2.
+    tokens, word_mask = (part.repeat_interleave(2, dim=0) for part in (tokens, word_mask))
+    expected = whole(images.repeat(N, 1, 1, 1), tokens, word_mask)
+    logits = captioner.decode(encoded, tokens, word_mask)
+    assert_close(logits[word_mask], expected[word_mask], rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logits[word_mask].square().sum(), images)
+    (expected,) = torch.autograd.grad(expected[word_mask].square().sum(), images)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().amax().item())
+    assert not torch.allclose(logits[0], logits[1])
+
+
+def vision_tower(name, model):
+    if name in ("blip", "blip-2"):
+        return model.vision_model
+    if name == "vision-encoder-decoder":
+        return model.encoder
+    return model.git.image_encoder if name == "git" else model.model.vision_tower
+
+
+@pytest.mark.parametrize("batch_size", [2, 256])
+def test_a_matrix_encodes_each_image_once(name, batch_size):
+    model, processor = make(name)
+    score, encoded = RedescriptionScore(captioner_from(model, processor), check=False), []
+    vision_tower(name, model).register_forward_hook(lambda _, inputs, output: encoded.append(len(output[0])))
+    score.score_matrix(draw(2), CAPTIONS, batch_size=batch_size)
+    # GIT encodes each image once for the captions of a batch: here two, then one.
+    blocks = 2 if name == "git" and batch_size == 2 else 1
+    assert sum(encoded) == 2 * blocks
+
+
+def test_the_gradient_of_the_matrix_is_that_of_the_pairs(made):
+    score, images = RedescriptionScore(made[2]), draw(2)
+    (expected,) = torch.autograd.grad(sum(score(images[[i] * N], CAPTIONS).sum() for i in range(2)), images)
+    (gradient,) = torch.autograd.grad(score.score_matrix(images, CAPTIONS, batch_size=4).sum(), images)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().amax().item())
+
+
+@WITH_PLACEHOLDERS
+def test_an_image_token_in_a_caption(kind):
+    captioner = captioner_from(*make(kind))
+    tokens, word_mask = captioner.encode("a <image> flower")
+    with pytest.raises(ValueError, match=r"[34] features per image, but the rows of tokens have \[1\] places"):
+        captioner(draw(1), tokens, word_mask)
 
 
 def test_padding_has_no_influence(made):

@@ -36,7 +36,9 @@ def captioner_from(
     and the attention mask hides padding.
 
     Supported are BLIP, GIT and vision-encoder-decoder models, BLIP-2, and models with placeholders for the image in
-    their prompt, such as PaliGemma and LLaVA, as long as `pixel_values` are (B, 3, H, W).
+    their prompt, such as PaliGemma and LLaVA, as long as `pixel_values` are (B, 3, H, W). For several captions of an
+    image, as in `RedescriptionScore.score_matrix`, all those named here encode it once; other models with placeholders
+    encode it for each caption.
 
     Args:
         model: The model, loaded by its own `from_pretrained`. Its precision and device stay as they are.
@@ -300,7 +302,10 @@ class _EncoderDecoder(_TextPrompt):
 
 
 class _Placeholder:
-    """A language model whose prompt holds placeholders that the features of the image replace."""
+    """A language model whose prompt holds placeholders that the features of the image replace.
+
+    The whole model runs for each caption, because nothing is known of how it combines image and text.
+    """
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None) -> None:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
@@ -319,7 +324,7 @@ class _Placeholder:
                 f"captioner_from: the language model of {name} is an encoder with a decoder, which is not supported; "
                 "use a decoder-only one, such as OPT."
             )
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(self.decoder.forward).parameters
         self.takes_types = "token_type_ids" in parameters
         self.keeps_logits = "logits_to_keep" in parameters
         template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
@@ -331,8 +336,17 @@ class _Placeholder:
             raise ValueError(f"captioner_from: the tokenizer of {name} has no end token; set tokenizer.eos_token.")
         self.end = [end]
 
+    @property
+    def decoder(self) -> Any:
+        """The module that computes the logits."""
+        return self.model
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         return pixels
+
+    def image_and_text(self, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """The inputs of the decoder that hold one encoded image for each row of ids."""
+        return {"pixel_values": encoded, "input_ids": ids}
 
     def question(self, text: str) -> list[int]:
         """The whole prompt with its placeholders, in place of the usual one."""
@@ -352,9 +366,8 @@ class _Placeholder:
         if self.takes_types:
             # 0 is the prompt, in which attention is bidirectional.
             options["token_type_ids"] = torch.cat((torch.zeros_like(start), torch.ones_like(tokens)), dim=1)[:, :-1]
-        pixels = _repeated(encoded, tokens)
-        options |= {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-        output = self.model(pixel_values=pixels, **options)
+        inputs = self.image_and_text(_repeated(encoded, tokens), ids)
+        output = self.decoder(**inputs, attention_mask=attention_mask, use_cache=False, **options)
         logits = cast(Tensor, output.logits)[:, -kept:]
         if kept == tokens.shape[1]:
             return logits
@@ -387,10 +400,46 @@ class _Placeholder:
         return ids
 
 
+class _ImageFeatures(_Placeholder):
+    """Placeholders whose features are computed apart, once per image.
+
+    The model itself still builds its masks and positions from the embeddings and the token types: PaliGemma attends
+    bidirectionally in the prompt.
+    """
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        features = self.model.get_image_features(pixels).pooler_output
+        # LLaVA lists one tensor per image.
+        return features if isinstance(features, Tensor) else torch.stack(tuple(features))
+
+    def image_and_text(self, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        is_image = ids == self.image_id
+        if bool((is_image.sum(dim=1) != encoded.shape[1]).any()):
+            raise ValueError(
+                f"HuggingFaceCaptioner: {type(self.model).__name__} has {encoded.shape[1]} features per image, but the "
+                f"rows of tokens have {is_image.sum(dim=1).unique().tolist()} places for them; remove image tokens "
+                "from captions, and check that processor and model belong together."
+            )
+        # The id of a placeholder may lie beyond the embeddings.
+        embeddings = self.model.get_input_embeddings()(ids.masked_fill(is_image, 0))
+        return {"inputs_embeds": embeddings.masked_scatter(is_image.unsqueeze(2), encoded.to(embeddings))}
+
+
+class _Blip2(_ImageFeatures):
+    """The model itself would not run without pixels; all that it does with the embeddings is to pass them on."""
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.language_model
+
+
 _FAMILIES: dict[str, type[_Family]] = {
     "blip": _Blip,
     "git": _Git,
     "vision-encoder-decoder": _EncoderDecoder,
+    "blip-2": _Blip2,
+    "llava": _ImageFeatures,
+    "paligemma": _ImageFeatures,
 }
 
 
