@@ -12,8 +12,16 @@ from mirror_modules.data import CaptionedImage, ErrorReport, InMemoryCaptions, R
 from mirror_modules.data.transforms import to_float
 from mirror_modules.stem import Vocabulary
 from mirror_modules.stem.vocabulary import split_words
-from mirror_modules.training.batches import Splits, load_batches, load_splits, to_device, unseen_captions
-from tests.layouts import make_coco, make_flowers
+from mirror_modules.training.batches import (
+    Splits,
+    draw_held_out,
+    has_classes,
+    load_batches,
+    load_splits,
+    to_device,
+    unseen_captions,
+)
+from tests.layouts import captions_of, make_coco, make_flowers
 
 CPU = torch.device("cpu")
 
@@ -134,6 +142,99 @@ def test_a_photograph_in_both_splits_is_rejected(tiny_recipe, tmp_path):
         ValueError, match=r"load_splits: 1 images are in both splits, such as .*image_00002\.jpg; validating"
     ):
         make_splits(tiny_recipe, source="oxford-flowers", path=str(root), training_images=None, validation_images=None)
+
+
+NONE = torch.zeros(0, dtype=torch.long)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_held_out_images_are_a_share_of_each_class(share, seed):
+    sizes = {3: 41, 11: 2, 2: 17, 7: 1, 5: 30}
+    random = torch.Generator().manual_seed(seed)
+    classes = torch.cat([torch.full((size,), class_id) for class_id, size in sizes.items()])
+    classes = classes[torch.randperm(len(classes), generator=random)]
+    rows = draw_held_out(classes, NONE, share, seed)
+    # 7 has a single image, which stays in the training.
+    assert len(rows) == int(share * (len(classes) - 1) + 1e-9)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    for class_id, size in sizes.items():
+        drawn = sum(int(classes[row]) == class_id for row in rows)
+        assert drawn == 0 if size == 1 else abs(drawn - share * size) < 1
+        assert size - drawn >= max(1, size // 2)
+    assert torch.equal(rows, draw_held_out(classes, NONE, share, seed))
+    assert not torch.equal(rows, draw_held_out(classes, NONE, share, seed + 1))
+
+
+def test_every_image_is_held_out_equally_often():
+    classes = torch.arange(23) % 3
+    counts = torch.zeros(23)
+    for seed in range(1500):
+        counts[draw_held_out(classes, NONE, 0.3, seed)] += 1
+    assert counts.sum() == 1500 * 6
+    # Five standard deviations around the mean.
+    assert (counts - counts.mean()).abs().max() < 5 * (1500 * (6 / 23) * (17 / 23)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("classes", "validation", "share"),
+    [
+        (torch.arange(40) % 4, torch.tensor([7, 9]), 0.0),
+        (torch.arange(40) % 4, torch.tensor([7, 3]), 0.1),  # class 3 is in both splits
+        (torch.arange(40), torch.tensor([47]), 0.1),  # every image has a class of its own
+        (torch.zeros(40).long(), torch.tensor([47]), 0.1),
+        (torch.arange(19) % 4, torch.tensor([7]), 0.1),  # a single image
+        (NONE, NONE, 0.1),
+    ],
+)
+def test_nothing_is_held_out_where_it_would_say_nothing_new(classes, validation, share):
+    assert draw_held_out(classes, validation, share, seed=0).tolist() == []
+
+
+def test_data_have_classes_if_images_share_them():
+    assert has_classes(torch.tensor([3, 5, 3, 5]))
+    assert not has_classes(torch.tensor([3, 5, 3, 5, 7]))
+    assert not has_classes(torch.tensor([3, 3, 3, 3]))
+
+
+def test_held_out_images_are_kept_from_the_training_and_its_vocabulary(tiny_recipe, tmp_path):
+    root = make_flowers(tmp_path, training=43, validation=5)
+    options = {"source": "oxford-flowers", "path": str(root), "training_images": None, "validation_images": None}
+    whole = make_splits(tiny_recipe, **options, held_out_share=0.0)
+    splits = make_splits(tiny_recipe, **options, held_out_share=0.3, augment=True)
+    assert whole.held_out is None
+    assert (len(whole.training), len(splits.training), len(splits.held_out)) == (43, 31, 12)
+    assert splits.training.images.shape[1] == 19
+    held_out, kept = splits.held_out.captions, splits.training.captions
+    assert sorted([*held_out, *kept]) == sorted(whole.training.captions)
+    assert splits.vocabulary == Vocabulary.build([caption for captions in kept for caption in captions])
+    assert splits.held_out.vocabulary is splits.vocabulary
+    for image, captions, class_id in zip(splits.held_out.images, held_out, splits.held_out.class_ids):
+        row = whole.training.captions.index(captions)
+        assert torch.equal(image, whole.training.images[row])
+        assert class_id == whole.training.class_ids[row]
+    # The limits of the recipe hold for what is left.
+    few = make_splits(tiny_recipe, **{**options, "training_images": 7, "validation_images": 3}, held_out_share=0.3)
+    assert (len(few.training), len(few.validation), len(few.held_out)) == (7, 3, 3)
+    assert set(few.training.captions) <= set(kept)
+    assert set(few.held_out.captions) <= set(held_out)
+
+
+def test_drawn_flowers_have_no_held_out_images(tiny_recipe):
+    assert make_splits(tiny_recipe).held_out is None
+
+
+def test_damaged_held_out_images_are_counted_with_those_of_training(tiny_recipe, tmp_path, capsys):
+    root = make_flowers(tmp_path, training=83, validation=5)
+    options = {"source": "oxford-flowers", "path": str(root), "training_images": None, "held_out_share": 0.5}
+    splits = make_splits(tiny_recipe, **options)
+    for captions in (splits.held_out.captions[3], splits.training.captions[5]):
+        number = next(i for i in range(83) if captions[0] == captions_of(i)[0])
+        (root / "jpg" / f"image_{number:05}.jpg").write_bytes(b"")
+    damaged = make_splits(tiny_recipe, **options, on_error="skip")
+    assert damaged.skipped == {"training": 2, "validation": 0}
+    assert (len(damaged.training), len(damaged.held_out)) == (len(splits.training) - 1, len(splits.held_out) - 1)
+    assert "held-out images: 1 skipped, 30 read: " in capsys.readouterr().out
 
 
 def test_damaged_files_are_counted(tiny_recipe, tmp_path):

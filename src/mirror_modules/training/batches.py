@@ -1,10 +1,10 @@
-"""The data of a recipe: both splits in memory, and the loader of training batches."""
+"""The data of a recipe: its splits in memory, and the loader of training batches."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from mirror_modules.data import (
     open_captions,
     to_float,
 )
-from mirror_modules.data.readers.damage import printable
+from mirror_modules.data.readers.damage import one_line, printable
 from mirror_modules.data.readers.files import CaptionedFiles, check_apart
 from mirror_modules.data.readers.images import shrink
+from mirror_modules.data.seeding import seeded
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.distributed import is_main_process
@@ -35,6 +36,8 @@ from mirror_modules.training.recipes import DataRecipe
 
 # Random crops are taken from images larger by this factor, as in the published code.
 CROP_MARGIN = 76 / 64
+# Number of the random stream, after those of the engine; see `seeded`.
+HELD_OUT = 9
 
 
 class Splits(NamedTuple):
@@ -45,7 +48,9 @@ class Splits(NamedTuple):
     validation: InMemoryCaptions
     """Images and captions for validation and evaluation."""
     skipped: Mapping[str, int] = {}
-    """Number of damaged samples skipped in "training" and in "validation"."""
+    """Number of damaged samples skipped in "training", held-out images included, and in "validation"."""
+    held_out: InMemoryCaptions | None = None
+    """Images of training classes that no phase is trained on, where validation has other classes; None otherwise."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -54,7 +59,7 @@ class Splits(NamedTuple):
 
 
 def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits:
-    """Draw or decode both splits, with progress bars.
+    """Draw or decode the splits, with progress bars.
 
     Raises:
         ValueError: The recipe's source needs a path, its files are not as expected, or a file is in both splits.
@@ -64,6 +69,7 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
     training: SyntheticFlowers | CaptionedFiles
     validation: SyntheticFlowers | CaptionedFiles
     reports = ErrorReport(), ErrorReport()
+    rows, held_out_rows = None, Tensor()
     if recipe.source == "synthetic-flowers":
         training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, seed=seed)
         validation = SyntheticFlowers(
@@ -77,10 +83,66 @@ def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits
         reports = training.report, validation.report
         check_apart("load_splits", training, validation)
         _check_sizes(training, validation)
-    in_training = _load(training, recipe, model, reports[0])
-    in_validation = _load(validation, recipe, model, reports[1], in_training.vocabulary)
+        classes, other_classes = (
+            torch.tensor([entry.class_id for entry in each.entries]) for each in (training, validation)
+        )
+        held_out_rows = draw_held_out(classes, other_classes, recipe.held_out_share, seed)
+        if len(held_out_rows):
+            rows = sorted({*range(len(training))} - {*held_out_rows.tolist()})
+    in_training = _load("training", training, rows, recipe, model, reports[0])
+    in_validation = _load("validation", validation, None, recipe, model, reports[1], in_training.vocabulary)
+    held_out = None
+    if recipe.path is not None and len(held_out_rows):
+        # Opened again: training images may be larger, for random crops.
+        same = open_captions(recipe.path, "train", resolution, recipe.source, on_error=recipe.on_error)
+        same.report = reports[0]
+        held_out = _load("held-out", same, held_out_rows.tolist(), recipe, model, reports[0], in_training.vocabulary)
     skipped = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
-    return Splits(in_training, in_validation, skipped)
+    return Splits(in_training, in_validation, skipped, held_out)
+
+
+def draw_held_out(class_ids: Tensor, validation_class_ids: Tensor, share: float, seed: int) -> Tensor:
+    """Draw the training images that are kept from all training, in proportion to the classes.
+
+    Images are ordered by class, within a class at random, and those at equal distances of 1 / share from a random start
+    are drawn. A class thus has its share to within one image, and with a share of at most 0.5 it keeps half of its
+    images, rounded down, but at least one.
+
+    Args:
+        class_ids: Class of each training image, (N,).
+        validation_class_ids: Class of each validation image, (M,).
+        share: Share of the images to draw, in [0, 0.5].
+        seed: Seed of the draw.
+
+    Returns:
+        Rows in ascending order. Empty if fewer than two would be drawn, if the data have no classes (fewer than two
+        images per class on average), or if a validation image has a training class: validation then compares images of
+        training classes already.
+    """
+    none = torch.zeros(0, dtype=torch.long)
+    if not has_classes(class_ids) or bool(torch.isin(validation_class_ids, class_ids).any()):
+        return none
+    random = seeded(seed, HELD_OUT)
+    _, class_of, sizes = class_ids.unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(class_ids), generator=random)
+    order = order[class_of[order].argsort(stable=True)]
+    # A class of one image would leave the training.
+    order = order[sizes[class_of[order]] > 1]
+    # Rounded down, as places closer than 2 could take both images of a class; the margin keeps 0.3 of 10 at 3.
+    count = int(share * len(order) + 1e-9)
+    if count < 2:
+        return none
+    start = torch.rand((), generator=random, dtype=torch.float64)
+    places = (torch.arange(count, dtype=torch.float64) + start) * (len(order) / count)
+    return order[places.long().clamp(max=len(order) - 1)].sort().values
+
+
+def has_classes(class_ids: Tensor) -> bool:
+    """Whether there are at least two classes, with two or more images on average.
+
+    Readers give every image a class of its own where the data have none.
+    """
+    return 2 <= len(class_ids.unique()) <= len(class_ids) // 2
 
 
 def _check_sizes(training: CaptionedFiles, validation: CaptionedFiles) -> None:
@@ -101,21 +163,26 @@ def _check_sizes(training: CaptionedFiles, validation: CaptionedFiles) -> None:
 
 
 def _load(
+    split: str,
     dataset: CaptionedImages,
+    rows: Sequence[int] | None,
     recipe: DataRecipe,
     model: MirrorGANConfig,
     report: ErrorReport,
     vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:
-    """Read a split into memory; the training split builds the vocabulary, the validation split reuses it."""
+    """Read a split into memory, or some rows of it; the training split builds the vocabulary, others reuse it."""
     is_training = vocabulary is None
-    split, limit = ("training", recipe.training_images) if is_training else ("validation", recipe.validation_images)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
+    limit = recipe.training_images if is_training else recipe.validation_images
+    available = range(len(dataset)) if rows is None else rows
+    count = len(available) if limit is None else min(limit, len(available))
     selected: Any = dataset
     # A whole data set is passed unwrapped: a prepared one is then memory-mapped and not copied.
     if count < len(dataset):
         # Evenly spaced, so that a subset of a data set sorted by class still has all classes.
-        selected = torch.utils.data.Subset(selected, [i * len(dataset) // count for i in range(count)])
+        selected = torch.utils.data.Subset(selected, [available[i * len(available) // count] for i in range(count)])
+    # Training images share their report with the held-out ones, and include files skipped when opening the data set.
+    first = len(report.skipped) if split == "held-out" else 0
     with progress_bar(total=count, desc=f"{split} images", unit=" images") as bar:
         loaded = InMemoryCaptions(
             selected,
@@ -126,8 +193,8 @@ def _load(
             progress=lambda done, total: bar.update(),
             report=report,
         )
-    if report.skipped and is_main_process():
-        print(f"{split} images: {len(report.skipped)} skipped, {len(loaded)} read: {report.listing()}")
+    if (skipped := report.skipped[first:]) and is_main_process():
+        print(f"{split} images: {len(skipped)} skipped, {len(loaded)} read: {one_line(skipped)}")
     return loaded
 
 
