@@ -7,12 +7,14 @@ from mirror_modules.adversarial.losses import discriminator_loss, generator_loss
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.kernels import Choice
+from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score
 from mirror_modules.metrics.diversity import diversity
 from mirror_modules.metrics.expected_hits import expected_hits
 from mirror_modules.metrics.frechet_distance import frechet_distance
 from mirror_modules.metrics.inception_score import inception_score
 from mirror_modules.metrics.kernel_distance import kernel_distance
+from mirror_modules.metrics.other_captions import other_captions
 from mirror_modules.metrics.r_precision import r_precision, r_precision_folds
 from mirror_modules.metrics.redescription_quality import redescription_quality, words_in_place
 from mirror_modules.stem.conditioning import kl_divergence
@@ -32,6 +34,7 @@ from mirror_modules.stream.scoring import image_information
 __all__ = [
     "append_end",
     "balance_gradients",
+    "class_oracle",
     "clip_score",
     "contrastive_terms",
     "discriminator_loss",
@@ -48,6 +51,7 @@ __all__ = [
     "kl_divergence",
     "matching_loss",
     "mismatch",
+    "other_captions",
     "r1_penalty",
     "r_precision",
     "r_precision_folds",

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 API_PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 
 PUBLIC_NAMES = [
+    "BackboneConfig",
     "Captioner",
     "CascadedGenerator",
     "Condition",
@@ -42,6 +43,7 @@ PUBLIC_NAMES = [
 FUNCTIONS = [
     "append_end",
     "balance_gradients",
+    "class_oracle",
     "clip_score",
     "contrastive_terms",
     "discriminator_loss",
@@ -58,6 +60,7 @@ FUNCTIONS = [
     "kl_divergence",
     "matching_loss",
     "mismatch",
+    "other_captions",
     "r1_penalty",
     "r_precision",
     "r_precision_folds",

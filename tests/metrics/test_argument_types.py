@@ -14,9 +14,10 @@ SETS = {"features_a": FEATURES, "features_b": FEATURES}
 DRAWN = {**PAIRS, "class_ids": IDS, "image_ids": IDS, "candidates": 5, "generator": RANDOM}
 TEXTS = {"descriptions": CAPTIONS, "captions": CAPTIONS}
 ARGUMENTS = {
+    "class_oracle": {"class_ids": IDS, "image_ids": IDS, "candidates": 5},
     "clip_score": {"images": FEATURES, "captions": FEATURES, "scale": 2.5},
     "diversity": {"features": torch.ones(2, N, D)},
-    "expected_hits": {**PAIRS, "candidates": 5},
+    "expected_hits": {**PAIRS, "class_ids": IDS, "image_ids": IDS, "candidates": 5},
     "frechet_distance": SETS,
     "inception_score": {"predictions": FEATURES, "kind": "logits", "splits": 2, "generator": RANDOM},
     "kernel_distance": {
@@ -29,12 +30,14 @@ ARGUMENTS = {
         "subset_size": 5,
         "generator": RANDOM,
     },
+    "other_captions": {"sentences": FEATURES, "image_ids": torch.zeros(N)},
     "r_precision": DRAWN,
     "r_precision_folds": {**DRAWN, "folds": 2},
     "redescription_quality": TEXTS,
     "words_in_place": TEXTS,
 }
 OPTIONAL = ("class_ids", "image_ids", "generator", "bandwidth", "subset_size")
+REQUIRED = (("class_oracle", "class_ids"), ("other_captions", "image_ids"))
 NUMBERS = ("bandwidth", "scale")
 WRONG = [None, "text", 1.5, True, object(), {"a": 1}, {1, 2}, np.random.default_rng(0), FEATURES.to_sparse()]
 
@@ -43,7 +46,8 @@ WRONG = [None, "text", 1.5, True, object(), {"a": 1}, {1, 2}, np.random.default_
 @pytest.mark.parametrize(("metric", "name"), [(metric, name) for metric, names in ARGUMENTS.items() for name in names])
 def test_wrong_types_are_named(metric, name, wrong):
     function = getattr(functional, metric)
-    if (wrong is None and name in OPTIONAL) or (isinstance(wrong, float) and name in NUMBERS):
+    is_optional = name in OPTIONAL and (metric, name) not in REQUIRED
+    if (wrong is None and is_optional) or (isinstance(wrong, float) and name in NUMBERS):
         function(**{**ARGUMENTS[metric], name: wrong})
         return
     with pytest.raises(ValueError, match=f"^{metric}: .*{name}"):

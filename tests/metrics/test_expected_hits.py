@@ -11,13 +11,18 @@ from mirror_modules.metrics import expected_hits, r_precision
 N, D, M = 7, 3, 4
 
 
-def hits_by_all_draws(images, sentences, candidates):
+def hits_by_all_draws(images, sentences, candidates, class_ids=None, image_ids=None):
     """Enumerate every set of mismatched captions."""
+    of_class = range(len(images)) if class_ids is None else class_ids.tolist()
+    of_image = range(len(images)) if image_ids is None else image_ids.tolist()
     probabilities = []
     for i, image in enumerate(images):
         scores = [float(torch.cosine_similarity(image, sentence, dim=0)) for sentence in sentences]
         hits = []
-        for drawn in combinations([j for j in range(len(images)) if j != i], candidates - 1):
+        others = [j for j in range(len(images)) if j != i and of_image[j] != of_image[i]]
+        if class_ids is not None:
+            others = [j for j in others if of_class[j] != of_class[i]]
+        for drawn in combinations(others, candidates - 1):
             better = sum(scores[j] > scores[i] + 1e-9 for j in drawn)
             ties = sum(abs(scores[j] - scores[i]) <= 1e-9 for j in drawn)
             hits.append(0.0 if better else 1 / (1 + ties))
@@ -32,6 +37,17 @@ def test_matches_all_draws(candidates, distinct):
     sentences = (images + 0.7 * torch.randn(N, D, dtype=torch.float64))[torch.arange(N) % distinct]
     expected = hits_by_all_draws(images, sentences, candidates)
     torch.testing.assert_close(expected_hits(images, sentences, candidates=candidates), expected)
+
+
+@pytest.mark.parametrize("class_ids", [None, torch.arange(N) % 2])
+@pytest.mark.parametrize("image_ids", [None, torch.arange(N) // 2])
+@pytest.mark.parametrize("distinct", [N, 4])
+def test_excluded_captions_are_not_drawn(class_ids, image_ids, distinct):
+    images = torch.randn(N, D, dtype=torch.float64)
+    sentences = (images + 0.7 * torch.randn(N, D, dtype=torch.float64))[torch.arange(N) % distinct]
+    expected = hits_by_all_draws(images, sentences, 3, class_ids, image_ids)
+    result = expected_hits(images, sentences, class_ids, image_ids=image_ids, candidates=3)
+    torch.testing.assert_close(result, expected)
 
 
 def test_the_mean_over_draws_converges_to_it():
@@ -69,13 +85,13 @@ def test_at_most_one_block_of_scores_is_in_memory(monkeypatch):
 def test_more_ties_than_candidates_are_not_summed(monkeypatch):
     """At most `candidates - 1` captions are drawn; the time would be quadratic in the number of ties."""
     module = importlib.import_module("mirror_modules.metrics.expected_hits")
-    drawn, log_choose = [], module._log_choose
+    drawn, log_choose = [], module.log_choose
 
     def record(n, k):
         drawn.append(k)
         return log_choose(n, k)
 
-    monkeypatch.setattr(module, "_log_choose", record)
+    monkeypatch.setattr(module, "log_choose", record)
     constant = torch.ones(97, 3)
     torch.testing.assert_close(expected_hits(constant, constant, candidates=M).mean(), torch.tensor(1 / M).double())
     assert max(drawn) == M - 1
@@ -108,7 +124,12 @@ def test_known_values():
     [
         (torch.ones(5, 3), torch.ones(5, 2), 2, r"must both be \(N, D\), but they are \(5, 3\) and \(5, 2\)"),
         (torch.full((5, 3), float("nan")), torch.ones(5, 3), 2, "images contain NaN or infinite values"),
-        (torch.ones(5, 3), torch.ones(5, 3), 6, "candidates must be from 2 to the number of captions, 5, but it is 6"),
+        (
+            torch.ones(5, 3),
+            torch.ones(5, 3),
+            6,
+            "candidates must be from 2 to the number of captions .* can rank, 5, but it is 6",
+        ),
         (torch.ones(5, 3), torch.ones(5, 3), 1, "candidates must be from 2"),
         (torch.ones(5, 3), torch.ones(5, 3), 4.5, r"candidates must be a whole number of at least 1, but it is 4\.5"),
         (torch.ones(5, 3).int(), torch.ones(5, 3), 2, "images must be floating point, but they are torch.int32"),
@@ -127,3 +148,17 @@ def test_known_values():
 def test_invalid_inputs_raise(images, sentences, candidates, message):
     with pytest.raises(ValueError, match="expected_hits: .*" + message):
         expected_hits(images, sentences, candidates=candidates)
+
+
+@pytest.mark.parametrize(
+    ("ids", "candidates", "message"),
+    [
+        ({"class_ids": torch.tensor([0, 0, 0, 0, 1])}, 3, "captions that every image can rank, 2, but it is 3"),
+        ({"image_ids": torch.tensor([0, 0, 0, 1, 2])}, 4, "captions that every image can rank, 3, but it is 4"),
+        ({"class_ids": torch.zeros(4)}, 2, r"class_ids must be \(5,\), one per image, but are \(4,\)"),
+        ({"image_ids": torch.zeros(5, 1)}, 2, r"image_ids must be \(5,\), one per image, but are \(5, 1\)"),
+    ],
+)
+def test_invalid_ids_raise(ids, candidates, message):
+    with pytest.raises(ValueError, match="expected_hits: .*" + message):
+        expected_hits(torch.ones(5, 3), torch.ones(5, 3), candidates=candidates, **ids)

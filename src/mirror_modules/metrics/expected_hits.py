@@ -7,15 +7,23 @@ from torch import Tensor
 
 from mirror_modules._checks import check_positive
 from mirror_modules.metrics._features import check_pairs, directions
-from mirror_modules.metrics.r_precision import LARGEST_BLOCK
+from mirror_modules.metrics.r_precision import LARGEST_BLOCK, check_ids, excluded_captions
 
 
 @torch.no_grad()
-def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -> Tensor:
+def expected_hits(
+    images: Tensor,
+    sentences: Tensor,
+    class_ids: Tensor | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    candidates: int = 100,
+) -> Tensor:
     """Compute the probability that each image ranks its own caption first, over all draws of mismatched captions.
 
-    `r_precision` draws `candidates - 1` of the other n = N - 1 captions. If b of these n score higher than the image's
-    own caption, and t are tied with it and ranked in random order, then
+    `r_precision` draws `candidates - 1` of the n other captions, which are N - 1, or fewer with `class_ids` or
+    `image_ids`. If b of these n score higher than the image's own caption, and t are tied with it and ranked in random
+    order, then
 
         p = sum_k C(t, k) C(n - b - t, m - k) / C(n, m) / (1 + k),    m = candidates - 1
 
@@ -25,6 +33,9 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
     Args:
         images: Global image features, (N, D).
         sentences: Sentence features of the images' own captions, (N, D).
+        class_ids: (N,); candidates are drawn from other classes only. None allows every other caption.
+        image_ids: (N,); rows of the same photograph share an id, and its other captions are never candidates. None if
+            every row is a different photograph.
         candidates: Number of captions that each image ranks, including its own.
 
     Returns:
@@ -45,31 +56,35 @@ def expected_hits(images: Tensor, sentences: Tensor, *, candidates: int = 100) -
     """
     owner = "expected_hits"
     check_pairs(owner, images=images, sentences=sentences)
+    check_ids(owner, len(images), class_ids=class_ids, image_ids=image_ids)
     check_positive(owner, candidates=candidates)
-    others, drawn = len(images) - 1, candidates - 1
-    if not 1 <= drawn <= others:
-        raise ValueError(
-            f"{owner}: candidates must be from 2 to the number of captions, {len(images)}, but it is {candidates}."
-        )
     counts = []
     image_directions, sentence_directions = directions(images), directions(sentences)
     for rows in torch.arange(len(images), device=images.device).split(max(1, LARGEST_BLOCK // len(images))):
         similarity = image_directions[rows] @ sentence_directions.mT
         own = similarity.gather(1, rows.unsqueeze(1))
+        drawable = ~excluded_captions(rows, len(images), class_ids, image_ids)
         # Equal captions have equal features, but a matrix product may round their scores differently.
         tied = torch.isclose(similarity, own, rtol=0.0, atol=1e-9)
-        counts.append(torch.stack((((similarity > own) & ~tied).sum(1), tied.sum(1) - 1)).cpu())
-    better, ties = torch.cat(counts, dim=1)
+        better = (similarity > own) & ~tied
+        counts.append(torch.stack([(each & drawable).sum(1) for each in (better, tied, drawable)]).cpu())
+    better, ties, others = torch.cat(counts, dim=1)
+    drawn, fewest = candidates - 1, int(others.min())
+    if not 1 <= drawn <= fewest:
+        raise ValueError(
+            f"{owner}: candidates must be from 2 to the number of captions that every image can rank, {fewest + 1}, "
+            f"but it is {candidates}."
+        )
     probabilities = torch.zeros(len(images), dtype=torch.float64)
     for k in range(min(int(ties.max()), drawn) + 1):
         is_possible = (k <= ties) & (drawn - k <= others - better - ties)
-        log_ways = _log_choose(ties, k) + _log_choose(others - better - ties, drawn - k)
-        term = (log_ways - _log_choose(torch.tensor(others), drawn)).exp() / (1 + k)
+        log_ways = log_choose(ties, k) + log_choose(others - better - ties, drawn - k)
+        term = (log_ways - log_choose(others, drawn)).exp() / (1 + k)
         probabilities += term.where(is_possible, 0.0)
     return probabilities
 
 
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    """Compute the logarithm of the binomial coefficient C(n, k)."""
+def log_choose(n: Tensor, k: int) -> Tensor:
+    """Compute the logarithm of the binomial coefficient C(n, k); without meaning where k > n."""
     n, chosen = n.double(), torch.tensor(float(k), dtype=torch.float64)
     return torch.lgamma(n + 1) - torch.lgamma(chosen + 1) - torch.lgamma((n - chosen).clamp(min=0) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -23,6 +24,8 @@ class KernelDistance(NamedTuple):
     standard_deviation: float
     """Root mean square deviation of the subsets from `mean`. Subsets overlap, so it understates the uncertainty; 0 if
     the complete sets were compared."""
+    standard_error: float | None = None
+    """Standard error of `mean` where the complete sets were compared, of at least three images each; None otherwise."""
 
 
 @torch.no_grad()
@@ -45,7 +48,10 @@ def kernel_distance(
         k(x, y) = exp( -|x - y|^2 / (2 bandwidth^2) )       kernel="rbf"
 
     The unbiased estimate has no pairs i = j in the first two means; the biased one has, and is never negative. Both can
-    be averaged over subsets, drawn from each set without replacement, or compare the complete sets once.
+    be averaged over subsets, drawn from each set without replacement, or compare the complete sets once. For complete
+    sets, the standard error is that of the jackknife (Efron & Stein, 1981), with d_-i for the estimate without image i:
+
+        standard_error^2 = sum over both sets, of N images each:  (N - 1) / N  sum_i (d_-i - mean_j d_-j)^2
 
     The defaults are KID (Bińkowski et al., Sec. 4). CMMD (Jayasumana et al.) is `kernel="rbf"`, `estimate="biased"`,
     `scale=1000` and `subset_size=None`, on CLIP features that `torch.nn.functional.normalize` has brought to length 1.
@@ -65,7 +71,7 @@ def kernel_distance(
         generator: Source of the draws; None uses torch's global generator.
 
     Returns:
-        Mean and deviation over the subsets.
+        Mean and deviation over the subsets, or the mean and its standard error for the complete sets.
 
     Raises:
         ValueError: Not (N, D) and (M, D), a feature is not finite, a set is smaller than a subset, there is a bandwidth
@@ -76,10 +82,12 @@ def kernel_distance(
         >>> from mirror_modules.functional import kernel_distance
         >>> zeros, ones = torch.zeros(9, 5), torch.ones(9, 5)
         >>> kernel_distance(zeros, ones, subset_size=4)  # 1 + (1 + 1)^3 - 2
-        KernelDistance(mean=7.0, standard_deviation=0.0)
+        KernelDistance(mean=7.0, standard_deviation=0.0, standard_error=None)
         >>> cmmd = kernel_distance(zeros, ones, kernel="rbf", estimate="biased", scale=1000, subset_size=None)
         >>> round(cmmd.mean, 4)  # 1000 (1 + 1 - 2 exp(-5 / 200))
         49.3802
+        >>> kernel_distance(zeros, ones, subset_size=None)  # without any variation, no error
+        KernelDistance(mean=7.0, standard_deviation=0.0, standard_error=0.0)
     """
     owner = "kernel_distance"
     check_measurable(owner, "features_a", features_a, "(N, D)", (2,))
@@ -104,7 +112,8 @@ def kernel_distance(
     if subset_size is None:
         a, b = features_a.double(), features_b.double()
         rows = max(1, LARGEST_BLOCK // max(len(a), len(b)))
-        return KernelDistance(scale * float(_discrepancy(a, b, function, estimate, rows)), 0.0)
+        distance, error = _discrepancy_with_error(a, b, function, estimate, rows)
+        return KernelDistance(scale * distance, 0.0, None if error is None else scale * error)
     check_positive(owner, subset_size=subset_size)
     if subset_size < 2:
         raise ValueError(f"{owner}: subset_size must be at least 2, but it is 1.")
@@ -121,7 +130,6 @@ def kernel_distance(
                 _draw(features_b, subset_size, generator),
                 function,
                 estimate,
-                subset_size,
             )
             for _ in range(subsets)
         ]
@@ -146,26 +154,50 @@ def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Ten
     return features[drawn.to(features.device)].double()
 
 
-def _discrepancy(a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"], rows: int) -> Tensor:
-    """Compute the squared discrepancy from blocks of at most `rows` rows of each kernel matrix."""
+def _discrepancy(a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"]) -> Tensor:
+    """Compute the squared discrepancy of two subsets."""
+    same_a, same_b, between = kernel(a, a), kernel(b, b), kernel(a, b).mean()
+    if estimate == "biased":
+        return (same_a.mean() + same_b.mean() - 2 * between).clamp(min=0.0)
     # Pairs of an image with itself would bias the estimate upwards.
-    within = _mean_of_pairs if estimate == "unbiased" else _mean
-    same_a, same_b = (within(x, x, kernel, rows) for x in (a, b))
-    distance = same_a + same_b - 2 * _mean(a, b, kernel, rows)
-    return distance if estimate == "unbiased" else distance.clamp(min=0.0)
+    means = [
+        (values.sum() - values.diagonal().sum()) / (len(values) * (len(values) - 1)) for values in (same_a, same_b)
+    ]
+    return means[0] + means[1] - 2 * between
 
 
-def _mean(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> Tensor:
-    """Compute the mean of k(x_i, y_j) over all i and j."""
-    blocks = x.split(rows)
-    return torch.stack([kernel(block, y).mean() * (len(block) / len(x)) for block in blocks]).sum()
+def _discrepancy_with_error(
+    a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"], rows: int
+) -> tuple[float, float | None]:
+    """Compute the squared discrepancy and its jackknife error from blocks of at most `rows` rows of each kernel matrix.
+
+    Sums of rows and columns suffice: the estimate without an image lacks its row and column.
+    """
+    biased = estimate == "biased"
+    between_a, between_b, _ = _kernel_sums(a, b, kernel, rows)
+    distance, variance = -2 * float(between_a.sum()) / (len(a) * len(b)), 0.0
+    for x, between, other in ((a, between_a, len(b)), (b, between_b, len(a))):
+        sums, _, diagonal = _kernel_sums(x, x, kernel, rows)
+        if not biased:
+            # Pairs of an image with itself would bias the estimate upwards.
+            sums, diagonal = sums - diagonal, torch.zeros_like(diagonal)
+        count, left = len(x), len(x) - 1
+        distance += float(sums.sum()) / (count * (count if biased else left))
+        if left < 2:
+            variance = math.nan
+            continue
+        within = (sums.sum() - 2 * sums + diagonal) / (left * (left if biased else left - 1))
+        without = within - 2 * (between.sum() - between) / (left * other)
+        variance += left / count * float((without - without.mean()).square().sum())
+    return max(distance, 0.0) if biased else distance, None if math.isnan(variance) else math.sqrt(variance)
 
 
-def _mean_of_pairs(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> Tensor:
-    """Compute the mean of k(x_i, y_j) over i != j, for x and y of the same size."""
-    pairs = len(x) * (len(x) - 1)
-    sums = []
+def _kernel_sums(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute sum_j k(x_i, y_j) for each i, sum_i k(x_i, y_j) for each j, and the diagonal k(x_i, y_i)."""
+    over_y, over_x, diagonal = [], torch.zeros(len(y), dtype=y.dtype, device=y.device), []
     for start in range(0, len(x), rows):
         values = kernel(x[start : start + rows], y)
-        sums.append((values.sum() - values.diagonal(offset=start).sum()) / pairs)
-    return torch.stack(sums).sum()
+        over_y.append(values.sum(dim=1))
+        over_x += values.sum(dim=0)
+        diagonal.append(values.diagonal(offset=min(start, len(y))))
+    return torch.cat(over_y), over_x, torch.cat(diagonal)

@@ -156,17 +156,12 @@ def _hits(
     check_pairs(owner, images=images, sentences=sentences)
     check_generator(owner, generator)
     count = images.shape[0]
-    for name, ids in (("class_ids", class_ids), ("image_ids", image_ids)):
-        if ids is None:
-            continue
-        check_tensors(owner, **{name: ids})
-        if ids.shape != (count,):
-            raise ValueError(f"{owner}: {name} must be ({count},), one per image, but are {shape_of(ids)}.")
+    check_ids(owner, count, class_ids=class_ids, image_ids=image_ids)
     check_positive(owner, candidates=candidates)
     if candidates < 2:
         raise ValueError(f"{owner}: candidates must be at least 2, but it is {candidates}.")
     blocks = torch.arange(count, device=images.device).split(max(1, LARGEST_BLOCK // count))
-    most_excluded = max(int(_excluded(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
+    most_excluded = max(int(excluded_captions(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
     fewest = count - most_excluded
     if fewest < candidates - 1:
         raise ValueError(
@@ -179,7 +174,7 @@ def _hits(
     for rows in blocks:
         # The largest of independent uniform keys are a draw without replacement.
         keys = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
-        keys.masked_fill_(_excluded(rows, count, class_ids, image_ids), float("-inf"))
+        keys.masked_fill_(excluded_captions(rows, count, class_ids, image_ids), float("-inf"))
         drawn = keys.topk(candidates - 1, dim=1).indices
         similarity = image_directions[rows] @ sentence_directions.mT
         own_score = similarity.gather(1, rows.unsqueeze(1))
@@ -192,7 +187,21 @@ def _hits(
     return torch.cat(hits)
 
 
-def _excluded(rows: Tensor, count: int, class_ids: Tensor | None, image_ids: Tensor | None) -> Tensor:
+def check_ids(owner: str, count: int, **ids: Tensor | None) -> None:
+    """Require one id per image, (N,), where ids are given.
+
+    Raises:
+        ValueError: Not a tensor, or another shape.
+    """
+    for name, values in ids.items():
+        if values is None:
+            continue
+        check_tensors(owner, **{name: values})
+        if values.shape != (count,):
+            raise ValueError(f"{owner}: {name} must be ({count},), one per image, but are {shape_of(values)}.")
+
+
+def excluded_captions(rows: Tensor, count: int, class_ids: Tensor | None, image_ids: Tensor | None) -> Tensor:
     """Mark the captions that may not be candidates of the images in `rows`: (R, N)."""
     excluded = rows.unsqueeze(1) == torch.arange(count, device=rows.device)
     for ids in (class_ids, image_ids):
