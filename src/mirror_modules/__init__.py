@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         WordAttention,
         WordContext,
     )
-    from mirror_modules.models import MirrorGAN, MirrorGANConfig
+    from mirror_modules.models import BackboneConfig, MirrorGAN, MirrorGANConfig
     from mirror_modules.stem import (
         Condition,
         ConditioningAugmentation,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackboneConfig",
     "Captioner",
     "CascadedGenerator",
     "Condition",
@@ -89,7 +90,7 @@ _EXPORTS = {
     "interop": (),
     "kernels": (),
     "metrics": (),
-    "models": ("MirrorGAN", "MirrorGANConfig"),
+    "models": ("BackboneConfig", "MirrorGAN", "MirrorGANConfig"),
     "stem": (
         "Condition",
         "ConditioningAugmentation",

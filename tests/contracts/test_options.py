@@ -170,14 +170,14 @@ CASES = {
     ),
     "MirrorGANConfig(captioner_backbone)": Case(
         lambda value: make_model(captioner_backbone=value),
-        "mirror_modules.models.mirrorgan.build_backbone",
-        "name",
+        "mirror_modules.models.config.build_backbone",
+        "backbone",
         ("conv", "resnet18"),
     ),
     "MirrorGANConfig(image_backbone)": Case(
         lambda value: EncoderPair(MirrorGANConfig(word_dim=D, image_backbone=value), V),
-        "mirror_modules.stem.image_encoder.build_backbone",
-        "name",
+        "mirror_modules.models.config.build_backbone",
+        "backbone",
         ("conv", "resnet18"),
     ),
     "MatchingLoss(gamma_attention)": Case(

@@ -10,7 +10,6 @@ from torchvision import models
 
 from mirror_modules import ImageEncoder, ImageFeatures
 from mirror_modules.stem import ConvBackbone, TorchvisionBackbone
-from mirror_modules.stem.image_encoder import build_backbone
 
 B, CHANNELS, D = 2, 3, 7
 
@@ -183,8 +182,13 @@ def test_meta_device_construction_then_loading():
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet19", "inception", ""])
 def test_the_error_names_an_unknown_network(name):
-    with pytest.raises(ValueError, match=rf"must be 'inception_v3' or a torchvision ResNet, not '{name}'"):
-        build_backbone(name)
+    with pytest.raises(ValueError, match=rf"must be .*'inception_v3' or a torchvision ResNet, not '{name}'"):
+        ImageEncoder(name)
+
+
+def test_another_network_is_built_by_interop():
+    with pytest.raises(ValueError, match=r"for another one, pass interop\.build_backbone\('timm:resnet18'\)"):
+        ImageEncoder("timm:resnet18")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_the_error_names_an_unknown_network(name):
     [
         (r"ConvBackbone: blocks must be at least 2, but it is 1", lambda: ConvBackbone(blocks=1)),
         (r"ConvBackbone: channels must be a whole number of at least 1", lambda: ConvBackbone(0)),
-        (r"build_backbone: .* 'conv' has no published weights", lambda: ImageEncoder("conv", weights="DEFAULT")),
+        (r"the backbone 'conv' has no published weights", lambda: ImageEncoder("conv", weights="DEFAULT")),
         (r"ImageEncoder: weights need the name of a backbone", lambda: ImageEncoder(Means(), weights="DEFAULT")),
         (r"ImageEncoder: feature_dim must be a whole number", lambda: ImageEncoder(Means(), 0)),
         (

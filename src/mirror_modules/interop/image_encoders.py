@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ def image_encoder_from(
     image_processor: Any = None,
     *,
     image: Pooling | None = None,
+    layer: int | None = None,
     prefix_tokens: int | None = None,
     trainable: bool = False,
 ) -> ImageEncoderAdapter:
@@ -67,6 +69,8 @@ def image_encoder_from(
             any other Module; models of Hugging Face need their image processor.
         image: "pooled" is the pooled output; "projection" is CLIP's projection of it to the space shared with text, not
             normalized; "mean" is the mean of the regions. None takes the first of these that the model has.
+        layer: Of a timm model, the layer whose map gives the regions, counted as timm's `forward_intermediates` does,
+            from 0, or from -1 backwards; None takes the last map.
         prefix_tokens: Number of tokens before those of the patches. None reads it from the model; a custom Module that
             returns tokens has none.
         trainable: Leave the parameters and the mode of the model to the caller instead of freezing them.
@@ -75,8 +79,8 @@ def image_encoder_from(
         The adapter; see `ImageEncoderAdapter`.
 
     Raises:
-        ValueError: `model` is not an image encoder as above or lacks the `image` asked for, `image` is unknown, or the
-            image processor is missing or of an unknown kind.
+        ValueError: `model` is not an image encoder as above, its output is not finite, or it lacks the `image` or the
+            `layer` asked for; `image` is unknown, or the image processor is missing or of an unknown kind.
 
     Examples:
         >>> import torch
@@ -89,7 +93,9 @@ def image_encoder_from(
         >>> encoder.region_dim, encoder.image_dim, encoder.image_kind
         (512, 512, 'pooled')
     """
-    return ImageEncoderAdapter(model, image_processor, image=image, prefix_tokens=prefix_tokens, trainable=trainable)
+    return ImageEncoderAdapter(
+        model, image_processor, image=image, layer=layer, prefix_tokens=prefix_tokens, trainable=trainable
+    )
 
 
 class ImageEncoderAdapter(Adapter):
@@ -99,6 +105,7 @@ class ImageEncoderAdapter(Adapter):
         model: See `image_encoder_from`, as for the other arguments.
         image_processor: What to do with images before the model sees them.
         image: "pooled", "projection", "mean", or None for the first that the model has.
+        layer: Of a timm model, the layer whose map gives the regions; None takes the last map.
         prefix_tokens: Number of tokens before those of the patches; None reads it from the model.
         trainable: Leave the parameters and the mode of the model to the caller.
 
@@ -131,6 +138,7 @@ class ImageEncoderAdapter(Adapter):
         image_processor: Any = None,
         *,
         image: Pooling | None = None,
+        layer: int | None = None,
         prefix_tokens: int | None = None,
         trainable: bool = False,
     ) -> None:
@@ -141,6 +149,8 @@ class ImageEncoderAdapter(Adapter):
         # Hugging Face wraps models of timm.
         model = getattr(model, "timm_model", model)
         self._read = _reader_of(owner, model)
+        if layer is not None:
+            self._read = _layer_reader_of(owner, model, layer)
         self.preprocess = _preprocess_of(owner, model, image_processor)
         self.model: nn.Module = getattr(model, "vision_model", model)
         if isinstance(self.preprocess, nn.Module):
@@ -171,10 +181,16 @@ class ImageEncoderAdapter(Adapter):
             Regions (B, R, D) and image (B, D').
 
         Raises:
-            ValueError: `images` are not floats (B, 3, H, W) in the precision of the weights.
+            ValueError: `images` are not floats (B, 3, H, W) in the precision and on the device of the weights.
         """
         check_images("ImageEncoderAdapter", images)
         check_precision("ImageEncoderAdapter", self.model, images=images)
+        weight = next(self.model.parameters(), None)
+        if weight is not None and weight.device != images.device:
+            raise ValueError(
+                f"ImageEncoderAdapter: images are on {images.device}, but the weights of the "
+                f"{type(self.model).__name__} are on {weight.device}; move one of them with .to(device)."
+            )
         self._keep_frozen()
         # `Preprocess` computes in float32.
         features, pooled = self._read(self.model, self.preprocess(images).to(images.dtype))
@@ -205,6 +221,11 @@ class ImageEncoderAdapter(Adapter):
                 f"{owner}: the model {type(model).__name__} must return a map (B, C, h, w), tokens (B, N, C) or "
                 f"ImageFeatures, but it returned {came}; wrap it in a Module that does."
             )
+        if output.features.device.type != "meta" and not bool(output.features.isfinite().all()):
+            raise ValueError(
+                f"{owner}: the features that {type(model).__name__} computes of blank images are not all finite; its "
+                "weights are damaged, or not yet loaded, or its precision is too low."
+            )
         return output, pixels
 
 
@@ -234,6 +255,34 @@ def _read_timm(model: Any, pixels: Tensor) -> _Output:
         features = features.permute(0, 3, 1, 2)
     # With `global_pool=""`, the head does not pool.
     return _Output(features, pooled if pooled.ndim == 2 else None)
+
+
+@dataclass(frozen=True)
+class _ReadTimmLayer:
+    """Reads the regions from one layer of a timm model, and the pooled output after the last."""
+
+    layer: int
+
+    def __call__(self, model: Any, pixels: Tensor) -> _Output:
+        last, maps = model.forward_intermediates(pixels, indices=[self.layer], output_fmt="NCHW")
+        pooled = model.forward_head(last, pre_logits=True)
+        return _Output(maps[0], pooled if pooled.ndim == 2 else None)
+
+
+def _layer_reader_of(owner: str, model: nn.Module, layer: int) -> Reader:
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise ValueError(f"{owner}: layer must be a whole number, or None for the last map, but it is {layer!r}.")
+    if not _is_timm(model) or not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{owner}: layer={layer} needs a timm model with `forward_intermediates`, which {type(model).__name__} is "
+            "not; use layer=None, or pass a Module that returns the map."
+        )
+    layers = len(getattr(model, "feature_info", ()) or ())
+    if layers and not -layers <= layer < layers:
+        raise ValueError(
+            f"{owner}: layer must be from {-layers} to {layers - 1} for {type(model).__name__}, but it is {layer}."
+        )
+    return _ReadTimmLayer(layer)
 
 
 def _read_module(model: nn.Module, pixels: Tensor) -> _Output:

@@ -1,11 +1,131 @@
-"""Sizes and options of a MirrorGAN, in one frozen dataclass."""
+"""Sizes and options of a MirrorGAN and of its backbones, as frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
+
+from torch import nn
+
+from mirror_modules._checks import check_positive
+from mirror_modules.interop.backbones import build_backbone, checksum
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Name, weights and input of an image backbone; see `interop.build_backbone`.
+
+    Raises:
+        ValueError: The name is empty, or a field has another type or is out of its range.
+
+    Examples:
+        >>> from mirror_modules import BackboneConfig, MirrorGANConfig
+        >>> eyes = BackboneConfig("efficientnet_lite0", weights="package")
+        >>> eyes.is_trainable
+        False
+        >>> MirrorGANConfig(image_backbone=eyes, captioner_backbone="conv").captioner_backbone
+        BackboneConfig(name='conv', weights=None, input_size=None, layer=None, trainable=None, sha256=None)
+        >>> BackboneConfig("conv").build().image_dim
+        512
+    """
+
+    name: str
+    """"conv", a classifier of torchvision, "timm:" and a network of timm, or "efficientnet_lite0" to "2"."""
+    weights: str | None = None
+    """None starts at random; "DEFAULT" downloads those of torchvision or timm; "package" takes those of the extra
+    `pretrained`; any other string is the path of a file."""
+    input_size: int | None = None
+    """Height and width to which images are resized; None takes the network's own."""
+    layer: int | None = None
+    """Of a timm network, the layer whose map gives the regions, from -1 backwards; None takes the last map."""
+    trainable: bool | None = None
+    """Whether training changes the backbone; None freezes it if it has pretrained weights."""
+    sha256: str | None = field(default=None, compare=False)
+    """`interop.checksum` of the loaded weights: recorded when they are loaded, and checked if given."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"BackboneConfig: name must be that of a backbone, such as 'conv', not {self.name!r}.")
+        for name in ("weights", "sha256"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"BackboneConfig: {name} must be a string or None, but it is {value!r}.")
+        if self.input_size is not None:
+            check_positive("BackboneConfig", input_size=self.input_size)
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise ValueError(f"BackboneConfig: layer must be a whole number or None, but it is {self.layer!r}.")
+        if self.trainable is not None and not isinstance(self.trainable, bool):
+            raise ValueError(f"BackboneConfig: trainable must be True, False or None, but it is {self.trainable!r}.")
+
+    @classmethod
+    def of(cls, value: BackboneConfig | str | dict[str, Any]) -> BackboneConfig:
+        """A config from itself, from the name of a backbone, or from the fields of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: It is none of these, or a field is unknown.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, dict) or "name" not in value:
+            raise ValueError(
+                f"BackboneConfig: expected the name of a backbone, or its fields with 'name' among them, not {value!r}."
+            )
+        _check_fields("BackboneConfig", value, cls)
+        return cls(**value)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether training changes the backbone."""
+        return self.weights is None if self.trainable is None else self.trainable
+
+    def build(self, *, load: bool = True) -> nn.Module:
+        """Build the backbone; `load=False` does not read the weights, for a state_dict that is loaded afterwards.
+
+        Raises:
+            ValueError: As in `interop.build_backbone`, or the weights have another checksum than `sha256`.
+            FileNotFoundError: The file of the weights does not exist.
+            ImportError: The package of the network or of its weights is not installed.
+        """
+        backbone = build_backbone(
+            self.name,
+            self.weights,
+            input_size=self.input_size,
+            layer=self.layer,
+            trainable=self.trainable,
+            load=load,
+        )
+        # Neither those to be loaded later nor those on the meta device.
+        is_loaded = load and self.weights is not None and not any(each.is_meta for each in backbone.parameters())
+        if self.sha256 is not None and is_loaded and (found := checksum(backbone)) != self.sha256:
+            raise ValueError(
+                f"BackboneConfig: the weights {self.weights!r} of {self.name!r} have the checksum {found}, but sha256 "
+                f"is {self.sha256}; restore the weights, or set sha256 to None to accept others."
+            )
+        return backbone
+
+    def recorded(self) -> BackboneConfig:
+        """A copy with the checksum of the weights, which are loaded for it; itself if there are none.
+
+        Raises:
+            ValueError: As in `build`.
+        """
+        if self.weights is None:
+            return self
+        return dataclasses.replace(self, sha256=checksum(self.build()))
+
+
+def _check_fields(owner: str, fields: dict[str, Any], record: type) -> None:
+    """Require known names of fields."""
+    known = [each.name for each in dataclasses.fields(record)]
+    for name in fields:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"{owner}: unknown field {name!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -57,10 +177,10 @@ class MirrorGANConfig:
     """Channels after the first convolution of each discriminator."""
     discriminator_normalization: Literal["batch", "spectral", "none"] = "batch"
     """Normalization of the discriminators: batch norm as published, spectral norm of the convolutions, or none."""
-    image_backbone: str = "inception_v3"
-    """Backbone of the image encoder that trains the text encoder: "conv", "inception_v3" or a torchvision ResNet."""
-    captioner_backbone: str = "resnet152"
-    """Backbone of the captioner: "conv", "inception_v3" or a torchvision ResNet."""
+    image_backbone: BackboneConfig = BackboneConfig("inception_v3")
+    """Backbone of the image encoder that trains the text encoder; a string is its name."""
+    captioner_backbone: BackboneConfig = BackboneConfig("resnet152")
+    """Backbone of the captioner; a string is its name."""
     captioner_projection: bool = False
     """Feed the captioner the projected feature of an image encoder instead of the bare backbone's."""
     captioner_embedding_dim: int = 256
@@ -71,6 +191,8 @@ class MirrorGANConfig:
     def __post_init__(self) -> None:
         # JSON stores tuples as lists.
         object.__setattr__(self, "resolutions", tuple(self.resolutions))
+        for name in ("image_backbone", "captioner_backbone"):
+            object.__setattr__(self, name, BackboneConfig.of(getattr(self, name)))
         if not self.resolutions:
             raise ValueError("MirrorGANConfig: resolutions is empty; give at least one image size, coarse to fine.")
 
@@ -95,10 +217,5 @@ class MirrorGANConfig:
         Raises:
             ValueError: A field is unknown.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                close = get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise ValueError(f"MirrorGANConfig: unknown field {name!r}{hint}")
+        _check_fields("MirrorGANConfig", fields, cls)
         return cls(**fields)

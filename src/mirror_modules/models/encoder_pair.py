@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mirror_modules._typing import TypedCall
-from mirror_modules.models.config import MirrorGANConfig
+from mirror_modules.models.config import BackboneConfig, MirrorGANConfig
 from mirror_modules.stem import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 
 
@@ -15,6 +15,9 @@ class EncoderPair(TypedCall, nn.Module):
     Args:
         config: Sizes; only those of the text encoder and `image_backbone` are used.
         vocabulary_size: Number of token ids.
+        backbone: Config of another image backbone than `config.image_backbone`, or any Module as `ImageEncoder` takes
+            it.
+        pretrained: Load the weights that the config of the backbone names; False leaves that to `load_state_dict`.
 
     Examples:
         >>> import torch
@@ -27,7 +30,14 @@ class EncoderPair(TypedCall, nn.Module):
         ((2, 16), (2, 16))
     """
 
-    def __init__(self, config: MirrorGANConfig, vocabulary_size: int) -> None:
+    def __init__(
+        self,
+        config: MirrorGANConfig,
+        vocabulary_size: int,
+        *,
+        backbone: BackboneConfig | nn.Module | None = None,
+        pretrained: bool = True,
+    ) -> None:
         super().__init__()
         self.text_encoder = TextEncoder(
             vocabulary_size,
@@ -35,7 +45,10 @@ class EncoderPair(TypedCall, nn.Module):
             feature_dim=config.word_dim,
             dropout=config.text_dropout,
         )
-        self.image_encoder = ImageEncoder(config.image_backbone, config.word_dim)
+        chosen = config.image_backbone if backbone is None else backbone
+        if isinstance(chosen, BackboneConfig):
+            chosen = chosen.build(load=pretrained)
+        self.image_encoder = ImageEncoder(chosen, config.word_dim)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor) -> tuple[ImageFeatures, TextFeatures]:
         """Encode a batch of images and captions.

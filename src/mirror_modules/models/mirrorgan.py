@@ -25,7 +25,6 @@ from mirror_modules.models.config import MirrorGANConfig
 from mirror_modules.models.pixels import OUTPUTS, from_model, to_model
 from mirror_modules.models.pretrained import CONFIG_FILE, load_weights, read_model_folder, save_model
 from mirror_modules.stem import ConditioningAugmentation, ImageEncoder, TextEncoder, Vocabulary
-from mirror_modules.stem.image_encoder import build_backbone
 from mirror_modules.stream import Captioner, append_end, redescription_loss
 
 if TYPE_CHECKING:
@@ -38,9 +37,13 @@ class MirrorGAN(TypedCall, nn.Module):
     Args:
         config: Sizes and options.
         vocabulary: Words that the text encoder and the captioner share.
+        pretrained: Load the weights that `config.captioner_backbone` names; False leaves that to `load_state_dict`.
 
     Raises:
-        ValueError: The config holds sizes that do not fit together, or an unknown option.
+        ValueError: The config holds sizes that do not fit together, or an unknown option; or the weights of the
+            captioner's backbone do not fit it.
+        FileNotFoundError: The file of these weights does not exist.
+        ImportError: The package of the backbone or of its weights is not installed.
 
     Examples:
         >>> from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
@@ -53,7 +56,7 @@ class MirrorGAN(TypedCall, nn.Module):
         (16, 16)
     """
 
-    def __init__(self, config: MirrorGANConfig, vocabulary: Vocabulary) -> None:
+    def __init__(self, config: MirrorGANConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.text_encoder = TextEncoder(
@@ -72,7 +75,7 @@ class MirrorGAN(TypedCall, nn.Module):
             residual_blocks=config.residual_blocks,
             attention=_attention(config),
         )
-        backbone = build_backbone(config.captioner_backbone)
+        backbone = config.captioner_backbone.build(load=pretrained)
         self.captioner = Captioner(
             ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
             len(vocabulary),
@@ -464,7 +467,8 @@ class MirrorGAN(TypedCall, nn.Module):
         """
         saved = read_model_folder(folder)
         try:
-            model = cls(saved.config, saved.vocabulary)
+            # The weights of the backbone are in the folder, too.
+            model = cls(saved.config, saved.vocabulary, pretrained=False)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{Path(folder) / CONFIG_FILE} is not a valid model configuration: {error}") from error
         load_weights(model, saved.weights)

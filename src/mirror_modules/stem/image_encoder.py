@@ -174,16 +174,16 @@ def _normalize_for_imagenet(images: Tensor) -> Tensor:
     return ((images + 1) / 2 - mean) / std
 
 
-def build_backbone(name: str, weights: Any = None) -> nn.Module:
-    """Build a backbone from its name: "conv", "inception_v3" or a torchvision ResNet.
-
-    Raises:
-        ValueError: The name is unknown, or weights are given for "conv", which has no published ones.
-    """
+def _named_backbone(name: str, weights: Any) -> nn.Module:
     if name != "conv":
+        if name != "inception_v3" and not name.startswith("resnet"):
+            raise ValueError(
+                "ImageEncoder: the name of a backbone must be 'conv', 'inception_v3' or a torchvision ResNet, not "
+                f"{name!r}; for another one, pass interop.build_backbone({name!r})."
+            )
         return TorchvisionBackbone(name, weights)
     if weights is not None:
-        raise ValueError("build_backbone: the backbone 'conv' has no published weights; use weights=None.")
+        raise ValueError("ImageEncoder: the backbone 'conv' has no published weights; use weights=None.")
     return ConvBackbone()
 
 
@@ -194,7 +194,8 @@ class ImageEncoder(TypedCall, nn.Module):
 
     Args:
         backbone: A Module that maps images (B, 3, H, W) to `ImageFeatures` and has the int attributes `region_dim` and
-            `image_dim`; or a name: "conv", "inception_v3" or a torchvision ResNet.
+            `image_dim`; or a name: "conv", "inception_v3" or a torchvision ResNet. `interop.build_backbone` builds
+            others by name, and makes a backbone of any Module.
         feature_dim: Features D of regions and image, equal to those of the text encoder.
         weights: torchvision's weights for a named backbone, such as "DEFAULT".
 
@@ -214,7 +215,7 @@ class ImageEncoder(TypedCall, nn.Module):
         super().__init__()
         check_positive("ImageEncoder", feature_dim=feature_dim)
         if isinstance(backbone, str):
-            backbone = build_backbone(backbone, weights)
+            backbone = _named_backbone(backbone, weights)
         elif weights is not None:
             raise ValueError("ImageEncoder: weights need the name of a backbone; load them into your Module yourself.")
         self.backbone = backbone
@@ -243,6 +244,7 @@ def _size(backbone: nn.Module, name: str) -> int:
     size = getattr(backbone, name, None)
     if not isinstance(size, int):
         raise ValueError(
-            f"ImageEncoder: the backbone {type(backbone).__name__} must have its size in an int attribute `{name}`."
+            f"ImageEncoder: the backbone {type(backbone).__name__} must have its size in an int attribute `{name}`; "
+            "interop.build_backbone makes a backbone of any Module that returns a map or tokens."
         )
     return size

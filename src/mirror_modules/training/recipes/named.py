@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mirror_modules._files import read_json
-from mirror_modules.models import MirrorGANConfig
+from mirror_modules.models import BackboneConfig, MirrorGANConfig
 from mirror_modules.training.recipes.records import (
     NOT_READ_FOR_DRAWN_FLOWERS,
     AdversarialRecipe,
@@ -36,8 +36,8 @@ def demo() -> Recipe:
             resolutions=(16, 32, 64),
             residual_blocks=1,
             discriminator_channels=24,
-            image_backbone="conv",
-            captioner_backbone="conv",
+            image_backbone=BackboneConfig("conv"),
+            captioner_backbone=BackboneConfig("conv"),
             captioner_projection=True,
             captioner_embedding_dim=192,
             captioner_hidden_dim=192,
