@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from mirror_modules import Captioner, RedescriptionLoss
-from mirror_modules.functional import redescription_loss
+from mirror_modules import Captioner, RedescriptionLoss, RedescriptionScore, Vocabulary
+from mirror_modules.functional import append_end, redescription_loss
 from mirror_modules.stem import ConvBackbone
 
 B, L, V = 3, 5, 7
@@ -345,10 +345,26 @@ def test_invalid_inputs_of_the_function_raise(message, logits, tokens, mask):
             torch.zeros(B).long(),
         ),
         (
-            r"RedescriptionLoss: tokens must be a tensor of ids \(B, L\), but they are a list; encode captions with",
+            r"RedescriptionLoss: captions must be token ids \(B, L\), .* a list that starts with \[\[3, 4\]\]; torch",
+            torch.zeros(1, 3, 8, 9),
+            [[3, 4]],
+        ),
+        (
+            r"RedescriptionLoss: captions must be token ids \(B, L\), or strings, at least one, .* a NoneType",
+            torch.zeros(1, 3, 8, 9),
+            None,
+        ),
+        (
+            r"RedescriptionLoss: captions must be token ids \(B, L\), .* starts with \[\]",
+            torch.zeros(1, 3, 8, 9),
+            [],
+        ),
+        (
+            r"RedescriptionLoss: captions are strings, but the captioner Tinted has no method `encode`; pass token ids",
             torch.zeros(2, 3, 8, 9),
             ["a red flower", "a white flower"],
         ),
+        (r"RedescriptionLoss: images must be a tensor, but it is a list", [0.5], ["a red flower"]),
         (
             r"RedescriptionLoss: tokens range from -100 to 3, but no id is negative; replace labels of -100",
             torch.zeros(1, 3, 8, 9),
@@ -368,6 +384,59 @@ def test_negative_labels_raise_even_at_padding():
     tokens, mask = torch.tensor([[3, -100]]), torch.tensor([[True, False]])
     with pytest.raises(ValueError, match=r"redescription_loss: tokens range from -100 to 3, but no id is negative"):
         redescription_loss(torch.zeros(1, 2, V), tokens, mask)
+
+
+# Strings as captions
+
+CAPTIONS = ["a red flower", "blue", "a flower"]
+VOCABULARY = Vocabulary.build(CAPTIONS)
+
+
+def encode(captions):
+    return append_end(*VOCABULARY.encode(captions))
+
+
+@pytest.mark.parametrize("reduction", ["word", "sentence", "none"])
+def test_strings_are_encoded(reduction):
+    captioner = Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3)
+    images, loss = draw()[0], RedescriptionLoss(captioner, reduction=reduction, encode=encode)
+    expected = loss(images, *encode(CAPTIONS))
+    assert_close(loss(images, CAPTIONS), expected)
+    assert_close(loss(images, tuple(CAPTIONS)), expected)
+    assert_close(loss(images, tokens=CAPTIONS), expected)
+    assert_close(loss(images, "a red flower"), loss(images, *encode(["a red flower"] * B)))
+    images.requires_grad_()
+    loss(images, CAPTIONS).sum().backward()
+    assert (images.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+    captioner.encode = encode
+    assert_close(RedescriptionLoss(captioner, reduction=reduction)(images, CAPTIONS), expected)
+
+
+def test_an_encoder_that_is_passed_replaces_that_of_the_captioner():
+    captioner = Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3)
+    captioner.encode = lambda captions: pytest.fail("the captioner's own")
+    loss, images = RedescriptionLoss(captioner, encode=encode), draw()[0]
+    assert_close(loss(images, CAPTIONS), loss(images, *encode(CAPTIONS)))
+
+
+@pytest.mark.parametrize("make", [RedescriptionLoss, RedescriptionScore])
+def test_the_error_without_an_encoder_holds_the_lines_to_copy(make):
+    captioner = Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3)
+    with pytest.raises(ValueError, match="the captioner Captioner has no method `encode`") as caught:
+        make(captioner)(draw()[0], CAPTIONS)
+    names = {make.__name__: make, "captioner": captioner, "vocabulary": VOCABULARY}
+    _, first, second = str(caught.value).splitlines()
+    exec(f"{first.strip()}\nmade = {second.strip()}", names)
+    assert_close(names["made"](draw()[0], CAPTIONS).shape, make(captioner)(draw()[0], *encode(CAPTIONS)).shape)
+
+
+@pytest.mark.parametrize("make", [RedescriptionLoss, RedescriptionScore])
+def test_strings_with_a_mask_or_for_other_images(make):
+    module = make(Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3), encode=encode)
+    with pytest.raises(ValueError, match="word_mask belongs to token ids; with strings, leave it out"):
+        module(draw()[0], CAPTIONS, mask_of(5, 2, 1))
+    with pytest.raises(ValueError, match=f"{make.__name__}: batch sizes disagree"):
+        module(draw()[0], CAPTIONS[:2])
 
 
 # The check of the captioner at the first call

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from mirror_modules._checks import check_batch, check_images, check_tokens, check_word_mask, is_readable
+from mirror_modules._checks import (
+    check_batch,
+    check_images,
+    check_tensors,
+    check_tokens,
+    check_word_mask,
+    is_readable,
+)
 from mirror_modules._freezing import freeze, is_frozen
 from mirror_modules.stream.probing import needs_gradient, probe_captioner, run_captioner
+
+Encoder = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""Strings -> tokens (B, L) and word_mask (B, L)."""
 
 
 class FrozenCaptioner(nn.Module):
@@ -20,6 +33,8 @@ class FrozenCaptioner(nn.Module):
 
     Args:
         captioner: Any Module `(images, tokens, word_mask) -> logits (B, L, V)`. It is modified in place.
+        encode: Function that turns a list of strings into (tokens, word_mask). By default, the captioner's own method
+            `encode`.
         check: Check its contract at the first call, and at the first one whose images require a gradient; see
             `probe_captioner`. Compiled graphs do not check.
 
@@ -27,13 +42,14 @@ class FrozenCaptioner(nn.Module):
         ValueError: `captioner` is not a Module.
     """
 
-    def __init__(self, captioner: nn.Module, *, check: bool = True) -> None:
+    def __init__(self, captioner: nn.Module, *, encode: Encoder | None = None, check: bool = True) -> None:
         super().__init__()
         if not isinstance(captioner, nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: captioner must be an nn.Module, but it is a {type(captioner).__name__}."
             )
         self.captioner = captioner
+        self._encode = encode
         # The first call may need no gradient; whether one arrives is then checked later.
         self._unchecked = {"contract", "gradient"} if check else set[str]()
         freeze(self.captioner)
@@ -43,6 +59,49 @@ class FrozenCaptioner(nn.Module):
         super().train(mode)
         freeze(self.captioner)
         return self
+
+    def encode(self, captions: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Turn strings into (tokens, word_mask) of the captioner.
+
+        Raises:
+            ValueError: Neither this Module nor its captioner has an encoder.
+        """
+        encode = self._encode or getattr(self.captioner, "encode", None)
+        if encode is None:
+            owner = type(self).__name__
+            raise ValueError(
+                f"{owner}: captions are strings, but the captioner {type(self.captioner).__name__} has no method "
+                "`encode`; pass token ids, or a function as encode=..., which for a Vocabulary is\n"
+                "    from mirror_modules.functional import append_end\n"
+                f"    {owner}(captioner, encode=lambda captions: append_end(*vocabulary.encode(captions)))"
+            )
+        listed = [captions] if isinstance(captions, str) else list(captions)
+        return cast(tuple[Tensor, Tensor], encode(listed))
+
+    def _strings(self, images: Tensor, captions: str | Sequence[str], word_mask: Tensor | None) -> list[str]:
+        """Check captions that are no token ids; a single one belongs to all images."""
+        owner = type(self).__name__
+        check_tensors(owner, images=images)
+        if word_mask is not None:
+            raise ValueError(f"{owner}: word_mask belongs to token ids; with strings, leave it out.")
+        if isinstance(captions, str):
+            captions = [captions] * len(images)
+        listed = list(captions) if isinstance(captions, Iterable) else [captions]
+        if not listed or not all(isinstance(caption, str) for caption in listed):
+            raise ValueError(
+                f"{owner}: captions must be token ids (B, L), or strings, at least one, but they are a "
+                f"{type(captions).__name__} that starts with {listed[:3]!r}; torch.as_tensor makes a tensor of ids."
+            )
+        return listed
+
+    def _tokens(
+        self, images: Tensor, captions: Tensor | str | Sequence[str], word_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids and their mask, on the device of the images if the captions are strings."""
+        if isinstance(captions, Tensor):
+            return captions, word_mask
+        tokens, word_mask = self.encode(self._strings(images, captions, word_mask))
+        return tokens.to(images.device), word_mask.to(images.device)
 
     def _checked(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from mirror_modules._checks import (
     shape_of,
 )
 from mirror_modules._typing import TypedCall
-from mirror_modules.stream.frozen import FrozenCaptioner
+from mirror_modules.stream.frozen import Encoder, FrozenCaptioner
 
 Reduction = Literal["word", "sentence", "none"]
 REDUCTIONS = ("word", "sentence", "none")
@@ -94,6 +95,8 @@ class RedescriptionLoss(TypedCall, FrozenCaptioner):
         captioner: Any Module `(images, tokens, word_mask) -> logits (B, L, V)` where `logits[:, t]` predicts
             `tokens[:, t]` from the image and `tokens[:, :t]`. It is modified in place.
         reduction: See `redescription_loss`.
+        encode: Function that turns a list of strings into (tokens, word_mask), with the end token if the captioner was
+            trained with it. By default, the captioner's own method `encode`. Needed only for captions that are strings.
         check: At the first call, run the captioner once more, on a few copies of one image with different tokens, and
             require that it keeps this contract: `logits[:, t]` depends on no token from t on, and on no padding; logits
             are finite and no probabilities; if the images require a gradient, it reaches them. Logits that predict the
@@ -113,28 +116,46 @@ class RedescriptionLoss(TypedCall, FrozenCaptioner):
         >>> redescription(images, torch.tensor([[5, 9, 4], [8, 6, 7]])).backward()
         >>> images.grad.shape, all(parameter.grad is None for parameter in captioner.parameters())
         (torch.Size([2, 3, 32, 32]), True)
+
+        With strings:
+
+        >>> from mirror_modules import Vocabulary
+        >>> from mirror_modules.functional import append_end
+        >>> vocabulary = Vocabulary.build(["a red flower", "a blue bird"])
+        >>> encode = lambda captions: append_end(*vocabulary.encode(captions))
+        >>> RedescriptionLoss(captioner, encode=encode)(images, ["a red flower", "a blue bird"]).shape
+        torch.Size([])
     """
 
-    def __init__(self, captioner: nn.Module, *, reduction: Reduction = "word", check: bool = True) -> None:
+    def __init__(
+        self,
+        captioner: nn.Module,
+        *,
+        reduction: Reduction = "word",
+        encode: Encoder | None = None,
+        check: bool = True,
+    ) -> None:
         check_choice("RedescriptionLoss", "reduction", reduction, REDUCTIONS)
-        super().__init__(captioner, check=check)
+        super().__init__(captioner, encode=encode, check=check)
         self.reduction: Reduction = reduction
 
-    def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor | str | Sequence[str], word_mask: Tensor | None = None) -> Tensor:
         """Compute the cross entropy of the captions, given the images.
 
         Args:
             images: In [-1, 1], (B, 3, H, W).
-            tokens: Token ids, (B, L); with the end token (`append_end`) if the captioner was trained with it.
-            word_mask: True for a real word, (B, L); None if all are. Padding does not count.
+            tokens: Token ids, (B, L), with the end token (`append_end`) if the captioner was trained with it; or
+                captions as strings, one per image, or one for all images.
+            word_mask: True for a real word, (B, L); None if all are. Padding does not count. Only with token ids.
 
         Returns:
             A scalar, or (B,) with the reduction "none".
 
         Raises:
-            ValueError: Sizes disagree, a token is negative, a caption has no real word, or the captioner breaks its
-                contract.
+            ValueError: Sizes disagree, a token is negative, a caption has no real word, captions are strings and there
+                is no encoder, or the captioner breaks its contract.
         """
+        tokens, word_mask = self._tokens(images, tokens, word_mask)
         word_mask = self._checked(images, tokens, word_mask)
         logits = self._logits(images, tokens, word_mask)
         return redescription_loss(logits, tokens, word_mask, reduction=self.reduction)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mirror_modules._checks import check_choice, check_images, check_positive, check_tensors, shape_of
 from mirror_modules._typing import TypedCall
-from mirror_modules.stream.frozen import FrozenCaptioner
+from mirror_modules.stream.frozen import Encoder, FrozenCaptioner
 from mirror_modules.stream.redescription import redescription_loss, word_losses
 
 Debias = Literal["blank", "prior"]
-Encoder = Callable[[list[str]], tuple[Tensor, Tensor]]
 # Pairs of image and caption that are computed at a time.
 BATCH_SIZE = 256
 # The question and the answer of VQAScore (Lin et al., ECCV 2024).
@@ -124,7 +123,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         check: bool = True,
     ) -> None:
         owner = "RedescriptionScore"
-        super().__init__(captioner, check=check)
+        super().__init__(captioner, encode=encode, check=check)
         if debias is not None:
             check_choice(owner, "debias", debias, ("blank", "prior"))
         if (reference is not None) != (debias == "prior"):
@@ -145,7 +144,6 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
                     f"{type(captioner).__name__} lacks; those of interop.captioner_from have it."
                 )
         self.answer = answer
-        self._encode = encode
         self.register_buffer("reference", reference, persistent=False)
 
     def forward(
@@ -164,8 +162,6 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         Raises:
             ValueError: Sizes disagree, or an argument is unsuitable.
         """
-        if isinstance(captions, str):
-            captions = [captions] * len(images)
         encoded = self._encoded(captions, word_mask, images)
         encoded = encoded._replace(word_mask=self._checked(images, *encoded[:2], probed=encoded.probed))
         logits = self._logits(images, encoded.tokens, encoded.word_mask)
@@ -201,37 +197,15 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         # Of a log likelihood of zero, the negative of the prior is left.
         return log_p_NM + self._without_bias(log_p_NM.new_zeros(len(encoded.tokens)), images, encoded)
 
-    def encode(self, captions: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Turn strings into (tokens, word_mask) of the captioner.
-
-        Raises:
-            ValueError: Neither this score nor its captioner has an encoder.
-        """
-        encode = self._encode or getattr(self.captioner, "encode", None)
-        if encode is None:
-            raise ValueError(
-                "RedescriptionScore: captions are strings, but the captioner "
-                f"{type(self.captioner).__name__} has no method `encode`; pass token ids, or a function as encode=..."
-            )
-        listed = [captions] if isinstance(captions, str) else list(captions)
-        return cast(tuple[Tensor, Tensor], encode(listed))
-
-    def _encoded(self, captions: Tensor | Sequence[str], word_mask: Tensor | None, images: Tensor) -> _Encoded:
-        owner = "RedescriptionScore"
-        check_tensors(owner, images=images)
+    def _encoded(self, captions: Tensor | str | Sequence[str], word_mask: Tensor | None, images: Tensor) -> _Encoded:
         if isinstance(captions, Tensor):
             if self.question is not None:
-                raise ValueError(f"{owner}: with yes_no, captions must be strings, which fill the question.")
+                raise ValueError("RedescriptionScore: with yes_no, captions must be strings, which fill the question.")
             return _Encoded(captions, word_mask)
-        if word_mask is not None:
-            raise ValueError(f"{owner}: word_mask belongs to token ids; with strings, leave it out.")
-        listed = list(captions)
-        if not listed or not all(isinstance(caption, str) for caption in listed):
-            raise ValueError(f"{owner}: captions must be token ids (B, L), or strings, at least one.")
+        listed = self._strings(images, captions, word_mask)
         plain = None
         if self.question is None or self._unchecked:
-            tokens, word_mask = self.encode(listed)
-            plain = tokens.to(images.device), word_mask.to(images.device)
+            plain = self._tokens(images, listed, None)
             if self.question is None:
                 return _Encoded(*plain)
         answering: Any = self.captioner
@@ -280,7 +254,7 @@ class _Encoded(NamedTuple):
     """True for a real token; None if all are."""
     counted: Tensor | None = None
     """True for the tokens of an answer, whose likelihood alone counts; None if there is no question."""
-    probed: tuple[Tensor, Tensor] | None = None
+    probed: tuple[Tensor, Tensor | None] | None = None
     """Tokens and mask for the check of the captioner, in which words may be replaced."""
 
     def log_likelihood(self, logits: Tensor) -> Tensor:
