@@ -1,6 +1,7 @@
 """The best of several images, and pairs for preference training: against plain loops, by seed, with bad input."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -30,6 +31,36 @@ def test_the_best_image_matches_the_loop(batch_size):
         torch.testing.assert_close(found.scores[c], torch.tensor(values))
         assert found.seeds[c] == seeds[values.index(max(values))]
         assert torch.equal(found.images[c], make([caption], [found.seeds[c]])[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_all_candidates_are_returned_on_request(batch_size):
+    found = best_of(mean, make, CAPTIONS, N, seed=11, batch_size=batch_size, keep_all=True)
+    assert found.candidates.shape == (len(CAPTIONS), N, 3, H, W)
+    for c, caption in enumerate(CAPTIONS):
+        assert found.candidate_seeds[c] == [11 + c * N + k for k in range(N)]
+        for k, seed in enumerate(found.candidate_seeds[c]):
+            assert torch.equal(found.candidates[c, k], make([caption], [seed])[0])
+        torch.testing.assert_close(mean(found.candidates[c], CAPTIONS), found.scores[c])
+        best = found.scores[c].argmax()
+        assert torch.equal(found.candidates[c, best], found.images[c])
+        assert found.candidate_seeds[c][best] == found.seeds[c]
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_candidates_are_kept_only_on_request(keep_all):
+    made, alive = [], []
+
+    def tracked(captions, seeds):
+        alive.append(sum(images() is not None for images in made))
+        images = make(captions, seeds)
+        made.append(weakref.ref(images))
+        return images
+
+    found = best_of(mean, tracked, CAPTIONS, N, batch_size=1, keep_all=keep_all)
+    assert (found.candidates is not None) == (found.candidate_seeds is not None) == keep_all
+    # The batch before lives until the next one replaces it.
+    assert max(alive) == (len(CAPTIONS) * N - 1 if keep_all else 1)
 
 
 def test_the_first_of_equal_images_is_kept():

@@ -26,16 +26,30 @@ class BestOf(NamedTuple):
     """Seed of each of these images."""
     scores: Tensor
     """Scores of all images, in the order of their seeds, (C, n)."""
+    candidates: Tensor | None = None
+    """All images, in the same order, (C, n, 3, H, W); None without `keep_all`."""
+    candidate_seeds: list[list[int]] | None = None
+    """Their seeds, n per caption; None without `keep_all`."""
 
 
 @torch.no_grad()
 def best_of(
-    score: Score, make: Make, captions: Sequence[str], n: int, *, seed: int = 0, batch_size: int = 32
+    score: Score,
+    make: Make,
+    captions: Sequence[str],
+    n: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    keep_all: bool = False,
 ) -> BestOf:
     """Generate n images of each caption and keep the one with the highest score.
 
-    Image k of caption c has the seed `seed + c n + k`, so that the result is reproducible, and each chosen image can be
-    generated again alone. Of several images with the same score, the first is kept.
+        best_c = argmax_k score(image_ck, caption_c),    k = 0 .. n - 1
+
+    Image k of caption c has the seed `seed + c n + k`, so that the same call gives the same result. Generated again
+    alone, or with another `batch_size`, an image is equal up to rounding, since the kernels of a network depend on the
+    batch size. Of several images with the same score, the first is kept.
 
     Args:
         score: Function (images, captions) -> (B,), such as a `RedescriptionScore`, or any other reward.
@@ -44,7 +58,8 @@ def best_of(
         captions: Strings.
         n: Images per caption.
         seed: Seed of the first image.
-        batch_size: Images that are generated and scored at a time; only the best so far are kept.
+        batch_size: Images that are generated and scored at a time. Only the best so far are kept, unless `keep_all`.
+        keep_all: Also return all C n images, in `candidates`, on the device where `make` leaves them.
 
     Raises:
         ValueError: There is no caption, a number is not positive, a score is not finite, or a function returns
@@ -57,6 +72,10 @@ def best_of(
         >>> brightest = lambda images, captions: images.mean(dim=(1, 2, 3))
         >>> best_of(brightest, make, ["a red flower", "a blue bird"], 4).seeds
         [3, 7]
+        >>> best = best_of(brightest, make, ["a red flower"], 4, keep_all=True)
+        >>> ranking = best.scores[0].argsort(descending=True)  # of the candidates of the first caption
+        >>> best.candidates[0, ranking].shape, [best.candidate_seeds[0][k] for k in ranking]
+        (torch.Size([4, 3, 2, 2]), [3, 2, 1, 0])
     """
     check_positive("best_of", n=n, batch_size=batch_size)
     if isinstance(captions, str) or not (listed := list(captions)):
@@ -64,6 +83,7 @@ def best_of(
     rows = [caption for caption in listed for _ in range(n)]
     scores, images, seeds = torch.empty(len(rows)), cast(list[Tensor], [None] * len(listed)), [0] * len(listed)
     best = torch.full((len(listed),), -torch.inf)
+    kept: list[Tensor] = []
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         their_seeds = [seed + start + i for i in range(len(some))]
@@ -73,12 +93,21 @@ def best_of(
             raise ValueError(f"best_of: make must return {len(some)} images (B, 3, H, W), but it returned {kind}.")
         values = _scores("best_of", score, made, some)
         scores[start : start + len(some)] = values
+        if keep_all:
+            kept.append(made)
         for i, value in enumerate(values.tolist()):
             caption = (start + i) // n
             if value > best[caption]:
                 # A copy, so that the batch is freed.
                 best[caption], images[caption], seeds[caption] = value, made[i].clone(), their_seeds[i]
-    return BestOf(torch.stack(images), seeds, scores.view(len(listed), n))
+    chosen = BestOf(torch.stack(images), seeds, scores.view(len(listed), n))
+    if not keep_all:
+        return chosen
+    first_seeds = range(seed, seed + len(rows), n)
+    return chosen._replace(
+        candidates=torch.cat(kept).unflatten(0, (len(listed), n)),
+        candidate_seeds=[list(range(first, first + n)) for first in first_seeds],
+    )
 
 
 class PreferencePair(NamedTuple):
