@@ -219,6 +219,36 @@ def test_a_reference_replaces_the_norm_of_the_first_gradient(reference, norms, w
         torch.testing.assert_close(actual[i].flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_losses_none_of_which_is_the_unit():
+    """The first copy is not used: each loss has its ratio, over the batch size, as norm at each image."""
+    warnings.simplefilter("error")
+    gradients = [draw(1) * 1e3, draw(2) * 1e-6]
+    actual = gradient_of_several((0, 1, 0.3), [None, *gradients], reference=1 / 5)
+    for i in range(5):
+        a, b = (gradient[i].flatten().tolist() for gradient in gradients)
+        norm_a, norm_b = (math.sqrt(sum(x * x for x in row)) for row in (a, b))
+        expected = [(x / norm_a + 0.3 * y / norm_b) / 5 for x, y in zip(a, b)]
+        torch.testing.assert_close(actual[i].flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reference", [None, 0.2])
+def test_a_factor_on_the_loss_of_an_image_matters_only_if_it_is_zero(reference):
+    first, second = draw(1), draw(2)
+
+    def gradient_with(factors):
+        images = torch.zeros(SHAPE, requires_grad=True)
+        one, other = balance_gradients(images, 0.3, reference=reference)
+        losses = (other * second).sum(dim=(1, 2, 3))
+        ((one * first).sum() + (torch.tensor(factors) * losses).sum()).backward()
+        return images.grad
+
+    plain = gradient_with([1.0] * 5)
+    torch.testing.assert_close(gradient_with([1.0, 2.0, 1e-3, 7.0, 1e4]), plain)
+    removed = gradient_with([1.0, 0.0, 1.0, 0.0, 0.0])
+    for i, is_kept in enumerate([True, False, True, False, False]):
+        torch.testing.assert_close(removed[i], plain[i] if is_kept else first[i], rtol=0, atol=0)
+
+
 def test_a_reference_gets_no_gradient():
     images, reference = torch.zeros(SHAPE, requires_grad=True), torch.ones(5, requires_grad=True)
     _, second_view = balance_gradients(images, 0.3, reference=reference)

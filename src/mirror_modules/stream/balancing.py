@@ -35,6 +35,17 @@ def balance_gradients(
         _, for_captioner = balance_gradients(images, 0.25, reference=1e-3)
         loss = diffusion_loss(noise) + redescription(for_captioner, tokens)
 
+    If none of the losses is the unit, as with two rewards, disable the first one with the ratio 0 and pass a constant
+    norm as `reference`. With 1 / B, the gradient has the scale of that of a mean over the batch:
+
+        _, for_captioner, for_reward = balance_gradients(images, (0, 1, 0.5), reference=1 / len(images))
+        loss = redescription(for_captioner, tokens) - reward(for_reward).mean()
+
+    A weight on the loss of an image has no effect either, unless it is zero: to remove a loss at some images, multiply
+    their losses by 0, and those of the others by 1.
+
+        loss = adversarial_loss(for_discriminator) + (is_kept * losses_of_captions(for_captioner)).sum()
+
     Args:
         images: Generated images (B, ...).
         ratios: Weight r_0 of the first loss, then the gradient norm r_k of each further loss as a fraction of n_i; 0
@@ -58,6 +69,14 @@ def balance_gradients(
         >>> (for_discriminator.sum() + 1000 * for_captioner[:, 0].sum()).backward()
         >>> images.grad[0].tolist()  # (1, 1, 1, 1), of norm 2, plus 0.25 * 2 in the direction of (1, 0, 0, 0)
         [1.5, 1.0, 1.0, 1.0]
+
+        Two losses, none of which is the unit; the second one does not reach image 1:
+
+        >>> images, is_kept = torch.zeros(2, 4, requires_grad=True), torch.tensor([1.0, 0.0])
+        >>> _, one, other = balance_gradients(images, (0, 1, 0.5), reference=1 / 2)
+        >>> (7 * one[:, 0].sum() + (is_kept * other[:, 1]).sum()).backward()
+        >>> images.grad.tolist()
+        [[0.5, 0.25, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]]
     """
     owner = "balance_gradients"
     is_sequence = isinstance(ratios, Sequence) and not isinstance(ratios, str)
