@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from mirror_modules import (
     Captioner,
     CascadedGenerator,
+    GlamBlock,
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
@@ -19,6 +20,7 @@ from mirror_modules import (
     MirrorGANConfig,
     PairedDiscriminator,
     RedescriptionLoss,
+    RedescriptionScore,
     TextEncoder,
     TextFeatures,
     Vocabulary,
@@ -191,6 +193,57 @@ def test_a_mask_without_a_first_word_warns_once(mask):
         "other: word_mask marks the",
     ]
     assert "if it is True for padding, pass ~word_mask" in str(caught[0].message)
+
+
+class PadsLeft(Captioner):
+    """A captioner for which padding is the same word everywhere."""
+
+    def decode(self, first_input, tokens, word_mask=None):
+        return super().decode(first_input, tokens.where(word_mask.bool(), 0), word_mask)
+
+
+def make_padded():
+    return PadsLeft(ConvBackbone(C, 2), V, embedding_dim=4, hidden_dim=5)
+
+
+def score(mask, method="forward", **options):
+    return getattr(RedescriptionScore(make_padded(), **options), method)(images(), tokens(), mask)
+
+
+WARN_OF_A_MASK = {
+    name: call for name, call in TAKES_A_MASK.items() if name not in ("TextEncoder", "MirrorGAN", "EncoderPair")
+} | {
+    "RedescriptionLoss": lambda mask: RedescriptionLoss(make_padded())(images(), tokens(), mask),
+    "GlamBlock": lambda mask: GlamBlock(channels=C, word_dim=D)(features(), words(D), word_mask=mask),
+    "RedescriptionScore": lambda mask: score(mask, debias="blank"),
+    "RedescriptionScore.score_matrix": lambda mask: score(mask, "score_matrix"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("name", WARN_OF_A_MASK)
+def test_each_call_warns_once_of_a_mask_whatever_it_calls(name, dtype):
+    call, mask = WARN_OF_A_MASK[name], MASK.flip(1).to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mask[:, 0] = 0
+        call(mask)
+        call(mask)
+    messages = [str(warning.message) for warning in caught if "word_mask" in str(warning.message)]
+    assert len(messages) == 2
+    # The loss has no check of its own before that of the similarity.
+    owner = {"MatchingLoss": "word_region_similarity", "matching_loss": "word_region_similarity"}.get(name, name)
+    owner = {"GlamBlock": "WordAttention"}.get(owner, owner.split(".")[0])
+    assert all(message.startswith(f"{owner}: word_mask marks") for message in messages)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_a_mask_does_not_warn():
+    """All captions of a block may be padded on the left where those of the whole matrix are not."""
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, 0] = False
+    module = RedescriptionScore(make_padded())
+    module.score_matrix(images(), tokens(), mask, batch_size=1)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def check_word_mask(
     """Return the mask as bool (B, L), True for a real word; None stays None: all words are real.
 
     Accepts bool, or integers that are 0 or 1, as the attention masks of tokenizers. Requires at least one real word in
-    each caption. A mask with padding as the first word of every caption is probably inverted and causes a warning.
+    each caption. A mask with padding as the first word of every caption is probably inverted and causes a warning; the
+    mask that is returned does not cause another one, in the functions to which the caller passes it.
 
     Requirements on values are not checked where values cannot be read (see `is_readable`), nor on a GPU with
     `may_stall=False`, because reading them forces a synchronization; see `is_unchecked`.
@@ -130,13 +131,26 @@ def check_word_mask(
     if not bool(has_words.all()):
         row = int((~has_words).nonzero()[0, 0])
         raise ValueError(f"{owner}: caption {row} has no real word in word_mask; each caption needs at least one.")
-    if is_on_cpu and not bool(first_words.any()):
+    if is_on_cpu and not bool(first_words.any()) and not getattr(word_mask, "_is_checked", False):
         warnings.warn(
             f"{owner}: word_mask marks the first word of every caption as padding; if it is True for padding, pass "
             "~word_mask. For captions padded on the left, ignore this warning.",
             stacklevel=2,
         )
+        return as_checked(real)
     return real
+
+
+def as_checked(word_mask: Tensor) -> Tensor:
+    """Return a view of a mask, or of a part of one, that `check_word_mask` has checked already and does not warn of.
+
+    The mark is on the view: the mask of the user stays as it is, and the next call warns again.
+    """
+    if not is_readable(word_mask):
+        return word_mask
+    view = word_mask.view_as(word_mask)
+    view._is_checked = True  # type: ignore[attr-defined]
+    return view
 
 
 def is_unchecked(word_mask: Tensor) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import at_least_float32, autocast_dtype, shape_of
+from mirror_modules._checks import as_checked, at_least_float32, autocast_dtype, shape_of
 
 # Words of a caption that are enough to find a shift.
 SHORT = 6
@@ -99,6 +99,7 @@ class _Probe:
             rows = torch.cat((padding, rows), dim=1)
             self.word_mask = torch.ones_like(rows, dtype=torch.bool)
             self.word_mask[:, 0] = False
+            self.word_mask = as_checked(self.word_mask)
         self.tokens = rows
 
     def at_words(self, values_NL: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_choice, check_images, check_positive, check_tensors, shape_of
+from mirror_modules._checks import as_checked, check_choice, check_images, check_positive, check_tensors, shape_of
 from mirror_modules._typing import TypedCall
 from mirror_modules.stream.frozen import Encoder, FrozenCaptioner
 from mirror_modules.stream.redescription import redescription_loss, word_losses
@@ -266,8 +266,10 @@ class _Encoded(NamedTuple):
 
     def repeated(self, chosen: slice, times: int) -> _Encoded:
         """Some captions, each several times in a row."""
-        parts = (None if part is None else part[chosen].repeat_interleave(times, dim=0) for part in self[:3])
-        return _Encoded(*parts)  # type: ignore[arg-type]
+        tokens, word_mask, counted = (
+            part if part is None else part[chosen].repeat_interleave(times, dim=0) for part in self[:3]
+        )
+        return _Encoded(cast(Tensor, tokens), None if word_mask is None else as_checked(word_mask), counted)
 
     def word_count(self) -> Tensor:
         """By how many tokens `log_likelihood` divides, (B,)."""
