@@ -165,6 +165,34 @@ def test_features_and_contexts_of_two_times_c_channels_are_not_projected(attenti
         assert fusion.weight.shape == (2 * C, inputs, 1, 1)
 
 
+@pytest.mark.parametrize("attention", ["global-local", "word", "none"])
+@pytest.mark.parametrize("text", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("image", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_accepts_inputs_of_any_half_precision(image, text, attention):
+    stage = RefinementStage(C, 1, 1, make_attention(attention)).eval()
+    features, condition, words = torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D)
+    expected = stage(features, condition, words).features
+    features = features.to(image).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        refined = stage(features, condition.to(text), words.to(text)).features
+        refined.float().square().mean().backward()
+    assert_close(refined.float(), expected, rtol=0.05, atol=0.05)
+    assert features.grad.dtype == image
+    assert features.grad.isfinite().all()
+    assert features.grad.any()
+
+
+@pytest.mark.parametrize("condition_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("noise_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_accepts_noise_of_any_half_precision(noise_dtype, condition_dtype):
+    stage = InitialStage(Z, E, C, 4).eval()
+    noise, condition = torch.randn(B, Z), torch.randn(B, E)
+    expected = stage(noise, condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = stage(noise.to(noise_dtype), condition.to(condition_dtype))
+    assert_close(features.float(), expected, rtol=0.05, atol=0.05)
+
+
 class Result(NamedTuple):
     contexts: tuple[torch.Tensor, ...]
     word_weights: None = None

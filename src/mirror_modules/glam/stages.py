@@ -159,7 +159,7 @@ class InitialStage(nn.Module):
     def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
         """(B, Z), (B, E) -> (B, C, H, W)."""
         check_precision("InitialStage", self.linear, noise=noise, condition=condition)
-        base = gate(self.norm(self.linear(torch.cat((condition, noise), dim=1))))
+        base = gate(self.norm(self.linear(_concatenate(condition, noise))))
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
 
@@ -216,7 +216,7 @@ class RefinementStage(nn.Module):
         if self.attention is None:
             return StageResult(self.upsample(self.residual(self.fusion(features))), None, None)
         attended = self.attention(features, words, condition, word_mask, need_weights=need_weights)
-        fused = self.fusion(torch.cat((features, *_contexts(self.attention, attended, features)), dim=1))
+        fused = self.fusion(_concatenate(features, *_contexts(self.attention, attended, features)))
         refined = self.upsample(self.residual(fused))
         return StageResult(refined, attended.word_weights, attended.sentence_weights)
 
@@ -231,6 +231,13 @@ class ImageHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 3, H, W)."""
         return torch.tanh(self.conv(features))
+
+
+def _concatenate(*tensors: Tensor) -> Tensor:
+    """Concatenate channels. Autocast's own concatenation refuses any half precision but its own."""
+    halves = (torch.float16, torch.bfloat16)
+    cast = (tensor.to(autocast_dtype(tensor)) if tensor.dtype in halves else tensor for tensor in tensors)
+    return torch.cat(tuple(cast), dim=1)
 
 
 def _context_dim(attention: object) -> int:
