@@ -6,6 +6,7 @@ from typing import Any
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
+from mirror_modules.glam.placing import crop_box, keypoint_gate, keypoint_maps, place_in_box
 from mirror_modules.kernels import Choice
 from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score
@@ -37,6 +38,7 @@ __all__ = [
     "class_oracle",
     "clip_score",
     "contrastive_terms",
+    "crop_box",
     "discriminator_loss",
     "diversity",
     "expected_hits",
@@ -48,10 +50,13 @@ __all__ = [
     "image_sentence_similarity",
     "inception_score",
     "kernel_distance",
+    "keypoint_gate",
+    "keypoint_maps",
     "kl_divergence",
     "matching_loss",
     "mismatch",
     "other_captions",
+    "place_in_box",
     "r1_penalty",
     "r_precision",
     "r_precision_folds",

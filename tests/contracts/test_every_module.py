@@ -19,6 +19,7 @@ from mirror_modules import (
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
+    KeypointGate,
     MatchingLoss,
     MirrorGAN,
     MirrorGANConfig,
@@ -26,6 +27,7 @@ from mirror_modules import (
     RedescriptionLoss,
     TextEncoder,
     TextFeatures,
+    TextPlacer,
     Vocabulary,
     WordAttention,
 )
@@ -95,6 +97,8 @@ CASES = {
         lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1, attention=WordAttention),
         lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.randn(B, L, D), MASK), {"need_weights": True}),
     ),
+    "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
+    "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C), lambda: ((images(), torch.randn(B, D)), {})
     ),
@@ -125,7 +129,7 @@ CASES = {
         lambda: ((tokens(), MASK), {"noise": torch.randn(B, Z), "condition_noise": torch.randn(B, E)}),
     ),
 }
-HAS_WEIGHTS = [name for name in CASES if name != "MatchingLoss"]
+HAS_WEIGHTS = [name for name in CASES if name not in ("MatchingLoss", "TextPlacer", "KeypointGate")]
 HAS_MAPS = [name for name in CASES if name not in ("ConditioningAugmentation", "TextEncoder", "MatchingLoss")]
 
 

@@ -11,6 +11,15 @@ from mirror_modules.glam.attention import (
 )
 from mirror_modules.glam.block import GlamBlock
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
+from mirror_modules.glam.placing import (
+    KeypointGate,
+    KeypointMaps,
+    TextPlacer,
+    crop_box,
+    keypoint_gate,
+    keypoint_maps,
+    place_in_box,
+)
 from mirror_modules.glam.stages import StageAttention, StageContext
 
 __all__ = [
@@ -19,11 +28,18 @@ __all__ = [
     "GlamBlock",
     "GlobalLocalAttention",
     "GlobalLocalContext",
+    "KeypointGate",
+    "KeypointMaps",
     "StageAttention",
     "StageContext",
+    "TextPlacer",
     "WordAttention",
     "WordContext",
+    "crop_box",
     "global_local_attention",
+    "keypoint_gate",
+    "keypoint_maps",
+    "place_in_box",
     "sentence_attention",
     "word_attention",
 ]
