@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mirror_modules import models as models
     from mirror_modules import stem as stem
     from mirror_modules import stream as stream
-    from mirror_modules.adversarial import PairedDiscriminator, PairedLogits
+    from mirror_modules.adversarial import AdversarialWeights, PairedDiscriminator, PairedLogits
     from mirror_modules.glam import (
         CascadedGenerator,
         GeneratedImages,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialWeights",
     "BackboneConfig",
     "Captioner",
     "CascadedGenerator",
@@ -81,7 +82,7 @@ __all__ = [
 
 # Where `__getattr__` finds what the imports above show to type checkers: modules, and the names that each exports here.
 _EXPORTS = {
-    "adversarial": ("PairedDiscriminator", "PairedLogits"),
+    "adversarial": ("AdversarialWeights", "PairedDiscriminator", "PairedLogits"),
     "data": (),
     "functional": (),
     "glam": (

@@ -1,17 +1,22 @@
 """The adversarial objective against explicit sums of logarithms."""
 
 import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from mirror_modules import PairedDiscriminator, PairedLogits
+from mirror_modules import AdversarialWeights, PairedDiscriminator, PairedLogits
 from mirror_modules.functional import discriminator_loss, generator_loss, r1_penalty
 
 REAL, FAKE, MISMATCHED = 3, 5, 2  # different primes: batch sizes may differ
 THROUGH = ["logits", "probabilities"]
+PARITY = Path(__file__).parents[1] / "parity"
 
 
 def draw(count, dtype=torch.float32):
@@ -210,7 +215,10 @@ def test_compiles_into_one_graph(compiled, through):
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        (r"weighting must be one of 'paper', 'release', but it is 'ours'", {"weighting": "ours"}),
+        (
+            r"weighting must be one of 'paper', 'release', 'gan-int-cls', 'stackgan\+\+', but it is 'ours'",
+            {"weighting": "ours"},
+        ),
         (r"through must be one of 'logits', 'probabilities', but it is 'sigmoid'", {"through": "sigmoid"}),
         (r"objective must be one of 'logistic', 'hinge', but it is 'wasserstein'", {"objective": "wasserstein"}),
         (
@@ -227,5 +235,137 @@ def test_unknown_options_raise(message, options):
 
 
 def test_release_needs_mismatched_pairs():
-    with pytest.raises(ValueError, match=r"weighting='release' averages over mismatched pairs too; pass `mismatched`"):
+    with pytest.raises(
+        ValueError, match=r"'release' has a weight for mismatched, but these logits are None; pass `mism"
+    ):
         discriminator_loss(draw(REAL), draw(FAKE), weighting="release")
+
+
+# Weights of other systems
+
+
+def weighted_loss_by_loops(real, fake, mismatched, weights):
+    terms = [
+        (weights.real, real.consistency, True),
+        (weights.real_realism, real.realism, True),
+        (weights.fake, fake.consistency, False),
+        (weights.fake_realism, fake.realism, False),
+        (weights.mismatched, mismatched.consistency, False),
+        (weights.mismatched_realism, mismatched.realism, True),
+    ]
+    return sum(weight * minus_log(logits, real=is_real) for weight, logits, is_real in terms)
+
+
+WEIGHTS = {
+    "gan-int-cls": AdversarialWeights(1, 0.5, 0.5, 0, 0, 0),
+    "stackgan++": AdversarialWeights(1, 1, 1, 1, 1, 1),
+    "six primes": AdversarialWeights(2, 3, 5, 7, 11, 13),
+}
+
+
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_six_weights_match_the_loops(name, through):
+    real, fake, mismatched = draw(REAL), draw(FAKE), draw(MISMATCHED)
+    expected = weighted_loss_by_loops(real, fake, mismatched, WEIGHTS[name])
+    weightings = [WEIGHTS[name]] if name == "six primes" else [WEIGHTS[name], name]
+    for weighting in weightings:
+        loss = discriminator_loss(real, fake, mismatched, weighting=weighting, through=through)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        positive = minus_log(fake.consistency, real=True), minus_log(fake.realism, real=True)
+        expected_generator = WEIGHTS[name].real * positive[0] + WEIGHTS[name].real_realism * positive[1]
+        loss = generator_loss(fake, weighting=weighting, through=through)
+        assert loss.item() == pytest.approx(expected_generator, rel=1e-5)
+
+
+def test_the_weights_of_the_generator_may_differ():
+    weights, fake = AdversarialWeights(2, 3, 5, 7, 11, 13, generator=17, generator_realism=19), draw(FAKE)
+    expected = 17 * minus_log(fake.consistency, real=True) + 19 * minus_log(fake.realism, real=True)
+    assert generator_loss(fake, weighting=weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_published_weights_by_name_equal_the_same_numbers(name):
+    real, fake, mismatched = draw(REAL), draw(FAKE), torch.randn(MISMATCHED)
+    third, generator = (1 / 2, None) if name == "paper" else (1 / 3, 1)
+    weights = AdversarialWeights(1 / 2, third, third, 1 / 2, third, 0, generator, generator)
+    for loss in (partial(discriminator_loss, real, fake, mismatched), partial(generator_loss, fake)):
+        assert_close(loss(weighting=weights), loss(weighting=name), atol=0, rtol=0)
+
+
+def test_mismatched_weight_scales_consistency_and_realism_of_mismatched_pairs():
+    real, fake, mismatched = draw(REAL), draw(FAKE), draw(MISMATCHED)
+    weights = AdversarialWeights(2, 3, 5, 7, 11, 13)
+    without = weighted_loss_by_loops(real, fake, mismatched, replace(weights, mismatched=0, mismatched_realism=0))
+    whole = weighted_loss_by_loops(real, fake, mismatched, weights)
+    loss = discriminator_loss(real, fake, mismatched, weighting=weights, mismatched_weight=0.25)
+    assert loss.item() == pytest.approx(without + 0.25 * (whole - without), rel=1e-5)
+
+
+def test_logits_of_weight_zero_may_be_missing_or_stay_in_the_graph():
+    real, fake = draw(REAL), draw(FAKE)
+    weights = AdversarialWeights(1, 1, 0, 0, 0, 0)
+    loss = discriminator_loss(real, fake, weighting=weights) + generator_loss(fake, weighting=weights)
+    bare = [PairedLogits(None, logits.consistency) for logits in (real, fake)]
+    expected = discriminator_loss(*bare, weighting=weights) + generator_loss(bare[1], weighting=weights)
+    assert_close(loss, expected, atol=0, rtol=0)
+    loss.backward()
+    assert (real.realism.grad == 0).all()
+    assert (fake.realism.grad == 0).all()
+    with pytest.raises(
+        ValueError, match=r"generator_loss: weighting='paper' has a weight for fake.realism, but .* build"
+    ):
+        generator_loss(bare[1])
+    with pytest.raises(
+        ValueError, match=r"weighting='stackgan\+\+' has a weight for real.realism, but these logits are"
+    ):
+        discriminator_loss(*bare, torch.zeros(2), weighting="stackgan++")
+    with pytest.raises(ValueError, match=r"mismatched.realism, but .* pass mismatched=PairedLogits\(realism, consist"):
+        discriminator_loss(real, fake, torch.zeros(2), weighting="stackgan++")
+
+
+def test_an_empty_batch_of_mismatched_pairs_with_realism_adds_zero():
+    real, fake, empty = draw(REAL), draw(FAKE), draw(0)
+    loss = discriminator_loss(real, fake, empty, weighting="stackgan++")
+    without = replace(WEIGHTS["stackgan++"], mismatched=0, mismatched_realism=0)
+    assert_close(loss, discriminator_loss(real, fake, weighting=without), atol=0, rtol=0)
+    loss.backward()
+    assert empty.realism.grad is not None
+    assert empty.consistency.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("message", "weights"),
+    [
+        ("AdversarialWeights: fake must be at least 0, but it is -1", (1, -1, 0, 0, 0, 0)),
+        ("AdversarialWeights: mismatched_realism must be a finite number", (1, 1, 0, 0, 0, math.inf)),
+        ("AdversarialWeights: generator must be a finite number, but it is 'one'", (1, 1, 0, 0, 0, 0, "one")),
+    ],
+)
+def test_unsuitable_weights_raise(message, weights):
+    with pytest.raises(ValueError, match=message):
+        AdversarialWeights(*weights)
+
+
+def test_recorded_losses_of_gan_int_cls():
+    with np.load(PARITY / "gan_int_cls_losses.npz") as file:
+        record = {key: torch.from_numpy(file[key]) for key in file}
+    real, wrong, fake, own, mixed = (
+        PairedLogits(None, record[f"{name}_logits"]) for name in ("real", "wrong", "fake", "own", "interpolated")
+    )
+    loss = discriminator_loss(real, fake, wrong, weighting="gan-int-cls")
+    assert_close(loss, record["discriminator_loss"], atol=1e-6, rtol=0)
+    loss = discriminator_loss(real, fake, weighting=AdversarialWeights(1, 1, 0, 0, 0, 0))
+    assert_close(loss, record["discriminator_loss_without_wrong"], atol=1e-6, rtol=0)
+    own_loss, mixed_loss = (generator_loss(logits, weighting="gan-int-cls") for logits in (own, mixed))
+    assert_close(own_loss + mixed_loss, record["generator_loss_sum_of_means"], atol=1e-6, rtol=0)
+    for name, weight in (("0", 0.0), ("half", 0.5), ("1", 1.0)):
+        # Of the published code, which divides by the number of all images.
+        loss = 2 / 3 * own_loss + weight / 3 * mixed_loss
+        assert_close(loss, record[f"generator_loss_weight_{name}"], atol=1e-6, rtol=0)
+
+
+def test_r1_without_realism_is_that_of_consistency():
+    images = torch.ones(2, 3, 4, 4, requires_grad=True)
+    total = images.sum(dim=(1, 2, 3))
+    assert r1_penalty(images, PairedLogits(None, total)).item() == 24

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 API_PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 
 PUBLIC_NAMES = [
+    "AdversarialWeights",
     "BackboneConfig",
     "Captioner",
     "CascadedGenerator",
@@ -48,6 +49,7 @@ FUNCTIONS = [
     "balance_gradients",
     "class_oracle",
     "clip_score",
+    "color_consistency_loss",
     "contrastive_terms",
     "crop_box",
     "discriminator_loss",

@@ -29,8 +29,8 @@ FULL_WIDTH_HALVINGS = 4
 class PairedLogits(NamedTuple):
     """Logits of a paired discriminator for a batch of images."""
 
-    realism: Tensor
-    """Is the image a photograph? Does not depend on the sentence. (B,)"""
+    realism: Tensor | None
+    """Is the image a photograph? Does not depend on the sentence. (B,); None if not discriminated."""
     consistency: Tensor
     """Does the image match the sentence? (B,)"""
     mismatched: Tensor | None = None

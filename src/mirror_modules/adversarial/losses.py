@@ -2,24 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import at_least_float32, check_choice
+from mirror_modules._checks import at_least_float32, check_choice, check_number
 from mirror_modules.adversarial.discriminator import PairedLogits
 
-Weighting = Literal["paper", "release"]
+WeightingName = Literal["paper", "release", "gan-int-cls", "stackgan++"]
 Through = Literal["logits", "probabilities"]
 Objective = Literal["logistic", "hinge"]
+
+
+@dataclass(frozen=True)
+class AdversarialWeights:
+    """Weights of the terms of `discriminator_loss` and `generator_loss`; a term of weight 0 is omitted.
+
+    Real and generated images are each scored by consistency with their sentence and by realism, mismatched pairs by
+    consistency and, if their images are not those of `real` again, by realism as well.
+
+    Raises:
+        ValueError: A weight is not a finite number of at least 0.
+    """
+
+    real: float
+    """Of - log D(x, s)."""
+    fake: float
+    """Of - log(1 - D(I, s))."""
+    mismatched: float
+    """Of - log(1 - D(x, s')), or of the hinge."""
+    real_realism: float
+    """Of - log D(x)."""
+    fake_realism: float
+    """Of - log(1 - D(I))."""
+    mismatched_realism: float
+    """Of - log D(x') for the images x' of mismatched pairs, which are real."""
+    generator: float | None = None
+    """Of - log D(I, s) in the loss of the generator; None takes `real`."""
+    generator_realism: float | None = None
+    """Of - log D(I) in the loss of the generator; None takes `real_realism`."""
+
+    def __post_init__(self) -> None:
+        weights = {field.name: getattr(self, field.name) for field in fields(self)}
+        weights = {name: weight for name, weight in weights.items() if weight is not None}
+        check_number("AdversarialWeights", **weights)
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"AdversarialWeights: {name} must be at least 0, but it is {weight!r}.")
+
+
+# As published; StackGAN's second stage and AttnGAN use those of the released code of MirrorGAN, GAWWN and StackGAN's
+# first stage those of GAN-INT-CLS.
+WEIGHTINGS = {
+    "paper": AdversarialWeights(1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 2, 0),
+    "release": AdversarialWeights(1 / 2, 1 / 3, 1 / 3, 1 / 2, 1 / 3, 0, generator=1, generator_realism=1),
+    "gan-int-cls": AdversarialWeights(1, 1 / 2, 1 / 2, 0, 0, 0),
+    "stackgan++": AdversarialWeights(1, 1, 1, 1, 1, 1),
+}
+Weighting = WeightingName | AdversarialWeights
+# For logits that a weighting needs and that are missing.
+ADVICE = {
+    "mismatched": "pass `mismatched`",
+    "mismatched.realism": "pass mismatched=PairedLogits(realism, consistency), the realism being that of the images",
+}
 
 
 def discriminator_loss(
     real: PairedLogits,
     fake: PairedLogits,
-    mismatched: Tensor | None = None,
+    mismatched: Tensor | PairedLogits | None = None,
     *,
     weighting: Weighting = "paper",
     through: Through = "logits",
@@ -31,53 +87,72 @@ def discriminator_loss(
         L_D = - 1/2 E log D(x) - 1/2 E log(1 - D(I)) - 1/2 E log D(x, s) - 1/2 E log(1 - D(I, s))
 
     `x` is a real image, `I` a generated one, `s` their sentence. Mismatched pairs, real images with another image's
-    sentence, are not in the paper; they add - 1/2 E log(1 - D(x, s')). The published code uses other weights: half the
-    sum of the two real terms plus a third of the sum of the three others. The hinge loss has max(0, 1 - logit) in place
-    of - log D, and max(0, 1 + logit) in place of - log(1 - D).
+    sentence, are not in the paper; they add - 1/2 E log(1 - D(x, s')). Other systems use other weights:
+
+        weighting        D(x, s)   D(I, s)   D(x, s')   D(x)   D(I)   D(x')   used by
+        "paper"            1/2       1/2       1/2      1/2    1/2     0      MirrorGAN's paper
+        "release"          1/2       1/3       1/3      1/2    1/3     0      MirrorGAN's code, AttnGAN, StackGAN II
+        "gan-int-cls"       1        1/2       1/2       0      0      0      GAN-INT-CLS, GAWWN, StackGAN I
+        "stackgan++"        1         1         1        1      1      1      StackGAN++
+
+    The hinge loss has max(0, 1 - logit) in place of - log D, and max(0, 1 + logit) in place of - log(1 - D).
 
     Args:
         real: Logits of real images with their sentences.
         fake: Logits of generated images with their sentences.
-        mismatched: Consistency logits of mismatched pairs, any number of them; None takes `real.mismatched`. If that is
-            None, too, the term is omitted.
-        weighting: "paper", or "release" for the weights of the published code.
+        mismatched: Consistency logits of mismatched pairs, any number of them, or `PairedLogits` with the realism of
+            their images as well, which only a weight `mismatched_realism` needs; None takes `real.mismatched`. If that
+            is None, too, "paper" omits the term.
+        weighting: A name of the table, or `AdversarialWeights` of your own.
         through: "logits" is exact. "probabilities" rounds as the published code does: a probability close to 0 or 1
             loses its digits, and no logarithm exceeds 100.
         objective: "logistic" as above, or "hinge".
-        mismatched_weight: Weight of the mismatched pairs' term within the sum.
+        mismatched_weight: Weight of the mismatched pairs' terms within the sum.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, options are incompatible, or "release" comes without mismatched pairs.
+        ValueError: An option is unknown, options are incompatible, or logits that the weighting needs are missing.
 
     Examples:
         >>> import torch
-        >>> from mirror_modules import PairedLogits
+        >>> from mirror_modules import AdversarialWeights, PairedLogits
         >>> from mirror_modules.functional import discriminator_loss
         >>> undecided = PairedLogits(realism=torch.zeros(3), consistency=torch.zeros(3))
         >>> round(discriminator_loss(undecided, undecided).item(), 4)  # 4 * 1/2 log 2
         1.3863
         >>> discriminator_loss(undecided, undecided, objective="hinge").item()
         2.0
+        >>> loss = discriminator_loss(undecided, undecided, mismatched=torch.zeros(5), weighting="gan-int-cls")
+        >>> round(loss.item(), 4)  # (1 + 1/2 + 1/2) log 2
+        1.3863
+        >>> without_pairs = AdversarialWeights(1, 1, 0, 0, 0, 0)
+        >>> round(discriminator_loss(undecided, undecided, weighting=without_pairs).item(), 4)  # 2 log 2
+        1.3863
     """
-    _check_options("discriminator_loss", weighting, through, objective)
-    mismatched = real.mismatched if mismatched is None else mismatched
-    # With no mismatched pairs, use an empty sum: zero, but still in the graph, which DDP requires.
-    mismatched_loss = at_least_float32(real.realism if mismatched is None else mismatched)[:0].sum()
-    if mismatched is not None and mismatched.numel() > 0:
-        mismatched_loss = mismatched_weight * _fake_loss(mismatched, through, objective)
-    positive = _real_loss(real.realism, through, objective) + _real_loss(real.consistency, through, objective)
-    negative = _fake_loss(fake.realism, through, objective) + _fake_loss(fake.consistency, through, objective)
-    negative = negative + mismatched_loss
-    if weighting == "paper":
-        return 0.5 * (positive + negative)
-    if mismatched is None:
-        raise ValueError(
-            "discriminator_loss: weighting='release' averages over mismatched pairs too; pass `mismatched`."
-        )
-    return positive / 2 + negative / 3
+    owner = "discriminator_loss"
+    weights = _checked_weights(owner, weighting, through, objective)
+    pairs = real.mismatched if mismatched is None else mismatched
+    pair_realism, pair_consistency = pairs[:2] if isinstance(pairs, PairedLogits) else (None, pairs)
+    total = partial(_total, owner, weighting, partial(_loss, through=through, objective=objective))
+    positive = total(
+        ("real.realism", weights.real_realism, real.realism, True),
+        ("real.consistency", weights.real, real.consistency, True),
+    )
+    negative = total(
+        ("fake.realism", weights.fake_realism, fake.realism, False),
+        ("fake.consistency", weights.fake, fake.consistency, False),
+    )
+    if pair_consistency is None and weighting == "paper":
+        return positive + negative
+    if pair_consistency is not None and pair_consistency.numel() == 0:
+        weights = replace(weights, mismatched=0, mismatched_realism=0)
+    mismatched_loss = total(
+        ("mismatched", weights.mismatched, pair_consistency, False),
+        ("mismatched.realism", weights.mismatched_realism, pair_realism, True),
+    )
+    return positive + (negative + mismatched_weight * mismatched_loss)
 
 
 def generator_loss(
@@ -95,7 +170,8 @@ def generator_loss(
 
     Args:
         fake: Logits of generated images with their sentences.
-        weighting: "paper", or "release" with weights of 1, as in the published code.
+        weighting: "paper"; "release" and "stackgan++" with weights of 1 in place of 1/2, as in published code;
+            "gan-int-cls" for - E log D(I, s) alone; or `AdversarialWeights` of your own.
         through: See `discriminator_loss`.
         objective: See `discriminator_loss`.
 
@@ -103,7 +179,7 @@ def generator_loss(
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, or options are incompatible.
+        ValueError: An option is unknown, options are incompatible, or logits that the weighting needs are missing.
 
     Examples:
         >>> import torch
@@ -116,17 +192,23 @@ def generator_loss(
         >>> generator_loss(fooled, objective="hinge").item()
         -1.0
     """
-    _check_options("generator_loss", weighting, through, objective)
-    weight = 0.5 if weighting == "paper" else 1.0
-    if objective == "hinge":
-        return -weight * (at_least_float32(fake.realism).mean() + at_least_float32(fake.consistency).mean())
-    return weight * (_real_loss(fake.realism, through, objective) + _real_loss(fake.consistency, through, objective))
+    owner = "generator_loss"
+    weights = _checked_weights(owner, weighting, through, objective)
+    consistency = weights.real if weights.generator is None else weights.generator
+    realism = weights.real_realism if weights.generator_realism is None else weights.generator_realism
+    return _total(
+        owner,
+        weighting,
+        _generator_hinge if objective == "hinge" else partial(_loss, through=through, objective=objective),
+        ("fake.realism", realism, fake.realism, True),
+        ("fake.consistency", consistency, fake.consistency, True),
+    )
 
 
 def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
     """Penalize the discriminator's gradient at real images: the R1 penalty of Mescheder et al. (2018).
 
-        R1 = 1/2 E || d (realism + consistency) / d image ||^2
+        R1 = 1/2 E || d (realism + consistency) / d image ||^2    consistency alone, if there is no realism
 
     Args:
         images: Real images, (B, 3, H, W), with `requires_grad`.
@@ -149,7 +231,9 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
     """
     if not images.requires_grad:
         raise ValueError("r1_penalty: images must require a gradient; use images.detach().requires_grad_(True).")
-    total = at_least_float32(logits.realism).sum() + at_least_float32(logits.consistency).sum()
+    total = at_least_float32(logits.consistency).sum()
+    if logits.realism is not None:
+        total = at_least_float32(logits.realism).sum() + total
     gradient = None
     if total.requires_grad:
         (gradient,) = torch.autograd.grad(total, images, create_graph=True, allow_unused=True)
@@ -160,20 +244,38 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
     return 0.5 * at_least_float32(gradient).square().sum() / images.shape[0]
 
 
-def _real_loss(logits: Tensor, through: Through, objective: Objective) -> Tensor:
-    """- E log D, or E max(0, 1 - logit)."""
-    logits = at_least_float32(logits)
-    if objective == "hinge":
-        return F.relu(1 - logits).mean()
-    return F.softplus(-logits).mean() if through == "logits" else _cross_entropy_of_probabilities(logits, 1.0)
+def _total(
+    owner: str,
+    weighting: Weighting,
+    loss: Callable[[Tensor, bool], Tensor],
+    *terms: tuple[str, float, Tensor | None, bool],
+) -> Tensor:
+    """The weighted sum of the losses of logits, each (name, weight, logits, whether they shall be real)."""
+    losses = []
+    for name, weight, logits, is_real in terms:
+        if logits is None and weight > 0:
+            raise ValueError(
+                f"{owner}: weighting={weighting!r} has a weight for {name}, but these logits are None; "
+                f"{ADVICE.get(name, 'build the discriminator with realism=True')}, or use a weighting without them."
+            )
+        if logits is None:
+            continue
+        logits = at_least_float32(logits)
+        # With weight 0, use an empty sum: zero, but still in the graph, which DDP requires.
+        losses.append(weight * loss(logits, is_real) if weight > 0 else logits[:0].sum())
+    return sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
 
 
-def _fake_loss(logits: Tensor, through: Through, objective: Objective) -> Tensor:
-    """- E log(1 - D), or E max(0, 1 + logit)."""
-    logits = at_least_float32(logits)
+def _loss(logits: Tensor, is_real: bool, *, through: Through, objective: Objective) -> Tensor:
+    """- E log D, or E max(0, 1 - logit) if the logits shall be real; else - E log(1 - D), or E max(0, 1 + logit)."""
+    signed = -logits if is_real else logits
     if objective == "hinge":
-        return F.relu(1 + logits).mean()
-    return F.softplus(logits).mean() if through == "logits" else _cross_entropy_of_probabilities(logits, 0.0)
+        return F.relu(1 + signed).mean()
+    return F.softplus(signed).mean() if through == "logits" else _cross_entropy_of_probabilities(logits, float(is_real))
+
+
+def _generator_hinge(logits: Tensor, is_real: bool) -> Tensor:
+    return -logits.mean()
 
 
 def _cross_entropy_of_probabilities(logits: Tensor, target: float) -> Tensor:
@@ -182,9 +284,12 @@ def _cross_entropy_of_probabilities(logits: Tensor, target: float) -> Tensor:
         return F.binary_cross_entropy(torch.sigmoid(logits), torch.full_like(logits, target))
 
 
-def _check_options(owner: str, weighting: str, through: str, objective: str) -> None:
-    check_choice(owner, "weighting", weighting, ("paper", "release"))
+def _checked_weights(owner: str, weighting: Weighting, through: str, objective: str) -> AdversarialWeights:
     check_choice(owner, "through", through, ("logits", "probabilities"))
     check_choice(owner, "objective", objective, ("logistic", "hinge"))
     if objective == "hinge" and through == "probabilities":
         raise ValueError(f"{owner}: objective='hinge' is defined on logits; use through='logits'.")
+    if isinstance(weighting, AdversarialWeights):
+        return weighting
+    check_choice(owner, "weighting", weighting, tuple(WEIGHTINGS))
+    return WEIGHTINGS[weighting]

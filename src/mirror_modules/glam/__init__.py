@@ -10,6 +10,7 @@ from mirror_modules.glam.attention import (
     word_attention,
 )
 from mirror_modules.glam.block import GlamBlock
+from mirror_modules.glam.colors import color_consistency_loss
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
 from mirror_modules.glam.placing import (
     KeypointGate,
@@ -35,6 +36,7 @@ __all__ = [
     "TextPlacer",
     "WordAttention",
     "WordContext",
+    "color_consistency_loss",
     "crop_box",
     "global_local_attention",
     "keypoint_gate",
