@@ -19,7 +19,7 @@ from mirror_modules.metrics.kernel_distance import kernel_distance
 from mirror_modules.metrics.other_captions import other_captions
 from mirror_modules.metrics.r_precision import r_precision, r_precision_folds
 from mirror_modules.metrics.redescription_quality import redescription_quality, words_in_place
-from mirror_modules.stem.conditioning import kl_divergence
+from mirror_modules.stem.conditioning import interpolate_sentences, kl_divergence
 from mirror_modules.stem.matching import (
     choose_similarity,
     contrastive_terms,
@@ -51,6 +51,7 @@ __all__ = [
     "image_information",
     "image_sentence_similarity",
     "inception_score",
+    "interpolate_sentences",
     "kernel_distance",
     "keypoint_gate",
     "keypoint_maps",

@@ -25,6 +25,7 @@ from mirror_modules import (
     MirrorGANConfig,
     PairedDiscriminator,
     RedescriptionLoss,
+    SentenceProjection,
     TextEncoder,
     TextFeatures,
     TextPlacer,
@@ -73,6 +74,11 @@ CASES = {
     "ConditioningAugmentation": Case(
         lambda: ConditioningAugmentation(D, E), lambda: ((torch.randn(B, D),), {"noise": torch.randn(B, E)})
     ),
+    "ConditioningAugmentation, leaky": Case(
+        lambda: ConditioningAugmentation(D, E, activation="leaky_relu"),
+        lambda: ((torch.randn(B, D),), {"noise": torch.randn(B, E)}),
+    ),
+    "SentenceProjection": Case(lambda: SentenceProjection(D, E, batch_norm=True), lambda: ((torch.randn(B, D),), {})),
     "GlobalLocalAttention": Case(
         lambda: GlobalLocalAttention(C, D, E, score_projection=True, sentence_bias=True),
         lambda: ((torch.randn(B, C, 5, 7), torch.randn(B, L, D), torch.randn(B, E), MASK), {}),

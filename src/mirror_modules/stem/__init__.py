@@ -1,6 +1,12 @@
 """STEM, text in: vocabulary, text encoder, conditioning augmentation, text-image matching (MirrorGAN, Sec. 3.1)."""
 
-from mirror_modules.stem.conditioning import Condition, ConditioningAugmentation, kl_divergence
+from mirror_modules.stem.conditioning import (
+    Condition,
+    ConditioningAugmentation,
+    SentenceProjection,
+    interpolate_sentences,
+    kl_divergence,
+)
 from mirror_modules.stem.image_encoder import ConvBackbone, ImageEncoder, ImageFeatures, TorchvisionBackbone
 from mirror_modules.stem.matching import (
     MatchingLoss,
@@ -25,12 +31,14 @@ __all__ = [
     "ImageFeatures",
     "MatchingLoss",
     "MatchingTerms",
+    "SentenceProjection",
     "TextEncoder",
     "TextFeatures",
     "TorchvisionBackbone",
     "Vocabulary",
     "contrastive_terms",
     "image_sentence_similarity",
+    "interpolate_sentences",
     "kl_divergence",
     "matching_loss",
     "word_region_attention",
