@@ -32,10 +32,15 @@ def error_lines(err):
 
 
 def flags(record, prefix=""):
-    """Names of a command's options: the fields of its dataclass, nested ones too."""
+    """Names of a command's options: the fields of its dataclass, nested ones too.
+
+    A part that is None has no options until one of them is given.
+    """
     for field in dataclasses.fields(record):
         name = prefix + field.name.replace("_", "-")
         value = getattr(record, field.name, None)
+        if value is None and name in ("evaluator.backbone", "second-evaluator"):
+            continue
         if dataclasses.is_dataclass(value):
             yield from flags(value, "" if name == "recipe" else f"{name}.")
         elif field.name not in ("model_dir", "caption", "run_dir"):

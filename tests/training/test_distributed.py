@@ -28,7 +28,13 @@ from mirror_modules.training.checkpoints import Checkpoints, checksum, load_chec
 from mirror_modules.training.distributed import ProcessGroup, process_group
 from mirror_modules.training.errors import Interrupted, TrainingError
 from mirror_modules.training.loop import train
-from mirror_modules.training.pretrain import CachedCaptioner, captioning_step, matching_step, start_pretraining
+from mirror_modules.training.pretrain import (
+    CachedCaptioner,
+    CachedPair,
+    captioning_step,
+    matching_step,
+    start_pretraining,
+)
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
@@ -90,7 +96,7 @@ def train_pair(group, tiny, **changes):
     torch.manual_seed(0)
     pair = EncoderPair(recipe.model, V).train()
     phase = dataclasses.replace(recipe.stem, **{"word_weight": 0.5, "word_pairs": 48, **changes})
-    state = start_pretraining(pair, phase, recipe.engine, group)
+    state = start_pretraining(CachedPair(pair), phase, recipe.engine, group)
     batches = [make_batch(group, i, (0, 1, 2, 0, 4, 5)) for i in range(2)]
     return two_steps(matching_step, state, {"pair": state.network}, batches, phase)
 

@@ -6,14 +6,21 @@ import dataclasses
 import pytest
 import torch
 
-from mirror_modules import MirrorGAN
+from mirror_modules import BackboneConfig, MirrorGAN
 from mirror_modules.data import CaptionBatch
 from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import pretrain
 from mirror_modules.training.distributed import SINGLE_PROCESS
+from mirror_modules.training.features import CachedImages, Views
 from mirror_modules.training.network import prepare
-from mirror_modules.training.pretrain import CachedCaptioner, captioning_step, matching_step, start_pretraining
+from mirror_modules.training.pretrain import (
+    CachedCaptioner,
+    CachedPair,
+    captioning_step,
+    matching_step,
+    start_pretraining,
+)
 from mirror_modules.training.recipes import EngineRecipe
 
 B, L, V = 5, 7, 22
@@ -31,6 +38,7 @@ def batch():
 
 def fit(step, module, batch, recipe):
     """The losses of a phase trained on a single batch."""
+    module = CachedPair(module) if isinstance(module, EncoderPair) else module
     state = start_pretraining(module, recipe, EngineRecipe(), SINGLE_PROCESS)
     return [step(state, batch, recipe).losses for _ in range(recipe.steps)]
 
@@ -105,7 +113,8 @@ def test_an_image_encoder_that_is_not_frozen_is_trained(tiny_recipe, batch):
 def test_cached_image_features_give_the_same_losses(tiny_recipe, batch):
     captioner = freeze_image_encoder(make_captioner(tiny_recipe))
     with torch.no_grad():
-        features = captioner.image_encoder(batch.images).image[[3, 1, 4, 0, 2]]
+        image = captioner.image_encoder(batch.images).image[[3, 1, 4, 0, 2]]
+    features = CachedImages(image, None, Views(16, None, 1), 0.0)
     rows = torch.tensor([3, 1, 4, 0, 2]).argsort()
     losses = [
         fit(captioning_step, module, batch._replace(image_rows=rows), tiny_recipe.stream)
@@ -113,6 +122,26 @@ def test_cached_image_features_give_the_same_losses(tiny_recipe, batch):
     ]
     for uncached, cached in zip(*losses, strict=True):
         torch.testing.assert_close(uncached["cross_entropy"], cached["cross_entropy"])
+
+
+@pytest.mark.parametrize("word_weight", [0.0, 0.3])
+def test_cached_features_of_a_frozen_backbone_give_a_pair_the_same_losses(tiny_recipe, batch, word_weight):
+    """Regions of the first rows only: no others enter the word-region terms."""
+    recipe = dataclasses.replace(tiny_recipe.stem, word_weight=word_weight, word_pairs=3 if word_weight else 48)
+    torch.manual_seed(0)
+    pair = EncoderPair(tiny_recipe.model, V, backbone=BackboneConfig("conv", trainable=False))
+    order = torch.tensor([3, 1, 4, 0, 2])
+    cached = pair.image_encoder.backbone(batch.images)
+    regions = cached.regions[order] if word_weight else None
+    features = CachedImages(cached.image[order], regions, Views(16, None, 1), 0.0)
+    modules = CachedPair(copy.deepcopy(pair)), CachedPair(pair, features, 3)
+    losses = []
+    for each in modules:
+        # Dropout of the words.
+        torch.manual_seed(1)
+        losses.append(fit(matching_step, each, batch._replace(image_rows=order.argsort()), recipe))
+    for uncached, cached in zip(*losses, strict=True):
+        torch.testing.assert_close(uncached, cached, rtol=1e-4, atol=1e-5)
 
 
 def test_the_captioner_is_trained_to_predict_the_end_token(tiny_recipe, batch, monkeypatch):
@@ -174,7 +203,7 @@ def test_the_learning_rate_cycles_over_any_number_of_steps(steps):
 def test_low_precision_stays_finite_and_lowers_the_loss(tiny_recipe, batch, precision):
     pair = EncoderPair(tiny_recipe.model, V)
     recipe = dataclasses.replace(tiny_recipe.stem, steps=20)
-    state = start_pretraining(pair, recipe, EngineRecipe(precision=precision), SINGLE_PROCESS)
+    state = start_pretraining(CachedPair(pair), recipe, EngineRecipe(precision=precision), SINGLE_PROCESS)
     results = [matching_step(state, batch, recipe) for _ in range(recipe.steps)]
     # In float16, the first steps are skipped until the loss scale is small enough.
     settled = results[10:] if precision == "float16" else results

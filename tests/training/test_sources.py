@@ -8,7 +8,15 @@ import torch
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import train
-from mirror_modules.training.recipes import PHASES, DataRecipe, EvaluationRecipe, Recipe, differences, get_recipe
+from mirror_modules.training.recipes import (
+    PHASES,
+    DataRecipe,
+    EvaluationRecipe,
+    Recipe,
+    differences,
+    from_scratch,
+    get_recipe,
+)
 from tests.layouts import MAKERS, make_coco, make_folder, write_image
 
 
@@ -101,10 +109,11 @@ def test_too_few_images_are_counted_and_the_necessary_number_is_named(tiny_recip
 def test_a_model_is_trained_and_evaluated_on_a_few_photographs(tiny_recipe, tmp_path, capsys, training, validation):
     """Batches, pairs and candidates are more than there are images."""
     root = make_folder(tmp_path / "data", training=training, validation=validation)
+    base = from_scratch(get_recipe("photos-64"))
     recipe = dataclasses.replace(
-        get_recipe("photos-64"),
+        base,
         model=tiny_recipe.model,
-        **{name: dataclasses.replace(getattr(get_recipe("photos-64"), name), steps=2) for name in PHASES},
+        **{name: dataclasses.replace(base.phase(name), steps=2) for name in PHASES},
     )
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(root)))
     train(recipe, tmp_path / "run")

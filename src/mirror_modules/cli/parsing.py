@@ -29,7 +29,8 @@ def parse(
         arguments: The words after the command.
         command: The command's name, for messages.
         positional: Names of the fields that are given without an option's name.
-        default: An instance with a field `recipe`, whose fields become options themselves.
+        default: An instance with a field `recipe`, whose fields become options themselves; those of a part that is None
+            in it do not.
         description: Text above the options in `--help`; None takes the docstring.
     """
     try:
@@ -46,7 +47,7 @@ def parse(
         elif name.startswith("no_") or f"no_{name}" in hints:
             # A flag that turns something off has no opposite, or is itself a field beside it.
             options.__annotations__[name] = Annotated[hint, tyro.conf.FlagCreatePairsOff]
-    keywords = {} if default is None else {"default": default}
+    keywords = {} if default is None else {"default": default, "config": (tyro.conf.AvoidSubcommands,)}
     if default is not None:
         options.__annotations__["recipe"] = Annotated[Recipe, tyro.conf.arg(name="")]
     return tyro.cli(options, args=arguments, prog=f"mirror-modules {command}", description=description, **keywords)

@@ -10,7 +10,19 @@ from textwrap import indent
 from typing import Any, Literal
 
 from mirror_modules.cli.parsing import Device, device_of, option, parse
-from mirror_modules.training.recipes import PHASES, RECIPES, Recipe, describe_recipes, get_recipe, load_recipe
+from mirror_modules.training.recipes import (
+    RECIPES,
+    EvaluatorRecipe,
+    Recipe,
+    describe_recipes,
+    from_scratch,
+    get_recipe,
+    load_recipe,
+)
+
+PARTS_HELP = (
+    "Options of a part that the recipe lacks add it: --evaluator.backbone.name, --second-evaluator.steps and the like."
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,13 @@ class TrainOptions:
     train on photographs."""
     steps: int | None = None
     """Optimizer steps of every phase, instead of the recipe's; --glam.steps and the like override it for one phase."""
+    from_scratch: bool = False
+    """Train all backbones from scratch, in place of a recipe's pretrained ones."""
     device: Device = "auto"
     """Device; auto uses a GPU if there is one."""
     threads: int | None = None
     """Threads on a CPU; torch's default is the number of cores. One thread is faster while other programs compute."""
-    phases: tuple[Literal["stem", "stream", "glam", "evaluator"], ...] = ()
+    phases: tuple[Literal["stem", "stream", "glam", "evaluator", "second_evaluator"], ...] = ()
     """Phases to train; all by default."""
     resume: bool = False
     """Continue an interrupted run from its newest checkpoint; in a new folder, start the run."""
@@ -52,23 +66,24 @@ def train(arguments: list[str]) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--config {file}: there is no such file; expected JSON with fields of a recipe.")
         base = load_recipe(file, base)
+    base = from_scratch(base) if "--from-scratch" in arguments else base
     options: TrainOptions = parse(
         TrainOptions,
         arguments,
         f"train {name}",
-        default=TrainOptions(_with_steps(base, arguments, PHASES)),
+        default=TrainOptions(_with_steps(_with_parts(base, arguments), arguments)),
         # The help joins lines that do not begin with a space.
-        description=f"{TrainOptions.__doc__}\n\nRecipes, as in `mirror-modules train RECIPE`:\n"
+        description=f"{TrainOptions.__doc__}\n\n{PARTS_HELP}\n\nRecipes, as in `mirror-modules train RECIPE`:\n"
         + indent(describe_recipes(), "  "),
     )
     device = device_of(options.device)
     out = options.out or Path("runs") / name
-    phases = options.phases or PHASES
     recipe = options.resolve()
+    phases = options.phases or recipe.phases
     folder = train(recipe, out, phases=phases, device=device, resume=options.resume)
     if not is_main_process():
         return
-    if all(folder.weights(phase).exists() for phase in PHASES):
+    if all(folder.weights(phase).exists() for phase in recipe.phases):
         print_metrics(evaluate(out, device=device, threads=recipe.engine.threads))
         print(f"Open {folder.report}")
     else:
@@ -141,6 +156,8 @@ class AblateOptions:
     """Folder of captioned photographs, for recipes that train on photographs."""
     steps: int | None = None
     """Optimizer steps of every phase, instead of the recipe's."""
+    from_scratch: bool = False
+    """Train all backbones from scratch, in place of a recipe's pretrained ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of data, weights and noise; one run per seed and cell."""
     cells: tuple[str, ...] = ()
@@ -160,8 +177,10 @@ def ablate(arguments: list[str]) -> None:
     name, base = _recipe_of(arguments, "ablation")
     if option("--seed", arguments) is not None:
         raise ValueError("--seed has no effect on an ablation, which trains each cell with several: use --seeds 0 1 2.")
-    default = AblateOptions(_with_steps(base, arguments, PHASES))
-    options: AblateOptions = parse(AblateOptions, arguments, f"ablate {name}", default=default)
+    base = from_scratch(base) if "--from-scratch" in arguments else base
+    default = AblateOptions(_with_steps(_with_parts(base, arguments), arguments))
+    description = f"{AblateOptions.__doc__}\n\n{PARTS_HELP}"
+    options: AblateOptions = parse(AblateOptions, arguments, f"ablate {name}", default=default, description=description)
     recipe = _with_threads(
         options.recipe if options.data is None else _with_data(options.recipe, options.data), options.threads
     )
@@ -194,14 +213,31 @@ def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
     return recipe if threads is None else replace(recipe, engine=replace(recipe.engine, threads=threads))
 
 
-def _with_steps(recipe: Recipe, arguments: list[str], phases: tuple[str, ...]) -> Recipe:
+def _with_parts(recipe: Recipe, arguments: list[str]) -> Recipe:
+    """The recipe with the parts that it lacks and whose fields are given, such as --second-evaluator.steps."""
+    if recipe.second_evaluator is None and _names(arguments, "--second-evaluator."):
+        recipe = replace(recipe, second_evaluator=EvaluatorRecipe())
+    for phase in recipe.phases:
+        own = recipe.phase(phase)
+        prefix = f"--{phase.replace('_', '-')}.backbone."
+        if isinstance(own, EvaluatorRecipe) and own.backbone is None and _names(arguments, prefix):
+            changes: dict[str, Any] = {phase: replace(own, backbone=recipe.model.image_backbone)}
+            recipe = replace(recipe, **changes)
+    return recipe
+
+
+def _names(arguments: list[str], prefix: str) -> bool:
+    return any(word.replace("_", "-").startswith(prefix) for word in arguments)
+
+
+def _with_steps(recipe: Recipe, arguments: list[str]) -> Recipe:
     """The recipe with --steps, on which the defaults of --glam.steps and the like depend."""
     try:
         steps = int(option("--steps", arguments) or "")
     except ValueError:
         # Missing, or not a whole number, which tyro reports.
         return recipe
-    changes: dict[str, Any] = {phase: replace(recipe.phase(phase), steps=steps) for phase in phases}
+    changes: dict[str, Any] = {phase: replace(recipe.phase(phase), steps=steps) for phase in recipe.phases}
     return replace(recipe, **changes)
 
 

@@ -236,7 +236,10 @@ class ImageEncoder(TypedCall, nn.Module):
             ValueError: `images` are not floats (B, 3, H, W).
         """
         check_images("ImageEncoder", images)
-        features = self.backbone(images)
+        return self.project(self.backbone(images))
+
+    def project(self, features: ImageFeatures) -> ImageFeatures:
+        """Project features of the backbone: regions (B, R, region_dim) and image (B', image_dim), to D features."""
         return ImageFeatures(self.region_projection(features.regions), self.image_projection(features.image))
 
 

@@ -29,10 +29,11 @@ from mirror_modules.training.batches import Splits, load_batches, to_device, usa
 from mirror_modules.training.checkpoints import Checkpoints, is_whole, load_checkpoint
 from mirror_modules.training.distributed import ProcessGroup
 from mirror_modules.training.errors import Interrupted, TrainingError, is_dead_worker, is_out_of_memory
+from mirror_modules.training.features import ViewBatches, Views
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import PhaseLog, read_figures
 from mirror_modules.training.network import StepResult, TrainedNetwork
-from mirror_modules.training.recipes import PHASES, PhaseRecipe, Recipe, differences
+from mirror_modules.training.recipes import ALL_PHASES, PhaseRecipe, Recipe, differences
 from mirror_modules.training.validation import Unseen, unseen_pairs
 
 # A terminal and torchrun may both send the same SIGINT.
@@ -126,7 +127,7 @@ class PhaseRun:
         state: Its networks and optimizers, initialized; entering the context restores the newest checkpoint.
         recipe: The phase's fields of the recipe.
         networks: Networks whose learning rates are logged.
-        with_images: Whether the steps use the images of a batch.
+        views: Views of the images whose features the steps look up; None passes the images of each batch.
     """
 
     def __init__(
@@ -137,11 +138,11 @@ class PhaseRun:
         recipe: PhaseRecipe,
         networks: dict[str, TrainedNetwork],
         *,
-        with_images: bool = True,
+        views: Views | None = None,
     ) -> None:
         self.run, self.phase, self.state, self.recipe, self.networks = run, phase, state, recipe, networks
         self.engine, self.group, self.steps = run.recipe.engine, run.group, recipe.steps
-        self.source = make_batches(run, phase, recipe, with_images=with_images)
+        self.source = make_batches(run, phase, recipe, views)
         self.checkpoints = Checkpoints(run.folder.checkpoints, phase, self.engine.checkpoints_kept)
         self.best: dict[str, Any] = {}
         device = self.group.device
@@ -152,7 +153,7 @@ class PhaseRun:
         with ExitStack() as stack:
             # Dropout draws from the global generator; each rank has other images and needs other draws.
             stack.enter_context(self.group.fork_rng())
-            dropout = seeded(self.run.recipe.seed, DROPOUT, PHASES.index(self.phase), self.group.rank)
+            dropout = seeded(self.run.recipe.seed, DROPOUT, ALL_PHASES.index(self.phase), self.group.rank)
             torch.manual_seed(dropout.initial_seed())
             newest = self.group.broadcast(self.checkpoints.newest_whole() if self.group.is_main else None)
             self.log = PhaseLog(
@@ -366,8 +367,8 @@ class PhaseRun:
         return None
 
 
-def make_batches(run: Run, phase: str, recipe: PhaseRecipe, *, with_images: bool = True) -> RepeatableBatches:
-    """The batches of a phase for this rank.
+def make_batches(run: Run, phase: str, recipe: PhaseRecipe, views: Views | None = None) -> RepeatableBatches:
+    """The batches of a phase for this rank; with views, their rows instead of images.
 
     Raises:
         ValueError: The batch cannot be divided equally among ranks and parts.
@@ -387,14 +388,16 @@ def make_batches(run: Run, phase: str, recipe: PhaseRecipe, *, with_images: bool
             f"more images, fewer processes, or a lower {phase}.accumulate."
         )
     resolution = run.recipe.model.resolutions[-1]
+    seed = int(seeded(run.recipe.seed, BATCHES, ALL_PHASES.index(phase)).initial_seed())
+    if views is not None:
+        return ViewBatches(views, captions, batch_size, seed, rank=group.rank, ranks=group.world_size)
     return RepeatableBatches(
         captions,
         batch_size,
-        int(seeded(run.recipe.seed, BATCHES, PHASES.index(phase)).initial_seed()),
+        seed,
         crop=resolution if captions.images.shape[1] > resolution else None,
         rank=group.rank,
         ranks=group.world_size,
-        with_images=with_images,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import mirror_modules
 from mirror_modules._files import locked, read_json, write_json
 from mirror_modules.stem import Vocabulary
-from mirror_modules.training.recipes import PHASES, Recipe, differences
+from mirror_modules.training.recipes import ALL_PHASES, Recipe, differences
 
 WRITTEN_WHOLE = (
     "config.json",
@@ -23,7 +23,7 @@ WRITTEN_WHOLE = (
     "evaluation.json",
     "vocabulary.json",
     "report.html",
-    *(f"{phase}.safetensors" for phase in PHASES),
+    *(f"{phase}.safetensors" for phase in ALL_PHASES),
 )
 
 LOCK = ".lock"
@@ -53,7 +53,7 @@ class RunFolder:
         self.log, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.model, self.pictures = self.path / "model", self.path / "pictures"
         self.vocabulary, self.checkpoints = self.path / "vocabulary.json", self.path / "checkpoints"
-        self.samples = self.path / "samples"
+        self.samples, self.features = self.path / "samples", self.path / "features"
 
     def weights(self, phase: str) -> Path:
         """Path of a finished phase's weights."""
@@ -74,7 +74,7 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(not _is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
-        for path in (self.path, self.path / "phases", self.checkpoints, self.samples, self.model):
+        for path in (self.path, self.path / "phases", self.checkpoints, self.samples, self.features, self.model):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is a file, and a run needs a folder there; choose another --out.")
 
@@ -172,7 +172,7 @@ def _missing(expected: dict[str, Any], found: Any, prefix: str = "") -> Iterator
     for name, value in expected.items():
         if name not in found:
             yield prefix + name
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and isinstance(found[name], dict):
             yield from _missing(value, found[name], f"{prefix}{name}.")
 
 

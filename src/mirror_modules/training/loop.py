@@ -1,11 +1,14 @@
 """Train a run phase by phase; the weights of each phase are saved as soon as it is finished.
 
 Phase `stem` trains text and image encoder with the matching loss, `stream` the captioner on real pairs, `glam` the
-generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only.
+generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only; so does
+`second_evaluator`, if the recipe has it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,23 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mirror_modules._files import write_whole
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.data.seeding import seeded
 from mirror_modules.models import MirrorGAN
 from mirror_modules.models.encoder_pair import EncoderPair
+from mirror_modules.models.mirrorgan import evaluating
 from mirror_modules.models.pretrained import load_weights, save_weights
-from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
 from mirror_modules.training.distributed import ProcessGroup, count_cores, cpu_threads, process_group
 from mirror_modules.training.engine import NOISE, WEIGHTS, PhaseRun, Run, make_batches
-from mirror_modules.training.features import Cache, FrozenFeatures, cached_images, cached_text
+from mirror_modules.training.features import (
+    Cache,
+    CachedImages,
+    FrozenFeatures,
+    Views,
+    cache_images,
+    cached_text,
+    describe_cache,
+)
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.plan import Plan, make_plan
-from mirror_modules.training.pretrain import CachedCaptioner, captioning_step, matching_step, start_pretraining
-from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.pretrain import (
+    CachedCaptioner,
+    CachedPair,
+    captioning_step,
+    matching_step,
+    region_rows,
+    start_pretraining,
+)
+from mirror_modules.training.recipes import ALL_PHASES, Recipe
 from mirror_modules.training.state import AdversarialState, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
@@ -46,7 +64,7 @@ def train(
     recipe: Recipe,
     out: str | Path,
     *,
-    phases: Sequence[str] = PHASES,
+    phases: Sequence[str] | None = None,
     device: str = "cpu",
     resume: bool = False,
 ) -> RunFolder:
@@ -57,7 +75,7 @@ def train(
     Args:
         recipe: Data, model and training of the run.
         out: The run's folder, the same for all processes. Finished phases in it are reused.
-        phases: Phases to train, in any order.
+        phases: Phases to train, in any order; None trains all phases of the recipe.
         device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
         resume: Continue interrupted phases from their newest checkpoints; on a CPU the result equals that of an
             uninterrupted run bit for bit. In a new folder, the run simply starts.
@@ -68,6 +86,8 @@ def train(
     Raises:
         ValueError: An argument is not as above, a phase requires others, the folder holds another run or an interrupted
             phase, or the recipe cannot be trained and evaluated on its data.
+        FileNotFoundError: A file of pretrained weights does not exist.
+        ImportError: A backbone, or its weights, needs a package that is not installed.
         TrainingError: Training cannot continue; the message gives the reason.
         Interrupted: SIGINT or SIGTERM was received; the step was finished and a checkpoint written.
 
@@ -82,8 +102,11 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         raise ValueError(f"train: recipe must be a Recipe such as get_recipe('demo'), but it is {recipe!r}.")
+    phases = recipe.phases if phases is None else phases
     if isinstance(phases, str) or not (phases := tuple(phases)):
-        raise ValueError(f"train: phases must be a list of one or more of {', '.join(PHASES)}, but it is {phases!r}.")
+        raise ValueError(
+            f"train: phases must be a list of one or more of {', '.join(recipe.phases)}, but it is {phases!r}."
+        )
     folder = RunFolder(out)
     with cpu_threads(recipe.engine.threads), process_group(device) as group:
         plan = _common_plan(recipe, folder, phases, resume, group)
@@ -91,6 +114,7 @@ def train(
             for phase in plan.finished:
                 print(f"{phase}: already trained, reusing {folder.weights(phase)}")
         if plan.to_train:
+            recipe = _recorded(recipe, folder, plan)
             splits = load_splits(recipe.data, recipe.model, recipe.seed)
             folder.check_vocabulary(splits.vocabulary)
             run = Run(recipe, folder, splits, group)
@@ -134,13 +158,39 @@ def _common_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resum
 
 
 def _train_phases(run: Run, plan: Plan) -> None:
-    trainers = {"stem": train_stem, "stream": train_stream, "glam": train_glam, "evaluator": train_evaluator}
+    trainers = {
+        "stem": train_stem,
+        "stream": train_stream,
+        "glam": train_glam,
+        "evaluator": train_evaluator,
+        "second_evaluator": train_second_evaluator,
+    }
     for phase in plan.to_train:
-        torch.manual_seed(seeded(run.recipe.seed, WEIGHTS, PHASES.index(phase)).initial_seed())
+        torch.manual_seed(seeded(run.recipe.seed, WEIGHTS, ALL_PHASES.index(phase)).initial_seed())
         module = trainers[phase](run)
         if run.group.is_main:
             save_weights(module, run.folder.weights(phase))
         run.stop_if_interrupted()
+    pretraining = [phase for phase in run.recipe.phases if phase != "glam"]
+    if run.group.is_main and all(run.folder.weights(phase).exists() for phase in pretraining):
+        # No phase will read them again.
+        shutil.rmtree(run.folder.features, ignore_errors=True)
+
+
+def _recorded(recipe: Recipe, folder: RunFolder, plan: Plan) -> Recipe:
+    """The recipe with the checksums of the pretrained weights: of those that the phases load, and of earlier phases."""
+    before = folder.read_recipe() if folder.config.exists() else None
+    loading = [phase for phase in plan.to_train if phase != "glam"]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            recorded = recipe.recorded(loading, before)
+    except ImportError as error:
+        raise ImportError(
+            f"{error} To train without pretrained backbones: --from-scratch (in Python, recipes.from_scratch)."
+        ) from error
+    if before is not None:
+        folder.check(recorded)
+    return recorded
 
 
 def _announce(group: ProcessGroup) -> None:
@@ -170,16 +220,30 @@ def train_stem(run: Run) -> nn.Module:
 
 
 def train_evaluator(run: Run) -> nn.Module:
-    """Train a second encoder pair with its own seed; no other phase uses it."""
+    """Train another encoder pair with its own seed; no other phase uses it."""
     return _train_pair(run, "evaluator")
 
 
+def train_second_evaluator(run: Run) -> nn.Module:
+    """Train a further encoder pair, as `train_evaluator` does."""
+    return _train_pair(run, "second_evaluator")
+
+
 def _train_pair(run: Run, phase: str) -> nn.Module:
-    recipe = run.recipe.stem if phase == "stem" else run.recipe.evaluator
-    pair = EncoderPair(run.recipe.model, len(run.splits.vocabulary))
-    state = start_pretraining(pair, recipe, run.recipe.engine, run.group)
-    pair.train()
-    with PhaseRun(run, phase, state, recipe, {phase: state.network}) as steps:
+    recipe: Any = run.recipe.phase(phase)
+    backbone = run.recipe.backbone(phase)
+    pair = EncoderPair(run.recipe.model, len(run.splits.vocabulary), backbone=backbone)
+    pair.to(run.group.device).train()
+    features, message = None, ""
+    if not backbone.is_trainable:
+        encoder = pair.image_encoder.backbone
+        features, message = _cache_images(run, phase, encoder, with_regions=recipe.word_weight > 0)
+    cached = CachedPair(pair, features, region_rows(recipe, run.group))
+    state = start_pretraining(cached, recipe, run.recipe.engine, run.group)
+    views = None if features is None else features.views
+    with PhaseRun(run, phase, state, recipe, {phase: state.network}, views=views) as steps:
+        if message:
+            steps.log.info(message)
         for batch in steps.batches():
             steps.record(matching_step(state, batch, recipe))
             if steps.validation_due:
@@ -191,20 +255,21 @@ def _train_pair(run: Run, phase: str) -> nn.Module:
 def train_stream(run: Run) -> nn.Module:
     """Train the captioner on real pairs, from the image encoder of phase `stem` if it has the same backbone."""
     recipe, model = run.recipe.stream, run.recipe.model
-    captioner = MirrorGAN(model, run.splits.vocabulary).captioner
-    if model.captioner_backbone == model.image_backbone:
+    is_shared = model.captioner_backbone == model.image_backbone
+    captioner = MirrorGAN(model, run.splits.vocabulary, pretrained=not is_shared).captioner
+    if is_shared:
         encoder = load_pair(run.folder, "stem", run.recipe, run.splits).image_encoder
         captioner.image_encoder = encoder if model.captioner_projection else encoder.backbone
     captioner.to(run.group.device).train()
-    features = None
+    features, message = None, ""
     if not recipe.train_backbone:
         captioner.image_encoder.requires_grad_(False).eval()
-        features = _cache_images(run, captioner)
+        features, message = _cache_images(run, "stream", captioner.image_encoder, with_regions=False)
     state = start_pretraining(CachedCaptioner(captioner, features), recipe, run.recipe.engine, run.group)
-    with PhaseRun(run, "stream", state, recipe, {"stream": state.network}, with_images=features is None) as steps:
-        if features is not None:
-            mebibytes = features.numel() * features.element_size() / 2**20
-            steps.log.info(f"cached the features of {len(features)} images, {mebibytes:.1f} MiB")
+    views = None if features is None else features.views
+    with PhaseRun(run, "stream", state, recipe, {"stream": state.network}, views=views) as steps:
+        if message:
+            steps.log.info(message)
         for batch in steps.batches():
             steps.record(captioning_step(state, batch, recipe))
             if steps.validation_due:
@@ -213,26 +278,37 @@ def train_stream(run: Run) -> nn.Module:
     return captioner.eval()
 
 
-def _cache_images(run: Run, captioner: Captioner) -> Tensor | None:
-    """Features of all training images by the frozen image encoder, if they fit; None where images are cropped."""
-    captions = run.splits.training
-    encoder: Any = captioner.image_encoder
-    if captions.images.shape[1] != run.recipe.model.resolutions[-1]:
-        return None
-    cache = Cache.plan(len(captions), encoder.image_dim, run.recipe.engine.cached_features_mib)
-    return cached_images(encoder, captions, run.group.device) if cache.fits else None
+def _cache_images(run: Run, phase: str, encoder: nn.Module, *, with_regions: bool) -> tuple[CachedImages | None, str]:
+    """Features of all training images by a frozen image encoder, if they fit, and a message for the log."""
+    captions, engine = run.splits.training, run.recipe.engine
+    if run.recipe.engine.channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    with evaluating(encoder):
+        cache = cache_images(
+            encoder,
+            captions,
+            Views.of(captions, run.recipe.model.resolutions[-1], engine.cached_crops),
+            run.folder.features,
+            name=repr(dataclasses.replace(run.recipe.backbone(phase), sha256=None)),
+            with_regions=with_regions,
+            limit_mib=engine.cached_features_mib,
+            group=run.group,
+            stop=run.stop_if_interrupted,
+        )
+    return (None, cache) if isinstance(cache, str) else (cache, describe_cache(cache, captions))
 
 
 def train_glam(run: Run) -> nn.Module:
     """Train the generator against its discriminators; the model is saved with the averaged generator."""
     recipe, folder, seed = run.recipe, run.folder, run.recipe.seed
-    model = MirrorGAN(recipe.model, run.splits.vocabulary)
+    # The weights of the captioner's backbone are in those of phase `stream`.
+    model = MirrorGAN(recipe.model, run.splits.vocabulary, pretrained=False)
     pair = load_pair(folder, "stem", recipe, run.splits)
     model.text_encoder.load_state_dict(pair.text_encoder.state_dict())
     load_weights(model.captioner, folder.weights("stream"))
     model.to(run.group.device)
     text, message = _cache_captions(run, model)
-    random = seeded(seed, NOISE, PHASES.index("glam"))
+    random = seeded(seed, NOISE, ALL_PHASES.index("glam"))
     state = start(model, recipe, random, run.group, text)
     with PhaseRun(run, "glam", state, recipe.glam, state.networks()) as steps:
         if message:
@@ -282,8 +358,14 @@ def _write_samples(steps: PhaseRun, state: AdversarialState, unseen: Unseen) -> 
 
 
 def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> EncoderPair:
-    """The encoder pair of phase `stem` or `evaluator`, in evaluation mode."""
-    pair = EncoderPair(recipe.model, len(splits.vocabulary))
+    """The encoder pair of phase `stem`, `evaluator` or `second_evaluator`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: The phase is not trained.
+        ValueError: The recipe has no such phase, or its weights do not fit.
+    """
+    # The weights of the backbone are in those of the phase.
+    pair = EncoderPair(recipe.model, len(splits.vocabulary), backbone=recipe.backbone(phase), pretrained=False)
     load_weights(pair, folder.weights(phase))
     return pair.eval()
 
@@ -299,12 +381,13 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     # Networks on the meta device raise the errors of invalid sizes and of images too small for a backbone.
     sizes = recipe.model
     with torch.device("meta"):
-        model = MirrorGAN(sizes, splits.vocabulary)
-        pair = EncoderPair(sizes, len(splits.vocabulary))
+        model = MirrorGAN(sizes, splits.vocabulary, pretrained=False)
         for resolution in sizes.resolutions:
             PairedDiscriminator(resolution, sizes.word_dim, channels=sizes.discriminator_channels)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
-        pair.image_encoder(images)
+        for phase in (phase for phase in recipe.phases if phase not in ("stream", "glam")):
+            backbone = recipe.backbone(phase)
+            EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)
         model.captioner.encode_images(images)
     for phase in plan.to_train:
         make_batches(run, phase, recipe.phase(phase))

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from mirror_modules.training.checkpoints import Checkpoints
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.recipes import Recipe
+from mirror_modules.training.recipes.records import SECOND_EVALUATOR
 
-REQUIRED = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "evaluator": ()}
+REQUIRED = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "evaluator": (), "second_evaluator": ()}
 """For each phase, the phases whose weights it starts from."""
 
 
 class Plan(NamedTuple):
-    """The requested phases that are missing and those that are finished, in the order of `PHASES`."""
+    """The requested phases that are missing and those that are finished, in the order of `Recipe.phases`."""
 
     to_train: tuple[str, ...]
     """Phases to start or to resume."""
@@ -37,15 +38,16 @@ def make_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], *, resum
             checkpoint of its last step.
     """
     for phase in phases:
-        if phase not in PHASES:
-            raise ValueError(f"unknown phase {phase!r}; choose from {', '.join(PHASES)}.")
+        if phase not in recipe.phases:
+            hint = " It needs the recipe's field second_evaluator." if phase == SECOND_EVALUATOR else ""
+            raise ValueError(f"unknown phase {phase!r}; choose from {', '.join(recipe.phases)}.{hint}")
         for required in REQUIRED[phase]:
             if required not in phases and not folder.weights(required).exists():
                 raise ValueError(f"phase {phase!r} needs phase {required!r}, which {folder.path} lacks; train it too.")
     folder.check(recipe)
     _check_glam_steps(recipe, folder, phases)
     to_train, finished = [], []
-    for phase in (phase for phase in PHASES if phase in phases):
+    for phase in (phase for phase in recipe.phases if phase in phases):
         steps = recipe.phase(phase).steps
         steps_done = _newest_checkpoint(folder, phase)
         is_interrupted = 0 < steps_done < steps

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mirror_modules.data import CaptionBatch
-from mirror_modules.stem import ImageEncoder
+from mirror_modules.models import EncoderPair
+from mirror_modules.stem import ImageEncoder, ImageFeatures, TextFeatures
 from mirror_modules.stem.matching import contrastive_terms, image_sentence_similarity, word_region_similarity
 from mirror_modules.stream import Captioner, append_end, redescription_loss
 from mirror_modules.training.distributed import ProcessGroup
+from mirror_modules.training.features import CachedImages
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, prepare, restoring_buffers
 from mirror_modules.training.recipes import CaptionerRecipe, EngineRecipe, MatchingRecipe
 
@@ -22,21 +24,51 @@ class CachedCaptioner(nn.Module):
 
     Args:
         captioner: The captioner.
-        image_features: Features (N, F) of all training images; None encodes the images of each batch.
+        features: Features of all training images; None encodes the images of each batch.
     """
 
-    def __init__(self, captioner: Captioner, image_features: Tensor | None = None) -> None:
+    def __init__(self, captioner: Captioner, features: CachedImages | None = None) -> None:
         super().__init__()
         self.captioner = captioner
         # A plain attribute and not a buffer, so that it stays out of the state_dict.
-        self.image_features = image_features
+        self.features = features
 
     def forward(self, images: Tensor, image_rows: Tensor, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) of the captions' words."""
-        if self.image_features is None:
+        if self.features is None:
             return self.captioner(images, tokens)
-        features = self.image_features[image_rows.to(self.image_features.device, non_blocking=True)]
-        return self.captioner.decode(self.captioner.project(features), tokens)
+        features = self.features.look_up(image_rows, tokens.device, regions=0)
+        return self.captioner.decode(self.captioner.project(features.image), tokens)
+
+
+class CachedPair(nn.Module):
+    """An encoder pair whose frozen backbone is run once per image instead of once per step.
+
+    Args:
+        pair: The pair.
+        features: Features of all training images by the backbone; None encodes the images of each batch.
+        regions: Number of images of a batch whose regions are needed, its first; None for all.
+    """
+
+    def __init__(self, pair: EncoderPair, features: CachedImages | None = None, regions: int | None = None) -> None:
+        super().__init__()
+        self.pair = pair
+        # A plain attribute and not a buffer, so that it stays out of the state_dict.
+        self.features, self.regions = features, regions
+
+    def forward(
+        self, images: Tensor, image_rows: Tensor, tokens: Tensor, word_mask: Tensor
+    ) -> tuple[ImageFeatures, TextFeatures]:
+        """Image and text features of a batch; regions of the first images only if they are cached."""
+        if self.features is None:
+            return self.pair(images, tokens, word_mask)
+        features = self.features.look_up(image_rows, tokens.device, self.regions)
+        text = self.pair.text_encoder(tokens, word_mask)
+        encoder = self.pair.image_encoder
+        if self.features.regions is None:
+            # Their projection is not trained either.
+            return ImageFeatures(features.regions, encoder.image_projection(features.image)), text
+        return encoder.project(features), text
 
 
 @dataclass
@@ -76,6 +108,11 @@ def start_pretraining(
     return PretrainingState(network, group, engine)
 
 
+def region_rows(recipe: MatchingRecipe, group: ProcessGroup) -> int:
+    """Images of each rank's part of a batch that enter the word-region terms: its first."""
+    return max(1, recipe.word_pairs // group.world_size)
+
+
 def matching_step(state: PretrainingState, batch: CaptionBatch, recipe: MatchingRecipe) -> StepResult:
     """Phases `stem` and `evaluator`: contrastive loss between images and captions (DAMSM; Sec. 3.1).
 
@@ -86,14 +123,14 @@ def matching_step(state: PretrainingState, batch: CaptionBatch, recipe: Matching
     with restoring_buffers([network.module]) as finite:
         network.optimizer.zero_grad()
         with autocast(state.engine, group.device):
-            image, text = network.parallel(batch.images, batch.tokens, batch.word_mask)
+            image, text = network.parallel(batch.images, batch.image_rows, batch.tokens, batch.word_mask)
             similarity = image_sentence_similarity(image.image, group.all_gather(text.sentence))
             by_sentence = contrastive_terms(group.all_gather(similarity), class_ids, gamma_loss=recipe.gamma_loss)
             losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
             total = torch.stack(by_sentence).sum()
             if recipe.word_weight > 0:
                 # The first pairs of each rank, so that all ranks do equal work.
-                selected = slice(max(1, recipe.word_pairs // group.world_size))
+                selected = slice(region_rows(recipe, group))
                 ids = group.all_gather(batch.class_ids[selected]).to(group.device, non_blocking=True)
                 words, word_mask = group.all_gather(text.words[selected]), group.all_gather(batch.word_mask[selected])
                 similarity = word_region_similarity(image.regions[selected], words, word_mask)

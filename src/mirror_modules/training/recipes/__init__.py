@@ -6,17 +6,20 @@ from mirror_modules.training.recipes.named import (
     demo,
     describe_recipes,
     flowers_64,
+    from_scratch,
     get_recipe,
     load_recipe,
     photos_64,
 )
 from mirror_modules.training.recipes.records import (
+    ALL_PHASES,
     PHASES,
     AdversarialRecipe,
     CaptionerRecipe,
     DataRecipe,
     EngineRecipe,
     EvaluationRecipe,
+    EvaluatorRecipe,
     LoggingRecipe,
     MatchingRecipe,
     PhaseRecipe,
@@ -25,6 +28,7 @@ from mirror_modules.training.recipes.records import (
 )
 
 __all__ = [
+    "ALL_PHASES",
     "PHASES",
     "RECIPES",
     "AdversarialRecipe",
@@ -32,6 +36,7 @@ __all__ = [
     "DataRecipe",
     "EngineRecipe",
     "EvaluationRecipe",
+    "EvaluatorRecipe",
     "LoggingRecipe",
     "MatchingRecipe",
     "PhaseRecipe",
@@ -41,6 +46,7 @@ __all__ = [
     "describe_recipes",
     "differences",
     "flowers_64",
+    "from_scratch",
     "get_recipe",
     "load_recipe",
     "photos_64",

@@ -13,7 +13,10 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, 
     """Describe each field in which two records differ, with whether the field is marked harmless."""
     for each in dataclasses.fields(old):
         before, now, name = getattr(old, each.name), getattr(new, each.name), prefix + each.name
-        if dataclasses.is_dataclass(before):
+        if not each.compare and None in (before, now):
+            # A record of what was found, which a recipe need not give.
+            continue
+        if dataclasses.is_dataclass(before) and type(before) is type(now):
             yield from changed_fields(before, now, f"{name}.")
         elif before != now:
             yield f"{name} is {before!r} there and {now!r} now", bool(each.metadata.get("harmless"))
@@ -30,14 +33,37 @@ def override(record: Any, fields: Any, prefix: str = "") -> Any:
             close = get_close_matches(name, hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {', '.join(hints)}."
             raise ValueError(f"Recipe: unknown field {prefix + name!r}{hint}")
-        before = getattr(record, name)
-        if dataclasses.is_dataclass(before):
-            changes[name] = override(before, value, f"{prefix}{name}.")
+        before, nested = getattr(record, name), _record_in(hints[name])
+        if nested is not None and isinstance(value, str) and _is_named(nested):
+            # Another name means other weights and sizes.
+            changes[name] = nested(value)
+        elif nested is not None and not (value is None and _has_type(None, hints[name])):
+            changes[name] = _nested(before, nested, value, prefix + name)
         elif not _has_type(value, hints[name]):
             raise ValueError(f"Recipe: {prefix + name} must be {_describe_type(hints[name])}, but it is {value!r}.")
         else:
             changes[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(record, **changes)
+
+
+def _record_in(hint: Any) -> Any:
+    """The dataclass of a field, or in its union with None; None if there is none."""
+    return next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
+
+
+def _is_named(record: Any) -> bool:
+    """Whether a record is made from its first field, a name without a default."""
+    first = dataclasses.fields(record)[0]
+    return first.name == "name" and first.default is dataclasses.MISSING
+
+
+def _nested(before: Any, record: Any, value: Any, name: str) -> Any:
+    """The record of a nested field; one that was None starts from the defaults."""
+    if before is None and _is_named(record):
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError(f"Recipe: {name} needs a name, as text or as its field 'name', but it is {value!r}.")
+        before = record(value["name"])
+    return override(record() if before is None else before, value, f"{name}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

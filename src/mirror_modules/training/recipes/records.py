@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mirror_modules._checks import check_number, check_positive
-from mirror_modules.models import MirrorGANConfig
+from mirror_modules.models import BackboneConfig, MirrorGANConfig
 from mirror_modules.training.recipes.fields import changed_fields, override
 
 PHASES = ("stem", "stream", "glam", "evaluator")
-"""The phases of a run, in order."""
+"""The phases that every run has, in order."""
+SECOND_EVALUATOR = "second_evaluator"
+ALL_PHASES = (*PHASES, SECOND_EVALUATOR)
+"""The phases that a run can have, in order; `Recipe.phases` are those of a recipe."""
 
 NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error", "held_out_share")
 """Fields of `DataRecipe` that apply to files only."""
@@ -99,6 +102,21 @@ class MatchingRecipe:
 
 
 @dataclass(frozen=True)
+class EvaluatorRecipe(MatchingRecipe):
+    """An encoder pair for evaluation, which no other phase uses: phases `evaluator` and `second_evaluator`."""
+
+    word_weight: float = 0.0
+    """Weight of the word-region terms relative to the sentence-image terms; 0 drops them."""
+    backbone: BackboneConfig | None = None
+    """Backbone of the image encoder; None takes that of phase `stem`, model.image_backbone. A string is its name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backbone is not None:
+            object.__setattr__(self, "backbone", BackboneConfig.of(self.backbone))
+
+
+@dataclass(frozen=True)
 class CaptionerRecipe:
     """The captioner on real pairs: phase `stream`."""
 
@@ -113,7 +131,8 @@ class CaptionerRecipe:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; None does not clip."""
     train_backbone: bool = False
-    """Train the captioner's image backbone too; otherwise it is frozen as trained by phase `stem`."""
+    """Train the captioner's image backbone too; otherwise it is frozen as trained by phase `stem`. A pretrained
+    backbone also needs model.captioner_backbone.trainable."""
     keep_best: Literal["cross_entropy", "word_accuracy"] | None = None
     """Validation metric that selects the best step; None uses the last step."""
 
@@ -239,7 +258,11 @@ class EngineRecipe:
     loader_workers: int = _harmless(0)
     """Processes that load batches; 0 loads them in the training process."""
     cached_features_mib: int = 1024
-    """Features of frozen encoders are computed once per caption or image and cached if they fit into this many MiB."""
+    """Features of frozen encoders are computed once per caption or image and cached if they fit into this many MiB:
+    those of captions in memory, those of images in files of the run's folder."""
+    cached_crops: int = 4
+    """With random crops, features of frozen encoders are cached for this many fixed crops of each image and their
+    mirror images, instead of a new crop in each step."""
     max_skipped_steps: int = 20
     """Stop after this many consecutive non-finite steps; shorter streaks are skipped and counted."""
     checkpoint_every: int = _harmless(250)
@@ -253,6 +276,7 @@ class EngineRecipe:
             max_skipped_steps=self.max_skipped_steps,
             checkpoint_every=self.checkpoint_every,
             checkpoints_kept=self.checkpoints_kept,
+            cached_crops=self.cached_crops,
             **({} if self.threads is None else {"threads": self.threads}),
         )
         _check_not_negative("EngineRecipe", self, "loader_workers", "cached_features_mib")
@@ -308,8 +332,10 @@ class Recipe:
     """Phase `stream`: the captioner."""
     glam: AdversarialRecipe = field(default_factory=AdversarialRecipe)
     """Phase `glam`: the generator."""
-    evaluator: MatchingRecipe = field(default_factory=lambda: MatchingRecipe(word_weight=0.0))
+    evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
     """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
+    second_evaluator: EvaluatorRecipe | None = field(default=None, metadata={"harmless": True})
+    """Phase `second_evaluator`: another encoder pair for evaluation, of another backbone; None leaves it out."""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     """Evaluation at the end of a run."""
     engine: EngineRecipe = field(default_factory=EngineRecipe)
@@ -320,6 +346,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"Recipe: seed must be a whole number from 0 to 2**32 - 1, but it is {self.seed!r}.")
+        if self.stream.train_backbone and not self.model.captioner_backbone.is_trainable:
+            raise ValueError(
+                "Recipe: stream.train_backbone has no effect on a backbone that is frozen because it has pretrained "
+                "weights; set model.captioner_backbone.trainable, or turn stream.train_backbone off."
+            )
         if self.engine.compile and self.glam.r1_weight > 0:
             raise ValueError(
                 "Recipe: glam.r1_weight needs second derivatives, which torch.compile does not support; set it to 0, "
@@ -329,10 +360,60 @@ class Recipe:
             # The preset `release` sets the other two fields of sentence attention for every kind of attention.
             _check_has_effect("Recipe: model", self.model, "sentence_axis", f"attention={self.model.attention!r}")
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of this recipe, in order: `PHASES`, and `second_evaluator` if it is not None."""
+        return PHASES if self.second_evaluator is None else ALL_PHASES
+
     def phase(self, name: str) -> PhaseRecipe:
-        """The fields of one of `PHASES`."""
-        fields: PhaseRecipe = getattr(self, name)
+        """The fields of one of `phases`.
+
+        Raises:
+            ValueError: The recipe has no such phase.
+        """
+        fields: PhaseRecipe | None = getattr(self, name, None) if name in ALL_PHASES else None
+        if fields is None:
+            raise ValueError(f"Recipe: {self.name!r} has no phase {name!r}; it has {', '.join(self.phases)}.")
         return fields
+
+    def backbone(self, phase: str) -> BackboneConfig:
+        """The image backbone of a phase other than `glam`."""
+        section, name = _place(self, phase)
+        found: BackboneConfig = getattr(getattr(self, section), name)
+        return found
+
+    def recorded(self, phases: Sequence[str], before: Recipe | None = None) -> Recipe:
+        """A copy with the checksums of the pretrained weights of some phases, which are loaded for it.
+
+        Args:
+            phases: Phases other than `glam`.
+            before: Recipe of the same run from which the other checksums are taken.
+
+        Raises:
+            ValueError: Weights do not fit, or have another checksum than the one given.
+            FileNotFoundError: A file of weights does not exist.
+            ImportError: A package is not installed.
+        """
+        loaded = {_place(self, phase) for phase in phases}
+
+        def record(place: tuple[str, str]) -> BackboneConfig | None:
+            found: BackboneConfig | None = getattr(getattr(self, place[0]), place[1], None)
+            if found is None or found.weights is None:
+                return found
+            if place in loaded:
+                return found.recorded()
+            known = None if before is None else getattr(getattr(before, place[0]), place[1], None)
+            if known is None or found.sha256 is not None:
+                return found
+            return dataclasses.replace(found, sha256=known.sha256)
+
+        changes: dict[str, Any] = {}
+        for section in ("model", "evaluator", SECOND_EVALUATOR):
+            names = ("image_backbone", "captioner_backbone") if section == "model" else ("backbone",)
+            if getattr(self, section) is not None:
+                fields = {name: record((section, name)) for name in names}
+                changes[section] = dataclasses.replace(getattr(self, section), **fields)
+        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -356,10 +437,18 @@ class Recipe:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
-    keeps_best = any(getattr(new, phase).keep_best is not None for phase in PHASES)
+    keeps_best = any(new.phase(phase).keep_best is not None for phase in new.phases)
     for words, harmless in changed_fields(old, new):
         # The best step is selected among those with a checkpoint.
         yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+
+
+def _place(recipe: Recipe, phase: str) -> tuple[str, str]:
+    """Section and field of the backbone of a phase."""
+    if phase == "stream":
+        return "model", "captioner_backbone"
+    own = getattr(recipe.phase(phase), "backbone", None)
+    return ("model", "image_backbone") if own is None else (phase, "backbone")
 
 
 def _check_has_effect(owner: str, record: Any, name: str, condition: str) -> None:
