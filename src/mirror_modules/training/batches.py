@@ -256,25 +256,26 @@ def to_device(batch: CaptionBatch, device: torch.device) -> CaptionBatch:
 
 
 class UnseenCaption(NamedTuple):
-    """A validation image with one of its captions, which no training image has; see `unseen_captions`."""
+    """An image with one of its captions, which no training image has; see `unseen_captions`."""
 
     image: int
-    """Row in the validation images."""
+    """Row in the images of its split."""
     caption: str
 
 
-def unseen_captions(splits: Splits) -> list[UnseenCaption]:
-    """For each validation image its first caption that differs from all training captions for the model.
+def unseen_captions(splits: Splits, split: InMemoryCaptions | None = None) -> list[UnseenCaption]:
+    """For each image of a split, or of validation, its first caption that differs from all training captions.
 
     The model reads tokens, cut to its maximum number of words: captions that differ only in case, in punctuation, in
     unknown words or beyond that number are the same.
     """
     seen = {tokens for captions in _token_rows(splits.training) for tokens in captions}
     unseen = []
-    for image, rows in enumerate(_token_rows(splits.validation)):
+    split = splits.validation if split is None else split
+    for image, rows in enumerate(_token_rows(split)):
         new = next((i for i, tokens in enumerate(rows) if tokens not in seen), None)
         if new is not None:
-            unseen.append(UnseenCaption(image, splits.validation.captions[image][new]))
+            unseen.append(UnseenCaption(image, split.captions[image][new]))
     return unseen
 
 

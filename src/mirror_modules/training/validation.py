@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import to_float
+from mirror_modules.data.seeding import seeded
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.metrics import r_precision
 from mirror_modules.metrics.r_precision import RPrecision
@@ -28,28 +29,51 @@ SAMPLES = 16
 
 
 class Unseen(NamedTuple):
-    """Validation images, each with a caption that no training image has."""
+    """Images of a split, each with a caption that no training image has."""
 
     captions: list[str]
     images: Tensor
     """Bytes (N, H, W, 3)."""
     tokens: Tensor
     word_mask: Tensor
+    class_ids: Tensor
+    """Class of each image, (N,)."""
+    image_rows: Tensor
+    """Index of each image in the split, (N,)."""
+    caption_rows: Tensor
+    """Index of each caption among all captions of the split, (N,)."""
 
     def spread(self, count: int) -> Unseen:
         """At most `count` of the pairs, evenly spaced: neighbors in a data set often share a class."""
         total = len(self.captions)
         count = min(count, total)
         rows = [i * total // count for i in range(count)]
-        return Unseen([self.captions[i] for i in rows], self.images[rows], self.tokens[rows], self.word_mask[rows])
+        return Unseen([self.captions[i] for i in rows], *(tensor[rows] for tensor in self[1:]))
 
 
-def unseen_pairs(splits: Splits, max_words: int) -> Unseen:
-    """The validation images with unseen captions, encoded."""
-    unseen = unseen_captions(splits)
+def unseen_pairs(splits: Splits, max_words: int, *, held_out: bool = False) -> Unseen:
+    """The validation images with unseen captions, or the held-out ones, encoded.
+
+    Raises:
+        ValueError: There are no held-out images.
+    """
+    split = splits.held_out if held_out else splits.validation
+    if split is None:
+        raise ValueError("unseen_pairs: these splits have no held-out images; see DataRecipe.held_out_share.")
+    unseen = unseen_captions(splits, split)
     captions = [entry.caption for entry in unseen]
     tokens, word_mask = splits.vocabulary.encode(captions, max_words=max_words, warn_unknown=False)
-    return Unseen(captions, splits.validation.images[[entry.image for entry in unseen]], tokens, word_mask)
+    images = torch.tensor([entry.image for entry in unseen])
+    choices = torch.tensor([split.captions[image].index(caption) for image, caption in unseen])
+    return Unseen(
+        captions,
+        split.images[images],
+        tokens,
+        word_mask,
+        split.class_ids[images],
+        images,
+        split.caption_rows(images, choices),
+    )
 
 
 @torch.no_grad()
@@ -72,21 +96,22 @@ def sentence_features(pair: EncoderPair, tokens: Tensor, word_mask: Tensor) -> T
 
 @torch.no_grad()
 def generate_images(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: int) -> Tensor:
-    """The finest images (N, 3, H, W) of captions, on the CPU."""
-    random = torch.Generator().manual_seed(seed)
+    """The finest images (N, 3, H, W) of captions, on the CPU.
 
-    def generate(tokens: Tensor, word_mask: Tensor) -> Tensor:
-        noise = torch.randn(len(tokens), model.config.noise_dim, generator=random)
-        condition_noise = torch.randn(len(tokens), model.config.condition_dim, generator=random)
+    Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone.
+    """
+
+    sizes = [model.config.noise_dim, model.config.condition_dim]
+
+    def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor) -> Tensor:
+        drawn = torch.stack([torch.randn(sum(sizes), generator=seeded(seed + row)) for row in rows.tolist()])
+        noise, condition_noise = drawn.to(model.device).split(sizes, dim=1)
         generated = model(
-            tokens.to(model.device),
-            word_mask.to(model.device),
-            noise=noise.to(model.device),
-            condition_noise=condition_noise.to(model.device),
+            tokens.to(model.device), word_mask.to(model.device), noise=noise, condition_noise=condition_noise
         )
         return generated.images[-1].cpu()
 
-    return in_chunks(generate, tokens, word_mask, size=CHUNK)
+    return in_chunks(generate, tokens, word_mask, torch.arange(len(tokens)), size=CHUNK)
 
 
 class WordAccuracy(NamedTuple):
