@@ -16,7 +16,7 @@ import torch
 from mirror_modules import Captioner, MirrorGAN
 from mirror_modules.cli import main
 from mirror_modules.data.seeding import seeded
-from mirror_modules.evaluation import ablation, evaluation
+from mirror_modules.evaluation import ablation, evaluation, retrieval
 from mirror_modules.stream import redescription
 from mirror_modules.training import batches, engine, features, loop, network, pretrain, state, step, validation
 from mirror_modules.training.recipes import PHASES
@@ -135,7 +135,7 @@ def spies(folder):
             "engine.load_batches": engine,
             "evaluation.expected_hits": evaluation,
             "evaluation.generate_images": evaluation,
-            "evaluation.r_precision_folds": evaluation,
+            "retrieval.r_precision_folds": retrieval,
             "features.Cache.plan": features.Cache,
             "loop.adversarial_step": loop,
             "loop.captioning_step": loop,
@@ -243,7 +243,7 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
     ("seed", "loop.start", generator_seed("random"), {"glam": [noise_seed()]}),
     ("seed", "validation.r_precision", generator_seed("generator"), {p: [SEED] for p in ("stem", "glam", "evaluator")}),
     ("seed", "evaluation.generate_images", argument("seed"), {EVALUATION: [SEED]}),
-    ("seed", "evaluation.r_precision_folds", generator_seed("generator"), {EVALUATION: [SEED]}),
+    ("seed", "retrieval.r_precision_folds", generator_seed("generator"), {EVALUATION: [SEED]}),
     ("data", "batches.open_captions", lambda arguments: arguments["path"].rpartition("/")[2], when_loading("data")),
     ("data.source", "batches.open_captions", argument("source"), when_loading("folder")),
     ("data.on_error", "batches.open_captions", argument("on_error"), when_loading("skip")),
@@ -322,7 +322,7 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
         argument("candidates"),
         {phase: [5] for phase in ("stem", "glam", "evaluator")},
     ),
-    ("evaluation.candidates", "evaluation.r_precision_folds", argument("candidates"), {EVALUATION: [5]}),
+    ("evaluation.candidates", "retrieval.r_precision_folds", argument("candidates"), {EVALUATION: [5]}),
     ("evaluation.candidates", "evaluation.expected_hits", argument("candidates"), {EVALUATION: [5]}),
     ("evaluation.report_images", "validation.Unseen.spread", argument("count"), {EVALUATION: [4]}),
 ]

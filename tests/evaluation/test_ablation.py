@@ -17,10 +17,13 @@ from PIL import Image
 
 from mirror_modules.evaluation import ablation, ablation_table
 from mirror_modules.evaluation.ablation import Cell, ablate, ablation_cells, run_cell
-from mirror_modules.evaluation.ablation_table import PAIRS, as_markdown, bootstrap_interval, summarize
+from mirror_modules.evaluation.ablation_table import PAIRS, as_markdown, bootstrap_interval, summarize, unrankable
+from mirror_modules.metrics import class_oracle
+from mirror_modules.training.batches import load_splits
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import Recipe, get_recipe
+from mirror_modules.training.recipes import DataRecipe, Recipe, get_recipe
+from tests.layouts import make_birds
 from tests.runs import make_tiny_recipe
 
 CELLS = [cell for cell in ablation_cells() if cell.name in ("weight 0", "weight 20")]
@@ -105,6 +108,19 @@ def test_cells_share_the_earlier_phases_and_resume(recipe, tmp_path, without_pro
     real = json.loads((tmp_path / "out" / "shared" / "seed-3" / "real.json").read_text())
     assert len(real["r_precision"]) == 31
     assert content["figures"]["real images"]["words"]["seeds"][1] == real["words"][0]
+    bounds = [json.loads((tmp_path / "out" / "shared" / f"seed-{seed}" / "bounds.json").read_text()) for seed in (0, 3)]
+    # Drawn flowers have no classes.
+    assert [set(each["r_precision"]) for each in bounds] == [{"chance", "text_ceiling"}] * 2
+    assert content["bounds"]["r_precision"]["chance"] == 1 / 11
+    ceilings = [each["r_precision"]["text_ceiling"] for each in bounds]
+    assert content["bounds"]["r_precision"]["text_ceiling"] == pytest.approx(sum(ceilings) / 2)
+    # Three steps teach nothing.
+    assert list(content["cannot_rank"]) == ["r_precision"]
+    table = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| | R-precision, top 1 [1] | word accuracy |" in table
+    assert f"| other captions of the same image | {100 * sum(ceilings) / 2:.1f} | – |" in table
+    assert "| chance | 9.1 | – |" in table
+    assert "[1] Cannot rank these images: real images, at " in table
     (words,) = [each for each in content["differences"] if each["figure"] == "words"]
     figures = content["figures"]
     assert words["mean"] == pytest.approx(figures["weight 20"]["words"]["mean"] - figures["weight 0"]["words"]["mean"])
@@ -520,6 +536,82 @@ def test_summaries_average_over_seeds_and_pairs():
     table = as_markdown(summarize(single_values, (4,)))
     assert "| weight 0 | 50.0 |" in table
     assert "| weight 1 | weight 0 | +0.0 |" in table
+
+
+HELD_OUT = ("r_precision", "r_precision_other_classes", "held_out_r_precision", "held_out_r_precision_other_classes")
+
+
+def test_photographs_are_measured_on_both_kinds_of_classes(tmp_path, monkeypatch):
+    """And by two evaluators, if the recipe has a second one."""
+    root, base = tmp_path / "data", make_recipe()
+    make_birds(root, training=29, validation=23)
+    data = DataRecipe("birds", str(root), None, None, held_out_share=0.4)
+    recipe = dataclasses.replace(base, data=data, second_evaluator=dataclasses.replace(base.evaluator, steps=2))
+    run_here(monkeypatch)
+    content = ablate(recipe, tmp_path / "out", cells=CELLS, seeds=(0,))
+    names = [*HELD_OUT, *(f"second_{name}" for name in HELD_OUT)]
+    assert set(content["figures"]["weight 0"]) == {*names, "words"}
+    counts = {
+        name: len(values) for name, values in json.loads((tmp_path / "out/shared/seed-0/real.json").read_text()).items()
+    }
+    assert counts["r_precision"] == counts["second_r_precision_other_classes"] == 23
+    assert counts["held_out_r_precision"] == 11
+    for name in names:
+        with_classes = set() if name.endswith("other_classes") else {"class_oracle", "own_class", "own_class_error"}
+        assert set(content["bounds"][name]) == {"chance", "text_ceiling"} | with_classes
+    splits = load_splits(recipe.data, recipe.model, 0)
+    oracle = class_oracle(splits.held_out.class_ids, candidates=11).mean()
+    assert content["bounds"]["second_held_out_r_precision"]["class_oracle"] == pytest.approx(float(oracle))
+    # The two evaluators were trained with their own weights.
+    real = content["figures"]["real images"]
+    assert real["r_precision"]["mean"] != real["second_r_precision"]["mean"]
+    table = (tmp_path / "out/ablation.md").read_text()
+    assert "R-precision, top 1, training classes, among other classes, second evaluator" not in table
+    assert "R-precision, top 1, second evaluator, training classes, among other classes" in table
+    assert "| class alone | " in table
+
+
+@pytest.mark.parametrize("content", [[], {}, {"r_precision": {}}, {"r_precision": {"chance": "1"}}])
+def test_damaged_bounds_are_named(out, recipe, without_processes, content):
+    (out / "shared/seed-0/bounds.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"bounds\.json is damaged: it must hold the bounds of each R-precision; remove"
+    ):
+        ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+
+
+def test_lost_bounds_are_measured_again(out, recipe, without_processes):
+    path = out / "shared/seed-0/bounds.json"
+    before = path.read_bytes()
+    path.unlink()
+    ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+    assert path.read_bytes() == before
+
+
+def test_columns_that_cannot_rank_have_footnotes():
+    """Not those that can; the worst cell counts for generated images."""
+    results = {
+        "real images": [{"r_precision": [0.2, 0.3] * 50, "held_out_r_precision": [0.2, 0.3] * 50}] * 2,
+        "weight 0": [{"r_precision": [0.1] * 100, "held_out_r_precision": [0.1] * 100}] * 2,
+        "weight 1": [{"r_precision": [0.1] * 100, "held_out_r_precision": [0.9] * 100}] * 2,
+    }
+    bounds = {name: {"chance": 0.01, "class_oracle": 0.1} for name in results["weight 0"][0]}
+    found = unrankable(results, bounds)
+    # The standard error of the mean over 100 captions and two seeds: 0.05 / sqrt(99) / sqrt(2).
+    assert found == {
+        "held_out_r_precision": ["real images, at 25.0% ± 0.4, are below generated ones, at 90.0%"],
+    }
+    table = as_markdown({**summarize(results, (0, 1)), "bounds": bounds, "cannot_rank": found})
+    assert "| | R-precision, top 1 | R-precision, top 1, training classes [1] |" in table
+    assert "| class alone | 10.0 | 10.0 |\n| chance | 1.0 | 1.0 |\n\n[1] Cannot rank these images: real" in table
+    assert "at 90.0%. Differences in this column have no meaning." in table
+    assert unrankable({"real images": results["real images"]}, bounds) == {}
+    # Not above the class alone, unless captions of the same class are told apart.
+    higher = {"r_precision": {"chance": 0.01, "class_oracle": 0.3}}
+    assert "knows the class alone, at 30.0%" in unrankable(results, higher)["r_precision"][0]
+    for share, expected in ((0.6, {}), (0.51, {"r_precision"})):
+        within = {"r_precision": {**higher["r_precision"], "own_class": share, "own_class_error": 0.01}}
+        assert unrankable(results, within).keys() == set(expected)
 
 
 def test_the_interval_reflects_the_variance_of_seeds_and_captions():

@@ -15,9 +15,9 @@ from mirror_modules.data import ATTRIBUTES, CaptionedImage, InMemoryCaptions
 from mirror_modules.data.readers.images import shrink
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import to_float
-from mirror_modules.evaluation import attributes, evaluation
+from mirror_modules.evaluation import attributes, evaluation, retrieval
 from mirror_modules.evaluation.attributes import fit_attribute_classifier
-from mirror_modules.evaluation.evaluation import _cases, _diversity, _feature_metrics, _precision, evaluate
+from mirror_modules.evaluation.evaluation import _cases, _diversity, _feature_metrics, evaluate
 from mirror_modules.evaluation.extractors import Extractor
 from mirror_modules.metrics import (
     expected_hits,
@@ -69,6 +69,19 @@ def test_evaluation_measures_and_writes(run_copy):
     assert metrics["images"] == 31
     assert metrics["candidates"] == 11
     assert metrics["chance"] == pytest.approx(1 / 11)
+    (evaluator,) = metrics["evaluators"].values()
+    # Drawn flowers: every image has a class of its own, and validation has the attributes of training.
+    assert set(evaluator) == {"description", "validation"}
+    assert set(evaluator["validation"]) == {"images", "all_captions"}
+    figures = evaluator["validation"]["all_captions"]
+    assert {name: figures[name] for name in metrics["r_precision"]} == metrics["r_precision"]
+    assert (figures["candidates"], figures["chance"]) == (metrics["candidates"], metrics["chance"])
+    assert 0 <= figures["text_ceiling"]["top1"] <= 1
+    assert "class_oracle" not in figures
+    # Three steps of training teach nothing.
+    assert metrics["cannot_rank"] is figures["cannot_rank"] is True
+    assert metrics["reasons"] == figures["reasons"]
+    assert "are below three times chance, 27.3%" in metrics["reasons"][0]
     for quality in metrics["redescription"].values():
         assert set(quality) == {"bleu4", "chrf", "words_in_place"}
     assert set(metrics["attributes"]["real"]) == {"measured_colors"}
@@ -147,19 +160,28 @@ def test_the_evaluator_encodes_the_images_and_captions_of_each_source(
     unseen = unseen_captions(splits)
     ranked, expected = {}, []
 
-    def rank(images, sentences, **options):
+    def rank(images, sentences, *classes, **options):
         ranked[len(ranked)] = (images, sentences)
-        return r_precision_folds(images, sentences, **options)
+        return r_precision_folds(images, sentences, *classes, **options)
 
     def expect(images, sentences, **options):
         expected.append(images)
         return expected_hits(images, sentences, **options)
 
-    monkeypatch.setattr(evaluation, "r_precision_folds", rank)
+    monkeypatch.setattr(retrieval, "r_precision_folds", rank)
     monkeypatch.setattr(evaluation, "expected_hits", expect)
     evaluate(run_copy.path)
     evaluator = load_pair(run_copy, "evaluator", tiny_recipe, splits)
-    (generated, sentences), (real, _), (shuffled, _) = ranked.values()
+    (generated, sentences), (real, _), (shuffled, _), (queries, own_sentences) = ranked.values()
+    assert torch.equal(own_sentences, sentences.double())
+    for row in (0, 7, 30):
+        others = [
+            caption for caption in splits.validation.captions[unseen[row].image] if caption != unseen[row].caption
+        ]
+        tokens, word_mask = splits.vocabulary.encode(others, warn_unknown=False)
+        features = evaluator.text_encoder(tokens, word_mask).sentence
+        query = sum(each / each.norm() for each in features) / len(others)
+        torch.testing.assert_close(queries[row].float(), query, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         for row in (0, 7, 30):
             image = to_float(splits.validation.images[unseen[row].image].unsqueeze(0))
@@ -365,9 +387,11 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
     all_generated = images["generated"].flatten(1).tolist()
     assert all(image in all_generated for image in generated.flatten(1).tolist())
     assert metrics["real"]["frechet_distance"] == frechet_distance(held_out.mean((2, 3)), real.mean((2, 3)))
-    random = torch.Generator().manual_seed(0)
-    kernel_distance(held_out.mean((2, 3)), real.mean((2, 3)), subsets=10, subset_size=11, generator=random)
-    score = inception_score(real.mean((2, 3)), splits=10, generator=random)
+    # The complete sets: subsets of all images would be the same images ten times.
+    kernel = kernel_distance(held_out.mean((2, 3)), real.mean((2, 3)), subset_size=None)
+    assert metrics["real"]["kernel_distance"] == kernel.mean
+    assert metrics["real"]["kernel_distance_standard_error"] == kernel.standard_error > 0
+    score = inception_score(real.mean((2, 3)), splits=10, generator=torch.Generator().manual_seed(0))
     assert metrics["real"]["inception_score"] == score.mean
 
 
@@ -430,10 +454,18 @@ def test_the_report_shows_captions_spread_over_the_split(run_copy, monkeypatch):
     assert all(word in (*split_words(captions[10]), "<unknown>") for word in shown[0].words[1])
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_few_images_have_an_r_precision(count):
-    precision = _precision(torch.eye(count), torch.eye(count), candidates=2, seed=0)
-    assert (precision["top1"], precision["standard_errors"]) == (1, [0, 0, 0])
+@pytest.mark.filterwarnings("ignore:unknown words")
+def test_evaluated_images_can_be_generated_again(run_copy, tiny_recipe, monkeypatch, without_report):
+    model, images = MirrorGAN.from_pretrained(run_copy.model), []
+    monkeypatch.setattr(evaluation, "image_features", lambda pair, batch: (images.append(batch), batch.flatten(1))[1])
+    monkeypatch.setattr(evaluation, "sentence_features", lambda pair, tokens, mask: torch.ones(31, 3 * 16 * 16))
+    monkeypatch.setattr("mirror_modules.training.validation.CHUNK", 7)
+    evaluate(run_copy.path)
+    captions = [caption for _, caption in unseen_captions(load_splits(tiny_recipe.data, tiny_recipe.model, 0))]
+    again = model.generate(captions, seed=tiny_recipe.seed)
+    torch.testing.assert_close(images[0], again, rtol=0, atol=1e-5)
+    alone = model.generate(captions[13], seed=tiny_recipe.seed + 13)
+    torch.testing.assert_close(images[0][13:14], alone, rtol=0, atol=1e-5)
 
 
 def test_a_diverged_generator_is_refused(run_copy):

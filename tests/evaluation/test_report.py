@@ -39,6 +39,47 @@ FULL = {
     "chance": 0.01,
     "word_accuracy": {"generated": 0.711, "real": 0.744, "shuffled": 0.522},
     "image_information": {"generated": 0.871, "real": 1.304, "shuffled": -0.004},
+    "cannot_rank": True,
+    "reasons": ["real images are below <one> who knows the class"],
+    "evaluators": {
+        "evaluator": {
+            "description": "another <pair>",
+            "validation": {
+                "images": 1155,
+                "classes": 10,
+                "own_class": {"real": {"share": 0.6747, "standard_error": 0.0087}},
+                "all_captions": {
+                    "candidates": 100,
+                    "chance": 0.01,
+                    "class_oracle": 0.098,
+                    **dict.fromkeys(("generated", "real", "shuffled", "text_ceiling"), PRECISION),
+                    "cannot_rank": True,
+                    "reasons": ["first reason", "second reason"],
+                },
+                "other_classes": {
+                    "candidates": 99,
+                    "chance": 1 / 99,
+                    **{name: {**PRECISION, "top1": 0.5} for name in ("generated", "real", "shuffled")},
+                    "cannot_rank": False,
+                    "reasons": [],
+                },
+            },
+        },
+        "second_evaluator": {
+            "description": "a third pair",
+            "held_out": {
+                "images": 513,
+                "all_captions": {
+                    "candidates": 100,
+                    "chance": 0.01,
+                    "class_oracle": 0.25,
+                    **{name: {**PRECISION, "top1": 0.75} for name in ("generated", "real", "shuffled")},
+                    "cannot_rank": False,
+                    "reasons": [],
+                },
+            },
+        },
+    },
     "images": 1000,
     "candidates": 100,
     "evaluator": "another <pair>",
@@ -51,6 +92,7 @@ FULL = {
             "distance_images": 1000,
             "frechet_distance": 33.2412,
             "kernel_distance": -0.00438213,
+            "kernel_distance_standard_error": 0.00123,
             "inception_score": 7.70312,
             "inception_score_deviation": 0.116345,
             "diversity": 0.104512,
@@ -100,7 +142,8 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.texts, self.images, self.tags, self.marked, self.urls = [], [], [], [], [], []
-        self.headings = []
+        self.headings, self.warnings = [], []
+        self.classes = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -114,13 +157,17 @@ class Page(HTMLParser):
             self.images.append(attributes)
         if tag not in self.VOID:
             self.open.append(tag)
+            self.classes.append((attributes.get("class") or "").split())
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.classes.pop()
 
     def handle_data(self, data):
         if "style" not in self.open:
             self.texts.append(data)
+        if any("warning" in classes for classes in self.classes) and data.strip():
+            self.warnings.append(" ".join(data.split()))
         if "mark" in self.open:
             self.marked.append(data)
         if {"h1", "h2", "h3"} & {*self.open}:
@@ -242,9 +289,35 @@ def test_results_are_percentages_with_errors_and_chance(full_page):
     assert "Parameters: generator 1,234,567" in full_page.text
 
 
+def test_each_evaluator_has_a_table_of_what_it_can_rank(full_page):
+    text, bounds = full_page.text, "61.7% ± 1.5 61.7% ± 1.5 61.7% ± 1.5 61.7% ± 1.5 9.8% 1.0%"
+    first = (
+        f"Validation, 1,155 images 100 of all captions {bounds} Cannot rank these images: first reason; second reason."
+    )
+    within = "Validation, 1,155 images 2 of its own class – 67.5% ± 0.9 – – 50.0% 50.0%"
+    others = "Validation, 1,155 images 99 of other classes only 50.0% ± 1.5 50.0% ± 1.5 50.0% ± 1.5 – – 1.0%"
+    assert "Evaluator: another <pair>. Images Candidates Generated Real images ceiling Shuffled floor" in text
+    assert f"{first} {within} {others}" in text
+    second = "Held-out images of training classes, 513 images 100 of all captions 75.0% ± 1.5 75.0% ± 1.5 75.0% ± 1.5 –"
+    assert f"{second} 25.0% 1.0%" in text
+    assert text.index("Second evaluator: a third pair.") < text.index(second)
+    # Only what cannot rank is red: the row, its reasons, and a sentence below the title.
+    assert [each for each in full_page.warnings if each.startswith("R-precision cannot")]
+    assert "real images are below <one> who knows the class. Differences" in " ".join(full_page.warnings)
+    assert "99 of other classes only" not in full_page.warnings
+    assert "100 of all captions" in full_page.warnings
+
+
+def test_evaluators_that_can_rank_have_no_warning(folder):
+    figures = FULL["evaluators"]["second_evaluator"]
+    page = write(folder, {**FULL, "cannot_rank": False, "reasons": [], "evaluators": {"second_evaluator": figures}})
+    assert page.warnings == []
+    assert "annot rank these images" not in page.text
+
+
 def test_metrics_have_few_digits_and_words_as_names(full_page):
     assert "Fréchet distance (FID) 33.2 1" in full_page.text
-    assert "Kernel distance (KID) -0.00438 0" in full_page.text
+    assert "Kernel distance (KID) -0.0044 ± 0.0012 0" in full_page.text
     assert "Inception Score 7.70 ± 0.12 17" in full_page.text
     assert "Diversity of images of the same caption 0.1045 ± 0.0041 –" in full_page.text
     shown = full_page.text[: full_page.text.index("Details")]

@@ -26,23 +26,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mirror_modules._checks import check_positive
 from mirror_modules._files import file_name, read_json, write_json, write_text, write_whole
 from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
-from mirror_modules.evaluation.ablation_table import as_markdown, draw, summarize
+from mirror_modules.evaluation.ablation_table import REAL, as_markdown, draw, r_precision_name, summarize, unrankable
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
-from mirror_modules.metrics import expected_hits
+from mirror_modules.evaluation.retrieval import (
+    Candidates,
+    Evaluator,
+    RankedSplit,
+    bounds,
+    candidate_sets,
+    expected_precision,
+    load_evaluators,
+    own_class,
+    ranked_splits,
+    text_queries,
+)
 from mirror_modules.models import MirrorGAN, MirrorGANConfig
 from mirror_modules.models.pretrained import load_weights
-from mirror_modules.training.batches import Splits, load_splits, usable_candidates
+from mirror_modules.training.batches import Splits, has_classes, load_splits, usable_candidates
 from mirror_modules.training.distributed import cpu_threads, resolve_device
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import FORMAT, RunFolder, versions
 from mirror_modules.training.log import in_minutes, progress_bar
-from mirror_modules.training.loop import load_pair, train
+from mirror_modules.training.loop import train
 from mirror_modules.training.plan import make_plan
-from mirror_modules.training.recipes import PHASES, AdversarialRecipe, Recipe, differences
+from mirror_modules.training.recipes import ALL_PHASES, AdversarialRecipe, Recipe, differences
 from mirror_modules.training.validation import (
     generate_images,
     image_features,
@@ -51,12 +63,9 @@ from mirror_modules.training.validation import (
     word_accuracy,
 )
 
-SHARED_PHASES = ("stem", "stream", "evaluator")
 # Fields of the recipe on which the shared phases and the evaluation depend; a cell cannot override them.
-SHARED_FIELDS = ("seed", "data", *SHARED_PHASES, "evaluation")
+SHARED_FIELDS = ("seed", "data", *(phase for phase in ALL_PHASES if phase != "glam"), "evaluation")
 KIND = "ablation"
-# The row of the baseline in the tables.
-REAL = "real images"
 
 
 class Cell(NamedTuple):
@@ -177,14 +186,15 @@ def ablate(
     unfinished = [(cell, *task) for task in tasks for cell in cells if not _is_finished(cell, recipe, folder, task[2])]
     folder.mkdir(parents=True, exist_ok=True)
     real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
-    missing = [task for task in tasks if not real_paths[task[2]].exists()]
+    bounds_paths = {seed: _shared_folder(folder, seed) / "bounds.json" for seed in seeds}
+    missing = [task for task in tasks if not (real_paths[task[2]].exists() and bounds_paths[task[2]].exists())]
     # The caller may have turned gradients off.
     with cpu_threads(recipe.engine.threads), torch.inference_mode(False), torch.enable_grad():
         settings = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
         write_json(folder / "config.json", settings)
         # Trained before the processes start: each of them would train its own.
         _attribute_classifier(recipe, folder)
-        shared = {f"phases {', '.join(SHARED_PHASES)}, seed {task[2]}": task for task in missing}
+        shared = {f"phases {', '.join(_shared_phases(recipe))}, seed {task[2]}": task for task in missing}
         _in_processes(train_shared, shared, jobs, title="shared phases")
         named = {f"cell {task[0].name!r}, seed {task[3]}": task for task in unfinished}
         _in_processes(run_cell, named, jobs, title="cells")
@@ -192,12 +202,15 @@ def ablate(
     shown = [cell for cell in known.values() if cell in cells or _was_finished(cell, recipe, folder, seeds)]
     files = {cell.name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for cell in shown}
     files[REAL] = list(real_paths.values())
-    content = summarize(_read_results(files), seeds)
+    results = _read_results(files)
+    content = summarize(results, seeds)
     content |= {
+        "bounds": _mean_bounds(list(bounds_paths.values()), results[REAL][0]),
         "recipe": recipe.to_dict(),
         "cells": {cell.name: cell.fields for cell in shown},
         "versions": settings["versions"],
     }
+    content["cannot_rank"] = unrankable(results, content["bounds"])
     write_json(folder / "ablation.json", content)
     write_text(folder / "ablation.md", as_markdown(content))
     draw(content, folder / "ablation.png")
@@ -214,7 +227,7 @@ def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> N
         run.begin(recipe)
     # The metrics of a finished cell that is trained further.
     (run.path / "result.json").unlink(missing_ok=True)
-    for phase in SHARED_PHASES:
+    for phase in _shared_phases(recipe):
         if not run.weights(phase).exists():
             run.weights(phase).parent.mkdir(exist_ok=True)
             write_whole(run.weights(phase), partial(shutil.copyfile, shared.weights(phase)))
@@ -229,11 +242,20 @@ def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> N
 
 
 def train_shared(recipe: Recipe, out: Path, seed: int, device: str) -> None:
-    """Train the phases that all cells of a seed share, and evaluate the real images as their ceiling."""
+    """Train the phases that all cells of a seed share, and evaluate the real images as their ceiling.
+
+    bounds.json gets the R-precision of a random ranking, of one who knows the class alone, and of other captions of the
+    same image, for each R-precision of `measure`.
+    """
     run, recipe = RunFolder(_shared_folder(out, seed)), dataclasses.replace(recipe, seed=seed)
     run.path.mkdir(parents=True, exist_ok=True)
-    train(recipe, run.path, phases=SHARED_PHASES, device=device, resume=True)
+    train(recipe, run.path, phases=_shared_phases(recipe), device=device, resume=True)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    found = {
+        metric: {**bounds(split, candidates), **_measured_bounds(evaluator, split, candidates)}
+        for metric, evaluator, split, candidates in _rankings(recipe, run, splits, device)
+    }
+    write_json(run.path / "bounds.json", found)
     write_json(run.path / "real.json", measure(recipe, run, splits, device, _attribute_classifier(recipe, out), None))
 
 
@@ -253,9 +275,12 @@ def measure(
 ) -> dict[str, list[float]]:
     """Metrics per validation caption, in [0, 1]: `{"r_precision": [...], ...}`.
 
-    `r_precision` is the expected top-1 precision by the encoder pair of phase `evaluator`. `attributes` is the share of
-    the attributes in the caption that the attribute classifier predicts for the image; `colors` is the same share for
-    the two colors measured in the pixels. `words` holds a single value, the captioner's word accuracy over the split.
+    `r_precision` is the expected top-1 precision by the encoder pair of phase `evaluator`. With classes there are also
+    `r_precision_other_classes`, among candidates of other classes only, and `held_out_r_precision`, on images of
+    training classes held out from all training; and with a second evaluator the same ones, as `second_r_precision`.
+    `attributes` is the share of the attributes in the caption that the attribute classifier predicts for the image;
+    `colors` is the same share for the two colors measured in the pixels. `words` holds a single value, the captioner's
+    word accuracy over the split.
 
     Args:
         recipe: The recipe of the run.
@@ -265,23 +290,88 @@ def measure(
         classifier: The attribute classifier of drawn flowers; None if the data have no attributes.
         model: Generates the images; None evaluates the real images instead.
     """
-    unseen = unseen_pairs(splits, recipe.model.max_words)
     captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
     load_weights(captioner, folder.weights("stream"))
-    pair = load_pair(folder, "evaluator", recipe, splits).to(device)
-    images = to_float(unseen.images)
-    if model is not None:
-        images = generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
-    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
-    candidates = usable_candidates(recipe.evaluation.candidates, splits)
-    precision = expected_hits(image_features(pair, images), sentences, candidates=candidates)
-    predicted = word_accuracy(captioner.to(device).eval(), images, unseen.tokens, unseen.word_mask)
-    metrics = {"r_precision": precision.tolist(), "words": [predicted.accuracy]}
+    images: dict[str, Tensor] = {}
+    metrics: dict[str, list[float]] = {}
+    for metric, evaluator, split, candidates in _rankings(recipe, folder, splits, device):
+        unseen = split.unseen
+        if split.name not in images:
+            images[split.name] = (
+                to_float(unseen.images)
+                if model is None
+                else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+            )
+        features = image_features(evaluator.pair, images[split.name])
+        sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
+        metrics[metric] = expected_precision(features, sentences, candidates).tolist()
+    unseen, validation = unseen_pairs(splits, recipe.model.max_words), images["validation"]
+    predicted = word_accuracy(captioner.to(device).eval(), validation, unseen.tokens, unseen.word_mask)
+    metrics["words"] = [predicted.accuracy]
     if classifier is not None:
         named = [attributes_named(caption) for caption in unseen.captions]
-        metrics["attributes"] = _shares_correct(classifier.predict(images), named)
-        metrics["colors"] = _shares_correct(measured_colors(to_bytes(images)), named)
+        metrics["attributes"] = _shares_correct(classifier.predict(validation), named)
+        metrics["colors"] = _shares_correct(measured_colors(to_bytes(validation)), named)
     return metrics
+
+
+def _rankings(
+    recipe: Recipe, folder: RunFolder, splits: Splits, device: str
+) -> list[tuple[str, Evaluator, RankedSplit, Candidates]]:
+    """The name of each R-precision of `measure`, with who ranks which captions among which candidates."""
+    usable_candidates(recipe.evaluation.candidates, splits)
+    return [
+        (r_precision_name(evaluator.phase, split.name, candidates.name), evaluator, split, candidates)
+        for evaluator in load_evaluators(folder, recipe, splits, device)
+        for split in ranked_splits(splits, recipe.model.max_words)
+        for candidates in candidate_sets(split.unseen.class_ids, recipe.evaluation.candidates)
+        if candidates.size >= 2
+    ]
+
+
+def _measured_bounds(evaluator: Evaluator, split: RankedSplit, candidates: Candidates) -> dict[str, float]:
+    """What other captions of the same image retrieve; and with classes how real images rank captions of their class."""
+    unseen, found = split.unseen, {}
+    sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
+    queries = text_queries(evaluator.pair, split)
+    if queries is not None:
+        precision = expected_precision(queries, sentences.to(queries.dtype), candidates)
+        found["text_ceiling"] = float(precision.mean())
+    if candidates.class_ids is None and has_classes(unseen.class_ids):
+        within = own_class(image_features(evaluator.pair, to_float(unseen.images)), sentences, unseen.class_ids)
+        found |= {"own_class": within.share, "own_class_error": within.standard_error}
+    return found
+
+
+def _mean_bounds(paths: Sequence[Path], metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The means over seeds of what `train_shared` wrote to bounds.json.
+
+    Raises:
+        ValueError: A file holds something else.
+    """
+    files = [read_json(path) for path in paths]
+    names = [name for name in metrics if "r_precision" in name]
+    for path, content in zip(paths, files):
+        if not isinstance(content, dict) or not all(
+            _are_bounds(content.get(name), files[0].get(name)) for name in names
+        ):
+            raise ValueError(
+                f"{path} is damaged: it must hold the bounds of each R-precision; remove it and repeat the command, "
+                "which measures them again."
+            )
+    return {
+        name: {key: sum(each[name][key] for each in files) / len(files) for key in files[0][name]} for name in names
+    }
+
+
+def _are_bounds(values: Any, first: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and isinstance(first, dict)
+        and "chance" in values
+        and values.keys() == first.keys()
+        and all(type(value) in (int, float) and 0 <= value <= 1 for value in values.values())
+    )
 
 
 def _shares_correct(predicted: Mapping[str, Sequence[str]], named: Sequence[Mapping[str, str]]) -> list[float]:
@@ -375,6 +465,10 @@ def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int
         sys.exit(1)
 
 
+def _shared_phases(recipe: Recipe) -> list[str]:
+    return [phase for phase in recipe.phases if phase != "glam"]
+
+
 def _shared_folder(out: Path, seed: int) -> Path:
     return out / "shared" / f"seed-{seed}"
 
@@ -433,7 +527,7 @@ def _is_finished(cell: Cell, recipe: Recipe, out: Path, seed: int) -> bool:
     """
     folder = _cell_folder(out, cell, seed)
     try:
-        plan = make_plan(_cell_recipe(cell, recipe, seed), RunFolder(folder), PHASES, resume=True)
+        plan = make_plan(_cell_recipe(cell, recipe, seed), RunFolder(folder), recipe.phases, resume=True)
     except ValueError as error:
         raise ValueError(f"ablate: cell {cell.name!r}: {error}") from error
     return "glam" in plan.finished and (folder / "result.json").exists()

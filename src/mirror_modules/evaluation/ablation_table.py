@@ -9,14 +9,45 @@ from typing import Any
 import numpy as np
 
 from mirror_modules._files import write_whole
+from mirror_modules.evaluation.retrieval import OwnClass, cannot_rank
 
 RESAMPLES = 10_000
 INTERVAL = 0.95
+# The row of the baseline in the tables.
+REAL = "real images"
+
+
+def r_precision_name(phase: str, split: str, candidates: str) -> str:
+    """The name of a metric: who ranks which images among which candidates."""
+    parts = [
+        "second" if phase == "second_evaluator" else "",
+        "held_out" if split == "held_out" else "",
+        "r_precision",
+        "other_classes" if candidates == "other_classes" else "",
+    ]
+    return "_".join(filter(None, parts))
+
+
+_SPLITS = {"validation": "", "held_out": ", training classes"}
+_EVALUATORS = {"evaluator": "", "second_evaluator": ", second evaluator"}
+_CANDIDATES = {"all_captions": "", "other_classes": ", among other classes"}
 TITLES = {
-    "r_precision": "R-precision, top 1",
+    **{
+        r_precision_name(phase, split, candidates): "R-precision, top 1" + by + of + among
+        for phase, by in _EVALUATORS.items()
+        for split, of in _SPLITS.items()
+        for candidates, among in _CANDIDATES.items()
+    },
     "attributes": "attribute accuracy",
     "colors": "color accuracy",
     "words": "word accuracy",
+}
+
+# Rows below the cells: what R-precision is without seeing the image.
+BOUNDS = {
+    "text_ceiling": "other captions of the same image",
+    "class_oracle": "class alone",
+    "chance": "chance",
 }
 
 # Each cell and the baseline that it is compared with; the two differ in one setting.
@@ -68,6 +99,33 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], se
     return {"seeds": list(seeds), "figures": figures, "differences": compared}
 
 
+def unrankable(
+    results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], bounds: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[str]]:
+    """For each R-precision that cannot rank images the reasons; see `retrieval.cannot_rank`.
+
+    Args:
+        results: As in `summarize`, with the row `REAL`.
+        bounds: Of each R-precision "chance", as a mean over the seeds; with classes also "class_oracle", and the fields
+            of `OwnClass` for the real images, "own_class" and "own_class_error".
+    """
+    found = {}
+    for metric, each in bounds.items():
+        means = {name: float(np.mean([np.mean(run[metric]) for run in runs])) for name, runs in results.items()}
+        squares = [np.var(run[metric], ddof=1) / len(run[metric]) for run in results[REAL]]
+        reasons = cannot_rank(
+            means.pop(REAL),
+            float(np.sum(squares) ** 0.5 / len(squares)),
+            chance=each["chance"],
+            class_oracle=each.get("class_oracle"),
+            own_class=OwnClass(each["own_class"], each["own_class_error"]) if "own_class" in each else None,
+            generated=max(means.values(), default=None),
+        )
+        if reasons:
+            found[metric] = reasons
+    return found
+
+
 def bootstrap_interval(differences: Sequence[np.ndarray[Any, Any]], *, seed: int = 0) -> tuple[float, float]:
     """Bootstrap interval of the mean paired difference, over both seeds and captions.
 
@@ -93,21 +151,31 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     """Format two Markdown tables: the metrics of each cell, and the paired differences with their intervals."""
     figures = content["figures"]
     columns = [name for name in TITLES if name in next(iter(figures.values()))]
+    notes = {name: i for i, name in enumerate(content.get("cannot_rank", {}), start=1)}
+    titles = {name: TITLES[name] + (f" [{notes[name]}]" if name in notes else "") for name in columns}
     seeds = ", ".join(map(str, content["seeds"]))
     lines = [
         f"Mean and standard deviation over seeds {seeds}, in %.",
         "",
-        "| | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "| | " + " | ".join(titles.values()) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in figures.items():
         cells = [_mean_and_deviation(row[each]["mean"], row[each]["deviation"]) for each in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for bound, title in BOUNDS.items():
+        values = [content.get("bounds", {}).get(each, {}).get(bound) for each in columns]
+        if any(value is not None for value in values):
+            texts = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+            lines.append(f"| {title} | " + " | ".join(texts) + " |")
+    for name, number in notes.items():
+        reasons = "; ".join(content["cannot_rank"][name])
+        lines += ["", f"[{number}] Cannot rank these images: {reasons}. Differences in this column have no meaning."]
     lines += [
         "",
         f"Paired differences in percentage points, with {INTERVAL:.0%} bootstrap intervals over seeds and captions.",
         "",
-        "| | against | " + " | ".join(TITLES[name] for name in columns) + " |",
+        "| | against | " + " | ".join(titles.values()) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
     by_pair: dict[tuple[str, str], dict[str, str]] = {}

@@ -27,6 +27,7 @@ from mirror_modules.evaluation.extractors import (
     inception_extractor,
 )
 from mirror_modules.evaluation.report import Case, Showcase, write_report
+from mirror_modules.evaluation.retrieval import load_evaluators, measure_retrieval, ranked_splits
 from mirror_modules.metrics import (
     Diversity,
     diversity,
@@ -34,7 +35,6 @@ from mirror_modules.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    r_precision_folds,
     redescription_quality,
 )
 from mirror_modules.models import MirrorGAN
@@ -44,8 +44,7 @@ from mirror_modules.training.distributed import ProcessGroup, cpu_threads, resol
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
-from mirror_modules.training.loop import load_pair
-from mirror_modules.training.recipes import PHASES, Recipe
+from mirror_modules.training.recipes import Recipe
 from mirror_modules.training.validation import (
     Unseen,
     derangement,
@@ -53,11 +52,11 @@ from mirror_modules.training.validation import (
     image_features,
     measure_image_information,
     sentence_features,
-    unseen_pairs,
     word_accuracy,
 )
 
-FOLDS = 10
+# Parts of the images over which the Inception Score is averaged.
+SCORE_SPLITS = 10
 CASES = 8
 # Diversity: the number of captions, and the number of images generated from each.
 DIVERSE_CAPTIONS, IMAGES_PER_CAPTION = 30, 10
@@ -87,10 +86,15 @@ def evaluate(
     Validation images are evaluated with one caption each that no training image has; images without one are omitted.
     Images are generated from these captions, and each image ranks its caption against others of the validation split.
     The same metrics for the real images are the ceiling, and those for images generated from other captions (shuffled)
-    the floor. Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the
-    preceding words; `image_information` is an estimate of the pointwise mutual information of image and caption, in
-    nats per token. R-precision has fewer candidates than `evaluation.candidates` if fewer captions are unseen, which a
-    printed line reports. The caller's global random state and number of threads are restored at the end.
+    the floor. `evaluators` has R-precision by every evaluator of the run, also on the training images held out from all
+    training and with candidates of other classes only, beside that of one who knows the class alone and that of the
+    other captions of each image. Where these show that an evaluator cannot rank images, `cannot_rank` is true, with
+    `reasons`. Image n of a split has the seed `recipe.seed + n`, with which `MirrorGAN.generate` generates it again.
+
+    Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the preceding words;
+    `image_information` is an estimate of the pointwise mutual information of image and caption, in nats per token.
+    R-precision has fewer candidates than `evaluation.candidates` if fewer captions are unseen, which a printed line
+    reports. The caller's global random state and number of threads are restored at the end.
 
     Args:
         out: The folder of the run, with all phases trained. Without its metrics.jsonl, the report has neither loss
@@ -119,11 +123,15 @@ def evaluate(
         0.782
         >>> sorted(metrics["r_precision"])  # doctest: +SKIP
         ['generated', 'real', 'shuffled']
+        >>> metrics["cannot_rank"]  # doctest: +SKIP
+        False
+        >>> metrics["evaluators"]["evaluator"]["validation"]["all_captions"]["text_ceiling"]["top1"]  # doctest: +SKIP
+        0.874
     """
     group = ProcessGroup(device=torch.device(resolve_device(device)))
     folder = RunFolder(out)
     recipe = folder.read_recipe()
-    for phase in PHASES:
+    for phase in recipe.phases:
         if not folder.weights(phase).exists():
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
     if threads is not None:
@@ -153,7 +161,7 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
         )
     candidates = usable_candidates(recipe.evaluation.candidates, splits)
     announce_candidates(recipe.evaluation.candidates, candidates)
-    pair = load_pair(folder, "evaluator", recipe, splits).to(device)
+    evaluators = load_evaluators(folder, recipe, splits, device)
     if inception and not _is_synthetic(recipe):
         # A class classifier would serve only as the extractor, which Inception replaces.
         networks = EvaluationNetworks()
@@ -162,24 +170,36 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
     if inception:
         networks = networks._replace(extractor=inception_extractor(device=device))
 
-    unseen = unseen_pairs(splits, recipe.model.max_words)
-    real, generated = to_float(unseen.images), generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
-    if not bool(generated.isfinite().all()):
+    ranked = ranked_splits(splits, recipe.model.max_words)
+    images_of = {split.name: _images(model, split.unseen, recipe.seed) for split in ranked}
+    unseen, images = ranked[0].unseen, images_of["validation"]
+    if not all(bool(each["generated"].isfinite().all()) for each in images_of.values()):
         raise ValueError(
             f"the generator in {folder.model} generates images with NaN or infinite values, which cannot be evaluated: "
             "its training has diverged. Train phase 'glam' again, for instance with a lower learning rate."
         )
-    # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
-    others = derangement(len(generated), recipe.seed)
-    images = {"generated": generated, "real": real, "shuffled": generated[others]}
-    features = {name: image_features(pair, image) for name, image in images.items()}
-    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    measured: dict[str, dict[str, Any]] = {
+        evaluator.phase: {
+            "description": evaluator.description,
+            **{
+                split.name: measure_retrieval(
+                    evaluator, split, images_of[split.name], recipe.evaluation.candidates, recipe.seed
+                )
+                for split in ranked
+            },
+        }
+        for evaluator in evaluators
+    }
+    first = measured[evaluators[0].phase]
+    standard = first["validation"]["all_captions"]
     predicted = {
         name: word_accuracy(model.captioner, batch, unseen.tokens, unseen.word_mask) for name, batch in images.items()
     }
     evaluation = {
-        "r_precision": {name: _precision(each, sentences, candidates, recipe.seed) for name, each in features.items()},
-        "chance": 1 / candidates,
+        "r_precision": {name: standard[name] for name in images},
+        "chance": standard["chance"],
+        "cannot_rank": standard["cannot_rank"],
+        "reasons": standard["reasons"],
         "word_accuracy": {name: each.accuracy for name, each in predicted.items()},
         "image_information": {
             name: measure_image_information(
@@ -191,18 +211,32 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
             name: redescription_quality(model.describe(batch), unseen.captions)._asdict()
             for name, batch in images.items()
         },
-        "images": len(generated),
+        "images": len(unseen.captions),
         "candidates": candidates,
-        "evaluator": "an encoder pair trained on the same training split with another seed; no other phase used it",
+        "evaluator": first["description"],
+        "evaluators": measured,
         "skipped": dict(splits.skipped),
         **_network_metrics(networks, model, splits, unseen, images, recipe.seed),
         **speed,
     }
-    precision = expected_hits(features["generated"], sentences, candidates=candidates)
-    cases = _cases(precision, unseen.captions, generated, unseen.images)
+    pair = evaluators[0].pair
+    features, sentences = (
+        image_features(pair, images["generated"]),
+        sentence_features(pair, unseen.tokens, unseen.word_mask),
+    )
+    precision = expected_hits(features, sentences, candidates=candidates)
+    cases = _cases(precision, unseen.captions, images["generated"], unseen.images)
     write_json(folder.evaluation, evaluation)
     write_report(folder, recipe, _showcase(model, unseen, recipe, cases), evaluation)
     return evaluation
+
+
+def _images(model: MirrorGAN, unseen: Unseen, seed: int) -> dict[str, Tensor]:
+    """Generated, real and shuffled images of captions."""
+    generated = generate_images(model, unseen.tokens, unseen.word_mask, seed)
+    # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
+    others = derangement(len(generated), seed)
+    return {"generated": generated, "real": to_float(unseen.images), "shuffled": generated[others]}
 
 
 def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> EvaluationNetworks:
@@ -221,17 +255,6 @@ def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, 
 
 def _is_synthetic(recipe: Recipe) -> bool:
     return recipe.data.source == "synthetic-flowers"
-
-
-def _precision(features: Tensor, sentences: Tensor, candidates: int, seed: int) -> dict[str, Any]:
-    result = r_precision_folds(
-        features,
-        sentences,
-        candidates=candidates,
-        folds=max(2, min(FOLDS, len(features) // 2)),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return {"top1": result.top1, "top2": result.top2, "top3": result.top3, "standard_errors": [*result.standard_errors]}
 
 
 def _network_metrics(
@@ -281,15 +304,16 @@ def _feature_metrics(
     }
     metrics = {}
     for name, features in compared.items():
-        random = torch.Generator().manual_seed(seed)
-        size = min(1000, len(features))
-        kernel = kernel_distance(features, reference, subsets=FOLDS, subset_size=size, generator=random)
+        # The complete sets: their unbiased estimate has the smallest error, and the jackknife estimates it.
+        kernel = kernel_distance(features, reference, subset_size=None)
         logits = extractor.logits(images[name])
-        score = inception_score(logits, splits=min(FOLDS, len(logits) // 2), generator=random)
+        random = torch.Generator().manual_seed(seed)
+        score = inception_score(logits, splits=min(SCORE_SPLITS, len(logits) // 2), generator=random)
         metrics[name] = {
             "distance_images": len(features),
             "frechet_distance": frechet_distance(features, reference),
             "kernel_distance": kernel.mean,
+            **({} if kernel.standard_error is None else {"kernel_distance_standard_error": kernel.standard_error}),
             "inception_score": score.mean,
             "inception_score_deviation": score.standard_deviation,
         }

@@ -35,6 +35,9 @@ SHOWN = (
     "r_precision",
     "chance",
     "candidates",
+    "cannot_rank",
+    "reasons",
+    "evaluators",
     "extractor",
     "word_accuracy",
     "image_information",
@@ -52,8 +55,14 @@ FEATURE_METRICS = {
     "diversity": "Diversity of images of the same caption",
 }
 # The field of evaluation.json that holds the error of a metric.
-FEATURE_ERRORS = {"inception_score": "inception_score_deviation", "diversity": "diversity_standard_error"}
+FEATURE_ERRORS = {
+    "kernel_distance": "kernel_distance_standard_error",
+    "inception_score": "inception_score_deviation",
+    "diversity": "diversity_standard_error",
+}
 SOURCES = {"generated": "Generated", "real": "Real images", "shuffled": "Shuffled"}
+SPLIT_TITLES = {"validation": "Validation", "held_out": "Held-out images of training classes"}
+CANDIDATE_TITLES = {"all_captions": "all captions", "other_classes": "other classes only"}
 
 
 class Case(NamedTuple):
@@ -144,6 +153,7 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
             scores=score_rows(metrics),
             phases=phase_rows(recipe, metrics),
             attributes=attribute_rows(metrics),
+            evaluators=evaluator_tables(metrics),
             features=feature_rows(metrics),
             other=[(title_of(name), value) for name, value in flatten(metrics, without=SHOWN)],
             configuration=flatten(recipe.to_dict()),
@@ -294,6 +304,55 @@ def score_rows(metrics: dict[str, Any]) -> list[Score]:
         for metric, title in (("bleu4", "BLEU-4"), ("chrf", "chrF"), ("words_in_place", "Words in place")):
             rows.append(Score(title, [each.get(metric) for each in quality], [None] * len(sources), None))
     return [row for row in rows if any(value is not None for value in row.values)]
+
+
+class EvaluatorTable(NamedTuple):
+    """Top-1 R-precision by one evaluator."""
+
+    title: str
+    """The phase that trained it, in words."""
+    description: str
+    """The evaluator and what it was trained on."""
+    rows: list[tuple[list[str], str]]
+    """For each split and set of candidates its cells, and the reasons for which it cannot rank images; empty if it
+    can."""
+
+
+def evaluator_tables(metrics: dict[str, Any]) -> list[EvaluatorTable]:
+    """A table for each evaluator: split, candidates, the sources of images, class alone, other captions, chance."""
+    tables = []
+    for phase, result in metrics.get("evaluators", {}).items():
+        rows: list[tuple[list[str], str]] = []
+        for split, candidates in ((split, each) for split in SPLIT_TITLES for each in CANDIDATE_TITLES):
+            figures = result.get(split, {}).get(candidates)
+            if figures is None:
+                continue
+            cells = [
+                f"{SPLIT_TITLES[split]}, {result[split]['images']:,} images",
+                f"{figures['candidates']} of {CANDIDATE_TITLES[candidates]}",
+                *(_top1(figures.get(source)) for source in (*SOURCES, "text_ceiling")),
+                show(None) if figures.get("class_oracle") is None else f"{figures['class_oracle']:.1%}",
+                f"{figures['chance']:.1%}",
+            ]
+            rows.append((cells, "; ".join(figures["reasons"]) if figures["cannot_rank"] else ""))
+            if candidates == "all_captions" and "own_class" in result[split]:
+                within = result[split]["own_class"]
+                shares = [_own_class(within.get(source)) for source in (*SOURCES, "text_ceiling")]
+                rows.append(([cells[0], "2 of its own class", *shares, "50.0%", "50.0%"], ""))
+        tables.append(EvaluatorTable(title_of(phase), result["description"], rows))
+    return tables
+
+
+def _own_class(share: dict[str, float] | None) -> str:
+    if share is None:
+        return show(None)
+    return _plus_minus(f"{share['share']:.1%}", f"{100 * share['standard_error']:.1f}")
+
+
+def _top1(precision: dict[str, Any] | None) -> str:
+    if precision is None:
+        return show(None)
+    return _plus_minus(f"{precision['top1']:.1%}", f"{100 * precision['standard_errors'][0]:.1f}")
 
 
 def attribute_rows(metrics: dict[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The other captions of an image as a query for its caption: the ceiling that captions set to R-precision."""
+"""The other captions of an image as a query for its caption: how much R-precision its captions allow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def other_captions(sentences: Tensor, image_ids: Tensor) -> Tensor:
         query[m] = mean over m' != m with image_ids[m'] = image_ids[m] of  sentences[m'] / |sentences[m']|
 
     In the place of image features, in `r_precision`, these queries show how well people who described the same image
-    retrieve each other's captions, by the same text encoder. Captions that would fit many images limit every evaluator:
-    no image feature can be expected to rank above what the other captions of the image say.
+    retrieve each other's captions, by the same text encoder: the text ceiling. Where it is low, captions would fit many
+    images, and no evaluator can be expected to retrieve them. It is no bound: captions that leave out what others
+    mention may be retrieved better from the image itself.
 
     Args:
         sentences: Sentence features of all captions, (M, D).
