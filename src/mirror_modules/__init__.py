@@ -45,7 +45,14 @@ if TYPE_CHECKING:
         TextFeatures,
         Vocabulary,
     )
-    from mirror_modules.stream import Captioner, RedescriptionLoss, RedescriptionScore
+    from mirror_modules.stream import (
+        Captioner,
+        DenoisingAutoencoder,
+        LatentSampler,
+        LatentSamples,
+        RedescriptionLoss,
+        RedescriptionScore,
+    )
 
 __version__ = "0.1.0"
 
@@ -56,6 +63,7 @@ __all__ = [
     "CascadedGenerator",
     "Condition",
     "ConditioningAugmentation",
+    "DenoisingAutoencoder",
     "GeneratedImages",
     "GlamBlock",
     "GlobalLocalAttention",
@@ -64,6 +72,8 @@ __all__ = [
     "ImageFeatures",
     "KeypointGate",
     "KeypointMaps",
+    "LatentSampler",
+    "LatentSamples",
     "MatchingLoss",
     "MatchingTerms",
     "MirrorGAN",
@@ -115,7 +125,14 @@ _EXPORTS = {
         "TextFeatures",
         "Vocabulary",
     ),
-    "stream": ("Captioner", "RedescriptionLoss", "RedescriptionScore"),
+    "stream": (
+        "Captioner",
+        "DenoisingAutoencoder",
+        "LatentSampler",
+        "LatentSamples",
+        "RedescriptionLoss",
+        "RedescriptionScore",
+    ),
 }
 
 # Hidden from type checkers: with this function, they would accept every name.

@@ -31,6 +31,7 @@ from mirror_modules.stem.matching import (
 from mirror_modules.stream.balancing import balance_gradients
 from mirror_modules.stream.captioner import append_end
 from mirror_modules.stream.redescription import redescription_loss
+from mirror_modules.stream.sampling import gaussian_prior, latent_step
 from mirror_modules.stream.scoring import image_information
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "expected_hits",
     "explain",
     "frechet_distance",
+    "gaussian_prior",
     "generator_loss",
     "global_local_attention",
     "image_information",
@@ -56,6 +58,7 @@ __all__ = [
     "keypoint_gate",
     "keypoint_maps",
     "kl_divergence",
+    "latent_step",
     "matching_loss",
     "mismatch",
     "other_captions",

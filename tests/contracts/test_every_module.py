@@ -15,6 +15,7 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    DenoisingAutoencoder,
     GlamBlock,
     GlobalLocalAttention,
     ImageEncoder,
@@ -126,6 +127,7 @@ CASES = {
     "RedescriptionLoss": Case(
         lambda: RedescriptionLoss(make_captioner()), lambda: ((images(9, 8), tokens(), MASK), {})
     ),
+    "DenoisingAutoencoder": Case(lambda: DenoisingAutoencoder(D, (5, 3)), lambda: ((torch.randn(B, D),), {})),
     "EncoderPair": Case(
         lambda: EncoderPair(MirrorGANConfig(embedding_dim=5, word_dim=D, image_backbone="conv"), V),
         lambda: ((images(33, 47), tokens(), MASK), {}),
