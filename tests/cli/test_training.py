@@ -122,6 +122,9 @@ def test_missing_metrics_and_skipped_samples_are_reported(capsys, monkeypatch, t
     metrics = {
         "candidates": 5,
         "chance": 0.2,
+        "cannot_rank": False,
+        "reasons": [],
+        "evaluators": {},
         "r_precision": {},
         "word_accuracy": {},
         "image_information": {"real": 0.104},
@@ -203,6 +206,9 @@ def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, t
     metrics = {
         "candidates": 5,
         "chance": 0.2,
+        "cannot_rank": False,
+        "reasons": [],
+        "evaluators": {},
         "r_precision": {},
         "word_accuracy": {},
         "image_information": {},
@@ -217,6 +223,7 @@ def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, t
                 "distance_images": 1234,
                 "frechet_distance": 12.345,
                 "kernel_distance": 0.012345,
+                "kernel_distance_standard_error": 0.00123,
                 "inception_score": 3.4567,
                 "inception_score_deviation": 0.0456,
                 "diversity": 0.56789,
@@ -232,5 +239,34 @@ def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, t
         ["petal", "color", "25.0%", "100.0%"],
         ["all", "50.0%", "75.0%"],
     ]
-    figures = "FID 12.3, KID 0.0123, Inception Score 3.46 ± 0.05, diversity 0.568 ± 0.004 (1,234 images)"
+    figures = "FID 12.3, KID 0.0123 ± 0.001, Inception Score 3.46 ± 0.05, diversity 0.568 ± 0.004 (1,234 images)"
     assert lines[start + 5] == f"  generated  {figures}"
+
+
+def test_evaluators_that_cannot_rank_are_printed(capsys, monkeypatch, tmp_path):
+    def figures(real, cannot, **more):
+        return {"chance": 0.01, "generated": {"top1": 0.05}, "real": {"top1": real}, "cannot_rank": cannot, **more}
+
+    result = {
+        "description": "a pair",
+        "validation": {"images": 7, "all_captions": figures(0.09, True, class_oracle=0.098)},
+        "held_out": {"images": 5, "other_classes": figures(0.25, False, text_ceiling={"top1": 0.3})},
+    }
+    metrics = {"candidates": 100, "chance": 0.01, "r_precision": {}, "word_accuracy": {}, "image_information": {}}
+    metrics |= {"skipped": {}, "cannot_rank": True, "reasons": ["one reason", "another"]}
+    metrics["evaluators"] = {"second_evaluator": result}
+    monkeypatch.setattr("mirror_modules.evaluation.evaluation.evaluate", lambda *_, **__: metrics)
+    lines = run(capsys, "evaluate", tmp_path)[1].splitlines()
+    assert "R-precision cannot rank these images: one reason; another." in lines
+    start = next(i for i, line in enumerate(lines) if line.startswith("R-precision, top 1: generated / real / other"))
+    rows = [" ".join(line.split()) for line in lines[start + 1 : start + 3]]
+    assert rows == [
+        "second evaluator, validation, all captions 5.0% 9.0% - 9.8% 1.0% cannot rank",
+        "second evaluator, held out, other classes 5.0% 25.0% 30.0% - 1.0%",
+    ]
+    # A single figure is in the table above already.
+    del metrics["evaluators"]["second_evaluator"]["held_out"]
+    metrics["cannot_rank"] = False
+    printed = run(capsys, "evaluate", tmp_path)[1]
+    assert "generated / real" not in printed
+    assert "cannot rank" not in printed

@@ -27,6 +27,7 @@ SEED = 7
 OPTIONS = [
     *("--seed", SEED, "--device", "cpu"),
     *("--data.source", "folder", "--data.training-images", 24, "--data.validation-images", 9, "--data.min-count", 2),
+    *("--data.held-out-share", 0.3),
     *("--data.augment", "--data.on-error", "skip", "--data.long-captions", "subsample", "--model.max-words", 6),
     *("--engine.precision", "bfloat16", "--engine.no-channels-last", "--engine.compile", "--engine.deterministic"),
     *("--engine.loader-workers", 1, "--engine.cached-features-mib", 33, "--engine.checkpoints-kept", 5),
@@ -129,6 +130,7 @@ def spies(folder):
         for name, owner in {
             "batches.DataLoader": batches,
             "batches.InMemoryCaptions": batches,
+            "batches.draw_held_out": batches,
             "batches.open_captions": batches,
             "engine.Checkpoints": engine,
             "engine.RepeatableBatches": engine,
@@ -255,6 +257,7 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
     ),
     ("data.augment", "engine.RepeatableBatches", argument("crop"), in_phases(16)),
     ("data.training_images", "batches.InMemoryCaptions", count("dataset"), when_loading(24, 9)),
+    ("data.held_out_share", "batches.draw_held_out", argument("share"), when_loading(0.3)),
     ("data.min_count", "batches.InMemoryCaptions", argument("min_count"), when_loading(2)),
     (
         "data.long_captions",

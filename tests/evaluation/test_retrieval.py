@@ -49,17 +49,25 @@ def make_split(classes, count=3):
 
 @pytest.fixture
 def flowers_run(tiny_recipe, tmp_path):
-    """A run on photographs with two training classes and another validation class."""
+    """A run on photographs with two training classes and another validation class, and a second evaluator."""
     root = make_flowers(tmp_path / "data", training=41, validation=13)
     data = DataRecipe("oxford-flowers", str(root), None, None, held_out_share=0.3)
-    recipe = dataclasses.replace(tiny_recipe, data=data)
+    second = dataclasses.replace(tiny_recipe.evaluator, steps=2, learning_rate=0.01)
+    recipe = dataclasses.replace(tiny_recipe, data=data, second_evaluator=second)
     return train(recipe, tmp_path / "run"), recipe
 
 
 def test_a_run_on_photographs_is_evaluated_on_unseen_and_on_training_classes(flowers_run):
     folder, recipe = flowers_run
     metrics = evaluate(folder.path)
-    (result,) = metrics["evaluators"].values()
+    assert list(metrics["evaluators"]) == ["evaluator", "second_evaluator"]
+    result, second = metrics["evaluators"].values()
+    # The standard figure is that of the first one.
+    assert metrics["r_precision"]["real"] == result["validation"]["all_captions"]["real"]
+    assert second["held_out"]["all_captions"]["real"] != result["held_out"]["all_captions"]["real"]
+    # The class alone is a property of the captions.
+    oracles = {each["held_out"]["all_captions"]["class_oracle"] for each in (result, second)}
+    assert len(oracles) == 1
     assert set(result) == {"description", "validation", "held_out"}
     # All validation images have one class, so there are no candidates of other classes.
     assert set(result["validation"]) == {"images", "all_captions"}

@@ -246,6 +246,9 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     print(f"R-precision among {metrics['candidates']} captions (chance {metrics['chance']:.1%}), top 1 / 2 / 3:")
     for name, value in metrics["r_precision"].items():
         print(f"  {name:<10} {value['top1']:6.1%} {value['top2']:6.1%} {value['top3']:6.1%}")
+    if metrics["cannot_rank"]:
+        print(f"R-precision cannot rank these images: {'; '.join(metrics['reasons'])}.")
+    _print_evaluators(metrics["evaluators"])
     print("Word accuracy of the captioner:")
     for name, value in metrics["word_accuracy"].items():
         print(f"  {name:<10} {value:6.1%}")
@@ -271,6 +274,25 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         print(f"Damaged samples skipped: {counts}")
 
 
+def _print_evaluators(evaluators: Mapping[str, Any]) -> None:
+    """A row for each evaluator, split and set of candidates; none for a single one, which is printed already."""
+    rows = [
+        (f"{phase}, {split}, {candidates}".replace("_", " "), result[split][candidates])
+        for phase, result in evaluators.items()
+        for split in ("validation", "held_out")
+        for candidates in ("all_captions", "other_classes")
+        if candidates in result.get(split, {})
+    ]
+    if len(rows) < 2:
+        return
+    print("R-precision, top 1: generated / real / other captions of the same image / class alone / chance:")
+    for title, figures in rows:
+        values = [figures[name]["top1"] if name in figures else None for name in ("generated", "real", "text_ceiling")]
+        values += [figures.get("class_oracle"), figures["chance"]]
+        shown = "".join(f" {'-' if value is None else f'{value:.1%}':>6}" for value in values)
+        print(f"  {title:<43}{shown}{'  cannot rank' if figures['cannot_rank'] else ''}")
+
+
 def _print_attributes(accuracy: Mapping[str, Any], title: str) -> None:
     """A row for each attribute, a column for each kind of image."""
     if not accuracy:
@@ -283,9 +305,10 @@ def _print_attributes(accuracy: Mapping[str, Any], title: str) -> None:
 
 
 def _feature_figures(figures: Mapping[str, float]) -> str:
+    kernel_error = figures.get("kernel_distance_standard_error")
     parts = [
         f"FID {figures['frechet_distance']:.3g}",
-        f"KID {figures['kernel_distance']:.3g}",
+        f"KID {figures['kernel_distance']:.3g}" + ("" if kernel_error is None else f" ± {kernel_error:.1g}"),
         f"Inception Score {figures['inception_score']:.3g} ± {figures['inception_score_deviation']:.1g}",
     ]
     if "diversity" in figures:
