@@ -105,6 +105,8 @@ def test_resolution_must_be_a_power_of_two(resolution):
         (r"resolution must be a whole number of at least 1, but it is 64\.0", {"resolution": 64.0}),
         (r"text_dim must be a whole number of at least 1, but it is 0", {"resolution": 4, "text_dim": 0}),
         (r"channels must be a whole number of at least 1, but it is -2", {"resolution": 4, "channels": -2}),
+        (r"text_projection must be a whole number of at least 1, but it is 0", {"resolution": 4, "text_projection": 0}),
+        (r"joint_kernel must be odd, so that the map keeps its size, not 2", {"resolution": 4, "joint_kernel": 2}),
     ],
 )
 def test_invalid_sizes_raise(message, options):
@@ -147,12 +149,13 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 @LAYOUTS
 @pytest.mark.parametrize(("batch", "height", "width"), [(B, 4, 4), (1, 1, 1), (2, 1, 7), (2, 5, 2)])
-def test_sentence_convolution_equals_one_over_the_repeated_sentence(batch, height, width, layout):
-    conv = SentenceConv2d(2, D).double().to(memory_format=layout)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_sentence_convolution_equals_one_over_the_repeated_sentence(batch, height, width, layout, kernel):
+    conv = SentenceConv2d(2, D, kernel).double().to(memory_format=layout)
     features = torch.randn(batch, 2, height, width).double().to(memory_format=layout).requires_grad_()
     sentence = torch.randn(batch, D).double().requires_grad_()
     joined = torch.cat((features, sentence[:, :, None, None].expand(-1, -1, height, width)), dim=1)
-    expected = derivatives(F.conv2d(joined, conv.weight, padding=1), features, sentence, conv.weight)
+    expected = derivatives(F.conv2d(joined, conv.weight, padding=kernel // 2), features, sentence, conv.weight)
     actual = derivatives(conv(features, sentence), features, sentence, conv.weight)
     assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
@@ -374,3 +377,58 @@ def test_spectral_norm_bounds_each_convolution():
 def test_an_unknown_normalization_raises():
     with pytest.raises(ValueError, match="normalization must be one of 'batch', 'spectral', 'none', but it is 'group'"):
         PairedDiscriminator(16, D, normalization="group")
+
+
+# Discriminators of other systems
+
+OPTIONS = [
+    {"realism": False},
+    {"text_projection": 7},
+    {"joint_kernel": 1},
+    {"realism": False, "text_projection": 7, "joint_kernel": 1},
+]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "spectral", "none"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_train_every_weight_and_keep_samples_apart(options, normalization):
+    discriminator = PairedDiscriminator(16, D, channels=CHANNELS, normalization=normalization, **options)
+    images, sentence = draw()
+    logits = discriminator(images, sentence, mismatched_sentence=sentence[:2], mismatched_rows=torch.tensor([2, 0]))
+    assert (logits.realism is None) == ("realism" in options)
+    present = [part for part in logits if part is not None]
+    sum(part.square().sum() for part in present).backward()
+    for name, parameter in discriminator.named_parameters():
+        assert parameter.grad is not None, name
+    together = discriminator.eval()(images, sentence)
+    alone = discriminator(images[:1], sentence[:1])
+    assert_close(alone.consistency, together.consistency[:1], atol=1e-5, rtol=1e-5)
+    steps = discriminator.logits(discriminator.features(images), sentence)
+    assert_close(steps.consistency, together.consistency, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "spectral", "none"])
+def test_the_projected_sentence_takes_the_place_of_the_sentence(normalization):
+    projected = PairedDiscriminator(16, D, channels=CHANNELS, normalization=normalization, text_projection=7).eval()
+    plain = PairedDiscriminator(16, 7, channels=CHANNELS, normalization=normalization).eval()
+    state = {name: value for name, value in projected.state_dict().items() if not name.startswith("text_projection")}
+    plain.load_state_dict(state)
+    images, sentence = draw()
+    linear = projected.text_projection[0]
+    values = sentence @ linear.weight.mT + linear.bias
+    if normalization == "batch":
+        norm = projected.text_projection[1]
+        values = (values - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    expected = plain(images, values.where(values > 0, 0.2 * values))
+    assert_close(tuple(projected(images, sentence)[:2]), tuple(expected[:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_sentence_has_no_weight_per_position_with_a_kernel_of_one():
+    assert PairedDiscriminator(16, D, channels=CHANNELS, joint_kernel=1).joint[0].weight.shape == (4, 4 + D, 1, 1)
+
+
+def test_no_realism_compiles_into_one_graph(compiled):
+    discriminator, inputs = PairedDiscriminator(16, D, channels=CHANNELS, **OPTIONS[-1]).eval(), draw()
+    logits = compiled(discriminator)(*inputs)
+    assert_close(logits.consistency, discriminator(*inputs).consistency)
+    assert logits.realism is None

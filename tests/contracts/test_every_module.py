@@ -109,6 +109,10 @@ CASES = {
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C), lambda: ((images(), torch.randn(B, D)), {})
     ),
+    "PairedDiscriminator without realism": Case(
+        lambda: PairedDiscriminator(16, D, channels=C, realism=False, text_projection=5, joint_kernel=1),
+        lambda: ((images(), torch.randn(B, D)), {}),
+    ),
     "TextEncoder": Case(lambda: TextEncoder(V, embedding_dim=5, feature_dim=D), lambda: ((tokens(), MASK), {})),
     "ImageEncoder": Case(lambda: ImageEncoder(ConvBackbone(C), D), lambda: ((images(33, 47),), {})),
     "MatchingLoss": Case(

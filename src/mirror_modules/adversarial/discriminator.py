@@ -17,6 +17,7 @@ from mirror_modules._checks import (
     check_precision,
     shape_of,
 )
+from mirror_modules._norms import FeatureBatchNorm
 from mirror_modules._typing import TypedCall
 
 Normalization = Literal["batch", "spectral", "none"]
@@ -38,24 +39,25 @@ class PairedLogits(NamedTuple):
 
 
 class SentenceConv2d(nn.Conv2d):
-    """A 3x3 convolution over features and a sentence repeated at every position, which is never materialized.
+    """A convolution over features and a sentence repeated at every position, which is never materialized.
 
-        conv2d(cat(features, sentence at each position), weight, padding=1)
+        conv2d(cat(features, sentence at each position), weight, padding=kernel // 2)
 
-    The sentence is the same everywhere, so each of the kernel's nine taps multiplies it only once. A binary matrix then
+    The sentence is the same everywhere, so each of the kernel's taps multiplies it only once. A binary matrix then
     sums, for each position, the taps that lie within the map.
     """
 
-    def __init__(self, channels: int, text_dim: int, *, bias: bool = False) -> None:
-        super().__init__(channels + text_dim, channels, 3, padding=1, bias=bias)
+    def __init__(self, channels: int, text_dim: int, kernel: int = 3, *, bias: bool = False) -> None:
+        super().__init__(channels + text_dim, channels, kernel, padding=kernel // 2, bias=bias)
 
     def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W), (B, D) -> (B, C, H, W)."""
         feature_weight, sentence_weight = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
-        taps = F.linear(sentence, sentence_weight.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, 9))
-        is_within = F.unfold(taps.new_ones(1, 1, *features.shape[2:]), 3, padding=1)
+        kernel, padding = self.weight.shape[2], self.weight.shape[2] // 2
+        taps = F.linear(sentence, sentence_weight.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, kernel**2))
+        is_within = F.unfold(taps.new_ones(1, 1, *features.shape[2:]), kernel, padding=padding)
         sentence_term = (taps @ is_within).unflatten(2, features.shape[2:])
-        return F.conv2d(features, feature_weight, self.bias, padding=1) + sentence_term
+        return F.conv2d(features, feature_weight, self.bias, padding=padding) + sentence_term
 
 
 class JointLayers(nn.Sequential):
@@ -93,16 +95,23 @@ class PairedDiscriminator(TypedCall, nn.Module):
     One call returns all logits that a loss needs, including those of mismatched pairs: wrappers that act on calls, such
     as DistributedDataParallel, FSDP and `torch.compile`, do not see `features` and `logits`.
 
+    Without realism it is the discriminator of StackGAN's first stage; with `text_projection=128, joint_kernel=1` as
+    well, that of GAN-INT-CLS except for a residual block.
+
     Args:
         resolution: Height and width of the images, a power of two of at least 4.
         text_dim: Features D of the sentence.
         channels: Channels after the first convolution.
         normalization: "batch" uses batch norm as published, "spectral" instead divides each convolution by its largest
             singular value, "none" does neither.
+        realism: Whether images are also discriminated alone; without it, `PairedLogits.realism` is None.
+        text_projection: Features to which a linear layer, the normalization and a leaky ReLU compress the sentence
+            before it joins the image; None leaves it as it is.
+        joint_kernel: Kernel size of the convolution over image and sentence, odd.
 
     Raises:
-        ValueError: `resolution` is not a power of two of at least 4, a size is not a positive integer, or
-            `normalization` is unknown.
+        ValueError: `resolution` is not a power of two of at least 4, a size is not a positive integer, `joint_kernel`
+            is even, or `normalization` is unknown.
 
     Examples:
         >>> import torch
@@ -120,12 +129,22 @@ class PairedDiscriminator(TypedCall, nn.Module):
     """
 
     def __init__(
-        self, resolution: int, text_dim: int = 256, *, channels: int = 64, normalization: Normalization = "batch"
+        self,
+        resolution: int,
+        text_dim: int = 256,
+        *,
+        channels: int = 64,
+        normalization: Normalization = "batch",
+        realism: bool = True,
+        text_projection: int | None = None,
+        joint_kernel: int = 3,
     ) -> None:
         super().__init__()
         owner = "PairedDiscriminator"
         check_choice(owner, "normalization", normalization, ("batch", "spectral", "none"))
-        check_positive(owner, resolution=resolution, text_dim=text_dim, channels=channels)
+        check_positive(owner, resolution=resolution, text_dim=text_dim, channels=channels, joint_kernel=joint_kernel)
+        if joint_kernel % 2 == 0:
+            raise ValueError(f"{owner}: joint_kernel must be odd, so that the map keeps its size, not {joint_kernel}.")
         if resolution < SMALLEST_RESOLUTION or resolution & (resolution - 1):
             raise ValueError(
                 f"{owner}: resolution must be a power of two of at least {SMALLEST_RESOLUTION}, but it is {resolution}."
@@ -151,11 +170,18 @@ class PairedDiscriminator(TypedCall, nn.Module):
             width //= 2
         self.feature_dim = width
         self.trunk = nn.Sequential(*layers)
-        self.realism_head = WholeMapConv2d(width)
-        self.joint = JointLayers(*_with_norm(SentenceConv2d(width, text_dim, bias=not has_norm), has_norm))
+        self.realism_head = WholeMapConv2d(width) if realism else None
+        self.text_projection = None
+        if text_projection is not None:
+            check_positive(owner, text_projection=text_projection)
+            norms = [FeatureBatchNorm(text_projection)] if has_norm else []
+            self.text_projection = nn.Sequential(nn.Linear(text_dim, text_projection), *norms, nn.LeakyReLU(0.2))
+            text_dim = text_projection
+        joint = SentenceConv2d(width, text_dim, joint_kernel, bias=not has_norm)
+        self.joint = JointLayers(*_with_norm(joint, has_norm))
         self.consistency_head = WholeMapConv2d(width)
         if normalization == "spectral":
-            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
                 nn.utils.parametrizations.spectral_norm(module)
 
     def features(self, images: Tensor) -> Tensor:
@@ -176,18 +202,18 @@ class PairedDiscriminator(TypedCall, nn.Module):
                 f"PairedDiscriminator: images are {shape_of(images)} but it was built with resolution="
                 f"{self.resolution}; expected (B, 3, {self.resolution}, {self.resolution})."
             )
-        check_precision("PairedDiscriminator", self.realism_head, images=images)
+        check_precision("PairedDiscriminator", self.consistency_head, images=images)
         return self.trunk(images)
 
     def logits(self, features: Tensor, sentence: Tensor) -> PairedLogits:
-        """Compute both logits from the features of images.
+        """Compute the logits from the features of images.
 
         Args:
             features: Image features from `features`, (B, F, 4, 4).
             sentence: Sentence features, (B, D).
 
         Returns:
-            Logits of realism and consistency, each (B,).
+            Logits of realism and consistency, each (B,); no realism if built without it.
 
         Raises:
             ValueError: `features` do not have F channels, `sentence` does not have D features, or batch sizes disagree.
@@ -195,9 +221,9 @@ class PairedDiscriminator(TypedCall, nn.Module):
         check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
         check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         check_batch("PairedDiscriminator", images=features, sentence=sentence)
-        check_precision("PairedDiscriminator", self.realism_head, features=features, sentence=sentence)
-        joint = self.joint(features, sentence)
-        return PairedLogits(self.realism_head(features), self.consistency_head(joint))
+        check_precision("PairedDiscriminator", self.consistency_head, features=features, sentence=sentence)
+        consistency = self._consistency(features, sentence)
+        return PairedLogits(None if self.realism_head is None else self.realism_head(features), consistency)
 
     def forward(
         self,
@@ -218,7 +244,8 @@ class PairedDiscriminator(TypedCall, nn.Module):
                 their order.
 
         Returns:
-            Logits of realism and consistency, each (B,), and of the mismatched pairs, (B,) or (K,).
+            Logits of realism and consistency, each (B,), and of the mismatched pairs, (B,) or (K,); no realism if
+            built without it.
 
         Raises:
             ValueError: `images` are not floating point, sizes disagree, or rows are given without sentences.
@@ -234,9 +261,13 @@ class PairedDiscriminator(TypedCall, nn.Module):
             "PairedDiscriminator", "mismatched_sentence", mismatched_sentence, "(B, D)", self.text_dim, "text_dim"
         )
         check_batch("PairedDiscriminator", images=features, mismatched_sentence=mismatched_sentence)
-        check_precision("PairedDiscriminator", self.realism_head, mismatched_sentence=mismatched_sentence)
-        joint = self.joint(features, mismatched_sentence)
-        return logits._replace(mismatched=self.consistency_head(joint))
+        check_precision("PairedDiscriminator", self.consistency_head, mismatched_sentence=mismatched_sentence)
+        return logits._replace(mismatched=self._consistency(features, mismatched_sentence))
+
+    def _consistency(self, features: Tensor, sentence: Tensor) -> Tensor:
+        if self.text_projection is not None:
+            sentence = self.text_projection(sentence)
+        return self.consistency_head(self.joint(features, sentence))
 
     def extra_repr(self) -> str:
         """Sizes for `print`."""

@@ -1,0 +1,191 @@
+"""Discriminators and losses of StackGAN and StackGAN++ as recorded from the published code, in both modes."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from mirror_modules import AdversarialWeights, PairedDiscriminator, PairedLogits
+from mirror_modules.functional import discriminator_loss, generator_loss
+from mirror_modules.models.published import convert_discriminator
+
+PARITY = Path(__file__).parents[1] / "parity"
+REALISM_ALONE = AdversarialWeights(0, 0, 0, 1, 1, 0)
+MODES = pytest.mark.parametrize("mode", ["eval", "train"])
+# In float64, what remains is the rounding of the recorded float32.
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+assert_recorded = partial(assert_close, atol=1e-5, rtol=1e-5, check_dtype=False)
+assert_norm_recorded = partial(assert_close, atol=1e-5, rtol=1e-4, check_dtype=False)
+
+
+def read(name):
+    with np.load(PARITY / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file}
+
+
+def image_batch(record, name, resolution, dtype):
+    small, tile = (record[f"{name}_{part}"].float() for part in ("small", "tile"))
+    coarse, repeats = F.interpolate(small, size=resolution, mode="nearest"), resolution // tile.shape[2]
+    return (0.5 * coarse + 0.5 * tile.repeat(1, 1, repeats, repeats)).to(dtype)
+
+
+def renamed(name):
+    """Our name of a published weight."""
+    for old, new in (
+        ("encode_img.", "trunk."),
+        ("get_uncond_logits.outlogits.0.", "realism_head."),
+        ("get_cond_logits.outlogits.3.", "consistency_head."),
+        ("get_cond_logits.outlogits.", "joint."),
+        ("uncond_logits.0.", "realism_head."),
+        ("jointConv.", "joint."),
+        ("logits.0.", "consistency_head."),
+    ):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return next(iter(convert_discriminator({name: torch.zeros(1)})))
+
+
+def load(record, resolution, text_dim, mode, dtype, *, condition_first=False, **options):
+    """Build a discriminator of a published state, whose joint convolution may take the condition before the image."""
+    state = {renamed(key.removeprefix("state/")): value for key, value in record.items() if key.startswith("state/")}
+    if condition_first:
+        state["joint.0.weight"] = state["joint.0.weight"].roll(-text_dim, dims=1)
+    discriminator = PairedDiscriminator(resolution, text_dim, channels=len(state["trunk.0.weight"]), **options)
+    missing, unexpected = discriminator.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") or "joint" in name or "consistency" in name for name in missing)
+    return discriminator.to(dtype).train(mode == "train")
+
+
+def check_gradient_norms(discriminator, record, mode):
+    names = [key.removeprefix(f"{mode}/gradient_norm/") for key in record if key.startswith(f"{mode}/gradient_norm/")]
+    parameters = dict(discriminator.named_parameters())
+    for name in names:
+        assert_norm_recorded(parameters[renamed(name)].grad.norm(), record[f"{mode}/gradient_norm/{name}"], msg=name)
+
+
+def check_running_statistics(discriminator, record):
+    buffers = dict(discriminator.named_buffers())
+    after = "train/after_discriminator_loss/"
+    for key in record:
+        if key.startswith(after):
+            assert_recorded(buffers[renamed(key.removeprefix(after))], record[key], msg=key)
+
+
+def norms_of_images(gradient):
+    return gradient.flatten(1).norm(dim=1)
+
+
+@PRECISIONS
+@MODES
+@pytest.mark.parametrize("resolution", [64, 128, 256])
+def test_stackgan_v2(resolution, mode, dtype):
+    record = read(f"stackgan_v2_discriminator_{resolution}")
+    condition = record["condition"].to(dtype).requires_grad_()
+    discriminator = load(record, resolution, condition.shape[1], mode, dtype, condition_first=True)
+    images = {name: image_batch(record, name, resolution, dtype) for name in ("real", "wrong", "fake")}
+
+    # Wrong images are judged with the same sentences, in a forward of their own.
+    real, wrong, fake = (discriminator(images[name], condition.detach()) for name in ("real", "wrong", "fake"))
+    loss = discriminator_loss(real, fake, wrong, weighting="stackgan++", through="probabilities")
+    assert_recorded(loss, record[f"{mode}/discriminator_loss"])
+    loss.backward()
+    check_gradient_norms(discriminator, record, mode)
+    if mode == "train":
+        check_running_statistics(discriminator, record)
+    else:
+        assert_recorded(real.consistency.sigmoid(), record["eval/consistency_probability"])
+        assert_recorded(real.realism.sigmoid(), record["eval/realism_probability"])
+        loss = discriminator_loss(real, fake, wrong, weighting="gan-int-cls", through="probabilities")
+        assert_recorded(loss, record["eval/discriminator_loss_without_unconditional"])
+
+    generated = images["fake"].requires_grad_()
+    loss = generator_loss(discriminator(generated, condition), weighting="stackgan++", through="probabilities")
+    assert_recorded(loss, record[f"{mode}/generator_loss"])
+    for_images, for_condition = torch.autograd.grad(loss, (generated, condition))
+    assert_norm_recorded(norms_of_images(for_images), record[f"{mode}/generator_loss_image_gradient_norm"])
+    assert_recorded(for_condition, record[f"{mode}/generator_loss_condition_gradient"])
+
+
+@PRECISIONS
+@MODES
+@pytest.mark.parametrize("resolution", [64, 128, 256])
+def test_stackgan_v2_without_text(resolution, mode, dtype):
+    """Features and realism alone: the same weights, and a weighting that leaves out consistency."""
+    record = read(f"stackgan_v2_unconditional_discriminator_{resolution}")
+    record = {key.replace("/logits.0.", "/uncond_logits.0."): value for key, value in record.items()}
+    discriminator = load(record, resolution, 1, mode, dtype)
+    images = {name: image_batch(record, name, resolution, dtype) for name in ("real", "fake")}
+
+    def realism(batch):
+        return PairedLogits(discriminator.realism_head(discriminator.features(batch)), torch.zeros(len(batch)))
+
+    real, fake = realism(images["real"]), realism(images["fake"])
+    loss = discriminator_loss(real, fake, weighting=REALISM_ALONE, through="probabilities")
+    assert_recorded(loss, record[f"{mode}/discriminator_loss"])
+    loss.backward()
+    check_gradient_norms(discriminator, record, mode)
+    if mode == "train":
+        check_running_statistics(discriminator, record)
+    else:
+        assert_recorded(real.realism.sigmoid(), record["eval/realism_probability"])
+
+    generated = images["fake"].requires_grad_()
+    loss = generator_loss(realism(generated), weighting=REALISM_ALONE, through="probabilities")
+    assert_recorded(loss, record[f"{mode}/generator_loss"])
+    (gradient,) = torch.autograd.grad(loss, generated)
+    assert_norm_recorded(norms_of_images(gradient), record[f"{mode}/generator_loss_image_gradient_norm"])
+
+
+@PRECISIONS
+@MODES
+def test_stackgan_second_stage(mode, dtype):
+    record = read("stackgan_stage2_discriminator")
+    condition = record["condition"].to(dtype)
+    discriminator = load(record, 256, condition.shape[1], mode, dtype)
+    images = {name: image_batch(record, name, 256, dtype) for name in ("real", "fake")}
+
+    rows = torch.arange(len(condition) - 1)
+    real = discriminator(images["real"], condition, mismatched_sentence=condition[1:], mismatched_rows=rows)
+    fake = discriminator(images["fake"], condition)
+    loss = discriminator_loss(real, fake, weighting="release", through="probabilities")
+    assert_recorded(loss, record[f"{mode}/discriminator_loss"])
+    loss.backward()
+    check_gradient_norms(discriminator, record, mode)
+    if mode == "train":
+        check_running_statistics(discriminator, record)
+    else:
+        assert_recorded(real.consistency.sigmoid(), record["eval/consistency_probability"])
+        assert_recorded(real.realism.sigmoid(), record["eval/realism_probability"])
+
+    generated = images["fake"].requires_grad_()
+    loss = generator_loss(discriminator(generated, condition), weighting="release", through="probabilities")
+    assert_recorded(loss, record[f"{mode}/generator_loss"])
+    (gradient,) = torch.autograd.grad(loss, generated)
+    assert_norm_recorded(norms_of_images(gradient), record[f"{mode}/generator_loss_image_gradient_norm"])
+
+
+@PRECISIONS
+@MODES
+def test_stackgan_first_stage(mode, dtype):
+    """Real and wrong pairs: the generated images are those of its generator."""
+    record = read("stackgan_stage1")
+    prefix = "state/discriminator."
+    record |= {key.replace(prefix, "state/"): value for key, value in record.items() if key.startswith(prefix)}
+    record = {key: value for key, value in record.items() if not key.startswith(("state/generator", prefix))}
+    condition = record[f"{mode}/mean"].to(dtype)
+    discriminator = load(record, 64, condition.shape[1], mode, dtype, realism=False)
+
+    rows = torch.arange(len(condition) - 1)
+    images = image_batch(record, "real", 64, dtype)
+    real = discriminator(images, condition, mismatched_sentence=condition[1:], mismatched_rows=rows)
+    if mode == "eval":
+        assert_recorded(real.consistency.sigmoid(), record["eval/probability_real"])
+    for name, weights in (("real", (1, 0, 0)), ("wrong", (0, 0, 1))):
+        weighting = AdversarialWeights(*weights, 0, 0, 0)
+        loss = discriminator_loss(real, real, weighting=weighting, through="probabilities")
+        assert_recorded(loss, record[f"{mode}/loss_{name}"])
