@@ -4,8 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from mirror_modules import MirrorGANConfig
+from mirror_modules import BackboneConfig, MirrorGANConfig
+from mirror_modules.interop import checksum
+from mirror_modules.stem import ConvBackbone
 
 
 def test_the_defaults_are_the_papers_sizes():
@@ -55,3 +58,56 @@ def test_unknown_fields_are_named():
         MirrorGANConfig.from_dict({"chanels": 3})
     with pytest.raises(ValueError, match=r"MirrorGANConfig: unknown field 'zzz'\.$"):
         MirrorGANConfig.from_dict({"zzz": 3})
+
+
+def test_a_backbone_is_a_name_a_record_or_its_fields():
+    eyes = BackboneConfig("timm:resnet10t", weights="eyes.pth", input_size=64, layer=-2)
+    for given in (eyes, dataclasses.asdict(eyes)):
+        config = MirrorGANConfig(image_backbone=given, captioner_backbone="conv")
+        assert config.image_backbone == eyes
+        assert config.captioner_backbone == BackboneConfig("conv")
+        assert MirrorGANConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("weights", "trainable", "expected"),
+    [(None, None, True), ("package", None, False), ("package", True, True), (None, False, False)],
+)
+def test_pretrained_backbones_are_frozen_unless_told_otherwise(weights, trainable, expected):
+    assert BackboneConfig("efficientnet_lite0", weights=weights, trainable=trainable).is_trainable is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, r"expected the name of a backbone, or its fields with 'name' among them, not 3"),
+        ({"weights": "x"}, r"its fields with 'name' among them"),
+        ({"name": "conv", "wieghts": "x"}, r"BackboneConfig: unknown field 'wieghts'; did you mean 'weights'\?"),
+        ({"name": ""}, r"name must be that of a backbone, such as 'conv', not ''"),
+        ({"name": "conv", "weights": 3}, r"weights must be a string or None, but it is 3"),
+        ({"name": "conv", "input_size": 0}, r"input_size must be a whole number of at least 1"),
+        ({"name": "conv", "layer": "last"}, r"layer must be a whole number or None, but it is 'last'"),
+        ({"name": "conv", "trainable": 1}, r"trainable must be True, False or None, but it is 1"),
+    ],
+)
+def test_fields_of_a_backbone_are_checked(given, message):
+    with pytest.raises(ValueError, match=message):
+        MirrorGANConfig(captioner_backbone=given)
+
+
+def test_the_checksum_is_recorded_and_checked(tmp_path):
+    path = str(tmp_path / "eyes.pth")
+    torch.save(ConvBackbone().state_dict(), path)
+    eyes = BackboneConfig("conv", weights=path)
+    recorded = eyes.recorded()
+    assert recorded.sha256 == checksum(eyes.build())
+    # Whether it is recorded is no difference between two configs.
+    assert recorded == eyes
+    assert recorded.recorded().sha256 == recorded.sha256
+    assert BackboneConfig("conv").recorded().sha256 is None
+    torch.save(ConvBackbone().state_dict(), path)
+    with pytest.raises(ValueError, match=rf"have the checksum \w+, but sha256 is {recorded.sha256}; restore the weig"):
+        recorded.build()
+    recorded.build(load=False)
+    with torch.device("meta"):
+        recorded.build()

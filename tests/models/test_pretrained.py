@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mirror_modules import (
+    BackboneConfig,
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
@@ -68,6 +69,33 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     assert not loaded.training
     assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
     assert_close(loaded.generate(CAPTIONS, seed=1), model.generate(CAPTIONS, seed=1), atol=0, rtol=0)
+
+
+def test_a_model_with_pretrained_eyes_is_loaded_without_their_file(tmp_path, recwarn):
+    timm = pytest.importorskip("timm")
+    eyes = tmp_path / "eyes.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), eyes)
+    model = make(captioner_backbone=BackboneConfig("timm:test_efficientnet", weights=str(eyes)))
+    assert len(model.config.captioner_backbone.sha256) == 64
+    model.save_pretrained(tmp_path / "model")
+    eyes.unlink()
+    # The name of a published network, and no weights to be found: no warning either.
+    recwarn.clear()
+    loaded = MirrorGAN.from_pretrained(tmp_path / "model")
+    assert not recwarn.list
+    assert loaded.config == model.config
+    assert loaded.config.captioner_backbone.sha256 == model.config.captioner_backbone.sha256
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert loaded.describe(images) == model.describe(images)
+    assert not any(parameter.requires_grad for parameter in loaded.captioner.image_encoder.parameters())
+    with pytest.raises(FileNotFoundError, match=r"weights='.*eyes\.pth' do not exist"):
+        MirrorGAN(model.config, model.vocabulary)
+
+
+def test_a_config_with_the_bare_name_of_a_backbone_is_read(folder):
+    """As versions without other fields wrote it."""
+    edit_config(folder, captioner_backbone="conv", image_backbone="resnet18")
+    assert MirrorGAN.from_pretrained(folder).config.image_backbone == BackboneConfig("resnet18")
 
 
 def test_the_folder_holds_three_readable_files_and_no_pickle(folder):

@@ -98,24 +98,33 @@ class BackboneConfig:
             trainable=self.trainable,
             load=load,
         )
-        # Neither those to be loaded later nor those on the meta device.
-        is_loaded = load and self.weights is not None and not any(each.is_meta for each in backbone.parameters())
-        if self.sha256 is not None and is_loaded and (found := checksum(backbone)) != self.sha256:
+        if not load or self.weights is None or self.sha256 is None or _is_empty(backbone):
+            return backbone
+        if (found := checksum(backbone)) != self.sha256:
             raise ValueError(
                 f"BackboneConfig: the weights {self.weights!r} of {self.name!r} have the checksum {found}, but sha256 "
                 f"is {self.sha256}; restore the weights, or set sha256 to None to accept others."
             )
         return backbone
 
-    def recorded(self) -> BackboneConfig:
-        """A copy with the checksum of the weights, which are loaded for it; itself if there are none.
+    def recorded(self, backbone: nn.Module | None = None) -> BackboneConfig:
+        """A copy with the checksum of the weights; itself if there are none.
+
+        Args:
+            backbone: What `build` returned, before any training; None loads the weights for it.
 
         Raises:
             ValueError: As in `build`.
         """
         if self.weights is None:
             return self
-        return dataclasses.replace(self, sha256=checksum(self.build()))
+        backbone = self.build() if backbone is None else backbone
+        return self if _is_empty(backbone) else dataclasses.replace(self, sha256=checksum(backbone))
+
+
+def _is_empty(backbone: nn.Module) -> bool:
+    """Whether a backbone is on the meta device, where nothing can be loaded."""
+    return any(parameter.is_meta for parameter in backbone.parameters())
 
 
 def _check_fields(owner: str, fields: dict[str, Any], record: type) -> None:

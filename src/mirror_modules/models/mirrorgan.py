@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import warnings
@@ -76,6 +77,9 @@ class MirrorGAN(TypedCall, nn.Module):
             attention=_attention(config),
         )
         backbone = config.captioner_backbone.build(load=pretrained)
+        if pretrained:
+            recorded = config.captioner_backbone.recorded(backbone)
+            self.config = dataclasses.replace(config, captioner_backbone=recorded)
         self.captioner = Captioner(
             ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
             len(vocabulary),
