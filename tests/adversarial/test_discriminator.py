@@ -374,6 +374,16 @@ def test_spectral_norm_bounds_each_convolution():
             assert torch.linalg.matrix_norm(module.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
 
 
+def test_one_forward_refines_each_singular_value_once():
+    discriminator = PairedDiscriminator(16, D, channels=CHANNELS, normalization="spectral", text_projection=7)
+    layers = [module for module in discriminator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    estimates = []
+    for layer in layers:
+        layer.parametrizations.weight[0].register_forward_hook(lambda module, *_: estimates.append(module))
+    discriminator(*draw())
+    assert len(estimates) == len(set(estimates)) == len(layers)
+
+
 def test_an_unknown_normalization_raises():
     with pytest.raises(ValueError, match="normalization must be one of 'batch', 'spectral', 'none', but it is 'group'"):
         PairedDiscriminator(16, D, normalization="group")

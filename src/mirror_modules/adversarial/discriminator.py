@@ -53,7 +53,8 @@ class SentenceConv2d(nn.Conv2d):
     def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W), (B, D) -> (B, C, H, W)."""
         feature_weight, sentence_weight = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
-        kernel, padding = self.weight.shape[2], self.weight.shape[2] // 2
+        # Not those of the weight: spectral norm estimates a singular value each time that it is read.
+        kernel, padding = self.kernel_size[0], int(self.padding[0])
         taps = F.linear(sentence, sentence_weight.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, kernel**2))
         is_within = F.unfold(taps.new_ones(1, 1, *features.shape[2:]), kernel, padding=padding)
         sentence_term = (taps @ is_within).unflatten(2, features.shape[2:])
