@@ -15,17 +15,22 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    DenoisingAutoencoder,
     GlamBlock,
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
+    KeypointGate,
+    KeypointMaps,
     MatchingLoss,
     MirrorGAN,
     MirrorGANConfig,
     PairedDiscriminator,
     RedescriptionLoss,
+    SentenceProjection,
     TextEncoder,
     TextFeatures,
+    TextPlacer,
     Vocabulary,
     WordAttention,
 )
@@ -145,6 +150,28 @@ CASES = {
             "mismatched_sentence": torch.randn(length, D),
             "mismatched_rows": torch.arange(length) % batch,
         },
+    ),
+    "PairedDiscriminator without realism": Case(
+        lambda: PairedDiscriminator(16, D, channels=C, realism=False, text_projection=5, joint_kernel=1),
+        lambda batch, _: {"images": images(batch), "sentence": torch.randn(batch, D)},
+    ),
+    "SentenceProjection": Case(
+        lambda: SentenceProjection(D, E, batch_norm=True), lambda batch, _: {"sentence": torch.randn(batch, D)}
+    ),
+    "TextPlacer": Case(
+        lambda: TextPlacer(7),
+        lambda batch, boxes: {"text": torch.randn(batch, boxes, D), "box": torch.rand(batch, boxes, 4) * 0.4 + 0.1},
+    ),
+    "KeypointMaps": Case(
+        lambda: KeypointMaps(7),
+        lambda batch, points: {"points": torch.rand(batch, points, 2), "visible": mask(batch, points)},
+    ),
+    "KeypointGate": Case(
+        KeypointGate,
+        lambda batch, points: {"features": torch.randn(batch, C, 5, 7), "maps": torch.rand(batch, points, 5, 7)},
+    ),
+    "DenoisingAutoencoder": Case(
+        lambda: DenoisingAutoencoder(D, (5, 3)), lambda batch, _: {"latents": torch.randn(batch, D)}
     ),
     "TextEncoder": Case(
         lambda: TextEncoder(V, embedding_dim=5, feature_dim=D),
