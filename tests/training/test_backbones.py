@@ -105,9 +105,8 @@ def test_a_run_is_resumed_without_the_file_of_finished_phases(run_with_eyes, rec
 def test_phases_on_cached_features_are_resumed_bit_for_bit(
     run_with_eyes, recipe_with_eyes, tmp_path, monkeypatch, phase
 ):
-    recipe = dataclasses.replace(
-        recipe_with_eyes, engine=dataclasses.replace(recipe_with_eyes.engine, checkpoint_every=1)
-    )
+    each_step = dataclasses.replace(recipe_with_eyes.engine, checkpoint_every=1)
+    recipe = dataclasses.replace(recipe_with_eyes, engine=each_step)
     record = engine.PhaseRun.record
 
     def stop(self, result):
@@ -137,9 +136,7 @@ def test_a_second_evaluator_may_be_added_to_a_finished_run(run_copy, tiny_recipe
     train(dataclasses.replace(tiny_recipe, second_evaluator=second), run_copy.path)
     assert run_copy.weights("second_evaluator").exists()
     assert run_copy.read_recipe().second_evaluator == second
-    with pytest.raises(
-        ValueError, match=r"unknown phase 'second_evaluator'.* needs the recipe's field second_evaluator"
-    ):
+    with pytest.raises(ValueError, match=r"unknown phase 'second_evaluator'.* needs the recipe's field second_"):
         train(tiny_recipe, run_copy.path, phases=["second_evaluator"])
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,8 @@ CHUNK_IMAGES = 32
 CPU_BATCH, GPU_BATCH = 8, 256
 # Regions take most of the space.
 TYPES: dict[str, np.dtype[Any]] = {"image": np.dtype("<f4"), "regions": np.dtype("<f2")}
+# Between two printed lines.
+REPORT_SECONDS = 120.0
 # A byte per chunk: 1 if it is computed.
 DONE = "done"
 
@@ -219,10 +223,12 @@ def cache_images(
         group.barrier()
         # Every rank takes part in every round, for `stop` may communicate.
         silent = None if group.is_main else True
-        with progress_bar(total=chunks, desc=f"features {what}", unit=" chunks", disable=silent) as bar:
+        with progress_bar(total=chunks, desc="features", unit=" chunks", disable=silent) as bar:
+            report = _Report(f"the features {what}, {mebibytes:.1f} MiB in {target}", group.is_main and bar.disable)
             for first in range(0, chunks, group.world_size):
                 chunk = first + group.rank
                 if chunk < chunks and not _is_done(target, chunk):
+                    report.start()
                     start, end = chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, len(captions))
                     pixels = views.pixels(captions.images, torch.arange(start, end))
                     features = _encode(encoder, pixels, group.device)
@@ -230,6 +236,7 @@ def cache_images(
                         _write_rows(target, part, start * views.per_image, getattr(features, part))
                     _mark_done(target, chunk)
                 bar.update(group.world_size)
+                report.update(min(first + group.world_size, chunks) / chunks)
                 stop()
         group.barrier()
     except OSError as error:
@@ -246,8 +253,30 @@ def describe_cache(cache: CachedImages, captions: InMemoryCaptions) -> str:
     return f"cached the features of {len(captions)} images{_in_words(cache.views)}, {cache.mebibytes:.1f} MiB"
 
 
+class _Report:
+    """Printed lines in place of a progress bar, where there is no terminal: at the start, and every few minutes."""
+
+    def __init__(self, what: str, prints: bool) -> None:
+        self.what, self.prints, self.printed = what, prints, math.inf
+
+    def start(self) -> None:
+        """Print that something is computed, once."""
+        if self.prints and self.printed == math.inf:
+            print(f"computing {self.what}, once", file=sys.stderr, flush=True)
+            self.printed = time.monotonic()
+
+    def update(self, share: float) -> None:
+        """Print the share that is computed, if a line is due."""
+        if self.prints and time.monotonic() - self.printed > REPORT_SECONDS:
+            print(f"computed {share:.0%} of {self.what}", file=sys.stderr, flush=True)
+            self.printed = time.monotonic()
+
+
 def _in_words(views: Views) -> str:
-    return "" if views.crops is None else f" in {views.per_image // 2} crops and their mirror images"
+    crops = views.per_image // 2
+    if views.crops is None:
+        return ""
+    return " in 1 crop and its mirror image" if crops == 1 else f" in {crops} crops and their mirror images"
 
 
 @torch.no_grad()

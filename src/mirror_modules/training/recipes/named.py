@@ -16,7 +16,6 @@ from mirror_modules.training.recipes.records import (
     AdversarialRecipe,
     CaptionerRecipe,
     DataRecipe,
-    EngineRecipe,
     EvaluatorRecipe,
     LoggingRecipe,
     MatchingRecipe,
@@ -67,7 +66,9 @@ def photos_64() -> Recipe:
 def flowers_64() -> Recipe:
     """Oxford-102 flowers at 64 pixels; hours on two CPU cores."""
     base = demo()
-    eyes, *others = (_pretrained(i) for i in range(3))
+    # On features of photographs of 64 pixels, a linear classifier of flowers is as accurate at these input sizes as at
+    # the networks' own (224 to 260), within its error of 2 %, in half the time.
+    eyes, *others = _pretrained(0, 160), _pretrained(1, 192), _pretrained(2, 192)
     return dataclasses.replace(
         base,
         name="flowers-64",
@@ -95,14 +96,12 @@ def flowers_64() -> Recipe:
         evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=others[0]),
         # Of another backbone: a difference that both see is not an artifact of one.
         second_evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=others[1]),
-        # Regions of each image in eight views: 31 kB each.
-        engine=EngineRecipe(cached_features_mib=2048),
     )
 
 
-def _pretrained(size: int) -> BackboneConfig:
+def _pretrained(number: int, input_size: int) -> BackboneConfig:
     """An EfficientNet-Lite of the extra `pretrained`, whose map before the last convolution has few channels."""
-    return BackboneConfig(f"efficientnet_lite{size}", weights="package", layer=-1)
+    return BackboneConfig(f"efficientnet_lite{number}", weights="package", input_size=input_size, layer=-1)
 
 
 def from_scratch(recipe: Recipe) -> Recipe:
