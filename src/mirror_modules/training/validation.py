@@ -100,7 +100,6 @@ def generate_images(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: i
 
     Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone.
     """
-
     sizes = [model.config.noise_dim, model.config.condition_dim]
 
     def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor) -> Tensor:
