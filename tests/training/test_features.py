@@ -244,10 +244,15 @@ def test_a_run_logs_its_caches_and_does_not_depend_on_them(tiny_recipe, tiny_run
                 assert value == pytest.approx(expected[name], rel=tolerance, abs=tolerance / 10), where
 
 
-def test_image_features_are_cached_with_random_crops(tiny_recipe, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("crops", "words"), [(1, "1 crop and its mirror image"), (5, "5 crops and their mirror images")]
+)
+def test_image_features_are_cached_with_random_crops(tiny_recipe, tmp_path, capsys, crops, words):
     data = dataclasses.replace(tiny_recipe.data, augment=True)
-    folder = train(dataclasses.replace(tiny_recipe, data=data), tmp_path / "run", phases=["stem", "stream"])
-    assert "cached the features of 41 images in 4 crops and their mirror images" in capsys.readouterr().err
+    engine = dataclasses.replace(tiny_recipe.engine, cached_crops=crops)
+    recipe = dataclasses.replace(tiny_recipe, data=data, engine=engine)
+    folder = train(recipe, tmp_path / "run", phases=["stem", "stream"])
+    assert f"cached the features of 41 images in {words}, 0.0 MiB" in capsys.readouterr().err
     # The evaluator may need them; without it, they would be removed.
     assert len(list(folder.features.iterdir())) == 1
 

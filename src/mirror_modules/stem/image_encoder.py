@@ -197,7 +197,8 @@ class ImageEncoder(TypedCall, nn.Module):
             `image_dim`; or a name: "conv", "inception_v3" or a torchvision ResNet. `interop.build_backbone` builds
             others by name, and makes a backbone of any Module.
         feature_dim: Features D of regions and image, equal to those of the text encoder.
-        weights: torchvision's weights for a named backbone, such as "DEFAULT".
+        weights: torchvision's weights for a named backbone, such as "DEFAULT"; the backbone then trains further, while
+            `interop.build_backbone` freezes it.
 
     Raises:
         ValueError: The name is unknown, the Module has no sizes, or `weights` are given for another backbone.
