@@ -9,7 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from mirror_modules import PairedDiscriminator
-from mirror_modules.adversarial.discriminator import SentenceConv2d, WholeMapConv2d
+from mirror_modules._sentence_conv import SentenceConv2d
+from mirror_modules.adversarial.discriminator import WholeMapConv2d
 
 B, D, CHANNELS = 3, 5, 2
 
@@ -149,9 +150,9 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 @LAYOUTS
 @pytest.mark.parametrize(("batch", "height", "width"), [(B, 4, 4), (1, 1, 1), (2, 1, 7), (2, 5, 2)])
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_sentence_convolution_equals_one_over_the_repeated_sentence(batch, height, width, layout, kernel):
-    conv = SentenceConv2d(2, D, kernel).double().to(memory_format=layout)
+@pytest.mark.parametrize(("kernel", "out_channels"), [(1, None), (3, 7), (5, None)])
+def test_sentence_convolution_equals_one_over_the_repeated_sentence(batch, height, width, layout, kernel, out_channels):
+    conv = SentenceConv2d(2, D, kernel, out_channels=out_channels).double().to(memory_format=layout)
     features = torch.randn(batch, 2, height, width).double().to(memory_format=layout).requires_grad_()
     sentence = torch.randn(batch, D).double().requires_grad_()
     joined = torch.cat((features, sentence[:, :, None, None].expand(-1, -1, height, width)), dim=1)

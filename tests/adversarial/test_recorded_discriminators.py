@@ -1,36 +1,14 @@
 """Discriminators and losses of StackGAN and StackGAN++ as recorded from the published code, in both modes."""
 
-from functools import partial
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.testing import assert_close
 
 from mirror_modules import AdversarialWeights, PairedDiscriminator, PairedLogits
 from mirror_modules.functional import discriminator_loss, generator_loss
 from mirror_modules.models.published import convert_discriminator
+from tests.recordings import MODES, PRECISIONS, assert_norm_recorded, assert_recorded, image_batch, read
 
-PARITY = Path(__file__).parents[1] / "parity"
 REALISM_ALONE = AdversarialWeights(0, 0, 0, 1, 1, 0)
-MODES = pytest.mark.parametrize("mode", ["eval", "train"])
-# In float64, what remains is the rounding of the recorded float32.
-PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-assert_recorded = partial(assert_close, atol=1e-5, rtol=1e-5, check_dtype=False)
-assert_norm_recorded = partial(assert_close, atol=1e-5, rtol=1e-4, check_dtype=False)
-
-
-def read(name):
-    with np.load(PARITY / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
-
-
-def image_batch(record, name, resolution, dtype):
-    small, tile = (record[f"{name}_{part}"].float() for part in ("small", "tile"))
-    coarse, repeats = F.interpolate(small, size=resolution, mode="nearest"), resolution // tile.shape[2]
-    return (0.5 * coarse + 0.5 * tile.repeat(1, 1, repeats, repeats)).to(dtype)
 
 
 def renamed(name):

@@ -104,6 +104,10 @@ CASES = {
         lambda: CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), residual_blocks=1, attention=WordAttention),
         lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.randn(B, L, D), MASK), {"need_weights": True}),
     ),
+    "CascadedGenerator without words": Case(
+        lambda: CascadedGenerator(Z, E, channels=(3, C), resolutions=(4, 8), residual_blocks=1, attention="condition"),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E)), {}),
+    ),
     "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
     "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),
     "PairedDiscriminator": Case(

@@ -138,6 +138,10 @@ CASES = {
             "word_mask": mask(batch, length),
         },
     ),
+    "CascadedGenerator without words": Case(
+        lambda: CascadedGenerator(Z, E, channels=(3, C), resolutions=(4, 8), residual_blocks=1, attention="condition"),
+        lambda batch, _: {"noise": torch.randn(batch, Z), "condition": torch.randn(batch, E)},
+    ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C),
         lambda batch, _: {"images": images(batch), "sentence": torch.randn(batch, D)},

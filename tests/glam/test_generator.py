@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -30,14 +31,14 @@ def mask_of(*real_words, length=L):
 
 
 @pytest.mark.parametrize("resolutions", CASCADES)
-@pytest.mark.parametrize("attention", ["global-local", "word", "none"])
+@pytest.mark.parametrize("attention", ["global-local", "word", "condition", "none"])
 def test_any_number_of_stages_and_any_resolutions(resolutions, attention):
     generator = make(resolutions, attention=attention)
     generated = generator(*make_inputs(), mask_of(4, 11), need_weights=True)
     assert [tuple(images.shape) for images in generated.images] == [(B, 3, size, size) for size in resolutions]
     assert all(images.abs().max() <= 1 for images in generated.images)
     coarse = resolutions[:-1]
-    expected_words = [] if attention == "none" else [(B, L, size, size) for size in coarse]
+    expected_words = [] if attention in ("condition", "none") else [(B, L, size, size) for size in coarse]
     expected_sentence = [(B, C, size, size) for size in coarse] if attention == "global-local" else []
     assert [tuple(weights.shape) for weights in generated.word_weights] == expected_words
     assert [tuple(weights.shape) for weights in generated.sentence_weights] == expected_sentence
@@ -45,8 +46,9 @@ def test_any_number_of_stages_and_any_resolutions(resolutions, attention):
 
 @pytest.mark.parametrize("resolutions", CASCADES)
 @pytest.mark.parametrize("mask", [None, mask_of(4)])
-def test_a_batch_of_one_trains(resolutions, mask):
-    generator = make(resolutions).train()
+@pytest.mark.parametrize("options", [{}, {"attention": "condition"}, {"activation": "relu"}])
+def test_a_batch_of_one_trains(resolutions, mask, options):
+    generator = make(resolutions, **options).train()
     generated = generator(*make_inputs(1), mask)
     sum(images.square().mean() for images in generated.images).backward()
     for name, parameter in generator.named_parameters():
@@ -54,7 +56,7 @@ def test_a_batch_of_one_trains(resolutions, mask):
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("attention", ["global-local", "word"])
+@pytest.mark.parametrize("attention", ["global-local", "word", "condition"])
 def test_an_image_alone_equals_the_same_image_in_a_batch(attention):
     generator = make(attention=attention).eval()
     noise, condition, words = make_inputs()
@@ -279,7 +281,7 @@ def test_a_factory_may_give_each_stage_another_attention():
             r"attention is one GlobalLocalAttention module, which all stages would share; give a factory .*"
             r"functools\.partial\(GlobalLocalAttention, \.\.\.\)",
         ),
-        (3, r"attention must be 'global-local', 'word', 'none' or a factory .*, but it is 3"),
+        (3, r"attention must be 'global-local', 'word', 'condition', 'none' or a factory .*, but it is 3"),
         (None, r"attention must be .* or a factory .*, but it is None"),
         (["word"], r"attention must be .* or a factory .*, but it is \['word'\]"),
     ],
@@ -355,6 +357,137 @@ def test_a_factory_of_another_signature_is_refused(factory):
         make(attention=factory)
 
 
+# Generators without words, channels of each stage, and other activations
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", "condition", "none"])
+@pytest.mark.parametrize("resolutions", [(4, 8, 16), (8, 64)])
+def test_each_stage_has_its_own_channels(attention, resolutions):
+    widths = (7, 5, 3)[: len(resolutions)]
+    generator = CascadedGenerator(Z, E, D, channels=widths, resolutions=resolutions, attention=attention)
+    features = []
+    for head in generator.heads:
+        head.register_forward_hook(lambda _, inputs, __: features.append(inputs[0].shape))
+    generator(*make_inputs(), need_weights=True)
+    assert features == [(B, width, size, size) for width, size in zip(widths, resolutions)]
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", "condition", "none"])
+def test_one_number_of_channels_is_the_same_for_each_stage(attention):
+    def state(channels):
+        torch.manual_seed(1)
+        return CascadedGenerator(Z, E, D, channels=channels, resolutions=(4, 8, 16), attention=attention).state_dict()
+
+    assert_close(state((C, C, C)), state(C), atol=0, rtol=0)
+
+
+def joined_by_hand(stage, features, condition):
+    """StackGAN++'s stage, with the condition repeated at every position and upsampling before the convolution."""
+    repeated = condition[:, :, None, None].expand(-1, -1, *features.shape[2:])
+    joined = F.conv2d(torch.cat((features, repeated), dim=1), stage.joint.weight, padding=1)
+    features = F.glu(stage.norm(joined), dim=1)
+    for block in stage.residual:
+        inner = F.glu(block.norm1(F.conv2d(features, block.conv1.weight, padding=1)), dim=1)
+        features = features + block.norm2(F.conv2d(inner, block.conv2.weight, padding=1))
+    for block in stage.upsample:
+        doubled = F.interpolate(features, scale_factor=2.0, mode="nearest")
+        features = F.glu(block.norm(F.conv2d(doubled, block.conv.weight, padding=1)), dim=1)
+    return features
+
+
+@pytest.mark.parametrize(("condition_dim", "doublings"), [(E, 1), (None, 1), (E, 2)])
+def test_the_condition_joins_the_features_at_every_position(condition_dim, doublings):
+    resolutions = (4, 4 * 2**doublings)
+    options = {"channels": (5, 3), "resolutions": resolutions, "attention": "condition"}
+    generator = CascadedGenerator(Z, condition_dim, **options).double().eval()
+    for part in generator.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            nn.init.normal_(part.running_mean)
+    noise = torch.randn(B, Z).double().requires_grad_()
+    condition = None if condition_dim is None else torch.randn(B, E).double().requires_grad_()
+    text = noise if condition is None else condition
+    coarse = generator.initial(noise, condition)
+    expected = torch.tanh(generator.heads[1].conv(joined_by_hand(generator.refinements[0], coarse, text)))
+    image = generator(noise, condition).images[1]
+    assert_close(image, expected, atol=1e-10, rtol=1e-10)
+    leaves = [noise, *generator.initial.parameters(), *generator.refinements.parameters()]
+    leaves += [] if condition is None else [condition]
+    grads = [torch.autograd.grad(result.square().sum(), leaves) for result in (image, expected)]
+    assert_close(*grads, atol=1e-10, rtol=1e-10)
+    assert all(grad.abs().sum() > 0 for grad in grads[0])
+
+
+@pytest.mark.parametrize("options", [{"attention": "condition"}, {"attention": "none"}, {"resolutions": (8,)}])
+def test_words_are_optional_where_no_stage_attends(options):
+    generator = make(**options).eval()
+    noise, condition, words = make_inputs()
+    without, given = generator(noise, condition), generator(noise, condition, words, mask_of(4, 11), need_weights=True)
+    assert_close(without, given, atol=0, rtol=0)
+    assert without.word_weights == given.word_weights == []
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", MeanWordAttention])
+def test_missing_words_are_refused_where_a_stage_attends(attention):
+    noise, condition, _ = make_inputs()
+    message = r"words are missing, but the stages attend to them; pass words \(B, L, 13\), or .* attention='condition'"
+    with pytest.raises(ValueError, match="CascadedGenerator: " + message):
+        make(attention=attention)(noise, condition)
+
+
+def test_a_mask_without_words_is_refused():
+    noise, condition, _ = make_inputs()
+    with pytest.raises(ValueError, match=r"word_mask needs the words that it marks; pass both or neither"):
+        make(attention="condition")(noise, condition, None, mask_of(4, 11))
+
+
+@pytest.mark.parametrize(
+    ("condition_dim", "condition", "message"),
+    [(E, None, r"the condition is missing, .* condition_dim=7"), (None, True, r"was given, .* condition_dim=None")],
+)
+def test_a_condition_is_given_where_there_is_one(condition_dim, condition, message):
+    generator = CascadedGenerator(Z, condition_dim, channels=C, resolutions=(4,))
+    noise, given, _ = make_inputs()
+    with pytest.raises(ValueError, match="CascadedGenerator: .*" + message):
+        generator(noise, condition and given)
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", "none"])
+def test_without_a_condition_the_noise_takes_its_place(attention):
+    generator = CascadedGenerator(Z, None, D, channels=C, resolutions=(4, 8), attention=attention).train()
+    noise, _, words = make_inputs()
+    sum(images.square().mean() for images in generator(noise, None, words).images).backward()
+    assert generator.initial.linear.in_features == Z
+    assert all(parameter.grad.abs().sum() > 0 for parameter in generator.parameters())
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (), (3, 5, 7, 11), "345", 3.0, None])
+def test_channels_that_do_not_fit_the_stages_are_refused(channels):
+    with pytest.raises(ValueError, match=r"channels must be a number or one per stage, 3 in all, but they are "):
+        CascadedGenerator(channels=channels)
+
+
+def test_channels_of_each_stage_are_positive():
+    with pytest.raises(ValueError, match=r"channels\[1\] must be a whole number of at least 1, but it is 0"):
+        CascadedGenerator(channels=(3, 0, 5))
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(
+        ValueError, match=r"CascadedGenerator: activation must be one of 'glu', 'relu', but it is 'gelu'"
+    ):
+        CascadedGenerator(activation="gelu")
+
+
+@pytest.mark.parametrize("attention", ["condition", "none"])
+def test_generators_without_words_compile_into_one_graph(compiled, attention):
+    generator, (noise, condition, _) = make((4, 8), attention=attention).eval(), make_inputs()
+    assert_close(compiled(generator)(noise, condition).images, generator(noise, condition).images)
+
+
+# Compilation and errors
+
+
 @pytest.mark.parametrize("mask", [None, mask_of(4, 11)])
 @pytest.mark.parametrize(
     ("attention", "need_weights"), [("global-local", False), ("global-local", True), ("word", True)]
@@ -379,7 +512,10 @@ def test_resolutions_must_be_increasing_powers_of_two(resolutions):
         (r"noise_dim must be a whole number of at least 1, but it is 0", {"noise_dim": 0}),
         (r"channels must be a whole number of at least 1, but it is -1", {"channels": -1}),
         (r"residual_blocks must be 0 or more, but it is -1", {"residual_blocks": -1}),
-        (r"attention must be 'global-local', 'word', 'none' or a factory .*, but it is 'all'", {"attention": "all"}),
+        (
+            r"attention must be 'global-local', 'word', 'condition', 'none' or a factory .*, but it is 'all'",
+            {"attention": "all"},
+        ),
     ],
 )
 def test_invalid_options_are_refused(message, options):

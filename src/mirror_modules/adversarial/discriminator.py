@@ -18,6 +18,7 @@ from mirror_modules._checks import (
     shape_of,
 )
 from mirror_modules._norms import FeatureBatchNorm
+from mirror_modules._sentence_conv import SentenceConv2d
 from mirror_modules._typing import TypedCall
 
 Normalization = Literal["batch", "spectral", "none"]
@@ -36,29 +37,6 @@ class PairedLogits(NamedTuple):
     """Does the image match the sentence? (B,)"""
     mismatched: Tensor | None = None
     """Does the image match a mismatched sentence? One per mismatched pair, (B,) or (K,); None if not requested."""
-
-
-class SentenceConv2d(nn.Conv2d):
-    """A convolution over features and a sentence repeated at every position, which is never materialized.
-
-        conv2d(cat(features, sentence at each position), weight, padding=kernel // 2)
-
-    The sentence is the same everywhere, so each of the kernel's taps multiplies it only once. A binary matrix then
-    sums, for each position, the taps that lie within the map.
-    """
-
-    def __init__(self, channels: int, text_dim: int, kernel: int = 3, *, bias: bool = False) -> None:
-        super().__init__(channels + text_dim, channels, kernel, padding=kernel // 2, bias=bias)
-
-    def forward(self, features: Tensor, sentence: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, C, H, W), (B, D) -> (B, C, H, W)."""
-        feature_weight, sentence_weight = self.weight.split([features.shape[1], sentence.shape[1]], dim=1)
-        # Not those of the weight: spectral norm estimates a singular value each time that it is read.
-        kernel, padding = self.kernel_size[0], int(self.padding[0])
-        taps = F.linear(sentence, sentence_weight.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(1, (-1, kernel**2))
-        is_within = F.unfold(taps.new_ones(1, 1, *features.shape[2:]), kernel, padding=padding)
-        sentence_term = (taps @ is_within).unflatten(2, features.shape[2:])
-        return F.conv2d(features, feature_weight, self.bias, padding=padding) + sentence_term
 
 
 class JointLayers(nn.Sequential):

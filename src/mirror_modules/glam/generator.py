@@ -9,11 +9,19 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_features, check_positive, check_word_mask
+from mirror_modules._checks import check_batch, check_choice, check_features, check_positive, check_word_mask
 from mirror_modules._pretrained import FromModelFolder
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.attention import GlobalLocalAttention, WordAttention
-from mirror_modules.glam.stages import SMALLEST_RESOLUTION, ImageHead, InitialStage, RefinementStage
+from mirror_modules.glam.stages import (
+    ACTIVATIONS,
+    SMALLEST_RESOLUTION,
+    Activation,
+    ConditionStage,
+    ImageHead,
+    InitialStage,
+    RefinementStage,
+)
 
 AttentionFactory = Callable[[int, int, int], nn.Module]
 """(feature_dim, word_dim, condition_dim) -> a module that fulfills `StageAttention`."""
@@ -36,22 +44,33 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
 
         f_0 = F_0(z, s_ca),    f_i = F_i(f_{i-1}, Att_i(f_{i-1}, w, s_ca)),    I_i = G_i(f_i)
 
+    Other published generators are options of it:
+
+        AttnGAN                  attention="word"
+        StackGAN++               attention="condition", channels=(64, 32, 16), condition_dim=128
+        StackGAN++ without text  the same with condition_dim=None
+        StackGAN, first stage    activation="relu", channels=64, resolutions=(64,), condition_dim=128
+
     Args:
         noise_dim: Features Z of the noise.
-        condition_dim: Features E of the condition.
+        condition_dim: Features E of the condition; None for a generator without one, whose first stage has the noise
+            alone and whose refinement stages have the noise in place of the condition.
         word_dim: Features D of a word.
-        channels: Channels C of the features of each stage.
+        channels: Channels C of the features of each stage: a number, or one per stage.
         resolutions: Image sizes, coarse to fine: increasing powers of two from 4 up, one per stage.
         residual_blocks: Residual blocks in each refinement stage.
-        attention: "global-local" (MirrorGAN), "word" (AttnGAN), "none", or a factory. The factory is called as
+        attention: "global-local" (MirrorGAN), "word" (AttnGAN), "condition" (StackGAN++), "none", or a factory.
+            "condition" attends to nothing: a convolution joins the features with the condition at every position, and
+            residual blocks have C channels instead of 2C. The factory is called as
             `attention(feature_dim, word_dim, condition_dim)` once per refinement stage, coarse to fine, and returns a
             module that fulfills `mirror_modules.glam.StageAttention`. It may be a class or, for options,
             `functools.partial(GlobalLocalAttention, sentence_bias=True)`.
         intermediate_images: Generate an image at each stage; otherwise only at the finest.
+        activation: "glu", the gated linear unit, or "relu" (StackGAN), which halves the weights before it.
 
     Raises:
-        ValueError: A size is not positive, the resolutions do not fit, `attention` is neither a known name nor a
-            factory, or its modules have no `context_dim`.
+        ValueError: A size is not positive, `channels` or the resolutions do not fit, `attention` is neither a known
+            name nor a factory, its modules have no `context_dim`, or `activation` is unknown.
 
     Examples:
         >>> import torch
@@ -68,47 +87,59 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
     def __init__(
         self,
         noise_dim: int = 100,
-        condition_dim: int = 100,
+        condition_dim: int | None = 100,
         word_dim: int = 256,
         *,
-        channels: int = 32,
+        channels: int | Sequence[int] = 32,
         resolutions: Sequence[int] = (64, 128, 256),
         residual_blocks: int = 2,
-        attention: Literal["global-local", "word", "none"] | AttentionFactory = "global-local",
+        attention: Literal["global-local", "word", "condition", "none"] | AttentionFactory = "global-local",
         intermediate_images: bool = True,
+        activation: Activation = "glu",
     ) -> None:
         super().__init__()
         owner = "CascadedGenerator"
-        check_positive(owner, noise_dim=noise_dim, condition_dim=condition_dim, word_dim=word_dim, channels=channels)
-        factory = _attention_factory(attention)
+        check_positive(owner, noise_dim=noise_dim, word_dim=word_dim)
+        if condition_dim is not None:
+            check_positive(owner, condition_dim=condition_dim)
+        check_choice(owner, "activation", activation, ACTIVATIONS)
+        is_joined = isinstance(attention, str) and attention == "condition"
+        factory = None if is_joined else _attention_factory(attention)
         if not isinstance(residual_blocks, int) or residual_blocks < 0:
             raise ValueError(f"{owner}: residual_blocks must be 0 or more, but it is {residual_blocks!r}.")
         self.resolutions = _check_resolutions(resolutions)
+        widths = _check_channels(channels, len(self.resolutions))
         self.noise_dim, self.condition_dim, self.word_dim = noise_dim, condition_dim, word_dim
-        self.initial = InitialStage(noise_dim, condition_dim, channels, self.resolutions[0])
-        self.refinements = nn.ModuleList(
-            RefinementStage(
-                channels,
-                (fine // coarse).bit_length() - 1,
-                residual_blocks,
-                _build_attention(factory, channels, word_dim, condition_dim),
+        self.initial = InitialStage(noise_dim, condition_dim or 0, widths[0], self.resolutions[0], activation)
+        text_dim = condition_dim or noise_dim
+
+        def build(before: int, after: int, doublings: int) -> nn.Module:
+            if is_joined:
+                return ConditionStage(before, text_dim, [after] * doublings, residual_blocks, activation)
+            module = _build_attention(factory, before, word_dim, text_dim)
+            return RefinementStage(
+                before, doublings, residual_blocks, module, out_channels=after, activation=activation
             )
-            for coarse, fine in zip(self.resolutions, self.resolutions[1:])
+
+        steps = zip(widths, widths[1:], self.resolutions, self.resolutions[1:])
+        self.refinements = nn.ModuleList(
+            build(before, after, (fine // coarse).bit_length() - 1) for before, after, coarse, fine in steps
         )
-        attentions = [id(stage.attention) for stage in self.refinements if stage.attention is not None]
+        modules = [getattr(stage, "attention", None) for stage in self.refinements]
+        attentions = [id(module) for module in modules if module is not None]
+        self.attends = len(attentions) > 0
         if len(set(attentions)) < len(attentions):
             raise ValueError(
                 f"{owner}: the attention factory returned one module for several stages, which would share its "
                 "weights; make a new module in each call."
             )
-        heads = len(self.resolutions) if intermediate_images else 1
-        self.heads = nn.ModuleList(ImageHead(channels) for _ in range(heads))
+        self.heads = nn.ModuleList(ImageHead(width) for width in (widths if intermediate_images else widths[-1:]))
 
     def forward(
         self,
         noise: Tensor,
-        condition: Tensor,
-        words: Tensor,
+        condition: Tensor | None = None,
+        words: Tensor | None = None,
         word_mask: Tensor | None = None,
         *,
         need_weights: bool = False,
@@ -117,8 +148,8 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
 
         Args:
             noise: Standard normal, (B, Z).
-            condition: Augmented condition, (B, E).
-            words: Word features, (B, L, D).
+            condition: Augmented condition, (B, E); None if built with `condition_dim=None`.
+            words: Word features, (B, L, D); None is possible where no stage attends, as with "condition" and "none".
             word_mask: True for a real word, (B, L); None if all are.
             need_weights: Also return the attention maps.
 
@@ -126,19 +157,14 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption has no real word, or sizes disagree.
+            ValueError: A caption has no real word, sizes disagree, or an input is missing.
         """
-        owner = "CascadedGenerator"
-        check_features(owner, "noise", noise, "(B, D)", self.noise_dim, "noise_dim")
-        check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
-        check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
-        check_batch(owner, noise=noise, condition=condition, words=words)
-        word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
-
+        word_mask = self._check_inputs(noise, condition, words, word_mask)
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
+        text = noise if condition is None else condition
         for refinement in self.refinements:
-            stage = refinement(stage_features[-1], condition, words, word_mask, need_weights=need_weights)
+            stage = refinement(stage_features[-1], text, words, word_mask, need_weights=need_weights)
             stage_features.append(stage.features)
             # An attention module of the user's own may return its maps unconditionally.
             if need_weights and stage.word_weights is not None:
@@ -148,6 +174,35 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         for head, features in zip(self.heads, stage_features[-len(self.heads) :]):
             generated.images.append(head(features))
         return generated
+
+    def _check_inputs(
+        self, noise: Tensor, condition: Tensor | None, words: Tensor | None, word_mask: Tensor | None
+    ) -> Tensor | None:
+        """Check all inputs, and return the mask as bool."""
+        owner = "CascadedGenerator"
+        check_features(owner, "noise", noise, "(B, D)", self.noise_dim, "noise_dim")
+        if (condition is None) != (self.condition_dim is None):
+            problem = "is missing" if condition is None else "was given"
+            raise ValueError(
+                f"{owner}: the condition {problem}, but the generator was built with "
+                f"condition_dim={self.condition_dim}; None builds one without a condition."
+            )
+        given = {"noise": noise}
+        if condition is not None and self.condition_dim is not None:
+            check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
+            given["condition"] = condition
+        if words is None and self.attends:
+            raise ValueError(
+                f"{owner}: words are missing, but the stages attend to them; pass words (B, L, {self.word_dim}), or "
+                "build a generator with attention='condition' or 'none'."
+            )
+        if words is None and word_mask is not None:
+            raise ValueError(f"{owner}: word_mask needs the words that it marks; pass both or neither.")
+        if words is not None:
+            check_features(owner, "words", words, "(B, L, D)", self.word_dim, "word_dim")
+            given["words"] = words
+        check_batch(owner, **given)
+        return None if words is None else check_word_mask(owner, words, word_mask, may_stall=False)
 
 
 def _attention_factory(attention: object) -> AttentionFactory | None:
@@ -164,7 +219,7 @@ def _attention_factory(attention: object) -> AttentionFactory | None:
         return factories[attention]
     if not callable(attention):
         raise ValueError(
-            f"CascadedGenerator: attention must be 'global-local', 'word', 'none' or a factory "
+            f"CascadedGenerator: attention must be 'global-local', 'word', 'condition', 'none' or a factory "
             f"(feature_dim, word_dim, condition_dim) -> nn.Module, but it is {attention!r}."
         )
     return attention
@@ -203,3 +258,18 @@ def _check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
             f"such as (64, 128, 256), but they are {resolutions!r}."
         )
     return tuple(resolutions)
+
+
+def _check_channels(channels: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    """Channels of each stage."""
+    if isinstance(channels, int):
+        check_positive("CascadedGenerator", channels=channels)
+        return (channels,) * stages
+    if not isinstance(channels, Sequence) or isinstance(channels, str) or len(channels) != stages:
+        raise ValueError(
+            f"CascadedGenerator: channels must be a number or one per stage, {stages} in all, but they are "
+            f"{channels!r}."
+        )
+    for stage, width in enumerate(channels):
+        check_positive("CascadedGenerator", **{f"channels[{stage}]": width})
+    return tuple(channels)

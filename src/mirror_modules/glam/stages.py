@@ -6,7 +6,8 @@ Shape suffixes as in `attention.py`.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from mirror_modules._checks import autocast_dtype, check_precision, shape_of
 from mirror_modules._norms import FeatureBatchNorm
+from mirror_modules._sentence_conv import SentenceConv2d
 
+Activation = Literal["glu", "relu"]
+ACTIVATIONS = ("glu", "relu")
 SMALLEST_RESOLUTION = 4
 
 
@@ -91,6 +95,16 @@ def gate(features: Tensor) -> Tensor:
     return value * openness.sigmoid()
 
 
+def activate(features: Tensor, activation: Activation) -> Tensor:
+    """Apply the gated linear unit, which halves the channels, or ReLU, which keeps them."""
+    return gate(features) if activation == "glu" else F.relu(features)
+
+
+def channels_before(activation: Activation, channels: int) -> int:
+    """How many channels become `channels` by `activate`."""
+    return 2 * channels if activation == "glu" else channels
+
+
 class DoublingConv2d(nn.Conv2d):
     """A 3x3 convolution of the feature map at twice its size, without computing that larger map.
 
@@ -112,54 +126,77 @@ class DoublingConv2d(nn.Conv2d):
 
 
 class UpBlock(nn.Module):
-    """Double the resolution: nearest-neighbor upsampling, 3x3 convolution, batch norm, gated linear unit."""
+    """Double the resolution: nearest-neighbor upsampling, 3x3 convolution, batch norm, activation."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, activation: Activation = "glu") -> None:
         super().__init__()
-        self.conv = DoublingConv2d(in_channels, 2 * out_channels)
-        self.norm = nn.BatchNorm2d(2 * out_channels)
+        self.activation = activation
+        before = channels_before(activation, out_channels)
+        self.conv = DoublingConv2d(in_channels, before)
+        self.norm = nn.BatchNorm2d(before)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, 2H, 2W)."""
-        return gate(self.norm(self.conv(features)))
+        return activate(self.norm(self.conv(features)), self.activation)
+
+
+def up_blocks(widths: Sequence[int], activation: Activation) -> nn.Sequential:
+    """One `UpBlock` between each width and the next."""
+    return nn.Sequential(*(UpBlock(before, after, activation) for before, after in itertools.pairwise(widths)))
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a gated linear unit between them, added to the input."""
+    """Two 3x3 convolutions with an activation between them, added to the input; with ReLU, another one after the sum.
 
-    def __init__(self, channels: int) -> None:
+    The gated linear unit is that of StackGAN++ and its successors, ReLU that of StackGAN.
+    """
+
+    def __init__(self, channels: int, activation: Activation = "glu") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(2 * channels)
+        self.activation = activation
+        before = channels_before(activation, channels)
+        self.conv1 = nn.Conv2d(channels, before, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(before)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        inner = gate(self.norm1(self.conv1(features)))
-        return features + self.norm2(self.conv2(inner))
+        inner = activate(self.norm1(self.conv1(features)), self.activation)
+        refined = features + self.norm2(self.conv2(inner))
+        return refined if self.activation == "glu" else F.relu(refined)
 
 
 class InitialStage(nn.Module):
     """Noise and condition -> features of the first resolution: `f_0 = F_0(z, s_ca)` (Sec. 3.2).
 
     A linear layer makes a 4x4 map; each doubling of the resolution halves the channels, down to `channels`.
+
+    Args:
+        noise_dim: Features Z of the noise.
+        condition_dim: Features E of the condition; 0 for a stage that has noise alone.
+        channels: Channels C of the result.
+        resolution: Height and width of the result, a power of two of at least 4.
+        activation: "glu", or "relu" (StackGAN).
     """
 
-    def __init__(self, noise_dim: int, condition_dim: int, channels: int, resolution: int) -> None:
+    def __init__(
+        self, noise_dim: int, condition_dim: int, channels: int, resolution: int, activation: Activation = "glu"
+    ) -> None:
         super().__init__()
+        self.activation = activation
         doublings = (resolution // SMALLEST_RESOLUTION).bit_length() - 1
         self.base_channels = channels * 2**doublings
-        base_features = self.base_channels * SMALLEST_RESOLUTION**2
-        self.linear = nn.Linear(condition_dim + noise_dim, 2 * base_features, bias=False)
-        self.norm = FeatureBatchNorm(2 * base_features)
-        widths = [channels * 2**i for i in range(doublings, -1, -1)]
-        self.upsample = nn.Sequential(*(UpBlock(wide, narrow) for wide, narrow in itertools.pairwise(widths)))
+        base_features = channels_before(activation, self.base_channels * SMALLEST_RESOLUTION**2)
+        self.linear = nn.Linear(condition_dim + noise_dim, base_features, bias=False)
+        self.norm = FeatureBatchNorm(base_features)
+        self.upsample = up_blocks([channels * 2**i for i in range(doublings, -1, -1)], activation)
 
-    def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, Z), (B, E) -> (B, C, H, W)."""
-        check_precision("InitialStage", self.linear, noise=noise, condition=condition)
-        base = gate(self.norm(self.linear(_concatenate(condition, noise))))
+        inputs = {"noise": noise} if condition is None else {"condition": condition, "noise": noise}
+        check_precision("InitialStage", self.linear, **inputs)
+        base = activate(self.norm(self.linear(_concatenate(*inputs.values()))), self.activation)
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
 
@@ -174,26 +211,36 @@ class RefinementStage(nn.Module):
         doublings: How many times the resolution doubles.
         residual_blocks: Number of residual blocks.
         attention: A module that fulfills `StageAttention`; None for a stage without attention.
+        out_channels: Channels of the result; None keeps those of the features.
+        activation: "glu", or "relu".
 
     Raises:
         ValueError: `attention` is not a Module with a `context_dim`.
     """
 
-    def __init__(self, channels: int, doublings: int, residual_blocks: int, attention: nn.Module | None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        doublings: int,
+        residual_blocks: int,
+        attention: nn.Module | None,
+        *,
+        out_channels: int | None = None,
+        activation: Activation = "glu",
+    ) -> None:
         super().__init__()
         context_dim = 0 if attention is None else _context_dim(attention)
         self.attention = attention
         fused, inputs = 2 * channels, channels + context_dim
         self.fusion = nn.Identity() if inputs == fused else nn.Conv2d(inputs, fused, 1, bias=False)
-        self.residual = nn.Sequential(*(ResidualBlock(fused) for _ in range(residual_blocks)))
-        widths = [fused] + [channels] * doublings
-        self.upsample = nn.Sequential(*(UpBlock(before, after) for before, after in itertools.pairwise(widths)))
+        self.residual = nn.Sequential(*(ResidualBlock(fused, activation) for _ in range(residual_blocks)))
+        self.upsample = up_blocks([fused] + [out_channels or channels] * doublings, activation)
 
     def forward(
         self,
         features: Tensor,
         condition: Tensor,
-        words: Tensor,
+        words: Tensor | None,
         word_mask: Tensor | None = None,
         *,
         need_weights: bool = False,
@@ -203,12 +250,12 @@ class RefinementStage(nn.Module):
         Args:
             features: Features of the stage before, (B, C, H, W).
             condition: Augmented condition, (B, E).
-            words: Word features, (B, L, D).
+            words: Word features, (B, L, D); None only without attention.
             word_mask: True for a real word, (B, L); None if all are.
             need_weights: Also return the attention maps.
 
         Returns:
-            Features (B, C, 2**doublings * H, 2**doublings * W), and the attention maps if requested.
+            Features (B, out_channels, 2**doublings * H, 2**doublings * W), and the attention maps if requested.
 
         Raises:
             ValueError: The result of the attention module is not as `StageContext` describes it.
@@ -219,6 +266,61 @@ class RefinementStage(nn.Module):
         fused = self.fusion(_concatenate(features, *_contexts(self.attention, attended, features)))
         refined = self.upsample(self.residual(fused))
         return StageResult(refined, attended.word_weights, attended.sentence_weights)
+
+
+class ConditionStage(nn.Module):
+    """Features of one resolution -> features of another, with the condition at every position (StackGAN, StackGAN++).
+
+        f_i = up(residual(activation(norm(conv(f_{i-1}, s_ca)))))
+
+    Args:
+        channels: Channels C of the features.
+        condition_dim: Features E of the condition.
+        widths: Channels after each doubling of the resolution.
+        residual_blocks: Number of residual blocks, at C channels.
+        activation: "glu" (StackGAN++), or "relu" (StackGAN).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        condition_dim: int,
+        widths: Sequence[int],
+        residual_blocks: int,
+        activation: Activation = "glu",
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        before = channels_before(activation, channels)
+        self.joint = SentenceConv2d(channels, condition_dim, out_channels=before)
+        self.norm = nn.BatchNorm2d(before)
+        self.residual = nn.Sequential(*(ResidualBlock(channels, activation) for _ in range(residual_blocks)))
+        self.upsample = up_blocks([channels, *widths], activation)
+
+    def forward(
+        self,
+        features: Tensor,
+        condition: Tensor,
+        words: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> StageResult:
+        """Join, refine and upsample; words and their mask are ignored.
+
+        Args:
+            features: Features of the stage before, (B, C, H, W).
+            condition: Augmented condition, (B, E).
+            words: Ignored, as the arguments after it, which are those of `RefinementStage`.
+            word_mask: Ignored.
+            need_weights: Ignored: there are no attention maps.
+
+        Returns:
+            Features (B, widths[-1], 2**len(widths) * H, 2**len(widths) * W).
+        """
+        check_precision("ConditionStage", self.joint, features=features, condition=condition)
+        joint = activate(self.norm(self.joint(features, condition)), self.activation)
+        return StageResult(self.upsample(self.residual(joint)), None, None)
 
 
 class ImageHead(nn.Module):
