@@ -261,3 +261,79 @@ def test_a_number_of_captions_that_does_not_fit():
     tokens, word_mask = captioner.encode(CAPTIONS)
     with pytest.raises(ValueError, match="3 captions for 2 images; the number must be the same, or a multiple"):
         captioner(draw(2), tokens, word_mask)
+
+
+def test_padding_on_the_left_is_refused_at_every_call(made):
+    captioner, images = made[2], draw(2)
+    score = RedescriptionScore(captioner)
+    score(images, CAPTIONS[:2])
+    tokens, word_mask = captioner.encode(CAPTIONS[:2])
+    tokens[1], word_mask[1] = tokens[1].roll(1), word_mask[1].roll(1)
+    with pytest.raises(
+        ValueError, match="HuggingFaceCaptioner: word_mask has padding before a real word; put the real"
+    ):
+        score(images, tokens, word_mask)
+
+
+@pytest.mark.parametrize("kind", ["blip", "git", "vision-encoder-decoder", "blip-2"])
+def test_captions_beyond_the_positions_of_the_model(kind):
+    model, processor = make(kind)
+    captioner = captioner_from(model, processor)
+    positions = model.config.get_text_config(decoder=True).max_position_embeddings
+    words = positions - len(captioner._family.start)
+    longest, image = " ".join(["red"] * words), draw(1).detach()
+    assert captioner(image, *captioner.encode(longest)).isfinite().all()
+    with pytest.raises(ValueError, match=f"need {positions + 1} positions .* but the model has {positions}; shorten"):
+        captioner(image, *captioner.encode(longest + " red"))
+
+
+class Wrapped(nn.Module):
+    """A model of PEFT, whose forward hides the arguments of the model inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self):
+        return self.model
+
+    def __getattr__(self, attribute):
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            return getattr(self.model, attribute)
+
+    def forward(self, *arguments, **options):
+        return self.model(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_has_the_same_logits(name, made, wrap):
+    model, processor, captioner = made
+    images, (tokens, word_mask) = draw(), captioner.encode(CAPTIONS)
+    wrapped = captioner_from(wrap(model), processor)
+    assert_close(wrapped(images, tokens, word_mask), captioner(images, tokens, word_mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_replaced_model_takes_effect(name):
+    model, processor = make(name)
+    captioner, images = captioner_from(model, processor), draw()
+    text = captioner.encode(CAPTIONS)
+    before = captioner(images, *text)
+    captioner.model = type(model)(model.config).eval()
+    assert not torch.allclose(captioner(images, *text), before)
+
+
+def test_weights_that_are_not_floats(monkeypatch):
+    """The first weight of a quantized model may be an integer."""
+    model, processor = make("blip")
+    captioner = captioner_from(model, processor)
+    text = captioner.encode(CAPTIONS)
+    expected = captioner(draw(), *text)
+    model.vision_model.embeddings.register_parameter("a", nn.Parameter(torch.zeros(2, dtype=torch.uint8), False))
+    monkeypatch.setattr(
+        model,
+        "parameters",
+        lambda recurse=True: iter(sorted(nn.Module.parameters(model, recurse), key=torch.is_floating_point)),
+    )
+    assert torch.equal(captioner(draw(), *text), expected)

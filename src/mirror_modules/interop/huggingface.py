@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_word_mask
+from mirror_modules._checks import check_word_mask, shape_of
 from mirror_modules._typing import TypedCall
+from mirror_modules.interop.adapters import check_padding_is_last, example_of
 from mirror_modules.interop.pixels import Preprocess
 
 # What a processor returns for a prompt with one image; anything else, such as sizes of tiles, would be needed per
@@ -138,8 +139,9 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Compute all that depends on the images alone, for images in [-1, 1], (N, 3, H, W)."""
-        parameter = next(self.model.parameters())
-        return self._family.encode_images(self.preprocess(images).to(parameter.dtype))
+        # Not the first parameter: quantized weights are integers.
+        pixels = self.preprocess(images).to(example_of(self.model).dtype)
+        return self._family.encode_images(self.model, pixels)
 
     def decode(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Predict each token from the encoded images, the prompt and the tokens before it.
@@ -147,15 +149,22 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
         Args:
             encoded: Images by `encode_images`, N of them.
             tokens: Token ids, (B, L), where B is a multiple of N: row k belongs to image k mod N.
-            word_mask: True for a real token, (B, L); None if all are.
+            word_mask: True for a real token, (B, L), real tokens first; None if all are.
 
         Returns:
             Logits (B, L, V).
+
+        Raises:
+            ValueError: Sizes disagree, the model has too few positions for the captions, or padding precedes a real
+                token, which is checked on a CPU only.
         """
-        word_mask = check_word_mask("HuggingFaceCaptioner", tokens, word_mask, may_stall=False)
+        owner = "HuggingFaceCaptioner"
+        word_mask = check_word_mask(owner, tokens, word_mask, may_stall=False)
         if word_mask is None:
             word_mask = torch.ones_like(tokens, dtype=torch.bool)
-        return self._family.logits(encoded, tokens, word_mask)
+        # The prompt precedes the padding, and the last padding would predict the first token.
+        check_padding_is_last(owner, word_mask)
+        return self._family.logits(self.model, encoded, tokens, word_mask)
 
     def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Predict each token of the captions.
@@ -163,10 +172,13 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
         Args:
             images: In [-1, 1], (B, 3, H, W), of any size.
             tokens: Token ids, (B, L), as `encode` gives them.
-            word_mask: True for a real token, (B, L); None if all are.
+            word_mask: True for a real token, (B, L), real tokens first; None if all are.
 
         Returns:
             Logits (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.
+
+        Raises:
+            ValueError: See `decode`; or the images are not floats (B, 3, H, W).
         """
         return self.decode(self.encode_images(images), tokens, word_mask)
 
@@ -186,18 +198,21 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
 
 
 class _Family(Protocol):
-    """What differs between the kinds of models."""
+    """What differs between the kinds of models.
+
+    The model is an argument, not an attribute, so that replacing or replicating that of the captioner takes effect.
+    """
 
     end: list[int]
     """Token ids that end a caption."""
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None) -> None: ...
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         """What depends on the images alone."""
         ...
 
-    def logits(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
         """Logits (B, L, V) of tokens (B, L), of which row k belongs to image k mod N."""
         ...
 
@@ -210,8 +225,8 @@ class _TextPrompt:
     """A start token, then the text of the prompt, then the caption."""
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        start, end = self.special_tokens()
+        self.tokenizer, self.positions = tokenizer, _positions_of(model)
+        start, end = self.special_tokens(model)
         if start is None or end is None:
             kind, setting = ("start", self.start_setting) if start is None else ("end", self.end_setting)
             raise ValueError(f"captioner_from: {type(model).__name__} has no {kind} token; set {setting}.")
@@ -220,7 +235,7 @@ class _TextPrompt:
 
     start_setting, end_setting = "config.text_config.bos_token_id", "config.text_config.sep_token_id"
 
-    def special_tokens(self) -> tuple[int | None, int | None]:
+    def special_tokens(self, model: Any) -> tuple[int | None, int | None]:
         raise NotImplementedError
 
     def question(self, text: str) -> list[int]:
@@ -230,22 +245,23 @@ class _TextPrompt:
         """The start, the prompt and all tokens but the last, which predicts nothing, with their attention mask."""
         start = torch.tensor(self.start, device=tokens.device).expand(tokens.shape[0], -1)
         ids = torch.cat((start, tokens), dim=1)[:, :-1]
+        _check_length(ids, tokens, self.positions)
         return ids, torch.cat((torch.ones_like(start), word_mask.long()), dim=1)[:, :-1]
 
 
 class _Blip(_TextPrompt):
     """A text decoder with cross-attention to the image."""
 
-    def special_tokens(self) -> tuple[int | None, int | None]:
-        config = self.model.config.text_config
+    def special_tokens(self, model: Any) -> tuple[int | None, int | None]:
+        config = model.config.text_config
         return config.bos_token_id, config.sep_token_id
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self.model.vision_model(pixel_values=pixels).last_hidden_state)
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
+        return cast(Tensor, model.vision_model(pixel_values=pixels).last_hidden_state)
 
-    def logits(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
-        output = self.model.text_decoder(
+        output = model.text_decoder(
             input_ids=ids,
             attention_mask=attention_mask,
             encoder_hidden_states=_repeated(encoded, tokens),
@@ -259,15 +275,15 @@ class _Git(_TextPrompt):
 
     start_setting, end_setting = "tokenizer.cls_token", "tokenizer.sep_token"
 
-    def special_tokens(self) -> tuple[int | None, int | None]:
+    def special_tokens(self, model: Any) -> tuple[int | None, int | None]:
         return self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         return pixels
 
-    def logits(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
-        output = self.model(pixel_values=encoded, input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        output = model(pixel_values=encoded, input_ids=ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.logits)[:, -tokens.shape[1] :]
 
 
@@ -276,8 +292,8 @@ class _EncoderDecoder(_TextPrompt):
 
     start_setting, end_setting = "config.decoder_start_token_id", "config.eos_token_id"
 
-    def special_tokens(self) -> tuple[int | None, int | None]:
-        config, generation = self.model.config, getattr(self.model, "generation_config", None)
+    def special_tokens(self, model: Any) -> tuple[int | None, int | None]:
+        config, generation = model.config, getattr(model, "generation_config", None)
 
         def first(name: str, *more: int | None) -> int | None:
             known = [getattr(each, name, None) for each in (config, generation, config.decoder)]
@@ -287,12 +303,12 @@ class _EncoderDecoder(_TextPrompt):
         end = first("eos_token_id", tokenizer.eos_token_id, tokenizer.sep_token_id)
         return first("decoder_start_token_id", config.decoder.bos_token_id, tokenizer.bos_token_id), end
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self.model.encoder(pixel_values=pixels).last_hidden_state)
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
+        return cast(Tensor, model.encoder(pixel_values=pixels).last_hidden_state)
 
-    def logits(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
-        output = self.model(
+        output = model(
             encoder_outputs=(_repeated(encoded, tokens),),
             decoder_input_ids=ids,
             decoder_attention_mask=attention_mask,
@@ -308,23 +324,22 @@ class _Placeholder:
     """
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None) -> None:
-        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.tokenizer, self.processor, self.positions = tokenizer, processor, _positions_of(model)
         image_id = _image_token(model.config)
-        name = type(model).__name__
+        self.name, self.model_type = type(_unwrapped(model)).__name__, model.config.model_type
         if image_id is None or not callable(processor) or processor is tokenizer:
-            kind = model.config.model_type
             raise ValueError(
-                f"captioner_from: {name} (model_type {kind!r}) is neither BLIP, GIT nor a vision-encoder-decoder, and "
-                "has no image token with a processor that places it; wrap it in a Module with the contract of "
-                "RedescriptionLoss."
+                f"captioner_from: {self.name} (model_type {self.model_type!r}) is neither BLIP, GIT nor a "
+                "vision-encoder-decoder, and has no image token with a processor that places it; wrap it in a Module "
+                "with the contract of RedescriptionLoss."
             )
         self.image_id = image_id
         if getattr(model.config, "use_decoder_only_language_model", True) is False:
             raise ValueError(
-                f"captioner_from: the language model of {name} is an encoder with a decoder, which is not supported; "
-                "use a decoder-only one, such as OPT."
+                f"captioner_from: the language model of {self.name} is an encoder with a decoder, which is not "
+                "supported; use a decoder-only one, such as OPT."
             )
-        parameters = inspect.signature(self.decoder.forward).parameters
+        parameters = inspect.signature(_unwrapped(self.decoder(model)).forward).parameters
         self.takes_types = "token_type_ids" in parameters
         self.keeps_logits = "logits_to_keep" in parameters
         template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
@@ -333,18 +348,17 @@ class _Placeholder:
         self.start = self._prompt_ids(self.default if prompt is None else prompt)
         end = tokenizer.eos_token_id
         if end is None:
-            raise ValueError(f"captioner_from: the tokenizer of {name} has no end token; set tokenizer.eos_token.")
+            raise ValueError(f"captioner_from: the tokenizer of {self.name} has no end token; set tokenizer.eos_token.")
         self.end = [end]
 
-    @property
-    def decoder(self) -> Any:
+    def decoder(self, model: Any) -> Any:
         """The module that computes the logits."""
-        return self.model
+        return model
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         return pixels
 
-    def image_and_text(self, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def image_and_text(self, model: Any, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """The inputs of the decoder that hold one encoded image for each row of ids."""
         return {"pixel_values": encoded, "input_ids": ids}
 
@@ -352,11 +366,12 @@ class _Placeholder:
         """The whole prompt with its placeholders, in place of the usual one."""
         return self._prompt_ids(text)
 
-    def logits(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
         has_prompt = bool(tokens[:1].eq(self.image_id).any())
         count = 0 if has_prompt else len(self.start)
         start = torch.tensor(self.start, device=tokens.device, dtype=tokens.dtype)[:count].expand(len(tokens), -1)
         ids = torch.cat((start, tokens), dim=1)[:, :-1]
+        _check_length(ids, tokens, self.positions)
         attention_mask = torch.cat((torch.ones_like(start), word_mask.long()), dim=1)[:, :-1]
         options: dict[str, Any] = {}
         kept = min(tokens.shape[1], ids.shape[1])
@@ -366,8 +381,8 @@ class _Placeholder:
         if self.takes_types:
             # 0 is the prompt, in which attention is bidirectional.
             options["token_type_ids"] = torch.cat((torch.zeros_like(start), torch.ones_like(tokens)), dim=1)[:, :-1]
-        inputs = self.image_and_text(_repeated(encoded, tokens), ids)
-        output = self.decoder(**inputs, attention_mask=attention_mask, use_cache=False, **options)
+        inputs = self.image_and_text(model, _repeated(encoded, tokens), ids)
+        output = self.decoder(model)(**inputs, attention_mask=attention_mask, use_cache=False, **options)
         logits = cast(Tensor, output.logits)[:, -kept:]
         if kept == tokens.shape[1]:
             return logits
@@ -379,23 +394,23 @@ class _Placeholder:
             content = [{"type": "image"}, {"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        elif self.model.config.model_type == "paligemma":
+        elif self.model_type == "paligemma":
             text = f"{self.tokenizer.decode([self.image_id])}{text}"
         blank = np.zeros((64, 64, 3), np.uint8)
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         inputs = self.processor(
             images=[blank], text=[text], return_tensors="pt", **({"add_special_tokens": False} if begins else {})
         )
-        name = type(self.model).__name__
         if unknown := sorted(set(inputs) - _KNOWN_INPUTS):
             raise ValueError(
-                f"captioner_from: {name} needs {', '.join(unknown)} for each image; only pixel_values are supported."
+                f"captioner_from: {self.name} needs {', '.join(unknown)} for each image; only pixel_values are "
+                "supported."
             )
         ids = [int(token) for token in inputs["input_ids"][0]]
         if self.image_id not in ids:
             raise ValueError(
-                f"captioner_from: the prompt {text!r} has no place for the image; {name} expects its image token in "
-                f"it, {self.tokenizer.decode([self.image_id])!r}."
+                f"captioner_from: the prompt {text!r} has no place for the image; {self.name} expects its image token "
+                f"in it, {self.tokenizer.decode([self.image_id])!r}."
             )
         return ids
 
@@ -407,30 +422,29 @@ class _ImageFeatures(_Placeholder):
     bidirectionally in the prompt.
     """
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        features = self.model.get_image_features(pixels).pooler_output
+    def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
+        features = model.get_image_features(pixels).pooler_output
         # LLaVA lists one tensor per image.
         return features if isinstance(features, Tensor) else torch.stack(tuple(features))
 
-    def image_and_text(self, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def image_and_text(self, model: Any, encoded: Tensor, ids: Tensor) -> dict[str, Tensor]:
         is_image = ids == self.image_id
         if bool((is_image.sum(dim=1) != encoded.shape[1]).any()):
             raise ValueError(
-                f"HuggingFaceCaptioner: {type(self.model).__name__} has {encoded.shape[1]} features per image, but the "
+                f"HuggingFaceCaptioner: {self.name} has {encoded.shape[1]} features per image, but the "
                 f"rows of tokens have {is_image.sum(dim=1).unique().tolist()} places for them; remove image tokens "
                 "from captions, and check that processor and model belong together."
             )
         # The id of a placeholder may lie beyond the embeddings.
-        embeddings = self.model.get_input_embeddings()(ids.masked_fill(is_image, 0))
+        embeddings = model.get_input_embeddings()(ids.masked_fill(is_image, 0))
         return {"inputs_embeds": embeddings.masked_scatter(is_image.unsqueeze(2), encoded.to(embeddings))}
 
 
 class _Blip2(_ImageFeatures):
     """The model itself would not run without pixels; all that it does with the embeddings is to pass them on."""
 
-    @property
-    def decoder(self) -> Any:
-        return self.model.language_model
+    def decoder(self, model: Any) -> Any:
+        return model.language_model
 
 
 _FAMILIES: dict[str, type[_Family]] = {
@@ -441,6 +455,30 @@ _FAMILIES: dict[str, type[_Family]] = {
     "llava": _ImageFeatures,
     "paligemma": _ImageFeatures,
 }
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside wrappers that hide the arguments of its forward: compiled models, and those of PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _positions_of(model: Any) -> int | None:
+    """The number of positions of the text decoder, or None if its configuration has none."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _check_length(ids: Tensor, tokens: Tensor, positions: int | None) -> None:
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(
+            f"HuggingFaceCaptioner: tokens are {shape_of(tokens)} and need {ids.shape[1]} positions with the prompt, "
+            f"but the model has {positions}; shorten the captions."
+        )
 
 
 def _image_token(config: Any) -> int | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mirror_modules._checks import (
     check_tokens,
     check_word_mask,
-    is_readable,
     shape_of,
     zero_padding,
 )
@@ -25,6 +24,7 @@ from mirror_modules.interop.adapters import (
     Pooling,
     arguments_of,
     check_module,
+    check_padding_is_last,
     check_pooling,
     choose_pooling,
     example_of,
@@ -212,7 +212,7 @@ class TextEncoderAdapter(Adapter):
             )
         self._keep_frozen()
         if word_mask is not None:
-            _check_padding_is_last(owner, word_mask)
+            check_padding_is_last(owner, word_mask)
             # CLIP finds its end token by its id, and SigLIP attends to padding: it must not hold other ids.
             tokens = tokens.masked_fill(~word_mask, self._pad_id)
         words, pooled = self._read(tokens, word_mask)
@@ -265,15 +265,3 @@ def _pad_id_of(owner: str, tokenizer: Any) -> int:
             "lengths make no batch; set one, such as tokenizer.pad_token = tokenizer.eos_token."
         )
     return pad_id
-
-
-def _check_padding_is_last(owner: str, word_mask: Tensor) -> None:
-    if (
-        is_readable(word_mask)
-        and word_mask.device.type == "cpu"
-        and bool((word_mask[:, 1:] & ~word_mask[:, :-1]).any())
-    ):
-        raise ValueError(
-            f"{owner}: word_mask has padding before a real word; put the real words first, such as with "
-            "padding_side='right' of the tokenizer."
-        )
