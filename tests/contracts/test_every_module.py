@@ -20,6 +20,7 @@ from mirror_modules import (
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
+    ImageRefinementStage,
     KeypointGate,
     MatchingLoss,
     MirrorGAN,
@@ -107,6 +108,9 @@ CASES = {
     "CascadedGenerator without words": Case(
         lambda: CascadedGenerator(Z, E, channels=(3, C), resolutions=(4, 8), residual_blocks=1, attention="condition"),
         lambda: ((torch.randn(B, Z), torch.randn(B, E)), {}),
+    ),
+    "ImageRefinementStage": Case(
+        lambda: ImageRefinementStage(E, channels=4, residual_blocks=1), lambda: ((images(), torch.randn(B, E)), {})
     ),
     "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
     "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),

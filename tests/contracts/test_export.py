@@ -20,6 +20,7 @@ from mirror_modules import (
     GlobalLocalAttention,
     ImageEncoder,
     ImageFeatures,
+    ImageRefinementStage,
     KeypointGate,
     KeypointMaps,
     MatchingLoss,
@@ -141,6 +142,10 @@ CASES = {
     "CascadedGenerator without words": Case(
         lambda: CascadedGenerator(Z, E, channels=(3, C), resolutions=(4, 8), residual_blocks=1, attention="condition"),
         lambda batch, _: {"noise": torch.randn(batch, Z), "condition": torch.randn(batch, E)},
+    ),
+    "ImageRefinementStage": Case(
+        lambda: ImageRefinementStage(E, channels=4, residual_blocks=1),
+        lambda batch, _: {"images": images(batch), "condition": torch.randn(batch, E)},
     ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C),

@@ -27,6 +27,7 @@ PUBLIC_NAMES = [
     "GlobalLocalContext",
     "ImageEncoder",
     "ImageFeatures",
+    "ImageRefinementStage",
     "KeypointGate",
     "KeypointMaps",
     "LatentSampler",

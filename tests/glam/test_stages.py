@@ -22,6 +22,7 @@ from mirror_modules.glam.stages import (
 
 B, L, C, H, W = 2, 7, 3, 5, 2
 Z, D, E = 11, 13, 17
+ACTIVATIONS = pytest.mark.parametrize("activation", ["glu", "relu"])
 
 
 def conv_by_loops(features, weight):
@@ -48,6 +49,12 @@ def gate_by_loops(features):
     return torch.stack([features[:, c] * torch.sigmoid(features[:, half + c]) for c in range(half)], dim=1)
 
 
+def activate_by_loops(features, activation):
+    if activation == "glu":
+        return gate_by_loops(features)
+    return torch.tensor([max(value, 0.0) for value in features.flatten().tolist()]).view(features.shape)
+
+
 def with_random_statistics(module):
     """Evaluation mode, with random norms instead of the identity."""
     for part in module.modules():
@@ -58,12 +65,13 @@ def with_random_statistics(module):
     return module.eval().requires_grad_(False)
 
 
-def test_up_block_matches_the_loops():
-    block, features = with_random_statistics(UpBlock(C, 2)), torch.randn(1, C, 2, 3)
+@ACTIVATIONS
+def test_up_block_matches_the_loops(activation):
+    block, features = with_random_statistics(UpBlock(C, 2, activation)), torch.randn(1, C, 2, 3)
     doubled = torch.zeros(1, C, 4, 6)
     for y, x in product(range(4), range(6)):
         doubled[:, :, y, x] = features[:, :, y // 2, x // 2]
-    expected = gate_by_loops(norm_by_loops(conv_by_loops(doubled, block.conv.weight), block.norm))
+    expected = activate_by_loops(norm_by_loops(conv_by_loops(doubled, block.conv.weight), block.norm), activation)
     assert_close(block(features), expected)
 
 
@@ -92,10 +100,13 @@ def test_doubling_convolution_equals_upsampling_then_convolution_up_to_second_de
     assert_close(derivatives(conv(features)), expected, atol=1e-10, rtol=1e-10)
 
 
-def test_residual_block_matches_the_loops():
-    block, features = with_random_statistics(ResidualBlock(C)), torch.randn(1, C, 2, 3)
-    inner = gate_by_loops(norm_by_loops(conv_by_loops(features, block.conv1.weight), block.norm1))
+@ACTIVATIONS
+def test_residual_block_matches_the_loops(activation):
+    block, features = with_random_statistics(ResidualBlock(C, activation)), torch.randn(1, C, 2, 3)
+    inner = activate_by_loops(norm_by_loops(conv_by_loops(features, block.conv1.weight), block.norm1), activation)
     expected = features + norm_by_loops(conv_by_loops(inner, block.conv2.weight), block.norm2)
+    if activation == "relu":
+        expected = activate_by_loops(expected, activation)
     assert_close(block(features), expected)
 
 
@@ -104,14 +115,15 @@ def test_image_head_matches_the_loops():
     assert_close(head(features), torch.tanh(conv_by_loops(features, head.conv.weight)))
 
 
-def test_initial_stage_without_doubling_is_a_gated_linear_map():
-    stage = with_random_statistics(InitialStage(Z, E, C, 4))
+@ACTIVATIONS
+def test_initial_stage_without_doubling_is_a_linear_map_and_an_activation(activation):
+    stage = with_random_statistics(InitialStage(Z, E, C, 4, activation))
     noise, condition = torch.randn(B, Z), torch.randn(B, E)
-    linear = torch.zeros(B, 2 * C * 16)
-    for b, n in product(range(B), range(2 * C * 16)):
+    linear = torch.zeros(B, (2 if activation == "glu" else 1) * C * 16)
+    for b, n in product(range(B), range(linear.shape[1])):
         row = stage.linear.weight[n]
         linear[b, n] = sum(row[e] * condition[b, e] for e in range(E)) + sum(row[E + z] * noise[b, z] for z in range(Z))
-    gated = gate_by_loops(norm_by_loops(linear, stage.norm))
+    gated = activate_by_loops(norm_by_loops(linear, stage.norm), activation)
     expected = torch.zeros(B, C, 4, 4)
     for c, y, x in product(range(C), range(4), range(4)):
         expected[:, c, y, x] = gated[:, 16 * c + 4 * y + x]

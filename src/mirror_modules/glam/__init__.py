@@ -21,6 +21,7 @@ from mirror_modules.glam.placing import (
     keypoint_maps,
     place_in_box,
 )
+from mirror_modules.glam.refinement import ImageRefinementStage
 from mirror_modules.glam.stages import StageAttention, StageContext
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "GlamBlock",
     "GlobalLocalAttention",
     "GlobalLocalContext",
+    "ImageRefinementStage",
     "KeypointGate",
     "KeypointMaps",
     "StageAttention",
