@@ -1,5 +1,6 @@
 """Caption likelihood per image: against plain loops, its prior, matrices, strings, gradients and errors."""
 
+import copy
 import math
 
 import pytest
@@ -224,6 +225,7 @@ def test_likelihoods_of_long_captions_do_not_underflow():
         (r"are \(3, 1\) and \(3,\)", (torch.zeros(3, 1), torch.zeros(3))),
         (r"word_count must be \(B,\) and R at least 1", (torch.zeros(3), torch.zeros(2, 3))),
         (r"word_count must be \(B,\)", (torch.zeros(3), torch.zeros(2, 3), torch.zeros(2))),
+        (r"word_count must be \(B,\)", (torch.zeros(3), torch.zeros(2, 3), [1, 1, 1])),
         (r"R at least 1", (torch.zeros(3), torch.zeros(0, 3), torch.ones(3))),
     ],
 )
@@ -239,7 +241,10 @@ def test_invalid_log_likelihoods(message, arguments):
         (r"reference is needed for debias='prior', .* reference is missing", {"debias": "prior"}),
         (r"reference is needed for debias='prior', .* is given", {"reference": torch.zeros(2, 3, 4, 4)}),
         (r"reference: images must be \(B, 3, H, W\)", {"debias": "prior", "reference": torch.zeros(3, 4, 4)}),
-        (r"yes_no must contain \{\} once, for the caption, but it is 'is it so'", {"yes_no": "is it so"}),
+        (r"yes_no must be True, or a question that contains \{\} once, .* 'is it so'", {"yes_no": "is it so"}),
+        (r"yes_no must be True, or a question that contains \{\} once, .* but it is ''", {"yes_no": ""}),
+        (r"yes_no must be True, or a question that contains \{\} once, .* but it is 7", {"yes_no": 7}),
+        (r"reference has no images \(\(0, 3, 4, 4\)\)", {"debias": "prior", "reference": torch.zeros(0, 3, 4, 4)}),
         (r"yes_no needs a captioner with a method encode_answer", {"yes_no": True}),
     ],
 )
@@ -281,3 +286,42 @@ def test_the_reference_moves_with_the_score_but_is_not_saved():
     score = RedescriptionScore(Plain(), debias="prior", reference=torch.zeros(R, 3, H, W)).double()
     assert score.reference.dtype == torch.float64
     assert "reference" not in score.state_dict()
+
+
+@CAPTIONERS
+@pytest.mark.parametrize("debias", [None, "blank", "prior"])
+@pytest.mark.parametrize(("images", "captions"), [(0, M), (2, 0), (0, 0)])
+def test_a_matrix_without_a_pair(make, debias, images, captions):
+    reference = torch.zeros(R, 3, H, W) if debias == "prior" else None
+    score = RedescriptionScore(make(), debias=debias, reference=reference)
+    x = torch.zeros(images, 3, H, W, requires_grad=True)
+    matrix = score.score_matrix(x, torch.ones(captions, L, dtype=torch.long))
+    assert matrix.shape == (images, captions)
+    matrix.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("captions", ["a bird", [], torch.ones(0, L, dtype=torch.long)])
+def test_a_batch_without_an_image(captions):
+    x = torch.zeros(0, 3, H, W, requires_grad=True)
+    scores = RedescriptionScore(Plain(len(VOCABULARY)), encode=encode)(x, captions)
+    assert scores.shape == (0,)
+    scores.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_transforms_of_functions(is_checked):
+    score, (images, tokens, mask) = RedescriptionScore(Plain()), draw()
+    if is_checked:
+        score(images, tokens, mask)
+    gradient = torch.func.grad(lambda x: score(x, tokens, mask).sum())(images.detach())
+    (expected,) = torch.autograd.grad(score(images, tokens, mask).sum(), images)
+    assert_close(gradient, expected)
+
+
+def test_a_reference_with_a_graph_can_be_copied():
+    reference = torch.zeros(R, 3, H, W, requires_grad=True) * 2
+    score = RedescriptionScore(Plain(), debias="prior", reference=reference)
+    images, tokens, mask = draw()
+    assert torch.equal(copy.deepcopy(score)(images, tokens, mask), score(images, tokens, mask))

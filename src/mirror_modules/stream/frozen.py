@@ -17,7 +17,7 @@ from mirror_modules._checks import (
     is_readable,
 )
 from mirror_modules._freezing import freeze, is_frozen
-from mirror_modules.stream.probing import needs_gradient, probe_captioner, run_captioner
+from mirror_modules.stream.probing import can_probe, needs_gradient, probe_captioner, run_captioner
 
 Encoder = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Strings -> tokens (B, L) and word_mask (B, L)."""
@@ -36,7 +36,7 @@ class FrozenCaptioner(nn.Module):
         encode: Function that turns a list of strings into (tokens, word_mask). By default, the captioner's own method
             `encode`.
         check: Check its contract at the first call, and at the first one whose images require a gradient; see
-            `probe_captioner`. Compiled graphs do not check.
+            `probe_captioner`. Compiled graphs and transforms of `torch.func` do not check.
 
     Raises:
         ValueError: `captioner` is not a Module.
@@ -130,7 +130,7 @@ class FrozenCaptioner(nn.Module):
         if not is_frozen(self.captioner):
             freeze(self.captioner)
         is_empty = images.shape[0] == 0 or tokens.shape[0] == 0
-        if self._unchecked and is_readable(images) and is_readable(tokens) and not is_empty:
+        if self._unchecked and can_probe(images) and is_readable(tokens) and not is_empty:
             due = self._unchecked & ({"contract", "gradient"} if needs_gradient(images) else {"contract"})
             if due:
                 probe_captioner(owner, self.captioner, images, *(probed or (tokens, word_mask)))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import as_checked, at_least_float32, autocast_dtype, shape_of
+from mirror_modules._checks import as_checked, at_least_float32, autocast_dtype, is_readable, shape_of
 
 # Words of a caption that are enough to find a shift.
 SHORT = 6
@@ -67,6 +67,11 @@ def probe_captioner(owner: str, captioner: nn.Module, images: Tensor, tokens: Te
 def needs_gradient(images: Tensor) -> bool:
     """Whether a call with these images is expected to give them a gradient."""
     return images.requires_grad and torch.is_grad_enabled() and not images.is_inference()
+
+
+def can_probe(images: Tensor) -> bool:
+    """Whether a captioner can be checked on these images; transforms of `torch.func` do not admit `requires_grad_`."""
+    return is_readable(images) and not torch._C._functorch.is_functorch_wrapped_tensor(images)
 
 
 class _Probe:

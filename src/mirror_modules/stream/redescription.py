@@ -42,7 +42,7 @@ def redescription_loss(
         A scalar in nats, at least 0; with "none" (B,), in nats per word.
 
     Raises:
-        ValueError: Sizes disagree, a caption has no real word, or `reduction` is unknown.
+        ValueError: Sizes or types disagree, a caption has no real word, or `reduction` is unknown.
 
     Examples:
         >>> import torch
@@ -66,7 +66,9 @@ def redescription_loss(
 
 def word_losses(owner: str, logits: Tensor, tokens: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Compute the cross entropy of each word, (B, L), which is 0 at padding; also return the mask as bool."""
-    check_tensors(owner, logits=logits)
+    check_tensors(owner, logits=logits, tokens=tokens)
+    if not logits.is_floating_point():
+        raise ValueError(f"{owner}: logits must be floating point, but they are {logits.dtype}.")
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"{owner}: logits must be (B, L, V) for tokens (B, L), but they are {shape_of(logits)} and "
@@ -101,7 +103,7 @@ class RedescriptionLoss(TypedCall, FrozenCaptioner):
             require that it keeps this contract: `logits[:, t]` depends on no token from t on, and on no padding; logits
             are finite and no probabilities; if the images require a gradient, it reaches them. Logits that predict the
             next token, as those of Hugging Face's models, would otherwise be off by one without an error. Compiled
-            graphs do not check.
+            graphs and transforms of `torch.func` do not check.
 
     Raises:
         ValueError: `captioner` is not a Module, or `reduction` is unknown.

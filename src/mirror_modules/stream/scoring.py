@@ -8,7 +8,15 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import as_checked, check_choice, check_images, check_positive, check_tensors, shape_of
+from mirror_modules._checks import (
+    as_checked,
+    at_least_float32,
+    check_choice,
+    check_images,
+    check_positive,
+    check_tensors,
+    shape_of,
+)
 from mirror_modules._typing import TypedCall
 from mirror_modules.stream.frozen import Encoder, FrozenCaptioner
 from mirror_modules.stream.redescription import redescription_loss, word_losses
@@ -55,8 +63,10 @@ def image_information(log_likelihood: Tensor, prior: Tensor, word_count: Tensor 
         )
     if prior.ndim == 1 or prior.shape[0] == 1:
         return log_likelihood - prior.view_as(log_likelihood)
-    if word_count is None or word_count.shape != log_likelihood.shape or prior.shape[0] == 0:
+    is_counted = isinstance(word_count, Tensor) and word_count.shape == log_likelihood.shape
+    if not is_counted or prior.shape[0] == 0:
         raise ValueError(f"{owner}: with prior (R, B), word_count must be (B,) and R at least 1.")
+    word_count = cast(Tensor, word_count)
     mean = torch.logsumexp(prior * word_count, dim=0) - torch.tensor(float(prior.shape[0])).log()
     return log_likelihood - mean / word_count
 
@@ -80,14 +90,15 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             from `interop.captioner_from`. If it has methods `encode_images(images)` and `decode(encoded, tokens,
             word_mask)`, `score_matrix` encodes each image once. There, `encoded` holds N images and `tokens` a multiple
             of N captions; row k belongs to image k mod N.
-        debias: "blank" subtracts the likelihood given a blank image, in the middle of the value range; "prior" that
-            averaged over the images of `reference`. None subtracts nothing.
-        reference: Images in [-1, 1], (R, 3, H, W), for `debias="prior"`: a sample of what captions may describe.
+        debias: "blank" subtracts the log likelihood given a blank image, in the middle of the value range; "prior" the
+            logarithm of the mean likelihood over the images of `reference`. None subtracts nothing.
+        reference: Images in [-1, 1], (R, 3, H, W), for `debias="prior"`: a sample of what captions may describe. Each
+            call runs the captioner on all R of them with every caption, without a gradient.
         encode: Function that turns a list of strings into (tokens, word_mask), with the end token if the captioner was
             trained with it. By default, the captioner's own method `encode`.
-        yes_no: Ask the captioner instead of letting it describe: a question with `{}` for the caption, or True for that
-            of VQAScore. The score is then log P(answer), and the captioner needs a method `encode_answer`, as those of
-            `interop.captioner_from` have.
+        yes_no: Score the answer to a question about the image instead of a description: a question with `{}` for the
+            caption, or True for that of VQAScore. The score is then log P(answer), and the captioner needs a method
+            `encode_answer`, as those of `interop.captioner_from` have.
         answer: The answer whose probability is the score.
         check: See `RedescriptionLoss`.
 
@@ -133,11 +144,19 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             )
         if reference is not None:
             check_images(f"{owner}: reference", reference)
+            if reference.shape[0] == 0:
+                raise ValueError(f"{owner}: reference has no images ({shape_of(reference)}); pass at least one.")
+            # A graph behind it would be kept alive, and could not be copied.
+            reference = reference.detach()
         self.debias: Debias | None = debias
-        self.question = QUESTION if yes_no is True else yes_no or None
-        if self.question is not None:
-            if self.question.count("{}") != 1:
-                raise ValueError(f"{owner}: yes_no must contain {{}} once, for the caption, but it is {yes_no!r}.")
+        self.question: str | None = None
+        if yes_no is not False:
+            if yes_no is not True and (not isinstance(yes_no, str) or yes_no.count("{}") != 1):
+                raise ValueError(
+                    f"{owner}: yes_no must be True, or a question that contains {{}} once, for the caption, but it is "
+                    f"{yes_no!r}."
+                )
+            self.question = QUESTION if yes_no is True else yes_no
             if not hasattr(captioner, "encode_answer"):
                 raise ValueError(
                     f"{owner}: yes_no needs a captioner with a method encode_answer(questions, answer), which "
@@ -157,11 +176,13 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             word_mask: True for a real word, (B, L); None if all are. Only with token ids.
 
         Returns:
-            Nats per token, (B,); with `yes_no` nats.
+            Nats per token, (B,), at least float32; with `yes_no` nats per answer.
 
         Raises:
             ValueError: Sizes disagree, or an argument is unsuitable.
         """
+        if isinstance(images, Tensor) and images.shape[:1] == (0,) and (isinstance(captions, str) or not len(captions)):
+            return _empty_matrix(images, 1).flatten()
         encoded = self._encoded(captions, word_mask, images)
         encoded = encoded._replace(word_mask=self._checked(images, *encoded[:2], probed=encoded.probed))
         logits = self._logits(images, encoded.tokens, encoded.word_mask)
@@ -184,7 +205,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             batch_size: Pairs of image and caption that are computed at a time, which bounds the memory.
 
         Returns:
-            Nats per token, (N, M); with `yes_no` nats.
+            Nats per token, (N, M), at least float32; with `yes_no` nats per answer.
 
         Raises:
             ValueError: An argument is unsuitable.
@@ -193,8 +214,10 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         encoded = self._encoded([captions] if isinstance(captions, str) else captions, word_mask, images)
         word_mask = self._checked(images, *encoded[:2], paired=False, probed=encoded.probed)
         encoded = encoded._replace(word_mask=word_mask)
+        if images.shape[0] == 0 or encoded.tokens.shape[0] == 0:
+            return _empty_matrix(images, encoded.tokens.shape[0])
         log_p_NM = self._matrix(images, encoded, batch_size)
-        # Of a log likelihood of zero, the negative of the prior is left.
+        # With zero as log likelihood, `_without_bias` returns the negative of the prior.
         return log_p_NM + self._without_bias(log_p_NM.new_zeros(len(encoded.tokens)), images, encoded)
 
     def _encoded(self, captions: Tensor | str | Sequence[str], word_mask: Tensor | None, images: Tensor) -> _Encoded:
@@ -236,7 +259,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         return torch.cat(rows)
 
     def _without_bias(self, log_p: Tensor, images: Tensor, encoded: _Encoded) -> Tensor:
-        """Subtract the log likelihood without the image, if asked for, from log likelihoods (B,)."""
+        """Subtract the log likelihood without the image from log likelihoods (B,), if `debias` is set."""
         if self.debias is None:
             return log_p
         reference = images.new_zeros(1, *images.shape[1:]) if self.reference is None else self.reference.to(images)
@@ -244,6 +267,12 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         with torch.no_grad():
             prior_RB = self._matrix(reference, encoded, BATCH_SIZE)
         return image_information(log_p, prior_RB, encoded.word_count().to(log_p.dtype))
+
+
+def _empty_matrix(images: Tensor, captions: int) -> Tensor:
+    """Scores (N, M) without a pair, in the graph of the images, which DDP requires."""
+    check_images("RedescriptionScore", images)
+    return at_least_float32(images).flatten(1).sum(dim=1, keepdim=True).expand(-1, captions)
 
 
 class _Encoded(NamedTuple):
