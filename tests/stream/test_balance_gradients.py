@@ -297,3 +297,27 @@ def test_invalid_references_raise(message, reference):
 def test_invalid_arguments_raise(message, images, ratios):
     with pytest.raises(ValueError, match="balance_gradients: " + message):
         balance_gradients(images, ratios)
+
+
+@pytest.mark.parametrize("ratios", [(1, 0), (0, 1)])
+def test_a_disabled_loss_has_no_influence_by_nan(ratios):
+    images = draw(0).requires_grad_()
+    copies = balance_gradients(images, ratios, reference=1.0)
+    sum((copy if ratio else copy * math.nan).sum() for copy, ratio in zip(copies, ratios)).backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.any()
+
+
+def test_integer_images():
+    with pytest.raises(
+        ValueError, match=r"images must be floating point, but they are torch\.uint8, which has"
+    ):
+        balance_gradients(torch.zeros(2, 3, dtype=torch.uint8), 0.5)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_a_reference_with_a_value_that_is_no_norm(value):
+    reference = torch.ones(5)
+    reference[3] = value
+    with pytest.raises(ValueError, match="reference must be 0 or more at every image"):
+        balance_gradients(draw(0), 0.5, reference=reference)

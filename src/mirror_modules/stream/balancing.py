@@ -47,7 +47,7 @@ def balance_gradients(
         loss = adversarial_loss(for_discriminator) + (is_kept * losses_of_captions(for_captioner)).sum()
 
     Args:
-        images: Generated images (B, ...).
+        images: Generated images, or any other tensor of floats with a gradient per row, such as latents, (B, ...).
         ratios: Weight r_0 of the first loss, then the gradient norm r_k of each further loss as a fraction of n_i; 0
             disables a loss. A number r is short for (1, r).
         reference: The norms n_i instead of |a_i|: a number or scalar tensor for all images, or (B,). It has the scale
@@ -58,8 +58,8 @@ def balance_gradients(
         a second one raises an error.
 
     Raises:
-        ValueError: A ratio or `reference` is negative or not a finite number, there are no ratios, or the shape of
-            `images` or `reference` is not as above.
+        ValueError: A ratio or `reference` is negative or not a number, there are no ratios, or the shape or type of
+            `images` or `reference` is not as above. The values of a tensor are checked on a CPU only.
 
     Examples:
         >>> import torch
@@ -88,6 +88,11 @@ def balance_gradients(
         if ratio < 0:
             raise ValueError(f"{owner}: ratio must be 0 or more, but it is {ratio!r}.")
     check_tensors(owner, images=images)
+    if not (images.is_floating_point() or images.is_complex()):
+        raise ValueError(
+            f"{owner}: images must be floating point, but they are {images.dtype}, which has no gradient; pass them as "
+            "the generator returns them."
+        )
     if images.ndim < 2:
         raise ValueError(f"{owner}: images must be (B, ...) with at least two axes, but they are {shape_of(images)}.")
     if reference is not None:
@@ -104,6 +109,8 @@ def _check_reference(owner: str, images: Tensor, reference: float | Tensor) -> N
                 f"{owner}: reference must be a number or floats (B,), here ({images.shape[0]},), but it is "
                 f"{reference.dtype} {shape_of(reference)}."
             )
+        if is_readable(reference) and reference.device.type == "cpu" and not bool((reference >= 0).all()):
+            raise ValueError(f"{owner}: reference must be 0 or more at every image, but it is {reference.tolist()}.")
         return
     check_number(owner, reference=reference)
     if reference < 0:
@@ -156,13 +163,14 @@ def _balanced(ratios: tuple[float, ...], reference: Tensor | None, *gradients: T
     like = next(gradient for gradient in gradients if gradient is not None)
     # In float32: squares of half-precision gradients, especially of scaled losses, overflow or underflow.
     first, *others = (None if gradient is None else at_least_float32(gradient).flatten(1) for gradient in gradients)
-    further = [(ratio, other) for ratio, other in zip(ratios[1:], others) if other is not None]
-    if reference is None and any(ratio > 0 for ratio, _ in further):
+    # A disabled loss has no influence, not even by NaN.
+    further = [(ratio, other) for ratio, other in zip(ratios[1:], others) if other is not None and ratio > 0]
+    if reference is None and further:
         _warn_of_zero(first)
     if first is None:
         first = at_least_float32(torch.zeros_like(like)).flatten(1)
     norm = torch.linalg.vector_norm(first, dim=1, keepdim=True) if reference is None else reference.reshape(-1, 1)
-    total = ratios[0] * first
+    total = ratios[0] * first if ratios[0] > 0 else torch.zeros_like(first)
     for ratio, other in further:
         # A zero gradient has no direction; eps keeps it zero.
         total = total + ratio * norm * F.normalize(other, dim=1, eps=torch.finfo(other.dtype).tiny)
