@@ -89,12 +89,13 @@ def test_the_score_gets_the_caption_of_each_image():
         (r"make must return 3 images .* returned a list", {"make": lambda *_: [1]}),
         (r"score must return one number per image, \(3,\), but it returned \(\)", {"score": lambda i, _: i.mean()}),
         (r"a score is not finite", {"score": lambda i, _: mean(i, _) / 0 * 0}),
+        (r"seed must be a whole number, but it is None", {"seed": None}),
     ],
 )
 def test_invalid_arguments_of_best_of(message, options):
     arguments = {"score": mean, "make": make, "captions": CAPTIONS, "n": 1} | options
     with pytest.raises(ValueError, match="best_of: " + message):
-        best_of(arguments["score"], arguments["make"], arguments["captions"], arguments["n"])
+        best_of(**arguments)
 
 
 def images_of(*values):
@@ -137,6 +138,14 @@ def test_paths_become_lines_of_json(tmp_path):
         (r"margin must be a finite number", {}, {"margin": float("nan")}),
         (r"pairs must be one of 'extremes', 'all', but it is 'best'", {}, {"pairs": "best"}),
         (r"a score is not finite; images with NaN cannot be ranked", {"a": images_of(float("nan"))}, {}),
+        (r"images_by_caption must be a dictionary .* but it is a list", [("a", images_of(1.0))], {}),
+        (r"the images of 'a' are one string, 'x.png'; pass a list of paths", {"a": "x.png"}, {"load": len}),
+        (r"load must return images \(3, H, W\) of one size, but it returned a int of 'x'", {"a": ["x"]}, {"load": len}),
+        (
+            r"load must return .* returned \(3, 2, 1\) of 2, and \(3, 1, 1\) of 1; resize .* or use batch_size=1",
+            {"a": [1, 2]},
+            {"load": lambda side: torch.zeros(3, side, 1)},
+        ),
     ],
 )
 def test_invalid_arguments_of_preference_pairs(message, images, options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,9 +61,12 @@ def best_of(
         batch_size: Images that are generated and scored at a time. Only the best so far are kept, unless `keep_all`.
         keep_all: Also return all C n images, in `candidates`, on the device where `make` leaves them.
 
+    Returns:
+        The best image of each caption with its seed, and all scores; see `BestOf`.
+
     Raises:
-        ValueError: There is no caption, a number is not positive, a score is not finite, or a function returns
-            something of another size.
+        ValueError: There is no caption, a number is not a whole one or not positive, a score is not finite, or a
+            function returns something of another size.
 
     Examples:
         >>> import torch
@@ -78,6 +81,8 @@ def best_of(
         (torch.Size([4, 3, 2, 2]), [3, 2, 1, 0])
     """
     check_positive("best_of", n=n, batch_size=batch_size)
+    if not isinstance(seed, SupportsIndex):
+        raise ValueError(f"best_of: seed must be a whole number, but it is {seed!r}.")
     if isinstance(captions, str) or not (listed := list(captions)):
         raise ValueError("best_of: captions must be a list of one or more strings; wrap a single one.")
     rows = [caption for caption in listed for _ in range(n)]
@@ -136,17 +141,18 @@ def preference_pairs(
     Args:
         score: Function (images, captions) -> (B,), such as a `RedescriptionScore`.
         images_by_caption: For each caption a tensor (N, 3, H, W), or a list of whatever `load` reads, such as paths.
-        margin: Smallest difference of the two scores; pairs closer than that are left out, ties always.
+        margin: Smallest difference of the two scores; pairs closer than that are skipped, and ties always.
         pairs: "extremes" pairs the best image of a caption with the worst, "all" every two.
-        load: Function that turns an element of a list into an image (3, H, W).
+        load: Function that turns an element of a list into an image (3, H, W); all of one batch have the same size.
         batch_size: Images that are scored at a time.
 
     Returns:
-        Pairs in the order of the captions, and within one caption by falling difference. Each line of a JSONL file may
-        be `json.dumps(pair._asdict())` if the images are given as paths.
+        Pairs in the order of the captions, and within one caption by decreasing difference. Each line of a JSONL file
+        may be `json.dumps(pair._asdict())` if the images are given as paths.
 
     Raises:
-        ValueError: A list needs `load`, a score is not finite, or an option is unsuitable.
+        ValueError: The images are not given by caption, a list needs `load`, which returns images of one size, a score
+            is not finite, or an option is unsuitable.
 
     Examples:
         >>> import torch
@@ -160,8 +166,15 @@ def preference_pairs(
     check_number(owner, margin=margin)
     check_choice(owner, "pairs", pairs, ("extremes", "all"))
     check_positive(owner, batch_size=batch_size)
+    if not isinstance(images_by_caption, Mapping):
+        raise ValueError(
+            f"{owner}: images_by_caption must be a dictionary from each caption to its images, but it is a "
+            f"{type(images_by_caption).__name__}."
+        )
     found: list[PreferencePair] = []
     for caption, images in images_by_caption.items():
+        if isinstance(images, str):
+            raise ValueError(f"{owner}: the images of {caption!r} are one string, {images!r}; pass a list of paths.")
         if load is None and not isinstance(images, Tensor):
             raise ValueError(
                 f"{owner}: the images of {caption!r} are a {type(images).__name__}; pass a tensor (N, 3, H, W), or a "
@@ -170,7 +183,7 @@ def preference_pairs(
         values: list[float] = []
         for start in range(0, len(images), batch_size):
             some = images[start : start + batch_size]
-            batch = some if isinstance(some, Tensor) else torch.stack([cast(Any, load)(item) for item in some])
+            batch = some if isinstance(some, Tensor) else _loaded(owner, cast(Any, load), some)
             values += _scores(owner, score, batch, [caption] * len(batch)).tolist()
         names = range(len(images)) if isinstance(images, Tensor) else images
         order = sorted(range(len(values)), key=lambda i: -values[i])
@@ -185,6 +198,19 @@ def preference_pairs(
             if values[i] > values[j] and values[i] - values[j] >= margin
         ]
     return found
+
+
+def _loaded(owner: str, load: Callable[[Any], Tensor], items: Sequence[Any]) -> Tensor:
+    images = [load(item) for item in items]
+    for item, image in zip(items, images):
+        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape != images[0].shape:
+            kind = shape_of(image) if isinstance(image, Tensor) else f"a {type(image).__name__}"
+            first = f", and {shape_of(images[0])} of {items[0]!r}" if isinstance(images[0], Tensor) else ""
+            raise ValueError(
+                f"{owner}: load must return images (3, H, W) of one size, but it returned {kind} of {item!r}{first}; "
+                "resize the images, or use batch_size=1."
+            )
+    return torch.stack(images)
 
 
 def _scores(owner: str, score: Score, images: Tensor, captions: list[str]) -> Tensor:
