@@ -309,9 +309,7 @@ def test_a_disabled_loss_has_no_influence_by_nan(ratios):
 
 
 def test_integer_images():
-    with pytest.raises(
-        ValueError, match=r"images must be floating point, but they are torch\.uint8, which has"
-    ):
+    with pytest.raises(ValueError, match=r"images must be floating point, but they are torch\.uint8, which has"):
         balance_gradients(torch.zeros(2, 3, dtype=torch.uint8), 0.5)
 
 

@@ -322,9 +322,7 @@ def test_invalid_inputs_of_the_function_raise(message, logits, tokens, mask):
 
 def test_logits_and_tokens_of_other_types_raise():
     logits, tokens = torch.zeros(B, L, V), torch.zeros(B, L).long()
-    with pytest.raises(
-        ValueError, match="logits must be floating point, but they are torch.int64"
-    ):
+    with pytest.raises(ValueError, match=r"logits must be floating point, but they are torch\.int64"):
         redescription_loss(logits.long(), tokens)
     with pytest.raises(ValueError, match="redescription_loss: tokens must be a tensor, but it is a list"):
         redescription_loss(logits, tokens.tolist())
