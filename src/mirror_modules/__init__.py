@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mirror_modules.adversarial import AdversarialWeights, PairedDiscriminator, PairedLogits
     from mirror_modules.glam import (
         CascadedGenerator,
+        DeconvolutionGenerator,
         GeneratedImages,
         GlamBlock,
         GlobalLocalAttention,
@@ -64,6 +65,7 @@ __all__ = [
     "CascadedGenerator",
     "Condition",
     "ConditioningAugmentation",
+    "DeconvolutionGenerator",
     "DenoisingAutoencoder",
     "GeneratedImages",
     "GlamBlock",
@@ -101,6 +103,7 @@ _EXPORTS = {
     "functional": (),
     "glam": (
         "CascadedGenerator",
+        "DeconvolutionGenerator",
         "GeneratedImages",
         "GlamBlock",
         "GlobalLocalAttention",

@@ -15,6 +15,7 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    DeconvolutionGenerator,
     DenoisingAutoencoder,
     GlamBlock,
     GlobalLocalAttention,
@@ -111,6 +112,14 @@ CASES = {
     ),
     "ImageRefinementStage": Case(
         lambda: ImageRefinementStage(E, channels=4, residual_blocks=1), lambda: ((images(), torch.randn(B, E)), {})
+    ),
+    "DeconvolutionGenerator": Case(
+        lambda: DeconvolutionGenerator(Z, E, channels=3, resolution=16, bottlenecks=0),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E)), {}),
+    ),
+    "DeconvolutionGenerator with bottlenecks": Case(
+        lambda: DeconvolutionGenerator(Z, E, channels=4, resolution=16),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E)), {}),
     ),
     "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
     "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),

@@ -15,6 +15,7 @@ from mirror_modules import (
     Captioner,
     CascadedGenerator,
     ConditioningAugmentation,
+    DeconvolutionGenerator,
     DenoisingAutoencoder,
     GlamBlock,
     GlobalLocalAttention,
@@ -146,6 +147,10 @@ CASES = {
     "ImageRefinementStage": Case(
         lambda: ImageRefinementStage(E, channels=4, residual_blocks=1),
         lambda batch, _: {"images": images(batch), "condition": torch.randn(batch, E)},
+    ),
+    "DeconvolutionGenerator": Case(
+        lambda: DeconvolutionGenerator(Z, E, channels=4, resolution=16),
+        lambda batch, _: {"noise": torch.randn(batch, Z), "condition": torch.randn(batch, E)},
     ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C),

@@ -20,6 +20,7 @@ PUBLIC_NAMES = [
     "CascadedGenerator",
     "Condition",
     "ConditioningAugmentation",
+    "DeconvolutionGenerator",
     "DenoisingAutoencoder",
     "GeneratedImages",
     "GlamBlock",

@@ -11,6 +11,7 @@ from mirror_modules.glam.attention import (
 )
 from mirror_modules.glam.block import GlamBlock
 from mirror_modules.glam.colors import color_consistency_loss
+from mirror_modules.glam.deconvolution import DeconvolutionGenerator
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
 from mirror_modules.glam.placing import (
     KeypointGate,
@@ -26,6 +27,7 @@ from mirror_modules.glam.stages import StageAttention, StageContext
 
 __all__ = [
     "CascadedGenerator",
+    "DeconvolutionGenerator",
     "GeneratedImages",
     "GlamBlock",
     "GlobalLocalAttention",

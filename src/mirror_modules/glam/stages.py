@@ -196,7 +196,7 @@ class InitialStage(nn.Module):
         """(B, Z), (B, E) -> (B, C, H, W)."""
         inputs = {"noise": noise} if condition is None else {"condition": condition, "noise": noise}
         check_precision("InitialStage", self.linear, **inputs)
-        base = activate(self.norm(self.linear(_concatenate(*inputs.values()))), self.activation)
+        base = activate(self.norm(self.linear(concatenate(*inputs.values()))), self.activation)
         return self.upsample(base.view(-1, self.base_channels, SMALLEST_RESOLUTION, SMALLEST_RESOLUTION))
 
 
@@ -263,7 +263,7 @@ class RefinementStage(nn.Module):
         if self.attention is None:
             return StageResult(self.upsample(self.residual(self.fusion(features))), None, None)
         attended = self.attention(features, words, condition, word_mask, need_weights=need_weights)
-        fused = self.fusion(_concatenate(features, *_contexts(self.attention, attended, features)))
+        fused = self.fusion(concatenate(features, *_contexts(self.attention, attended, features)))
         refined = self.upsample(self.residual(fused))
         return StageResult(refined, attended.word_weights, attended.sentence_weights)
 
@@ -335,7 +335,7 @@ class ImageHead(nn.Module):
         return torch.tanh(self.conv(features))
 
 
-def _concatenate(*tensors: Tensor) -> Tensor:
+def concatenate(*tensors: Tensor) -> Tensor:
     """Concatenate channels. Autocast's own concatenation refuses any half precision but its own."""
     halves = (torch.float16, torch.bfloat16)
     cast = (tensor.to(autocast_dtype(tensor)) if tensor.dtype in halves else tensor for tensor in tensors)
