@@ -143,3 +143,25 @@ def test_invalid_images(message, images):
 def test_an_unknown_filter():
     with pytest.raises(ValueError, match=r"Preprocess: interpolation must be one of .* but it is 'lanczos'"):
         Preprocess(8, MEAN, STD, interpolation="lanczos")
+
+
+@pytest.mark.parametrize(
+    ("message", "size", "mean", "std", "crop"),
+    [
+        (r"size must be \(height, width\), one number for the shorter side or None, .* '8'", "8", MEAN, STD, None),
+        (r"size must be .* but it is \(0, 4\)", (0, 4), MEAN, STD, None),
+        (r"size must be .* but it is 8\.0", 8.0, MEAN, STD, None),
+        (r"crop must be \(height, width\) or None, each at least 1, but it is 8", None, MEAN, STD, 8),
+        (r"mean must hold three numbers, one per color channel, but it is 0\.5", 8, 0.5, STD, None),
+        (r"std must hold three numbers, .* but it is \(1\.0,\)", 8, MEAN, (1.0,), None),
+        (r"std must be above 0, but it is \(1\.0, 0\.0, 1\.0\)", 8, MEAN, (1.0, 0.0, 1.0), None),
+    ],
+)
+def test_settings_that_are_no_preprocessing(message, size, mean, std, crop):
+    with pytest.raises(ValueError, match="Preprocess: " + message):
+        Preprocess(size, mean, std, crop=crop)
+
+
+def test_a_list_is_a_size():
+    images = torch.rand(B, 3, H, W) * 2 - 1
+    assert Preprocess([11, 13], MEAN, STD)(images).shape == (B, 3, 11, 13)

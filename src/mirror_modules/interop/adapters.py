@@ -1,4 +1,4 @@
-"""What the adapters of other people's encoders share: freezing, pooling, checks."""
+"""Shared by the adapters of external encoders: freezing, pooling, checks."""
 
 from __future__ import annotations
 

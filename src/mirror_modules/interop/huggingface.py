@@ -45,8 +45,9 @@ def captioner_from(
         model: The model, loaded by its own `from_pretrained`. Its precision and device stay as they are.
         processor: Its processor; or its tokenizer, together with `image_processor`.
         image_processor: The image processor, if `processor` is a tokenizer.
-        prompt: Text before the caption. For models with a chat template it is the user's message, by default "Describe
-            the image in one sentence."; for others, what their processor takes as text, by default nothing.
+        prompt: Text before the caption, which is tokenized apart from it. For models with a chat template it is the
+            user's message, by default "Describe the image in one sentence."; for others, what their processor takes as
+            text, by default nothing.
 
     Raises:
         ValueError: The model or its processor is not of a supported kind, or something is missing; the message says
@@ -69,7 +70,10 @@ def captioner_from(
     tokenizer = getattr(processor, "tokenizer", processor)
     image_processor = image_processor or getattr(processor, "image_processor", None)
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
-        raise ValueError(f"captioner_from: processor has no tokenizer; it is a {type(processor).__name__}.")
+        raise ValueError(
+            f"captioner_from: processor has no tokenizer; it is a {type(processor).__name__}. Pass "
+            "AutoProcessor.from_pretrained(...), or a tokenizer with image_processor=..."
+        )
     if image_processor is None:
         raise ValueError(
             f"captioner_from: {type(processor).__name__} has no image_processor; pass the model's processor, or "
@@ -125,6 +129,9 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
 
         Returns:
             Tokens (B, L), word_mask (B, L) and the mask of the answer's tokens, (B, L).
+
+        Raises:
+            ValueError: There is no question, or a question or the answer is not a string or has no token.
         """
         prompts = [self._family.question(question) for question in _as_list("encode_answer", questions)]
         answer_ids = self._ids("encode_answer", answer)
@@ -416,7 +423,7 @@ class _Placeholder:
 
 
 class _ImageFeatures(_Placeholder):
-    """Placeholders whose features are computed apart, once per image.
+    """Placeholders whose features are computed separately, once per image.
 
     The model itself still builds its masks and positions from the embeddings and the token types: PaliGemma attends
     bidirectionally in the prompt.

@@ -1,8 +1,8 @@
-"""Images in [-1, 1] as the input of other people's networks: resized, cropped and normalized, with gradient."""
+"""Images in [-1, 1] as the input of other networks: resized, cropped and normalized, with gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +38,8 @@ class Preprocess(TypedCall, nn.Module):
         crop: Height and width of the center that is cropped after resizing; None does not crop.
 
     Raises:
-        ValueError: `interpolation` is unknown.
+        ValueError: `interpolation` is unknown, a size is not positive, or there are not three means and three positive
+            deviations.
 
     Examples:
         >>> import torch
@@ -59,10 +60,15 @@ class Preprocess(TypedCall, nn.Module):
     ) -> None:
         super().__init__()
         check_choice("Preprocess", "interpolation", interpolation, INTERPOLATIONS)
-        self.size, self.crop = size, crop
+        _check_size("size", size, may_be_one=True)
+        _check_size("crop", crop)
+        self.size = tuple(size) if isinstance(size, list) else size
+        self.crop = crop
         self.interpolation: Interpolation = interpolation
         # Not buffers, which half precision would round.
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.mean, self.std = _channels("mean", mean), _channels("std", std)
+        if min(self.std) <= 0:
+            raise ValueError(f"Preprocess: std must be above 0, but it is {self.std}.")
 
     @classmethod
     def imagenet(cls, size: tuple[int, int] | int | None = (224, 224)) -> Self:
@@ -100,7 +106,11 @@ class Preprocess(TypedCall, nn.Module):
         return made
 
     def forward(self, images: Tensor) -> Tensor:
-        """Convert images in [-1, 1], (B, 3, H, W), to pixels of the network, (B, 3, H', W')."""
+        """Convert images in [-1, 1], (B, 3, H, W), to pixels of the network, (B, 3, H', W'), at least float32.
+
+        Raises:
+            ValueError: The images are not floats (B, 3, H, W).
+        """
         check_images("Preprocess", images)
         pixels = (at_least_float32(images) + 1) / 2
         if self.size is not None and (target := self._target(pixels)) != tuple(pixels.shape[2:]):
@@ -174,6 +184,26 @@ class _Settings:
         if isinstance(size, int):
             return {"height": size, "width": size}
         return {field: getattr(size, field, None) for field in ("height", "width", "shortest_edge")}
+
+
+def _check_size(name: str, value: object, *, may_be_one: bool = False) -> None:
+    is_pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_side, value))
+    if not (value is None or is_pair or (may_be_one and _is_side(value))):
+        one = ", one number for the shorter side" if may_be_one else ""
+        raise ValueError(
+            f"Preprocess: {name} must be (height, width){one} or None, each at least 1, but it is {value!r}."
+        )
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _channels(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    listed = tuple(map(float, values)) if isinstance(values, Iterable) else ()
+    if len(listed) != 3:
+        raise ValueError(f"Preprocess: {name} must hold three numbers, one per color channel, but it is {values!r}.")
+    return listed
 
 
 def _center(pixels: Tensor, height: int, width: int) -> Tensor:
