@@ -79,8 +79,8 @@ def fine_tune(pipeline, score, ratio=None, steps=30):
     for _ in range(steps):
         for_score = for_saturation = images = sample(pipeline, PROMPTS, generator)
         if ratio is not None:
-            # No reward is the unit of the other: the gradient of either may vanish at an image. So `reference` is the
-            # unit, and the first copy is not used. Its scale is that of a mean over the batch; Adam ignores it.
+            # Neither reward is the reference: the gradient of either may vanish at an image. So the norm is a constant,
+            # and the first copy is not used. Its scale is that of a mean over the batch; Adam ignores it.
             _, for_score, for_saturation = balance_gradients(images, (0, 1, ratio), reference=1 / len(images))
         optimizer.zero_grad()
         (-score(for_score, PROMPTS).mean() - saturation(for_saturation).mean()).backward()

@@ -35,8 +35,8 @@ def balance_gradients(
         _, for_captioner = balance_gradients(images, 0.25, reference=1e-3)
         loss = diffusion_loss(noise) + redescription(for_captioner, tokens)
 
-    If none of the losses is the unit, as with two rewards, disable the first one with the ratio 0 and pass a constant
-    norm as `reference`. With 1 / B, the gradient has the scale of that of a mean over the batch:
+    If none of the losses is the reference, as with two rewards, disable the first one with the ratio 0 and pass a
+    constant norm as `reference`. With 1 / B, the gradient has the scale of that of a mean over the batch:
 
         _, for_captioner, for_reward = balance_gradients(images, (0, 1, 0.5), reference=1 / len(images))
         loss = redescription(for_captioner, tokens) - reward(for_reward).mean()
@@ -70,7 +70,7 @@ def balance_gradients(
         >>> images.grad[0].tolist()  # (1, 1, 1, 1), of norm 2, plus 0.25 * 2 in the direction of (1, 0, 0, 0)
         [1.5, 1.0, 1.0, 1.0]
 
-        Two losses, none of which is the unit; the second one does not reach image 1:
+        Two losses, none of which is the reference; the second one does not reach image 1:
 
         >>> images, is_kept = torch.zeros(2, 4, requires_grad=True), torch.tensor([1.0, 0.0])
         >>> _, one, other = balance_gradients(images, (0, 1, 0.5), reference=1 / 2)

@@ -1,4 +1,4 @@
-"""A captioner that others own, frozen for good."""
+"""Base class of the modules that score images under a captioner, which stays frozen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Encoder = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class FrozenCaptioner(nn.Module):
-    """The base of what scores images under a captioner: it is frozen, and its contract is checked at the first call.
+    """Keep a captioner frozen, turn strings into its tokens, and check its contract at the first call.
 
     The gradient reaches the image, never the captioner: its parameters require no gradient, its batch norm and dropout
     layers are in evaluation mode, and neither `train()` nor `requires_grad_()` on this module, or on a model that
