@@ -23,6 +23,7 @@ from mirror_modules import (
     ImageFeatures,
     ImageRefinementStage,
     KeypointGate,
+    LocatedGenerator,
     MatchingLoss,
     MirrorGAN,
     MirrorGANConfig,
@@ -120,6 +121,10 @@ CASES = {
     "DeconvolutionGenerator with bottlenecks": Case(
         lambda: DeconvolutionGenerator(Z, E, channels=4, resolution=16),
         lambda: ((torch.randn(B, Z), torch.randn(B, E)), {}),
+    ),
+    "LocatedGenerator": Case(
+        lambda: LocatedGenerator(Z, E, channels=2, hidden_dim=5, upsampled=(3,)),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.rand(B, 4) * 0.4 + 0.1), {}),
     ),
     "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
     "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),

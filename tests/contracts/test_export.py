@@ -24,6 +24,7 @@ from mirror_modules import (
     ImageRefinementStage,
     KeypointGate,
     KeypointMaps,
+    LocatedGenerator,
     MatchingLoss,
     MirrorGAN,
     MirrorGANConfig,
@@ -151,6 +152,14 @@ CASES = {
     "DeconvolutionGenerator": Case(
         lambda: DeconvolutionGenerator(Z, E, channels=4, resolution=16),
         lambda batch, _: {"noise": torch.randn(batch, Z), "condition": torch.randn(batch, E)},
+    ),
+    "LocatedGenerator": Case(
+        lambda: LocatedGenerator(Z, E, channels=2, hidden_dim=5, upsampled=(3,)),
+        lambda batch, boxes: {
+            "noise": torch.randn(batch, Z),
+            "condition": torch.randn(batch, E),
+            "box": torch.rand(batch, boxes, 4) * 0.4 + 0.1,
+        },
     ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C),

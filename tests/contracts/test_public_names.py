@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "KeypointMaps",
     "LatentSampler",
     "LatentSamples",
+    "LocatedGenerator",
     "MatchingLoss",
     "MatchingTerms",
     "MirrorGAN",

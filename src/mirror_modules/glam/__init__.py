@@ -13,6 +13,7 @@ from mirror_modules.glam.block import GlamBlock
 from mirror_modules.glam.colors import color_consistency_loss
 from mirror_modules.glam.deconvolution import DeconvolutionGenerator
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
+from mirror_modules.glam.located import LocatedGenerator
 from mirror_modules.glam.placing import (
     KeypointGate,
     KeypointMaps,
@@ -35,6 +36,7 @@ __all__ = [
     "ImageRefinementStage",
     "KeypointGate",
     "KeypointMaps",
+    "LocatedGenerator",
     "StageAttention",
     "StageContext",
     "TextPlacer",

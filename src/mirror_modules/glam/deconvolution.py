@@ -59,7 +59,7 @@ class DeconvolutionStage(nn.Module):
     ) -> None:
         super().__init__()
         first = nn.ConvTranspose2d(features_dim, widths[0], SMALLEST_RESOLUTION, bias=False)
-        deconvolutions = [first, *(_doubling(before, after) for before, after in itertools.pairwise(widths))]
+        deconvolutions = [first, *(doubling(before, after) for before, after in itertools.pairwise(widths))]
         layers: list[nn.Module] = []
         for i, (deconvolution, width) in enumerate(zip(deconvolutions, widths)):
             layers += [deconvolution, nn.BatchNorm2d(width)]
@@ -137,7 +137,7 @@ class DeconvolutionGenerator(TypedCall, nn.Module):
             )
         self.noise_dim, self.condition_dim, self.resolutions = noise_dim, condition_dim, (resolution,)
         self.stage = DeconvolutionStage(condition_dim + noise_dim, widths, bottlenecks)
-        self.head = _doubling(channels, 3)
+        self.head = doubling(channels, 3)
 
     def forward(self, noise: Tensor, condition: Tensor) -> GeneratedImages:
         """Generate a batch of images.
@@ -160,6 +160,6 @@ class DeconvolutionGenerator(TypedCall, nn.Module):
         return GeneratedImages([torch.tanh(self.head(self.stage(concatenate(condition, noise))))], [], [])
 
 
-def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
-    """A transposed convolution to twice the size."""
-    return nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
+def doubling(in_channels: int, out_channels: int, *, bias: bool = False) -> nn.ConvTranspose2d:
+    """Build a transposed convolution to twice the size."""
+    return nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=bias)
