@@ -246,6 +246,11 @@ def test_encode_takes_one_string_and_leaves_the_tokenizer_as_it_is():
     assert tokenizer.padding_side == "left"
 
 
+def test_strings_in_place_of_tokens():
+    with pytest.raises(ValueError, match=r"TextEncoderAdapter: tokens must be a tensor .* a list; its method `encode`"):
+        text_encoder_from(bert(), make_tokenizer())(CAPTIONS)
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_encode_truncates_to_the_positions_of_the_model(name):
     tokenizer = TEXT[name].tokenizer()

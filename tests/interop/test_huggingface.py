@@ -249,7 +249,7 @@ def test_a_missing_start_token_is_named():
         captioner_from(model, processor)
 
 
-@pytest.mark.parametrize("captions", [[], [7], "", ["a flower", ""]])
+@pytest.mark.parametrize("captions", [[], [7], None, "", ["a flower", ""]])
 def test_captions_that_cannot_be_encoded(captions):
     captioner = captioner_from(*make("blip"))
     with pytest.raises(ValueError, match=r"HuggingFaceCaptioner\.encode: .*(one string or several|has no token)"):
@@ -337,3 +337,8 @@ def test_weights_that_are_not_floats(monkeypatch):
         lambda recurse=True: iter(sorted(nn.Module.parameters(model, recurse), key=torch.is_floating_point)),
     )
     assert torch.equal(captioner(draw(), *text), expected)
+
+
+def test_strings_in_place_of_tokens():
+    with pytest.raises(ValueError, match=r"HuggingFaceCaptioner: tokens must be a tensor .* list; its method `encode`"):
+        captioner_from(*make("blip"))(draw(), CAPTIONS)

@@ -6,7 +6,7 @@ Shapes: B captions, L tokens, P prompt tokens, V token ids.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -50,8 +50,7 @@ def captioner_from(
             text, by default nothing.
 
     Raises:
-        ValueError: The model or its processor is not of a supported kind, or something is missing; the message says
-            what.
+        ValueError: The model or its processor is not of a supported kind, or lacks a part, such as an end token.
         ImportError: transformers is missing.
 
     Examples:
@@ -166,6 +165,11 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
                 token, which is checked on a CPU only.
         """
         owner = "HuggingFaceCaptioner"
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"{owner}: tokens must be a tensor of ids (B, L), but they are a {type(tokens).__name__}; its method "
+                "`encode` turns captions into tokens and a word_mask."
+            )
         word_mask = check_word_mask(owner, tokens, word_mask, may_stall=False)
         if word_mask is None:
             word_mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -509,7 +513,7 @@ def _repeated(encoded: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _as_list(owner: str, texts: str | Sequence[str]) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else []
     if not listed or not all(isinstance(text, str) for text in listed):
         raise ValueError(f"HuggingFaceCaptioner.{owner}: pass one string or several, but it is {texts!r}.")
     return listed

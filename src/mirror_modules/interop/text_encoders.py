@@ -203,6 +203,11 @@ class TextEncoderAdapter(Adapter):
                 are more tokens than positions of the model. What depends on values is checked on a CPU only.
         """
         owner = "TextEncoderAdapter"
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"{owner}: tokens must be a tensor of ids (B, L), but they are a {type(tokens).__name__}; its method "
+                "`encode` turns captions into tokens and a word_mask."
+            )
         check_tokens(owner, tokens, self.vocabulary_size)
         word_mask = check_word_mask(owner, tokens, word_mask, may_stall=False)
         if self._positions is not None and tokens.shape[1] > self._positions:
