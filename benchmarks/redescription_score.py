@@ -1,4 +1,4 @@
-"""What the redescription score sees, and what selecting by it gains, on drawn flowers with known attributes.
+"""Which attributes the redescription score detects, and what selection by it gains, on drawn flowers.
 
     python benchmarks/redescription_score.py runs/demo [--pairs 1000] [--captions 500] [--best-of 8]
 
