@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,17 @@ from mirror_modules import RedescriptionLoss, RedescriptionScore
 transformers = pytest.importorskip("transformers")
 
 from mirror_modules.interop import captioner_from, huggingface  # noqa: E402
-from tests.interop.tiny import MODELS, SIZE, PairProcessor, image_processor, make, make_tokenizer  # noqa: E402
+from tests.interop.tiny import (  # noqa: E402
+    MODELS,
+    SIZE,
+    SPECIAL,
+    TEXT,
+    VISION,
+    PairProcessor,
+    image_processor,
+    make,
+    make_tokenizer,
+)
 
 CAPTIONS = ["a small red flower with five petals", "a blue bird", "a large flower"]
 N = len(CAPTIONS)
@@ -179,7 +190,7 @@ def test_yes_or_no(made):
     assert (score < 0).all()
     tokens, word_mask, answer = captioner.encode_answer([question.replace("{}", CAPTIONS[1])], "yes")
     assert answer.sum() == 1
-    logits = captioner(images[1:2], tokens, word_mask)
+    logits = captioner(images[1:2], tokens, word_mask, answer)
     yes = captioner.tokenizer("yes", add_special_tokens=False)["input_ids"]
     assert tokens[answer].tolist() == yes
     assert_close(score[1], logits[answer].log_softmax(dim=1)[0, yes[0]], rtol=1e-4, atol=1e-5)
@@ -342,3 +353,74 @@ def test_weights_that_are_not_floats(monkeypatch):
 def test_strings_in_place_of_tokens():
     with pytest.raises(ValueError, match=r"HuggingFaceCaptioner: tokens must be a tensor .* list; its method `encode`"):
         captioner_from(*make("blip"))(draw(), CAPTIONS)
+
+
+QUESTIONS = ["a small red flower ? yes or no .", "blue ?"]
+
+
+@pytest.mark.parametrize("debias", [None, "blank"])
+def test_an_answer_of_paligemma_follows_a_bidirectional_question(debias):
+    model, processor = make("paligemma")
+    captioner, images = captioner_from(model, processor), draw(2).detach()
+    score = RedescriptionScore(captioner, yes_no="{}", answer="yes", debias=debias)
+
+    def log_p(image, question):
+        text = processor(images=[np.zeros((8, 8, 3), np.uint8)], text=["<image>" + question], suffix=["yes"])
+        ids, types = (torch.tensor(text[name])[:, :-1] for name in ("input_ids", "token_type_ids"))  # without the end
+        pixels = captioner.preprocess(image.unsqueeze(0))
+        logits = model(input_ids=ids, pixel_values=pixels, token_type_ids=types).logits
+        return logits[0, -2].log_softmax(dim=0)[ids[0, -1]].detach()
+
+    expected = [[log_p(image, question) for question in QUESTIONS] for image in (*images, torch.zeros_like(images[0]))]
+    expected = torch.tensor(expected)
+    expected = expected[:2] - (0 if debias is None else expected[2])
+    assert_close(score.score_matrix(images, QUESTIONS), expected, rtol=1e-4, atol=1e-5)
+    assert_close(score(images, QUESTIONS), expected.diagonal(), rtol=1e-4, atol=1e-5)
+
+
+def test_paligemma_needs_the_mask_of_the_answer():
+    captioner = captioner_from(*make("paligemma"))
+    tokens, word_mask, _ = captioner.encode_answer(["a flower ?"], "yes")
+    with pytest.raises(ValueError, match=r"is bidirectional in the prompt, .* as answer=\.\.\."):
+        captioner(draw(1), tokens, word_mask)
+
+
+def make_gemma3():
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config=TEXT | {"num_key_value_heads": 1, "head_dim": 8},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_id=SPECIAL.index("<image>"),
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    marks = {"image_token": "<image>", "boi_token": "figure", "eoi_token": "show"}
+    processor = transformers.Gemma3Processor(
+        image_processor(transformers.Gemma3ImageProcessor),
+        make_tokenizer(extra_special_tokens=marks),
+        image_seq_length=4,
+        chat_template=(
+            "{% for m in messages %}USER : {% for c in m['content'] %}{% if c['type'] == 'image' %}figure "
+            "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}ASSISTANT :"
+        ),
+    )
+    return model, processor
+
+
+def test_the_image_of_gemma3_is_bidirectional_and_its_caption_causal():
+    """In its token types, 1 is the image, where PaliGemma has 1 for what follows the prompt."""
+    model, processor = make_gemma3()
+    captioner, images = captioner_from(model, processor), draw()
+    score = RedescriptionScore(captioner)(images, CAPTIONS)
+    tokens, word_mask = captioner.encode(CAPTIONS)
+    for b in range(N):
+        ids = torch.tensor([[*captioner._family.start, *tokens[b, word_mask[b]].tolist()]])
+        labels = ids.clone()
+        labels[:, : len(captioner._family.start)] = -100
+        pixels = captioner.preprocess(images[b : b + 1])
+        types = (ids == SPECIAL.index("<image>")).long()
+        loss = model(ids, pixels, attention_mask=torch.ones_like(ids), token_type_ids=types, labels=labels).loss
+        assert_close(-score[b], loss, rtol=1e-5, atol=1e-5)

@@ -37,9 +37,9 @@ def captioner_from(
     and the attention mask hides padding.
 
     Supported are BLIP, GIT and vision-encoder-decoder models, BLIP-2, and models with placeholders for the image in
-    their prompt, such as PaliGemma and LLaVA, as long as `pixel_values` are (B, 3, H, W). For several captions of an
-    image, as in `RedescriptionScore.score_matrix`, all those named here encode it once; other models with placeholders
-    encode it for each caption.
+    their prompt, such as PaliGemma, LLaVA and Gemma 3, as long as `pixel_values` are (B, 3, H, W). For several captions
+    of an image, as in `RedescriptionScore.score_matrix`, all those named here but Gemma 3 encode it once; other models
+    with placeholders encode it for each caption.
 
     Args:
         model: The model, loaded by its own `from_pretrained`. Its precision and device stay as they are.
@@ -149,20 +149,23 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
         pixels = self.preprocess(images).to(example_of(self.model).dtype)
         return self._family.encode_images(self.model, pixels)
 
-    def decode(self, encoded: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, encoded: Tensor, tokens: Tensor, word_mask: Tensor | None = None, answer: Tensor | None = None
+    ) -> Tensor:
         """Predict each token from the encoded images, the prompt and the tokens before it.
 
         Args:
             encoded: Images by `encode_images`, N of them.
             tokens: Token ids, (B, L), where B is a multiple of N: row k belongs to image k mod N.
             word_mask: True for a real token, (B, L), real tokens first; None if all are.
+            answer: With tokens of `encode_answer`, the mask that it returns, (B, L); None for captions.
 
         Returns:
             Logits (B, L, V).
 
         Raises:
-            ValueError: Sizes disagree, the model has too few positions for the captions, or padding precedes a real
-                token, which is checked on a CPU only.
+            ValueError: Sizes disagree, the model has too few positions for the captions, it needs `answer`, or padding
+                precedes a real token, which is checked on a CPU only.
         """
         owner = "HuggingFaceCaptioner"
         if not isinstance(tokens, Tensor):
@@ -175,15 +178,18 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
             word_mask = torch.ones_like(tokens, dtype=torch.bool)
         # The prompt precedes the padding, and the last padding would predict the first token.
         check_padding_is_last(owner, word_mask)
-        return self._family.logits(self.model, encoded, tokens, word_mask)
+        return self._family.logits(self.model, encoded, tokens, word_mask, answer)
 
-    def forward(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, tokens: Tensor, word_mask: Tensor | None = None, answer: Tensor | None = None
+    ) -> Tensor:
         """Predict each token of the captions.
 
         Args:
             images: In [-1, 1], (B, 3, H, W), of any size.
             tokens: Token ids, (B, L), as `encode` gives them.
             word_mask: True for a real token, (B, L), real tokens first; None if all are.
+            answer: With tokens of `encode_answer`, the mask that it returns, (B, L); None for captions.
 
         Returns:
             Logits (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.
@@ -191,7 +197,7 @@ class HuggingFaceCaptioner(TypedCall, nn.Module):
         Raises:
             ValueError: See `decode`; or the images are not floats (B, 3, H, W).
         """
-        return self.decode(self.encode_images(images), tokens, word_mask)
+        return self.decode(self.encode_images(images), tokens, word_mask, answer)
 
     def _ids(self, owner: str, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -223,7 +229,7 @@ class _Family(Protocol):
         """What depends on the images alone."""
         ...
 
-    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor, answer: Tensor | None) -> Tensor:
         """Logits (B, L, V) of tokens (B, L), of which row k belongs to image k mod N."""
         ...
 
@@ -270,7 +276,7 @@ class _Blip(_TextPrompt):
     def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         return cast(Tensor, model.vision_model(pixel_values=pixels).last_hidden_state)
 
-    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor, answer: Tensor | None) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
         output = model.text_decoder(
             input_ids=ids,
@@ -292,7 +298,7 @@ class _Git(_TextPrompt):
     def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         return pixels
 
-    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor, answer: Tensor | None) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
         output = model(pixel_values=encoded, input_ids=ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.logits)[:, -tokens.shape[1] :]
@@ -317,7 +323,7 @@ class _EncoderDecoder(_TextPrompt):
     def encode_images(self, model: Any, pixels: Tensor) -> Tensor:
         return cast(Tensor, model.encoder(pixel_values=pixels).last_hidden_state)
 
-    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor, answer: Tensor | None) -> Tensor:
         ids, attention_mask = self.inputs(tokens, word_mask)
         output = model(
             encoder_outputs=(_repeated(encoded, tokens),),
@@ -377,7 +383,7 @@ class _Placeholder:
         """The whole prompt with its placeholders, in place of the usual one."""
         return self._prompt_ids(text)
 
-    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    def logits(self, model: Any, encoded: Tensor, tokens: Tensor, word_mask: Tensor, answer: Tensor | None) -> Tensor:
         has_prompt = bool(tokens[:1].eq(self.image_id).any())
         count = 0 if has_prompt else len(self.start)
         start = torch.tensor(self.start, device=tokens.device, dtype=tokens.dtype)[:count].expand(len(tokens), -1)
@@ -389,10 +395,19 @@ class _Placeholder:
         if self.keeps_logits:
             # The logits of hundreds of image tokens are not computed.
             options["logits_to_keep"] = kept
-        if self.takes_types:
-            # 0 is the prompt, in which attention is bidirectional.
-            options["token_type_ids"] = torch.cat((torch.zeros_like(start), torch.ones_like(tokens)), dim=1)[:, :-1]
         inputs = self.image_and_text(model, _repeated(encoded, tokens), ids)
+        if self.takes_types and self.model_type == "paligemma":
+            if has_prompt and answer is None:
+                raise ValueError(
+                    f"HuggingFaceCaptioner: the attention of {self.name} is bidirectional in the prompt, which the "
+                    "tokens contain; pass the third part of `encode_answer` as answer=..."
+                )
+            # 0 is the prompt, in which attention is bidirectional.
+            types = torch.cat((torch.zeros_like(start), torch.ones_like(tokens)), dim=1) if answer is None else answer
+            options["token_type_ids"] = types[:, :-1].long()
+        elif self.takes_types:
+            # As for Gemma 3: attention is bidirectional within the image.
+            options["token_type_ids"] = (ids == self.image_id).long()
         output = self.decoder(model)(**inputs, attention_mask=attention_mask, use_cache=False, **options)
         logits = cast(Tensor, output.logits)[:, -kept:]
         if kept == tokens.shape[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ class FrozenCaptioner(nn.Module):
             self._unchecked = self._unchecked - due
         return word_mask
 
-    def _logits(self, images: Tensor, tokens: Tensor, word_mask: Tensor | None) -> Tensor:
+    def _logits(
+        self, images: Tensor, tokens: Tensor, word_mask: Tensor | None, options: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The captioner's logits (B, L, V) of checked inputs."""
-        return run_captioner(type(self).__name__, self.captioner, images, tokens, word_mask)
+        return run_captioner(type(self).__name__, self.captioner, images, tokens, word_mask, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,13 +14,20 @@ from mirror_modules._checks import as_checked, at_least_float32, autocast_dtype,
 SHORT = 6
 
 
-def run_captioner(owner: str, captioner: nn.Module, images: Tensor, tokens: Tensor, word_mask: Tensor | None) -> Tensor:
+def run_captioner(
+    owner: str,
+    captioner: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    word_mask: Tensor | None,
+    options: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Call a captioner and require floating-point logits (B, L, V) for tokens (B, L).
 
     Raises:
         ValueError: The captioner returns something else.
     """
-    logits = captioner(images, tokens, word_mask)
+    logits = captioner(images, tokens, word_mask, **(options or {}))
     if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape:
         if logits.is_floating_point():
             return logits

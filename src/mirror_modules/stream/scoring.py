@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -98,7 +99,8 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             trained with it. By default, the captioner's own method `encode`.
         yes_no: Score the answer to a question about the image instead of a description: a question with `{}` for the
             caption, or True for that of VQAScore. The score is then log P(answer), and the captioner needs a method
-            `encode_answer`, as those of `interop.captioner_from` have.
+            `encode_answer`, as those of `interop.captioner_from` have. If its forward and `decode` have an argument
+            `answer`, they receive the mask of the answer's tokens.
         answer: The answer whose probability is the score.
         check: See `RedescriptionLoss`.
 
@@ -163,6 +165,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
                     f"{type(captioner).__name__} lacks; those of interop.captioner_from have it."
                 )
         self.answer = answer
+        self._takes_answer = self.question is not None and "answer" in inspect.signature(captioner.forward).parameters
         self.register_buffer("reference", reference, persistent=False)
 
     def forward(
@@ -185,7 +188,7 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
             return _empty_matrix(images, 1).flatten()
         encoded = self._encoded(captions, word_mask, images)
         encoded = encoded._replace(word_mask=self._checked(images, *encoded[:2], probed=encoded.probed))
-        logits = self._logits(images, encoded.tokens, encoded.word_mask)
+        logits = self._logits(images, encoded.tokens, encoded.word_mask, self._options(encoded))
         return self._without_bias(encoded.log_likelihood(logits), images, encoded)
 
     def score_matrix(
@@ -236,6 +239,9 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
         tokens, word_mask, counted = (part.to(images.device) for part in parts)
         return _Encoded(tokens, word_mask, counted, plain)
 
+    def _options(self, encoded: _Encoded) -> dict[str, Tensor]:
+        return {"answer": encoded.counted} if self._takes_answer and encoded.counted is not None else {}
+
     def _matrix(self, images: Tensor, encoded: _Encoded, batch_size: int) -> Tensor:
         """Log likelihoods (N, M) of checked inputs, in blocks of some images and some captions."""
         some_captions = max(1, min(len(encoded.tokens), batch_size))
@@ -250,10 +256,10 @@ class RedescriptionScore(TypedCall, FrozenCaptioner):
                 # Row k is image k mod N with caption k // N.
                 some = encoded.repeated(slice(start, start + some_captions), len(block))
                 if has_parts:
-                    logits = captioner.decode(features, some.tokens, some.word_mask)
+                    logits = captioner.decode(features, some.tokens, some.word_mask, **self._options(some))
                 else:
                     copies = block.repeat(len(some.tokens) // len(block), 1, 1, 1)
-                    logits = self._logits(copies, some.tokens, some.word_mask)
+                    logits = self._logits(copies, some.tokens, some.word_mask, self._options(some))
                 columns.append(some.log_likelihood(logits).unflatten(0, (-1, len(block))).mT)
             rows.append(torch.cat(columns, dim=1))
         return torch.cat(rows)
