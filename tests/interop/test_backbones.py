@@ -225,7 +225,7 @@ def test_no_warning_where_weights_follow_or_none_are_promised(recwarn, options):
 
 
 def test_weights_are_not_read_if_they_are_loaded_afterwards(tmp_path):
-    path = write(source_of("conv").state_dict(), tmp_path / "eyes.pth")
+    path = write(source_of("conv").state_dict(), tmp_path / "backbone.pth")
     first = build_backbone("conv", path)
     second = build_backbone("conv", str(tmp_path / "is not there.pth"), load=False)
     second.load_state_dict(first.state_dict())

@@ -61,10 +61,10 @@ def test_unknown_fields_are_named():
 
 
 def test_a_backbone_is_a_name_a_record_or_its_fields():
-    eyes = BackboneConfig("timm:resnet10t", weights="eyes.pth", input_size=64, layer=-2)
-    for given in (eyes, dataclasses.asdict(eyes)):
+    backbone = BackboneConfig("timm:resnet10t", weights="backbone.pth", input_size=64, layer=-2)
+    for given in (backbone, dataclasses.asdict(backbone)):
         config = MirrorGANConfig(image_backbone=given, captioner_backbone="conv")
-        assert config.image_backbone == eyes
+        assert config.image_backbone == backbone
         assert config.captioner_backbone == BackboneConfig("conv")
         assert MirrorGANConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -96,13 +96,13 @@ def test_fields_of_a_backbone_are_checked(given, message):
 
 
 def test_the_checksum_is_recorded_and_checked(tmp_path):
-    path = str(tmp_path / "eyes.pth")
+    path = str(tmp_path / "backbone.pth")
     torch.save(ConvBackbone().state_dict(), path)
-    eyes = BackboneConfig("conv", weights=path)
-    recorded = eyes.recorded()
-    assert recorded.sha256 == checksum(eyes.build())
+    backbone = BackboneConfig("conv", weights=path)
+    recorded = backbone.recorded()
+    assert recorded.sha256 == checksum(backbone.build())
     # Whether it is recorded is no difference between two configs.
-    assert recorded == eyes
+    assert recorded == backbone
     assert recorded.recorded().sha256 == recorded.sha256
     assert BackboneConfig("conv").recorded().sha256 is None
     torch.save(ConvBackbone().state_dict(), path)

@@ -71,14 +71,14 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     assert_close(loaded.generate(CAPTIONS, seed=1), model.generate(CAPTIONS, seed=1), atol=0, rtol=0)
 
 
-def test_a_model_with_pretrained_eyes_is_loaded_without_their_file(tmp_path, recwarn):
+def test_a_model_with_pretrained_backbone_is_loaded_without_its_file(tmp_path, recwarn):
     timm = pytest.importorskip("timm")
-    eyes = tmp_path / "eyes.pth"
-    torch.save(timm.create_model("test_efficientnet").state_dict(), eyes)
-    model = make(captioner_backbone=BackboneConfig("timm:test_efficientnet", weights=str(eyes)))
+    backbone = tmp_path / "backbone.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), backbone)
+    model = make(captioner_backbone=BackboneConfig("timm:test_efficientnet", weights=str(backbone)))
     assert len(model.config.captioner_backbone.sha256) == 64
     model.save_pretrained(tmp_path / "model")
-    eyes.unlink()
+    backbone.unlink()
     # The name of a published network, and no weights to be found: no warning either.
     recwarn.clear()
     loaded = MirrorGAN.from_pretrained(tmp_path / "model")
@@ -88,7 +88,7 @@ def test_a_model_with_pretrained_eyes_is_loaded_without_their_file(tmp_path, rec
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert loaded.describe(images) == model.describe(images)
     assert not any(parameter.requires_grad for parameter in loaded.captioner.image_encoder.parameters())
-    with pytest.raises(FileNotFoundError, match=r"weights='.*eyes\.pth' do not exist"):
+    with pytest.raises(FileNotFoundError, match=r"weights='.*backbone\.pth' do not exist"):
         MirrorGAN(model.config, model.vocabulary)
 
 

@@ -45,7 +45,7 @@ def batches(captions):
 
 
 def cache(encoder, captions, folder, views=None, **changes):
-    options = {"name": "eyes", "with_regions": True, "limit_mib": 1024, "group": SINGLE_PROCESS, **changes}
+    options = {"name": "backbone", "with_regions": True, "limit_mib": 1024, "group": SINGLE_PROCESS, **changes}
     return cache_images(encoder, captions, views or Views.of(captions, CROP, CROPS), folder, **options)
 
 
@@ -165,14 +165,14 @@ def test_a_killed_cache_is_continued(captions, encoder, tmp_path, monkeypatch):
 def test_a_cache_of_other_weights_images_or_views_is_not_used(captions, encoder, tmp_path, change):
     cache(encoder, captions, tmp_path)
     (before,) = tmp_path.iterdir()
-    name, views = "eyes", None
+    name, views = "backbone", None
     if change == "weights":
         with torch.no_grad():
             next(encoder.parameters())[0, 0, 0, 0] += 1e-3
     elif change == "images":
         captions = InMemoryCaptions(SyntheticFlowers(N, resolution=SIZE, seed=1), max_words=7)
     elif change == "name":
-        name = "other eyes"
+        name = "another backbone"
     else:
         views = Views.of(captions, CROP, CROPS + 1)
     cache(encoder, captions, tmp_path, views, name=name)

@@ -22,10 +22,10 @@ class BackboneConfig:
 
     Examples:
         >>> from mirror_modules import BackboneConfig, MirrorGANConfig
-        >>> eyes = BackboneConfig("efficientnet_lite0", weights="package")
-        >>> eyes.is_trainable
+        >>> lite0 = BackboneConfig("efficientnet_lite0", weights="package")
+        >>> lite0.is_trainable
         False
-        >>> MirrorGANConfig(image_backbone=eyes, captioner_backbone="conv").captioner_backbone
+        >>> MirrorGANConfig(image_backbone=lite0, captioner_backbone="conv").captioner_backbone
         BackboneConfig(name='conv', weights=None, input_size=None, layer=None, trainable=None, sha256=None)
         >>> BackboneConfig("conv").build().image_dim
         512

@@ -68,7 +68,7 @@ def flowers_64() -> Recipe:
     base = demo()
     # On features of photographs of 64 pixels, a linear classifier of flowers is as accurate at these input sizes as at
     # the networks' own (224 to 260), within its error of 2 %, in half the time.
-    eyes, *others = _pretrained(0, 160), _pretrained(1, 192), _pretrained(2, 192)
+    lite0, *others = _pretrained(0, 160), _pretrained(1, 192), _pretrained(2, 192)
     return dataclasses.replace(
         base,
         name="flowers-64",
@@ -77,8 +77,8 @@ def flowers_64() -> Recipe:
             base.model,
             text_dropout=0.5,
             discriminator_channels=32,
-            image_backbone=eyes,
-            captioner_backbone=eyes,
+            image_backbone=lite0,
+            captioner_backbone=lite0,
             captioner_projection=False,
             captioner_embedding_dim=256,
             captioner_hidden_dim=384,
@@ -107,7 +107,7 @@ def _pretrained(number: int, input_size: int) -> BackboneConfig:
 def from_scratch(recipe: Recipe) -> Recipe:
     """The recipe with a small network that trains from scratch in place of each pretrained backbone.
 
-    A second evaluator is left out, because it would see with the same eyes as the first.
+    A second evaluator is left out, because it would have the same backbone as the first.
 
     Examples:
         >>> from mirror_modules.training.recipes import from_scratch, get_recipe
