@@ -37,7 +37,9 @@ def recipe_with_backbone(backbone):
     return dataclasses.replace(
         tiny,
         data=dataclasses.replace(tiny.data, augment=True),
-        model=dataclasses.replace(tiny.model, image_backbone=backbone, captioner_backbone=backbone, captioner_projection=False),
+        model=dataclasses.replace(
+            tiny.model, image_backbone=backbone, captioner_backbone=backbone, captioner_projection=False
+        ),
         evaluator=EvaluatorRecipe(steps=3, batch_size=7, backbone=BackboneConfig("conv", trainable=False)),
         second_evaluator=EvaluatorRecipe(steps=3, batch_size=7, backbone=other),
     )
@@ -76,7 +78,9 @@ def test_the_checksum_of_the_weights_is_recorded(run_with_backbone, backbone):
     assert recipe.evaluator.backbone.sha256 is None
 
 
-def test_a_run_is_resumed_without_the_file_of_finished_phases(run_with_backbone, recipe_with_backbone, tmp_path, backbone):
+def test_a_run_is_resumed_without_the_file_of_finished_phases(
+    run_with_backbone, recipe_with_backbone, tmp_path, backbone
+):
     """Phase `glam` reads the weights of the backbone from phase `stream`."""
     folder = RunFolder(shutil.copytree(run_with_backbone.path, tmp_path / "copy"))
     folder.weights("glam").unlink()
