@@ -373,6 +373,16 @@ def test_cells_that_would_share_a_folder_are_refused(recipe, tmp_path, one, othe
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_do_not_fill_one_folder(recipe, tmp_path, without_processes):
+    out = tmp_path / "out"
+    with RunFolder(out).locked(), pytest.raises(ValueError, match="out is being trained by another process; wait"):
+        ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+    assert not without_processes
+    # What the lock leaves behind is no reason to refuse the folder.
+    ablate(recipe, out, cells=CELLS[:1], seeds=(0,))
+    assert without_processes
+
+
 def test_a_cell_of_the_paper_may_be_replaced(recipe, tmp_path, without_processes):
     cell = Cell("weight 0", {"glam": {"redescription_weight": 0.0, "redescription_ratio": None, "steps": 2}})
     content = ablate(recipe, tmp_path / "out", cells=[cell], seeds=(0,))

@@ -50,7 +50,7 @@ from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import Splits, has_classes, load_splits, usable_candidates
 from mirror_modules.training.distributed import cpu_threads, resolve_device
 from mirror_modules.training.errors import TrainingError
-from mirror_modules.training.folder import FORMAT, RunFolder, versions
+from mirror_modules.training.folder import FORMAT, LOCK, RunFolder, versions
 from mirror_modules.training.log import in_minutes, progress_bar
 from mirror_modules.training.loop import train
 from mirror_modules.training.plan import make_plan
@@ -153,8 +153,8 @@ def ablate(
 
     Raises:
         ValueError: The folder holds an ablation of another recipe, a cell with other settings or more steps, or a
-            damaged file; an argument is out of range; a cell has an unsuitable name or overrides a shared field; or two
-            cells have the same name, or names that would share a folder.
+            damaged file, or another process is training in it; an argument is out of range; a cell has an unsuitable
+            name or overrides a shared field; or two cells have the same name, or names that would share a folder.
         TrainingError: A process failed.
 
     Examples:
@@ -184,12 +184,16 @@ def ablate(
     of_process = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, threads=None))
     tasks = [(of_process, folder, seed, device) for seed in seeds]
     unfinished = [(cell, *task) for task in tasks for cell in cells if not _is_finished(cell, recipe, folder, task[2])]
-    folder.mkdir(parents=True, exist_ok=True)
     real_paths = {seed: _shared_folder(folder, seed) / "real.json" for seed in seeds}
     bounds_paths = {seed: _shared_folder(folder, seed) / "bounds.json" for seed in seeds}
     missing = [task for task in tasks if not (real_paths[task[2]].exists() and bounds_paths[task[2]].exists())]
     # The caller may have turned gradients off.
-    with cpu_threads(recipe.engine.threads), torch.inference_mode(False), torch.enable_grad():
+    with (
+        RunFolder(folder).locked(),
+        cpu_threads(recipe.engine.threads),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         settings = {"format": FORMAT, "kind": KIND, "recipe": recipe.to_dict(), "versions": versions()}
         write_json(folder / "config.json", settings)
         # Trained before the processes start: each of them would train its own.
@@ -589,5 +593,5 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
                 f"{out} holds an ablation with other settings ({'; '.join(changed)}); choose another --out, or "
                 "remove it."
             )
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no ablation; choose another --out.")
