@@ -53,7 +53,7 @@ def run_here(monkeypatch):
             function(*task)
 
     finished = []
-    monkeypatch.setattr(ablation, "_in_processes", run_tasks)
+    monkeypatch.setattr(ablation, "in_processes", run_tasks)
     monkeypatch.setattr(ablation, "fit_attribute_classifier", lambda *_: None)
     return finished
 
@@ -399,7 +399,7 @@ def test_the_folders_of_the_paper_s_cells_keep_their_names():
 
 def test_the_start_and_the_end_of_each_process_are_printed(capfd):
     tasks = {name: (f"from {name}",) for name in ("phases stem, seed 0", "cell 'weight 0', seed 3")}
-    ablation._in_processes(print, tasks, 1, title="cells")
+    ablation.in_processes(print, tasks, 1, title="cells")
     captured = capfd.readouterr()
     assert captured.out.splitlines() == [f"from {name}" for name in tasks]
     lines = [re.sub(r"\d+ min \d+ s", "T", line) for line in captured.err.splitlines()]
@@ -421,8 +421,8 @@ def test_the_processes_are_named_and_divide_the_threads(recipe, tmp_path, monkey
 
     threads = []
     run_here(monkeypatch)
-    run_tasks = ablation._in_processes
-    monkeypatch.setattr(ablation, "_in_processes", record)
+    run_tasks = ablation.in_processes
+    monkeypatch.setattr(ablation, "in_processes", record)
     engine = dataclasses.replace(recipe.engine, threads=3)
     ablate(dataclasses.replace(recipe, engine=engine), tmp_path / "out", cells=CELLS[:1], seeds=(0, 3))
     phases = "phases stem, stream, evaluator"
@@ -466,7 +466,7 @@ def test_a_failed_process_is_reported(recipe, tmp_path, capfd):
     with pytest.raises(
         TrainingError, match=r"a process of the ablation exited with status 1; .* repeat the command to continue"
     ):
-        ablation._in_processes(run_cell, {"cell": (CELLS[0], recipe, tmp_path, 0, "cpu")}, 1, title="cells")
+        ablation.in_processes(run_cell, {"cell": (CELLS[0], recipe, tmp_path, 0, "cpu")}, 1, title="cells")
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 
@@ -477,12 +477,12 @@ def test_a_process_that_cannot_start_is_reported(tmp_path):
         pass
 
     with pytest.raises((AttributeError, pickle.PicklingError), match="not_importable"):
-        ablation._in_processes(not_importable, {"task": ()}, 1, title="cells")
+        ablation.in_processes(not_importable, {"task": ()}, 1, title="cells")
 
 
 def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
-    call = "_in_processes(print, {'task': ()}, 1, title='cells')"
-    script = f"from mirror_modules.evaluation.ablation import _in_processes\n{call}\n"
+    call = "in_processes(print, {'task': ()}, 1, title='cells')"
+    script = f"from mirror_modules.evaluation.processes import in_processes\n{call}\n"
     (tmp_path / "start.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "start.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -494,8 +494,8 @@ def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
 def test_child_processes_end_when_their_parent_is_killed(tmp_path):
     pid = tmp_path / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)"
-    call = f"_in_processes(exec, {{'task': ({code!r},)}}, 1, title='processes')"
-    start = f"from mirror_modules.evaluation.ablation import _in_processes; {call}"
+    call = f"in_processes(exec, {{'task': ({code!r},)}}, 1, title='processes')"
+    start = f"from mirror_modules.evaluation.processes import in_processes; {call}"
     guarded = f"if __name__ == '__main__':\n    {start}\n"
     (tmp_path / "start.py").write_text(guarded, encoding="utf-8")
     with (tmp_path / "log").open("w") as log:

@@ -10,19 +10,15 @@ from torch.testing import assert_close
 
 from mirror_modules import DeconvolutionGenerator
 from mirror_modules.glam.deconvolution import Bottleneck
+from tests.norms import with_random_norms
 
 B, Z, E = 3, 5, 7
 
 
 def make(resolution=16, channels=4, bottlenecks=2):
-    generator = DeconvolutionGenerator(Z, E, channels=channels, resolution=resolution, bottlenecks=bottlenecks)
-    for part in generator.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.running_var, 0.5, 2.0)
-            nn.init.normal_(part.running_mean)
-            nn.init.uniform_(part.weight, 0.5, 2.0)
-            nn.init.normal_(part.bias)
-    return generator
+    return with_random_norms(
+        DeconvolutionGenerator(Z, E, channels=channels, resolution=resolution, bottlenecks=bottlenecks)
+    )
 
 
 def make_inputs(batch=B):

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from mirror_modules import LocatedGenerator
 from mirror_modules.functional import place_in_box
+from tests.norms import with_random_norms
 from tests.recordings import MODES, PRECISIONS, assert_images_recorded, assert_recorded, entries, read
 
 B, Z, E, C, HIDDEN = 3, 5, 7, 8, 11
@@ -17,14 +17,9 @@ BODY = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7
 
 
 def make(**options):
-    generator = LocatedGenerator(Z, E, **{"channels": C, "hidden_dim": HIDDEN, "upsampled": (3,), **options})
-    for part in generator.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.running_var, 0.5, 2.0)
-            nn.init.normal_(part.running_mean)
-            nn.init.uniform_(part.weight, 0.5, 2.0)
-            nn.init.normal_(part.bias)
-    return generator
+    return with_random_norms(
+        LocatedGenerator(Z, E, **{"channels": C, "hidden_dim": HIDDEN, "upsampled": (3,), **options})
+    )
 
 
 def boxes_of(*shape):

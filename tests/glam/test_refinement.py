@@ -3,23 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from mirror_modules import ImageRefinementStage
+from tests.norms import with_random_norms
 
 B, E, C, H, W = 2, 7, 8, 12, 20
 
 
 def make(**options):
-    stage = ImageRefinementStage(E, **{"channels": C, "residual_blocks": 1, **options})
-    for part in stage.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.running_var, 0.5, 2.0)
-            nn.init.normal_(part.running_mean)
-            nn.init.normal_(part.weight)
-            nn.init.normal_(part.bias)
-    return stage
+    return with_random_norms(ImageRefinementStage(E, **{"channels": C, "residual_blocks": 1, **options}))
 
 
 def make_inputs(batch=B, height=H, width=W):

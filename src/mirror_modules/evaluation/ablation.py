@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
-import threading
-import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +25,7 @@ from mirror_modules._files import file_name, read_json, write_json, write_text, 
 from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
 from mirror_modules.evaluation.ablation_table import REAL, as_markdown, draw, r_precision_name, summarize, unrankable
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
+from mirror_modules.evaluation.processes import in_processes
 from mirror_modules.evaluation.retrieval import (
     Candidates,
     Evaluator,
@@ -49,9 +42,7 @@ from mirror_modules.models import MirrorGAN, MirrorGANConfig
 from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import Splits, has_classes, load_splits, usable_candidates
 from mirror_modules.training.distributed import cpu_threads, resolve_device
-from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import FORMAT, LOCK, RunFolder, versions
-from mirror_modules.training.log import in_minutes, progress_bar
 from mirror_modules.training.loop import train
 from mirror_modules.training.plan import make_plan
 from mirror_modules.training.recipes import ALL_PHASES, AdversarialRecipe, Recipe, differences
@@ -199,9 +190,9 @@ def ablate(
         # Trained before the processes start: each of them would train its own.
         _attribute_classifier(recipe, folder)
         shared = {f"phases {', '.join(_shared_phases(recipe))}, seed {task[2]}": task for task in missing}
-        _in_processes(train_shared, shared, jobs, title="shared phases")
+        in_processes(train_shared, shared, jobs, title="shared phases")
         named = {f"cell {task[0].name!r}, seed {task[3]}": task for task in unfinished}
-        _in_processes(run_cell, named, jobs, title="cells")
+        in_processes(run_cell, named, jobs, title="cells")
     known = {cell.name: cell for cell in [*ablation_cells(), *cells]}
     shown = [cell for cell in known.values() if cell in cells or _was_finished(cell, recipe, folder, seeds)]
     files = {cell.name: [_cell_folder(folder, cell, seed) / "result.json" for seed in seeds] for cell in shown}
@@ -386,87 +377,6 @@ def _shares_correct(predicted: Mapping[str, Sequence[str]], named: Sequence[Mapp
         # Never empty: every caption names the color of the petals.
         shares.append(sum(correct) / len(correct))
     return shares
-
-
-class _Running(NamedTuple):
-    """A process, with its name for messages and the time at which it started."""
-
-    process: Any
-    name: str
-    started: float
-
-
-def _in_processes(
-    function: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, *, title: str
-) -> None:
-    """Call `function(*task)` for each task in its own process, with at most `jobs` processes at a time.
-
-    A line is printed when a process starts and when it ends. The first failure terminates the other processes.
-
-    Args:
-        function: Function that a process calls.
-        tasks: Its arguments for each task, by a name for the lines.
-        jobs: Number of processes at a time; they divide the CPU threads among them.
-        title: Name on the progress bar.
-
-    Raises:
-        TrainingError: A process failed.
-    """
-    if not tasks:
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting = [(f"{name} ({i} of {len(tasks)})", task) for i, (name, task) in enumerate(tasks.items(), start=1)][::-1]
-    running = list[_Running]()
-    threads = max(1, torch.get_num_threads() // jobs)
-    with progress_bar(total=len(tasks), desc=title, unit=" runs") as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    name, task = waiting.pop()
-                    process = context.Process(target=_run_task, args=(function, task, threads))
-                    process.start()
-                    running.append(_Running(process, name, time.monotonic()))
-                    bar.write(f"{name}: starts", file=sys.stderr)
-                connection.wait([each.process.sentinel for each in running])
-                for each in [each for each in running if not each.process.is_alive()]:
-                    running.remove(each)
-                    process = each.process
-                    if process.exitcode != 0:
-                        raise TrainingError(
-                            f"a process of the ablation exited with status {process.exitcode}; its output gives the "
-                            "reason. Finished cells are kept: repeat the command to continue."
-                        )
-                    bar.write(
-                        f"{each.name}: finished after {in_minutes(time.monotonic() - each.started)}", file=sys.stderr
-                    )
-                    bar.update()
-        finally:
-            # On SIGTERM a training process finishes its step and saves a checkpoint.
-            for each in running:
-                each.process.terminate()
-            for each in running:
-                each.process.join()
-
-
-def _terminate_with_parent() -> None:
-    """Terminate this process when its parent dies: an orphan would hold the run folder's lock."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
-    threading.Thread(target=_terminate_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As in the command line: file names may hold characters that the terminal's encoding lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        function(*task)
-    except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
-        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _shared_phases(recipe: Recipe) -> list[str]:
