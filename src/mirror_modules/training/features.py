@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._files import write_whole
+from mirror_modules._files import locked, write_whole
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import CaptionBatch, InMemoryCaptions, RepeatableBatches, to_float
 from mirror_modules.data.seeding import seeded
@@ -297,18 +297,24 @@ def _key(encoder: nn.Module, captions: InMemoryCaptions, views: Views, name: str
 
 
 def _create(folder: Path, shapes: dict[str, tuple[int, ...]], chunks: int) -> None:
-    """Create the files of a cache, unless they are there already."""
+    """Create the files of a cache, unless they are there already, or another run is just creating them."""
     marks = folder / DONE
-    if marks.is_file() and marks.stat().st_size == chunks:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    for part, shape in shapes.items():
-        with (folder / f"{part}.npy").open("wb") as file:
-            description = {"descr": TYPES[part].str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, description)
-            file.truncate(file.tell() + math.prod(shape) * TYPES[part].itemsize)
-    # Written last: without it, the files are created again.
-    write_whole(marks, lambda path: path.write_bytes(bytes(chunks)))
+    while True:
+        with locked(folder / ".lock") as is_acquired:
+            if not is_acquired:
+                time.sleep(0.1)
+                continue
+            if marks.is_file() and marks.stat().st_size == chunks:
+                return
+            for part, shape in shapes.items():
+                with (folder / f"{part}.npy").open("wb") as file:
+                    description = {"descr": TYPES[part].str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, description)
+                    file.truncate(file.tell() + math.prod(shape) * TYPES[part].itemsize)
+            # Written last: without it, the files are created again.
+            write_whole(marks, lambda path: path.write_bytes(bytes(chunks)))
+            return
 
 
 def _write_rows(folder: Path, part: str, first: int, values: Tensor) -> None:

@@ -288,7 +288,7 @@ def _cache_images(run: Run, phase: str, encoder: nn.Module, *, with_regions: boo
             encoder,
             captions,
             Views.of(captions, run.recipe.model.resolutions[-1], engine.cached_crops),
-            run.folder.features,
+            run.folder.features if engine.features_folder is None else Path(engine.features_folder),
             name=repr(dataclasses.replace(run.recipe.backbone(phase), sha256=None)),
             with_regions=with_regions,
             limit_mib=engine.cached_features_mib,

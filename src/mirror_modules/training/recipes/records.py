@@ -260,6 +260,9 @@ class EngineRecipe:
     cached_features_mib: int = 1024
     """Features of frozen encoders are computed once per caption or image and cached if they fit into this many MiB:
     those of captions in memory, those of images in files of the run's folder."""
+    features_folder: str | None = _harmless(None)
+    """Folder of the files of cached features, which runs with the same images and backbones can share; None keeps them
+    in the run's folder until the phases that read them are trained."""
     cached_crops: int = 4
     """With random crops, features of frozen encoders are cached for this many fixed crops of each image and their
     mirror images, instead of a new crop in each step."""
