@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from mirror_modules._placing import crop_box, keypoint_gate, keypoint_maps, place_in_box
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.glam.colors import color_consistency_loss
-from mirror_modules.glam.placing import crop_box, keypoint_gate, keypoint_maps, place_in_box
 from mirror_modules.kernels import Choice
 from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score

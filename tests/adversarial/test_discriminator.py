@@ -396,6 +396,7 @@ OPTIONS = [
     {"realism": False},
     {"text_projection": 7},
     {"joint_kernel": 1},
+    {"residual_block": True},
     {"realism": False, "text_projection": 7, "joint_kernel": 1},
 ]
 
@@ -443,3 +444,22 @@ def test_no_realism_compiles_into_one_graph(compiled):
     logits = compiled(discriminator)(*inputs)
     assert_close(logits.consistency, discriminator(*inputs).consistency)
     assert logits.realism is None
+
+
+@pytest.mark.parametrize("resolution", [4, 8, 32])
+def test_a_residual_block_follows_the_last_convolution(resolution):
+    discriminator = PairedDiscriminator(resolution, D, channels=4, residual_block=True)
+    images, sentence = draw(resolution)
+    activations = [layer for layer in discriminator.trunk if isinstance(layer, nn.LeakyReLU)]
+    assert len(activations) == 1  # of the first convolution
+    inputs = []
+    discriminator.trunk[-1].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    discriminator(images, sentence).consistency.sum().backward()
+    assert inputs[0].shape[2:] == (4, 4)
+    assert all(parameter.grad is not None for parameter in discriminator.trunk[-1].parameters())
+
+
+def test_a_residual_block_needs_a_multiple_of_four_channels():
+    message = r"PairedDiscriminator: .* the 4 x 4 map has 6 with channels=3; use a multiple of 4"
+    with pytest.raises(ValueError, match=message):
+        PairedDiscriminator(16, D, channels=3, residual_block=True)

@@ -1,4 +1,7 @@
-"""Discriminators and losses of StackGAN and StackGAN++ as recorded from the published code, in both modes."""
+"""Discriminators and losses as recorded, in both modes.
+
+Those of StackGAN and StackGAN++ are recorded from the published code, that of GAN-INT-CLS from its layer list.
+"""
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ import torch
 from mirror_modules import AdversarialWeights, PairedDiscriminator, PairedLogits
 from mirror_modules.functional import discriminator_loss, generator_loss
 from mirror_modules.models.published import convert_discriminator
-from tests.recordings import MODES, PRECISIONS, assert_norm_recorded, assert_recorded, image_batch, read
+from tests.glam.test_recorded_deconvolution import make_generator
+from tests.recordings import MODES, PRECISIONS, assert_norm_recorded, assert_recorded, entries, image_batch, read
 
 REALISM_ALONE = AdversarialWeights(0, 0, 0, 1, 1, 0)
 
@@ -167,3 +171,67 @@ def test_stackgan_first_stage(mode, dtype):
         weighting = AdversarialWeights(*weights, 0, 0, 0)
         loss = discriminator_loss(real, real, weighting=weighting, through="probabilities")
         assert_recorded(loss, record[f"{mode}/loss_{name}"])
+
+
+# GAN-INT-CLS
+
+INNER = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7": "norm3"}
+
+
+def renamed_of_layer_list(name):
+    """Our name of a weight of GAN-INT-CLS's layer list."""
+    part, layer, *inner = name.split(".")
+    if part == "text":
+        return f"text_projection.{layer}.{inner[0]}"
+    if part == "joint":
+        return f"consistency_head.{inner[0]}" if layer == "3" else f"joint.{layer}.{inner[0]}"
+    path = f"trunk.{layer}."
+    return path + (f"{INNER[inner[1]]}.{inner[2]}" if inner[0] == "body" else inner[0])
+
+
+@PRECISIONS
+@MODES
+def test_gan_int_cls(mode, dtype):
+    record = read("gan_int_cls_derived")
+    state = entries(record, "state/discriminator.")
+    state = {renamed_of_layer_list(name): value for name, value in state.items()}
+    state["consistency_head.bias"] = torch.zeros(1)
+    options = {"realism": False, "text_projection": 5, "joint_kernel": 1, "residual_block": True}
+    discriminator = PairedDiscriminator(64, 12, channels=3, **options)
+    missing, unexpected = discriminator.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    discriminator.to(dtype).train(mode == "train")
+
+    generator = make_generator(record, head=12, noise_first=True, batch_norm=False, channels=2)
+    generator.to(dtype).train(mode == "train")
+    sentence = record["sentence"].to(dtype)
+    images = {name: image_batch(record, name, 64, dtype) for name in ("real", "wrong")}
+    images["fake"] = generator(sentence, record["noise"].to(dtype)).detach()
+
+    # The images of mismatched pairs have a forward of their own, as their batch statistics show.
+    real, wrong, fake = (discriminator(images[name], sentence) for name in ("real", "wrong", "fake"))
+    for name, logits in (("real", real), ("wrong", wrong), ("fake", fake)):
+        # The logits of a network that was never trained are large.
+        assert_recorded(logits.consistency, record[f"{mode}/logits_{name}"], rtol=1e-4)
+    loss = discriminator_loss(real, fake, wrong.consistency, weighting="gan-int-cls")
+    assert_recorded(loss, record[f"{mode}/discriminator_loss"])
+    loss.backward()
+    parameters, buffers = dict(discriminator.named_parameters()), dict(discriminator.named_buffers())
+    norms = entries(record, f"{mode}/discriminator_gradient_norm/")
+    assert {renamed_of_layer_list(name) for name in norms} == set(parameters) - {"consistency_head.bias"}
+    for name, norm in norms.items():
+        gradient = parameters[renamed_of_layer_list(name)].grad
+        assert_norm_recorded(gradient.norm(), norm, msg=lambda text, n=name: f"{n}: {text}")
+    if mode == "train":
+        for name, values in entries(record, "train/discriminator_after_real_wrong_fake/").items():
+            assert_recorded(buffers[renamed_of_layer_list(name)], values)
+
+
+def test_published_size_of_gan_int_cls():
+    options = {"realism": False, "text_projection": 128, "joint_kernel": 1, "residual_block": True}
+    with torch.device("meta"):
+        discriminator = PairedDiscriminator(64, 1024, **options)
+    size = sum(parameter.numel() for parameter in discriminator.parameters())
+    # The published convolutions have biases, which are reset to zero before each step.
+    assert size + (64 + 128 + 256 + 512) + (128 + 128 + 512) + 512 == 4_032_321

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirror_modules._bottleneck import BOTTLENECK, Bottleneck
 from mirror_modules._checks import (
     check_batch,
     check_choice,
@@ -74,8 +76,8 @@ class PairedDiscriminator(TypedCall, nn.Module):
     One call returns all logits that a loss needs, including those of mismatched pairs: wrappers that act on calls, such
     as DistributedDataParallel, FSDP and `torch.compile`, do not see `features` and `logits`.
 
-    Without realism it is the discriminator of StackGAN's first stage; with `text_projection=128, joint_kernel=1` as
-    well, that of GAN-INT-CLS except for a residual block.
+    Without realism it is the discriminator of StackGAN's first stage; with `text_projection=128, joint_kernel=1,
+    residual_block=True` as well, that of GAN-INT-CLS.
 
     Args:
         resolution: Height and width of the images, a power of two of at least 4.
@@ -87,10 +89,12 @@ class PairedDiscriminator(TypedCall, nn.Module):
         text_projection: Features to which a linear layer, the normalization and a leaky ReLU compress the sentence
             before it joins the image; None leaves it as it is.
         joint_kernel: Kernel size of the convolution over image and sentence, odd.
+        residual_block: Whether the 4 x 4 map of the image passes a residual block with a bottleneck. As published, the
+            last two convolutions before it then have no activation.
 
     Raises:
         ValueError: `resolution` is not a power of two of at least 4, a size is not a positive integer, `joint_kernel`
-            is even, or `normalization` is unknown.
+            is even, `normalization` is unknown, or the map has too few channels for a bottleneck.
 
     Examples:
         >>> import torch
@@ -117,6 +121,7 @@ class PairedDiscriminator(TypedCall, nn.Module):
         realism: bool = True,
         text_projection: int | None = None,
         joint_kernel: int = 3,
+        residual_block: bool = False,
     ) -> None:
         super().__init__()
         owner = "PairedDiscriminator"
@@ -139,16 +144,24 @@ class PairedDiscriminator(TypedCall, nn.Module):
             else nn.Conv2d(3, channels, 3, padding=1, bias=False),
             nn.LeakyReLU(0.2, inplace=True),
         ]
-        width = channels
+        width, deeper = channels, []
         for _ in range(halvings - 1):
             halving = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=not has_norm)
-            layers += _with_norm(halving, has_norm)
+            deeper.append(with_norm(halving, has_norm))
             width *= 2
         for _ in range(halvings - FULL_WIDTH_HALVINGS):
-            layers += _with_norm(nn.Conv2d(width, width // 2, 3, padding=1, bias=not has_norm), has_norm)
+            deeper.append(with_norm(nn.Conv2d(width, width // 2, 3, padding=1, bias=not has_norm), has_norm))
             width //= 2
+        if residual_block:
+            if width % BOTTLENECK:
+                raise ValueError(
+                    f"{owner}: a residual block has a quarter of the channels inside, but the 4 x 4 map has {width} "
+                    f"with channels={channels}; use a multiple of {BOTTLENECK}, or residual_block=False."
+                )
+            deeper[-2:] = [block[:-1] for block in deeper[-2:]]
+            deeper.append([Bottleneck(width, negative_slope=0.2, has_norm=has_norm)])
         self.feature_dim = width
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers, *itertools.chain(*deeper))
         self.realism_head = WholeMapConv2d(width) if realism else None
         self.text_projection = None
         if text_projection is not None:
@@ -157,11 +170,10 @@ class PairedDiscriminator(TypedCall, nn.Module):
             self.text_projection = nn.Sequential(nn.Linear(text_dim, text_projection), *norms, nn.LeakyReLU(0.2))
             text_dim = text_projection
         joint = SentenceConv2d(width, text_dim, joint_kernel, bias=not has_norm)
-        self.joint = JointLayers(*_with_norm(joint, has_norm))
+        self.joint = JointLayers(*with_norm(joint, has_norm))
         self.consistency_head = WholeMapConv2d(width)
         if normalization == "spectral":
-            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
-                nn.utils.parametrizations.spectral_norm(module)
+            with_spectral_norm(self)
 
     def features(self, images: Tensor) -> Tensor:
         """Extract the features of images, which `logits` takes with any number of sentences.
@@ -232,7 +244,7 @@ class PairedDiscriminator(TypedCall, nn.Module):
         features = self.features(images)
         logits = self.logits(features, sentence)
         if mismatched_rows is not None:
-            _check_rows(mismatched_sentence, mismatched_rows)
+            check_rows("PairedDiscriminator", mismatched_sentence, mismatched_rows)
             features = features[mismatched_rows]
         if mismatched_sentence is None:
             return logits
@@ -253,8 +265,8 @@ class PairedDiscriminator(TypedCall, nn.Module):
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 
-def _check_rows(sentence: Tensor | None, rows: Tensor) -> None:
-    owner = "PairedDiscriminator"
+def check_rows(owner: str, sentence: Tensor | None, rows: Tensor) -> None:
+    """Require one mismatched sentence for each of the rows, which are integers."""
     if sentence is None:
         raise ValueError(f"{owner}: mismatched_rows need the sentences of these rows; pass mismatched_sentence (K, D).")
     if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
@@ -265,6 +277,13 @@ def _check_rows(sentence: Tensor | None, rows: Tensor) -> None:
     check_batch(owner, mismatched_rows=rows, mismatched_sentence=sentence)
 
 
-def _with_norm(convolution: nn.Conv2d, has_norm: bool) -> list[nn.Module]:
+def with_norm(convolution: nn.Conv2d, has_norm: bool) -> list[nn.Module]:
+    """A convolution, a batch norm if asked for, and a leaky ReLU."""
     norm = [nn.BatchNorm2d(convolution.out_channels)] if has_norm else []
     return [convolution, *norm, nn.LeakyReLU(0.2, inplace=True)]
+
+
+def with_spectral_norm(module: nn.Module) -> None:
+    """Divide the weight of each convolution and linear layer of a module by its largest singular value, in place."""
+    for layer in [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]:
+        nn.utils.parametrizations.spectral_norm(layer)

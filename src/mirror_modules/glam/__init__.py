@@ -1,5 +1,6 @@
 """GLAM, image out: the global-local collaborative attentive module (MirrorGAN, Sec. 3.2)."""
 
+from mirror_modules._placing import crop_box, keypoint_gate, keypoint_maps, place_in_box
 from mirror_modules.glam.attention import (
     GlobalLocalAttention,
     GlobalLocalContext,
@@ -14,15 +15,7 @@ from mirror_modules.glam.colors import color_consistency_loss
 from mirror_modules.glam.deconvolution import DeconvolutionGenerator
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
 from mirror_modules.glam.located import LocatedGenerator
-from mirror_modules.glam.placing import (
-    KeypointGate,
-    KeypointMaps,
-    TextPlacer,
-    crop_box,
-    keypoint_gate,
-    keypoint_maps,
-    place_in_box,
-)
+from mirror_modules.glam.placing import KeypointGate, KeypointMaps, TextPlacer
 from mirror_modules.glam.refinement import ImageRefinementStage
 from mirror_modules.glam.stages import StageAttention, StageContext
 

@@ -6,39 +6,13 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirror_modules._bottleneck import BOTTLENECK, Bottleneck
 from mirror_modules._checks import check_batch, check_features, check_positive, check_precision
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.generator import GeneratedImages
 from mirror_modules.glam.stages import SMALLEST_RESOLUTION, concatenate
-
-# A bottleneck has this fraction of the channels of its input.
-BOTTLENECK = 4
-
-
-class Bottleneck(nn.Module):
-    """A residual block whose 3x3 convolutions act on a quarter of the channels.
-
-    ReLU(f + norm(conv3(ReLU(norm(conv3(ReLU(norm(conv1(f)))))))))
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        narrow = channels // BOTTLENECK
-        self.conv1 = nn.Conv2d(channels, narrow, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(narrow)
-        self.conv2 = nn.Conv2d(narrow, narrow, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(narrow)
-        self.conv3 = nn.Conv2d(narrow, channels, 3, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(channels)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        inner = F.relu(self.norm1(self.conv1(features)))
-        inner = F.relu(self.norm2(self.conv2(inner)))
-        return F.relu(features + self.norm3(self.conv3(inner)))
 
 
 class DeconvolutionStage(nn.Module):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mirror_modules._checks import check_batch, check_features, check_positive, check_precision, check_tensors, shape_of
 from mirror_modules._norms import MapBatchNorm
+from mirror_modules._placing import place_in_box
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.deconvolution import DeconvolutionStage, doubling
 from mirror_modules.glam.generator import GeneratedImages
-from mirror_modules.glam.placing import TextPlacer, place_in_box
+from mirror_modules.glam.placing import TextPlacer
 from mirror_modules.glam.stages import concatenate
 
 # Height and width of the maps in which the box is drawn: two doublings of a 4 x 4 map.
