@@ -40,7 +40,7 @@ OPTIONS = [
     *("--glam.steps", 2, "--glam.batch-size", 6, "--glam.accumulate", 3, "--glam.generator-learning-rate", 0.013),
     *("--glam.discriminator-learning-rate", 0.014, "--glam.max-grad-norm", 0.23, "--glam.average-decay", 0.77),
     *("--glam.adversarial-objective", "hinge", "--glam.adversarial-weighting", "release"),
-    *("--glam.redescription-ratio", 0.37, "--glam.redescription-reduction", "sentence"),
+    *("--glam.redescription-ratio", 0.37, "--glam.matching-ratio", 0.41, "--glam.redescription-reduction", "sentence"),
     *("--evaluator.steps", 1, "--evaluator.batch-size", 7, "--evaluator.learning-rate", 0.015),
     *("--evaluator.max-grad-norm", 0.24, "--evaluator.gamma-loss", 8.5, "--evaluator.word-weight", 0.1),
     *("--evaluator.word-pairs", 2),
@@ -205,7 +205,7 @@ def is_contiguous(arguments: Arguments) -> bool:
     modules = [networks.network.module] if hasattr(networks, "network") else []
     if not modules:
         modules = [network.module for network in networks.networks().values()]
-        modules += [networks.average.module, networks.redescription]
+        modules += [networks.average.module, networks.redescription, networks.matching]
     kernels = [parameter for module in modules for parameter in module.parameters() if parameter.ndim == 4]
     assert any(kernel.shape[1] > 1 and kernel.shape[2] > 1 for kernel in kernels)
     return all(kernel.is_contiguous() for kernel in kernels)
@@ -302,7 +302,12 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
         argument("max_norm"),
         {"stem": [0.21], "stream": [0.22], "glam": [0.23], "evaluator": [0.24]},
     ),
-    ("gamma_loss", "pretrain.contrastive_terms", argument("gamma_loss"), {"stem": [9.5], "evaluator": [8.5]}),
+    (
+        "gamma_loss",
+        "pretrain.contrastive_terms",
+        argument("gamma_loss"),
+        {"stem": [9.5], "glam": [9.5], "evaluator": [8.5]},
+    ),
     ("word_pairs", "pretrain.word_region_similarity", count("regions"), {"stem": [3], "evaluator": [2]}),
     ("stream.accumulate", "pretrain.redescription_loss", count("tokens"), {"stream": [4]}),
     ("stream.train_backbone", "loop.start_pretraining", trains_backbone, {"stream": [True]}),
@@ -312,7 +317,7 @@ CASES: list[tuple[str, str, Callable[[Arguments], Any], dict[str, list[Any]]]] =
     ("glam.adversarial_objective", "step.generator_loss", argument("objective"), {"glam": ["hinge"]}),
     ("glam.adversarial_weighting", "step.discriminator_loss", argument("weighting"), {"glam": ["release"]}),
     ("glam.adversarial_weighting", "step.generator_loss", argument("weighting"), {"glam": ["release"]}),
-    ("glam.redescription_ratio", "step.balance_gradients", argument("ratios"), {"glam": [0.37]}),
+    ("glam.*_ratio", "step.balance_gradients", argument("ratios"), {"glam": [(1.0, 0.37, 0.41)]}),
     (
         "glam.redescription_reduction",
         "redescription.redescription_loss",

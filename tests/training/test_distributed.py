@@ -120,7 +120,8 @@ def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, 
     recipe = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, **changes))
     torch.manual_seed(0)
     model = MirrorGAN(recipe.model, Vocabulary([f"word{i}" for i in range(V - 3)]))
-    state = start(model, recipe, torch.Generator().manual_seed(2), group)
+    pair = EncoderPair(recipe.model, V) if recipe.glam.has_matching else None
+    state = start(model, recipe, torch.Generator().manual_seed(2), group, pair=pair)
     if evaluating:
         for network in state.networks().values():
             network.module.eval()
@@ -146,6 +147,20 @@ STEPS = {
     "generator-balanced-gradients": (
         train_generator,
         {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_weight": None, "redescription_ratio": 0.3},
+    ),
+    "generator-matching": (
+        train_generator,
+        {
+            "normalization": "batch",
+            "class_ids": (0, 1, 2, 0, 4, 5),
+            "redescription_weight": None,
+            "redescription_ratio": 0.3,
+            "matching_weight": 2.0,
+        },
+    ),
+    "generator-balanced-matching": (
+        train_generator,
+        {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_ratio": 0.3, "matching_ratio": 0.6},
     ),
     "generator-accumulate": (
         train_generator,

@@ -73,6 +73,11 @@ def test_missing_fields_come_from_the_base_or_are_defaults():
             {"glam": {"redescription_ratio": None}},
             r"are both None; give one of them a number, or redescription_weight=0",
         ),
+        ({"glam": {"matching_weight": -1}}, r"matching_weight must be 0 or more"),
+        (
+            {"glam": {"matching_weight": 5, "matching_ratio": 0.5}},
+            r"matching_weight=5 and matching_ratio=0\.5 are both given.*; leave one of them out",
+        ),
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
         ({"engine": {"threads": 0}}, r"EngineRecipe: threads must be a whole number of at least 1, but it is 0"),
     ],

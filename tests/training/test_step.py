@@ -9,7 +9,8 @@ import torch
 from mirror_modules import MirrorGAN
 from mirror_modules.adversarial import discriminator_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
-from mirror_modules.stem import Vocabulary
+from mirror_modules.models import EncoderPair
+from mirror_modules.stem import TextFeatures, Vocabulary, matching_loss
 from mirror_modules.training import step
 from mirror_modules.training.recipes import AdversarialRecipe
 from mirror_modules.training.state import DiscriminatorPass, start
@@ -17,6 +18,7 @@ from mirror_modules.training.step import (
     adversarial_step,
     divide,
     generate,
+    generator_terms,
     update_average,
     update_discriminators,
     update_generator,
@@ -41,7 +43,9 @@ def make_batch(vocabulary, class_ids=(0, 1, 2, 3, 4)):
 
 def make_state(vocabulary, recipe):
     torch.manual_seed(0)
-    return start(MirrorGAN(recipe.model, vocabulary), recipe, torch.Generator().manual_seed(2))
+    model = MirrorGAN(recipe.model, vocabulary)
+    pair = EncoderPair(recipe.model, len(vocabulary)) if recipe.glam.has_matching else None
+    return start(model, recipe, torch.Generator().manual_seed(2), pair=pair)
 
 
 def changed(before, module):
@@ -212,6 +216,89 @@ def test_the_redescription_gradient_is_proportional_to_the_ratio(vocabulary, tin
     assert any((half[name] - without[name]).abs().max() > 1e-5 for name in half)
 
 
+def test_the_matching_loss_is_that_of_attngan_at_the_finest_images(vocabulary, tiny_recipe):
+    """Word and sentence terms with equal weights, gamma 10, and no negatives of the same class."""
+    stem = dataclasses.replace(tiny_recipe.stem, gamma_loss=10.0, word_weight=1.0)
+    glam = dataclasses.replace(
+        tiny_recipe.glam, redescription_weight=0.0, redescription_ratio=None, kl_weight=3.0, matching_weight=5.0
+    )
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, stem=stem, glam=glam))
+    batch = make_batch(vocabulary, class_ids=(0, 1, 0, 3, 1))
+    encoder = state.matching.image_encoder
+    before = snapshot(encoder)[0]
+    parts = divide(state, batch, glam)
+    losses = update_generator(state, parts, generated := [generate(state, part) for part in parts], glam, [])
+    text = TextFeatures(*state.text(batch))
+    terms = matching_loss(encoder(generated[0].images[-1]), text, batch.word_mask, batch.class_ids)
+    torch.testing.assert_close(losses["matching"], terms.total.detach())
+    expected = 3 * losses["kl"] + losses["generator_8"] + losses["generator_16"] + 5 * losses["matching"]
+    torch.testing.assert_close(losses["generator_total"], expected)
+    assert not changed(before, encoder)
+    assert not encoder.training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_the_matching_encoder_cannot_be_unfrozen(vocabulary, tiny_recipe):
+    glam = dataclasses.replace(tiny_recipe.glam, matching_weight=1.0)
+    matching = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam)).matching.train()
+    assert not matching.image_encoder.training
+
+
+def test_the_matching_loss_needs_the_encoders(vocabulary, tiny_recipe):
+    recipe = dataclasses.replace(tiny_recipe, glam=dataclasses.replace(tiny_recipe.glam, matching_ratio=0.5))
+    with pytest.raises(ValueError, match="the matching loss needs the encoders of phase `stem`; pass pair="):
+        start(MirrorGAN(recipe.model, vocabulary), recipe, torch.Generator())
+
+
+@pytest.mark.parametrize("matching", [{"matching_ratio": 0.25}, {"matching_weight": 7.0}])
+@pytest.mark.parametrize(
+    "redescription",
+    [
+        {"redescription_weight": None, "redescription_ratio": 0.5},
+        {"redescription_weight": 2.0, "redescription_ratio": None},
+    ],
+)
+def test_each_ratio_is_a_share_of_the_adversarial_gradient_alone(vocabulary, tiny_recipe, redescription, matching):
+    glam = dataclasses.replace(tiny_recipe.glam, kl_weight=0.0, **redescription, **matching)
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+    (part,) = divide(state, make_batch(vocabulary), glam)
+    generated = generate(state, part)
+    images = generated.images[-1].detach().requires_grad_(True)
+    fake = generated._replace(images=[generated.images[0], images])
+    terms = generator_terms(state, part, fake, glam)
+    (gradient,) = torch.autograd.grad(terms["generator_total"], images)
+    alone = generator_terms(
+        state,
+        part,
+        fake,
+        dataclasses.replace(
+            glam, redescription_weight=1.0, redescription_ratio=None, matching_weight=1.0, matching_ratio=None
+        ),
+    )
+    names = ("generator_16", "redescription", "matching")
+    adversarial, *others = (
+        torch.autograd.grad(alone[name], images, retain_graph=True, allow_unused=True)[0] for name in names
+    )
+    expected = adversarial
+    norm = adversarial.flatten(1).norm(dim=1)
+    weights = (redescription["redescription_weight"], matching.get("matching_weight"))
+    ratios = (redescription["redescription_ratio"], matching.get("matching_ratio"))
+    for other, weight, ratio in zip(others, weights, ratios, strict=True):
+        scale = weight if ratio is None else (ratio * norm / other.flatten(1).norm(dim=1))[:, None, None, None]
+        expected = expected + scale * other
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_negatives_of_an_accumulated_matching_loss_are_those_of_the_part(vocabulary, tiny_recipe):
+    glam = dataclasses.replace(tiny_recipe.glam, matching_weight=1.0, accumulate=2)
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+    parts = divide(state, make_batch(vocabulary), glam)
+    assert [len(part.class_ids) for part in parts] == [3, 2]
+    losses = adversarial_step(state, make_batch(vocabulary), glam).losses
+    assert bool(torch.isfinite(losses["matching"]))
+
+
 def test_accumulated_balanced_gradients_match_the_whole_batch(vocabulary, tiny_recipe):
     steps = []
     for accumulate in (1, 5):
@@ -310,6 +397,7 @@ def test_low_precision_stays_finite_and_close_to_float32(vocabulary, tiny_recipe
         ({"discriminator_normalization": "spectral"}, {"adversarial_objective": "hinge", "accumulate": 2}),
         ({"discriminator_normalization": "none"}, {"r1_weight": 1.0, "r1_every": 2}),
         ({}, {"adversarial_weighting": "release", "redescription_reduction": "sentence"}),
+        ({}, {"matching_ratio": 0.5, "accumulate": 2, "discriminator_learning_rate": 1e-3}),
         ({}, {"max_grad_norm": 0.5, "discriminator_learning_rate": 1e-3}),
     ],
 )

@@ -309,7 +309,7 @@ def train_glam(run: Run) -> nn.Module:
     model.to(run.group.device)
     text, message = _cache_captions(run, model)
     random = seeded(seed, NOISE, ALL_PHASES.index("glam"))
-    state = start(model, recipe, random, run.group, text)
+    state = start(model, recipe, random, run.group, text, pair)
     with PhaseRun(run, "glam", state, recipe.glam, state.networks()) as steps:
         if message:
             steps.log.info(message)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from mirror_modules._freezing import freeze
 from mirror_modules.data import CaptionBatch
 from mirror_modules.models import EncoderPair
 from mirror_modules.stem import ImageEncoder, ImageFeatures, TextFeatures
@@ -113,30 +115,80 @@ def region_rows(recipe: MatchingRecipe, group: ProcessGroup) -> int:
     return max(1, recipe.word_pairs // group.world_size)
 
 
-def matching_step(state: PretrainingState, batch: CaptionBatch, recipe: MatchingRecipe) -> StepResult:
-    """Phases `stem` and `evaluator`: contrastive loss between images and captions (DAMSM; Sec. 3.1).
+def matching_terms(
+    image: ImageFeatures,
+    text: TextFeatures,
+    word_mask: Tensor,
+    class_ids: Tensor,
+    recipe: MatchingRecipe,
+    group: ProcessGroup,
+    pairs: slice = slice(None),
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of the matching loss of images and captions, and their weighted sum (DAMSM; Sec. 3.1).
 
     Each rank compares its images with the captions of all ranks; the rows of similarities are then gathered.
+
+    Args:
+        image: Features of this rank's images.
+        text: Features of their captions.
+        word_mask: True for a real word, (B, L).
+        class_ids: Class of each image, (B,), on the CPU.
+        recipe: Temperature, and weight of the word-region terms.
+        group: The process group.
+        pairs: The pairs of each rank in the word-region terms.
     """
+
+    def classes(rows: slice) -> Tensor:
+        return group.all_gather(class_ids[rows]).to(group.device, non_blocking=True)
+
+    similarity = image_sentence_similarity(image.image, group.all_gather(text.sentence))
+    by_sentence = contrastive_terms(group.all_gather(similarity), classes(slice(None)), gamma_loss=recipe.gamma_loss)
+    losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
+    total = torch.stack(by_sentence).sum()
+    if recipe.word_weight > 0:
+        words, mask = group.all_gather(text.words[pairs]), group.all_gather(word_mask[pairs])
+        similarity = word_region_similarity(image.regions[pairs], words, mask)
+        by_words = contrastive_terms(group.all_gather(similarity), classes(pairs), gamma_loss=recipe.gamma_loss)
+        losses |= zip(("caption_by_words", "image_by_words"), by_words)
+        total = total + recipe.word_weight * torch.stack(by_words).sum()
+    return losses, total
+
+
+class GeneratedMatching(nn.Module):
+    """The matching loss of phase `stem` for generated images, whose encoders stay frozen (AttnGAN, eq. 14).
+
+    Args:
+        image_encoder: The image encoder of phase `stem`; it is modified in place, and `train()` does not unfreeze it.
+        recipe: The recipe of phase `stem`.
+        group: The process group.
+    """
+
+    def __init__(self, image_encoder: ImageEncoder, recipe: MatchingRecipe, group: ProcessGroup) -> None:
+        super().__init__()
+        self.image_encoder, self.recipe, self.group = image_encoder, recipe, group
+        freeze(image_encoder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this module; the encoder stays frozen."""
+        super().train(mode)
+        freeze(self.image_encoder)
+        return self
+
+    def forward(self, images: Tensor, text: TextFeatures, word_mask: Tensor, class_ids: Tensor) -> Tensor:
+        """The loss of generated images (B, 3, H, W) with their captions; all ranks' pairs are negatives."""
+        return matching_terms(self.image_encoder(images), text, word_mask, class_ids, self.recipe, self.group)[1]
+
+
+def matching_step(state: PretrainingState, batch: CaptionBatch, recipe: MatchingRecipe) -> StepResult:
+    """Phases `stem` and `evaluator`: contrastive loss between images and captions (DAMSM; Sec. 3.1)."""
     network, group = state.network, state.group
-    class_ids = group.all_gather(batch.class_ids).to(group.device, non_blocking=True)
+    # The first pairs of each rank, so that all ranks do equal work.
+    pairs = slice(region_rows(recipe, group))
     with restoring_buffers([network.module]) as finite:
         network.optimizer.zero_grad()
         with autocast(state.engine, group.device):
             image, text = network.parallel(batch.images, batch.image_rows, batch.tokens, batch.word_mask)
-            similarity = image_sentence_similarity(image.image, group.all_gather(text.sentence))
-            by_sentence = contrastive_terms(group.all_gather(similarity), class_ids, gamma_loss=recipe.gamma_loss)
-            losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
-            total = torch.stack(by_sentence).sum()
-            if recipe.word_weight > 0:
-                # The first pairs of each rank, so that all ranks do equal work.
-                selected = slice(region_rows(recipe, group))
-                ids = group.all_gather(batch.class_ids[selected]).to(group.device, non_blocking=True)
-                words, word_mask = group.all_gather(text.words[selected]), group.all_gather(batch.word_mask[selected])
-                similarity = word_region_similarity(image.regions[selected], words, word_mask)
-                by_words = contrastive_terms(group.all_gather(similarity), ids, gamma_loss=recipe.gamma_loss)
-                losses |= zip(("caption_by_words", "image_by_words"), by_words)
-                total = total + recipe.word_weight * torch.stack(by_words).sum()
+            losses, total = matching_terms(image, text, batch.word_mask, batch.class_ids, recipe, group, pairs)
         network.backward(total)
         losses["gradient_norm"], is_finite = network.optimizer_step(total)
         finite.append(is_finite)

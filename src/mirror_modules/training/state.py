@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mirror_modules.adversarial import PairedDiscriminator, PairedLogits, r1_penalty
 from mirror_modules.models import MirrorGAN
+from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.stream import RedescriptionLoss
 from mirror_modules.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mirror_modules.training.features import FrozenFeatures, frozen_text
 from mirror_modules.training.network import MovingAverage, TrainedNetwork, prepare
+from mirror_modules.training.pretrain import GeneratedMatching
 from mirror_modules.training.recipes import EngineRecipe, Recipe
 
 
@@ -102,6 +104,7 @@ class AdversarialState:
     discriminators: list[TrainedNetwork]
     """Each a `DiscriminatorPass`, coarse to fine."""
     redescription: RedescriptionLoss | None
+    matching: GeneratedMatching | None
     random: torch.Generator
     """Equal on all ranks: each draw is made for the whole batch."""
     group: ProcessGroup
@@ -147,6 +150,7 @@ def start(
     random: torch.Generator,
     group: ProcessGroup = SINGLE_PROCESS,
     text: FrozenFeatures | None = None,
+    pair: EncoderPair | None = None,
 ) -> AdversarialState:
     """Set up the adversarial phase for a model whose text encoder and captioner are trained.
 
@@ -156,6 +160,10 @@ def start(
         random: Generator of noise and mismatched pairs, equally seeded on all ranks.
         group: The process group.
         text: Cached features of the training captions; None encodes captions in each step.
+        pair: The encoders of phase `stem`, for the matching loss only.
+
+    Raises:
+        ValueError: The recipe has a matching loss, but there is no pair.
     """
     config, glam, engine = model.config, recipe.glam, recipe.engine
     model.to(group.device)
@@ -167,6 +175,13 @@ def start(
         redescription = RedescriptionLoss(model.captioner, reduction=glam.redescription_reduction)
         if engine.channels_last:
             redescription.to(memory_format=torch.channels_last)
+    matching = None
+    if glam.has_matching:
+        if pair is None:
+            raise ValueError("start: the matching loss needs the encoders of phase `stem`; pass pair=EncoderPair(...).")
+        matching = GeneratedMatching(pair.image_encoder, recipe.stem, group).to(group.device)
+        if engine.channels_last:
+            matching.to(memory_format=torch.channels_last)
     generator = ConditionedGenerator(model)
     average = MovingAverage(generator, glam.average_decay)
     if engine.channels_last:
@@ -201,6 +216,7 @@ def start(
             for module in discriminators
         ],
         redescription=redescription,
+        matching=matching,
         random=random,
         group=group,
         engine=engine,

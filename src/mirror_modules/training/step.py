@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mirror_modules.adversarial import discriminator_loss, generator_loss, mismatch
 from mirror_modules.data import CaptionBatch, image_pyramid
-from mirror_modules.stem import kl_divergence
+from mirror_modules.stem import TextFeatures, kl_divergence
 from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
@@ -27,6 +27,8 @@ class Part(NamedTuple):
     sentence: Tensor
     tokens: Tensor
     word_mask: Tensor
+    class_ids: Tensor
+    """On the CPU."""
     noise: Tensor
     condition_noise: Tensor
     mismatched_rows: Tensor | None
@@ -131,9 +133,7 @@ def generator_terms(
     terms = {"kl": kl_divergence(fake.mean, fake.log_variance)}
     total = recipe.kl_weight * terms["kl"]
     *coarser, finest = fake.images
-    for_discriminator, for_captioner = finest, finest
-    if state.redescription is not None and recipe.redescription_ratio is not None:
-        for_discriminator, for_captioner = balance_gradients(finest, recipe.redescription_ratio)
+    for_discriminator, for_captioner, for_encoder = balance(finest, recipe)
     with autocast(state.engine, state.group.device):
         for discriminator, images in zip(state.paired_discriminators, [*coarser, for_discriminator]):
             adversarial = generator_loss(
@@ -151,7 +151,24 @@ def generator_terms(
             # With a ratio, balance_gradients scales the gradient.
             weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
             total = total + weight * terms["redescription"]
+        if state.matching is not None:
+            text = TextFeatures(part.words, part.sentence)
+            terms["matching"] = state.matching(for_encoder, text, part.word_mask, part.class_ids)
+            total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
     return {**terms, "generator_total": total}
+
+
+def balance(images: Tensor, recipe: AdversarialRecipe) -> list[Tensor]:
+    """The finest images for discriminator, captioner and matching encoder; those of losses with a ratio are balanced.
+
+    Ratios are fractions of the discriminator's gradient norm alone: losses with a weight do not change it.
+    """
+    ratios = (recipe.redescription_ratio, recipe.matching_ratio)
+    given = [ratio for ratio in ratios if ratio is not None]
+    if not given:
+        return [images] * 3
+    for_discriminator, *balanced = balance_gradients(images, (1.0, *given))
+    return [for_discriminator, *(images if ratio is None else balanced.pop(0) for ratio in ratios)]
 
 
 def update_average(state: AdversarialState, finite: Tensor) -> None:
@@ -187,6 +204,7 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
                 sentence=sentence[rows],
                 tokens=batch.tokens[rows],
                 word_mask=batch.word_mask[rows],
+                class_ids=batch.class_ids[rows],
                 noise=noise[rows],
                 condition_noise=condition_noise[rows],
                 mismatched_rows=None if mismatched is None else mismatched.to(device, non_blocking=True),

@@ -165,6 +165,11 @@ class AdversarialRecipe:
     adversarial gradient's norm; see `balance_gradients`."""
     redescription_reduction: Literal["word", "sentence"] = "word"
     """Mean over words, or sum over each caption's words."""
+    matching_weight: float = 0.0
+    """Weight of the matching loss of the finest images by the frozen encoders of phase `stem` (AttnGAN); 0 turns it
+    off. Temperature and weight of its word-region terms are those of phase `stem`."""
+    matching_ratio: float | None = None
+    """Instead of a weight: gradient norm of the matching loss, as `redescription_ratio`."""
     kl_weight: float = 1.0
     """Weight of the KL divergence of the conditions from a standard normal."""
     mismatched_pairs: bool = True
@@ -194,8 +199,11 @@ class AdversarialRecipe:
             "discriminator_learning_rate",
             "max_grad_norm",
             "redescription_ratio",
+            "matching_ratio",
         )
-        _check_not_negative(owner, self, "redescription_weight", "kl_weight", "r1_weight", "average_decay")
+        _check_not_negative(
+            owner, self, "redescription_weight", "matching_weight", "kl_weight", "r1_weight", "average_decay"
+        )
         weight, ratio = self.redescription_weight, self.redescription_ratio
         if weight is not None and ratio is not None:
             raise ValueError(
@@ -209,6 +217,11 @@ class AdversarialRecipe:
             )
         if weight == 0:
             _check_has_effect(owner, self, "redescription_reduction", "redescription_weight=0")
+        if self.matching_ratio is not None and self.matching_weight != 0:
+            raise ValueError(
+                f"{owner}: matching_weight={self.matching_weight:g} and matching_ratio={self.matching_ratio:g} are "
+                "both given, but they are alternatives; leave one of them out."
+            )
         if self.r1_weight == 0:
             _check_has_effect(owner, self, "r1_every", "r1_weight=0")
         if self.average_decay >= 1:
@@ -218,6 +231,11 @@ class AdversarialRecipe:
                 "AdversarialRecipe: adversarial_weighting='release' averages over mismatched pairs too; set "
                 "mismatched_pairs=True."
             )
+
+    @property
+    def has_matching(self) -> bool:
+        """Whether the generator is trained with the matching loss."""
+        return self.matching_weight > 0 or self.matching_ratio is not None
 
 
 PhaseRecipe = MatchingRecipe | CaptionerRecipe | AdversarialRecipe
