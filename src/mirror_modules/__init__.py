@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from mirror_modules import models as models
     from mirror_modules import stem as stem
     from mirror_modules import stream as stream
-    from mirror_modules.adversarial import AdversarialWeights, PairedDiscriminator, PairedLogits
+    from mirror_modules.adversarial import (
+        AdversarialWeights,
+        KeypointDiscriminator,
+        KeypointImageDiscriminator,
+        LocatedDiscriminator,
+        PairedDiscriminator,
+        PairedLogits,
+    )
     from mirror_modules.glam import (
         CascadedGenerator,
         DeconvolutionGenerator,
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
         GlobalLocalContext,
         ImageRefinementStage,
         KeypointGate,
+        KeypointGenerator,
+        KeypointImageGenerator,
         KeypointMaps,
         LocatedGenerator,
         TextPlacer,
@@ -75,10 +84,15 @@ __all__ = [
     "ImageEncoder",
     "ImageFeatures",
     "ImageRefinementStage",
+    "KeypointDiscriminator",
     "KeypointGate",
+    "KeypointGenerator",
+    "KeypointImageDiscriminator",
+    "KeypointImageGenerator",
     "KeypointMaps",
     "LatentSampler",
     "LatentSamples",
+    "LocatedDiscriminator",
     "LocatedGenerator",
     "MatchingLoss",
     "MatchingTerms",
@@ -100,7 +114,14 @@ __all__ = [
 
 # Where `__getattr__` finds what the imports above show to type checkers: modules, and the names that each exports here.
 _EXPORTS = {
-    "adversarial": ("AdversarialWeights", "PairedDiscriminator", "PairedLogits"),
+    "adversarial": (
+        "AdversarialWeights",
+        "KeypointDiscriminator",
+        "KeypointImageDiscriminator",
+        "LocatedDiscriminator",
+        "PairedDiscriminator",
+        "PairedLogits",
+    ),
     "data": (),
     "functional": (),
     "glam": (
@@ -112,6 +133,8 @@ _EXPORTS = {
         "GlobalLocalContext",
         "ImageRefinementStage",
         "KeypointGate",
+        "KeypointGenerator",
+        "KeypointImageGenerator",
         "KeypointMaps",
         "LocatedGenerator",
         "TextPlacer",

@@ -187,7 +187,7 @@ def keypoint_gate(features: Tensor, maps: Tensor) -> Tensor:
             f"{shape_of(features)} and the maps are {shape_of(maps)}."
         )
     check_batch(owner, features=features, maps=maps)
-    gate = maps.sum(dim=1, keepdim=True).clamp(0, 1)
+    gate = maps.sum(dim=1, keepdim=True).clamp(max=1)
     return (features if features.ndim == 4 else features[..., None, None]) * gate.to(features.dtype)
 
 
@@ -216,7 +216,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Features with an axis for the boxes if `box` has one, the box, and the size of the result."""
     check_tensors(owner, features=features, box=box)
-    _check_box(owner, box)
+    check_box(owner, box)
     layouts = {4: "(B, C, M, N)"} | ({2: "(B, C)"} if vectors else {})
     if box.ndim == 3:
         layouts |= {5: "(B, K, C, M, N)"} | ({3: "(B, K, C)"} if vectors else {})
@@ -247,7 +247,8 @@ def check_size(owner: str, size: tuple[int, int]) -> None:
         raise ValueError(f"{owner}: size must be at least 2 in both directions, but it is {tuple(size)}.")
 
 
-def _check_box(owner: str, box: Tensor) -> None:
+def check_box(owner: str, box: Tensor) -> None:
+    """Require boxes (B, 4) or (B, K, 4) as shares of the image, of positive size and at least partly inside it."""
     if box.ndim not in (2, 3) or box.shape[-1] != 4 or not box.is_floating_point():
         raise ValueError(
             f"{owner}: box must be floats (B, 4) or (B, K, 4), x, y, width and height as shares of the image, but it "

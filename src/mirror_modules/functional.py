@@ -8,6 +8,7 @@ from mirror_modules.adversarial.losses import discriminator_loss, generator_loss
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
 from mirror_modules.glam.colors import color_consistency_loss
+from mirror_modules.glam.keypoints import complete_keypoints
 from mirror_modules.kernels import Choice
 from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score
@@ -40,6 +41,7 @@ __all__ = [
     "class_oracle",
     "clip_score",
     "color_consistency_loss",
+    "complete_keypoints",
     "contrastive_terms",
     "crop_box",
     "discriminator_loss",

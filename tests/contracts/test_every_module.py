@@ -22,7 +22,12 @@ from mirror_modules import (
     ImageEncoder,
     ImageFeatures,
     ImageRefinementStage,
+    KeypointDiscriminator,
     KeypointGate,
+    KeypointGenerator,
+    KeypointImageDiscriminator,
+    KeypointImageGenerator,
+    LocatedDiscriminator,
     LocatedGenerator,
     MatchingLoss,
     MirrorGAN,
@@ -126,6 +131,14 @@ CASES = {
         lambda: LocatedGenerator(Z, E, channels=2, hidden_dim=5, upsampled=(3,)),
         lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.rand(B, 4) * 0.4 + 0.1), {}),
     ),
+    "KeypointImageGenerator": Case(
+        lambda: KeypointImageGenerator(Z, E, L, channels=2, hidden_dim=5, upsampled=(3,)),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.rand(B, L, 16, 16)), {}),
+    ),
+    "KeypointGenerator": Case(
+        lambda: KeypointGenerator(L, Z, E, hidden_dim=6),
+        lambda: ((torch.randn(B, Z), torch.randn(B, E), torch.rand(B, L, 3)), {}),
+    ),
     "TextPlacer": Case(lambda: TextPlacer(7), lambda: ((torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {})),
     "KeypointGate": Case(KeypointGate, lambda: ((torch.randn(B, C, 5, 7), torch.rand(B, L, 5, 7)), {})),
     "PairedDiscriminator": Case(
@@ -134,6 +147,17 @@ CASES = {
     "PairedDiscriminator without realism": Case(
         lambda: PairedDiscriminator(16, D, channels=C, realism=False, text_projection=5, joint_kernel=1),
         lambda: ((images(), torch.randn(B, D)), {}),
+    ),
+    "LocatedDiscriminator": Case(
+        lambda: LocatedDiscriminator(32, D, channels=C, text_projection=5),
+        lambda: ((images(32, 32), torch.randn(B, D), torch.rand(B, 4) * 0.4 + 0.1), {}),
+    ),
+    "KeypointImageDiscriminator": Case(
+        lambda: KeypointImageDiscriminator(32, D, L, channels=C, text_projection=5),
+        lambda: ((images(32, 32), torch.randn(B, D), torch.rand(B, L, 16, 16)), {}),
+    ),
+    "KeypointDiscriminator": Case(
+        lambda: KeypointDiscriminator(L, D, hidden_dim=6), lambda: ((torch.rand(B, L, 3), torch.randn(B, D)), {})
     ),
     "TextEncoder": Case(lambda: TextEncoder(V, embedding_dim=5, feature_dim=D), lambda: ((tokens(), MASK), {})),
     "ImageEncoder": Case(lambda: ImageEncoder(ConvBackbone(C), D), lambda: ((images(33, 47),), {})),

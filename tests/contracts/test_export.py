@@ -22,8 +22,13 @@ from mirror_modules import (
     ImageEncoder,
     ImageFeatures,
     ImageRefinementStage,
+    KeypointDiscriminator,
     KeypointGate,
+    KeypointGenerator,
+    KeypointImageDiscriminator,
+    KeypointImageGenerator,
     KeypointMaps,
+    LocatedDiscriminator,
     LocatedGenerator,
     MatchingLoss,
     MirrorGAN,
@@ -53,8 +58,8 @@ class Case(NamedTuple):
     """Arguments whose second axis is not a length."""
 
 
-def images(batch):
-    return torch.rand(batch, 3, 16, 16) * 2 - 1
+def images(batch, size=16):
+    return torch.rand(batch, 3, size, size) * 2 - 1
 
 
 def tokens(batch, length):
@@ -160,6 +165,42 @@ CASES = {
             "condition": torch.randn(batch, E),
             "box": torch.rand(batch, boxes, 4) * 0.4 + 0.1,
         },
+    ),
+    "KeypointImageGenerator": Case(
+        lambda: KeypointImageGenerator(Z, E, 3, channels=2, hidden_dim=5, upsampled=(3,)),
+        lambda batch, _: {
+            "noise": torch.randn(batch, Z),
+            "condition": torch.randn(batch, E),
+            "maps": torch.rand(batch, 3, 16, 16),
+        },
+    ),
+    "KeypointGenerator": Case(
+        lambda: KeypointGenerator(3, Z, E, hidden_dim=6),
+        lambda batch, _: {
+            "noise": torch.randn(batch, Z),
+            "condition": torch.randn(batch, E),
+            "given": torch.rand(batch, 3, 3),
+        },
+    ),
+    "LocatedDiscriminator": Case(
+        lambda: LocatedDiscriminator(32, D, channels=C, text_projection=5),
+        lambda batch, boxes: {
+            "images": images(batch, 32),
+            "sentence": torch.randn(batch, D),
+            "location": torch.rand(batch, boxes, 4) * 0.4 + 0.1,
+        },
+    ),
+    "KeypointImageDiscriminator": Case(
+        lambda: KeypointImageDiscriminator(32, D, 3, channels=C, text_projection=5),
+        lambda batch, _: {
+            "images": images(batch, 32),
+            "sentence": torch.randn(batch, D),
+            "location": torch.rand(batch, 3, 16, 16),
+        },
+    ),
+    "KeypointDiscriminator": Case(
+        lambda: KeypointDiscriminator(3, D, hidden_dim=6),
+        lambda batch, _: {"points": torch.rand(batch, 3, 3), "sentence": torch.randn(batch, D)},
     ),
     "PairedDiscriminator": Case(
         lambda: PairedDiscriminator(16, D, channels=C),

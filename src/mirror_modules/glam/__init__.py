@@ -14,7 +14,8 @@ from mirror_modules.glam.block import GlamBlock
 from mirror_modules.glam.colors import color_consistency_loss
 from mirror_modules.glam.deconvolution import DeconvolutionGenerator
 from mirror_modules.glam.generator import CascadedGenerator, GeneratedImages
-from mirror_modules.glam.located import LocatedGenerator
+from mirror_modules.glam.keypoints import KeypointGenerator, complete_keypoints
+from mirror_modules.glam.located import KeypointImageGenerator, LocatedGenerator
 from mirror_modules.glam.placing import KeypointGate, KeypointMaps, TextPlacer
 from mirror_modules.glam.refinement import ImageRefinementStage
 from mirror_modules.glam.stages import StageAttention, StageContext
@@ -28,6 +29,8 @@ __all__ = [
     "GlobalLocalContext",
     "ImageRefinementStage",
     "KeypointGate",
+    "KeypointGenerator",
+    "KeypointImageGenerator",
     "KeypointMaps",
     "LocatedGenerator",
     "StageAttention",
@@ -36,6 +39,7 @@ __all__ = [
     "WordAttention",
     "WordContext",
     "color_consistency_loss",
+    "complete_keypoints",
     "crop_box",
     "global_local_attention",
     "keypoint_gate",

@@ -1,4 +1,4 @@
-"""Images with their subject inside a given box: the generator of GAWWN (Reed et al., NIPS 2016, Sec. 4.1)."""
+"""Images with their subject in a given place, a box or key points: the generators of GAWWN (Reed et al., NIPS 2016)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirror_modules._bottleneck import Bottleneck
 from mirror_modules._checks import check_batch, check_features, check_positive, check_precision, check_tensors, shape_of
-from mirror_modules._norms import MapBatchNorm
-from mirror_modules._placing import place_in_box
+from mirror_modules._norms import FeatureBatchNorm, MapBatchNorm
+from mirror_modules._placing import keypoint_gate, place_in_box
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.deconvolution import DeconvolutionStage, doubling
 from mirror_modules.glam.generator import GeneratedImages
 from mirror_modules.glam.placing import TextPlacer
 from mirror_modules.glam.stages import concatenate
 
-# Height and width of the maps in which the box is drawn: two doublings of a 4 x 4 map.
+# Height and width of the maps in which places are given: two doublings of a 4 x 4 map.
 MAP_SIZE = 16
 
 
@@ -66,8 +67,7 @@ class LocatedGenerator(TypedCall, nn.Module):
         check_positive(
             owner, noise_dim=noise_dim, condition_dim=condition_dim, channels=channels, hidden_dim=hidden_dim
         )
-        for i, width in enumerate(upsampled):
-            check_positive(owner, **{f"upsampled[{i}]": width})
+        check_positive(owner, **{f"upsampled[{i}]": width for i, width in enumerate(upsampled)})
         self.noise_dim, self.condition_dim = noise_dim, condition_dim
         self.resolutions = (MAP_SIZE * 2 ** (len(upsampled) + 1),)
         self.text = nn.Linear(condition_dim, hidden_dim)
@@ -76,7 +76,9 @@ class LocatedGenerator(TypedCall, nn.Module):
         self.placer = TextPlacer(MAP_SIZE)
         # Batch norm subtracts any bias of the convolution before it.
         self.placed_text = nn.Sequential(
-            *_halving(hidden_dim), *_halving(hidden_dim), *_halving(hidden_dim, stride=1, padding=0)
+            *_halving(hidden_dim, hidden_dim),
+            *_halving(hidden_dim, hidden_dim),
+            *_halving(hidden_dim, hidden_dim, stride=1, padding=0),
         )
         widths = (8 * channels, 4 * channels, 2 * channels)
         self.global_path = DeconvolutionStage(2 * hidden_dim, widths, bottlenecks=0)
@@ -120,7 +122,120 @@ class LocatedGenerator(TypedCall, nn.Module):
         return GeneratedImages([images], [], [])
 
 
-def _halving(channels: int, stride: int = 2, padding: int = 1) -> tuple[nn.Module, ...]:
+class KeypointImageGenerator(TypedCall, nn.Module):
+    """Noise, condition and key points -> images whose subject has its parts there (GAWWN, Sec. 4.2).
+
+        h = ReLU(W z, V s),    gate = min(sum_k maps[k], 1)
+        global = up(A h, CNN(maps)),    local = CNN(gate * B h)
+        I = tanh(up(residual(conv(global, local, maps))))
+
+    The global path sees the key points and makes the whole map; the local path is zero except at key points
+    (`keypoint_gate`). Both maps are 16 x 16. `KeypointMaps` makes the maps of the points.
+
+    Args:
+        noise_dim: Features Z of the noise.
+        condition_dim: Features E of the condition: the sentence itself in the published code.
+        point_count: Key points K.
+        channels: Channels C; the global path has 4C, 2C and C channels at 4 x 4, 8 x 8 and 16 x 16, the local one 4C.
+        hidden_dim: Features to which noise and condition are projected.
+        upsampled: Channels after each doubling of the resolution beyond 16 x 16; one more doubling makes the image. Two
+            of them are for images of 128 x 128.
+
+    Raises:
+        ValueError: A size is not a whole number of at least 1.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules import KeypointImageGenerator, KeypointMaps
+        >>> generator = KeypointImageGenerator(5, 7, point_count=3, channels=2, hidden_dim=8, upsampled=(4,))
+        >>> maps = KeypointMaps(size=16)(torch.rand(2, 3, 2))
+        >>> generator(torch.randn(2, 5), torch.randn(2, 7), maps).images[-1].shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    def __init__(
+        self,
+        noise_dim: int = 100,
+        condition_dim: int = 1024,
+        point_count: int = 15,
+        *,
+        channels: int = 128,
+        hidden_dim: int = 512,
+        upsampled: Sequence[int] = (256, 128),
+    ) -> None:
+        super().__init__()
+        owner = "KeypointImageGenerator"
+        check_positive(
+            owner,
+            noise_dim=noise_dim,
+            condition_dim=condition_dim,
+            point_count=point_count,
+            channels=channels,
+            hidden_dim=hidden_dim,
+        )
+        check_positive(owner, **{f"upsampled[{i}]": width for i, width in enumerate(upsampled)})
+        self.noise_dim, self.condition_dim, self.point_count = noise_dim, condition_dim, point_count
+        self.resolutions = (MAP_SIZE * 2 ** (len(upsampled) + 1),)
+        wide = 4 * channels
+        self.text = nn.Linear(condition_dim, hidden_dim)
+        self.noise = nn.Linear(noise_dim, hidden_dim)
+        self.to_global, self.to_local = (
+            nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim, bias=False), FeatureBatchNorm(hidden_dim), nn.ReLU())
+            for _ in range(2)
+        )
+        self.placed_points = nn.Sequential(
+            *_halving(point_count, channels),
+            *_halving(channels, 2 * channels),
+            *_halving(2 * channels, hidden_dim, stride=1, padding=0),
+        )
+        self.global_path = DeconvolutionStage(2 * hidden_dim, (wide, 2 * channels, channels), bottlenecks=0)
+        self.local_path = nn.Sequential(*_convolution(hidden_dim, wide), nn.ReLU())
+        layers: list[nn.Module] = [*_convolution(channels + wide + point_count, wide), nn.ReLU()]
+        layers += [*_convolution(wide, wide), Bottleneck(wide)]
+        for before, after in itertools.pairwise((wide, *upsampled)):
+            layers += [doubling(before, after), nn.BatchNorm2d(after), nn.ReLU()]
+        self.merge = nn.Sequential(*layers)
+        self.head = doubling((wide, *upsampled)[-1], 3, bias=True)
+
+    def forward(self, noise: Tensor, condition: Tensor, maps: Tensor) -> GeneratedImages:
+        """Generate a batch of images.
+
+        Args:
+            noise: Standard normal, (B, Z).
+            condition: Features of the sentence, (B, E).
+            maps: A map for each key point, (B, K, 16, 16), such as those of `KeypointMaps`.
+
+        Returns:
+            Images in [-1, 1], a list of one batch (B, 3, resolution, resolution), and no attention maps.
+
+        Raises:
+            ValueError: Sizes disagree.
+        """
+        owner = "KeypointImageGenerator"
+        check_features(owner, "noise", noise, "(B, D)", self.noise_dim, "noise_dim")
+        check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
+        check_tensors(owner, maps=maps)
+        if maps.ndim != 4 or maps.shape[1:] != (self.point_count, MAP_SIZE, MAP_SIZE):
+            raise ValueError(
+                f"{owner}: maps must be those of {self.point_count} key points, (B, {self.point_count}, {MAP_SIZE}, "
+                f"{MAP_SIZE}), as KeypointMaps(size={MAP_SIZE}) makes them, but they are {shape_of(maps)}."
+            )
+        check_batch(owner, noise=noise, condition=condition, maps=maps)
+        check_precision(owner, self.head, noise=noise, condition=condition, maps=maps)
+        hidden = F.relu(concatenate(self.noise(noise), self.text(condition)))
+        placed_points = self.placed_points(maps).flatten(1)
+        global_map = self.global_path(concatenate(self.to_global(hidden), placed_points))
+        local_map = self.local_path(keypoint_gate(self.to_local(hidden), maps))
+        images = torch.tanh(self.head(self.merge(concatenate(global_map, local_map, maps))))
+        return GeneratedImages([images], [], [])
+
+
+def _halving(in_channels: int, out_channels: int, stride: int = 2, padding: int = 1) -> tuple[nn.Module, ...]:
     """A 4x4 convolution with norm and ReLU; without padding and at stride 1, from 4 x 4 to one position."""
-    convolution = nn.Conv2d(channels, channels, 4, stride=stride, padding=padding, bias=False)
-    return convolution, MapBatchNorm(channels), nn.ReLU()
+    convolution = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=padding, bias=False)
+    return convolution, MapBatchNorm(out_channels), nn.ReLU()
+
+
+def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+    """A 3x3 convolution with norm."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
