@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class FromModelFolder:
-    """A part of a `MirrorGAN` that can be loaded alone from the folder of a saved model."""
+    """A part of a system such as `MirrorGAN` that can be loaded alone from the folder of a saved model."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load this part of a model that `MirrorGAN.save_pretrained` or a training wrote, in evaluation mode.
+        """Load this part of a model that `save_pretrained` or a training wrote, in evaluation mode.
 
         Args:
             folder: The folder of the model, such as runs/demo/model.
@@ -28,9 +28,9 @@ class FromModelFolder:
             TypeError: The model has no part of this class.
         """
         # The only import that climbs, made when it is called: a model is built from the parts.
-        from mirror_modules.models import MirrorGAN
+        from mirror_modules.models import TextToImage
 
-        model = MirrorGAN.from_pretrained(folder, device=device)
+        model = TextToImage.from_pretrained(folder, device=device)
         for part in model.children():
             if isinstance(part, cls):
                 return part

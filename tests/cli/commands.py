@@ -39,7 +39,7 @@ def flags(record, prefix=""):
     for field in dataclasses.fields(record):
         name = prefix + field.name.replace("_", "-")
         value = getattr(record, field.name, None)
-        if value is None and name in ("evaluator.backbone", "second-evaluator"):
+        if value is None and name in ("evaluator.backbone", "second-evaluator", "first-stage"):
             continue
         if dataclasses.is_dataclass(value):
             yield from flags(value, "" if name == "recipe" else f"{name}.")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import mirror_modules
-from mirror_modules import MirrorGAN
 from mirror_modules.cli.images import DescribeOptions, GenerateOptions
 from mirror_modules.cli.training import AblateOptions, EvaluateOptions, TrainOptions
+from mirror_modules.models import TextToImage
 from mirror_modules.training.recipes import demo
 from tests.cli.commands import CAPTION, assert_rejected, flags, run
 
@@ -58,7 +58,7 @@ def test_error_messages_of_several_lines_are_joined(capsys, model, monkeypatch):
     def fail(*_, **__):
         raise ValueError("first\nsecond")
 
-    monkeypatch.setattr(MirrorGAN, "from_pretrained", fail)
+    monkeypatch.setattr(TextToImage, "from_pretrained", fail)
     assert_rejected(run(capsys, "generate", model, CAPTION), "mirror-modules generate: first second")
 
 
@@ -66,7 +66,7 @@ def test_an_interruption_is_reported_in_one_line(capsys, model, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MirrorGAN, "from_pretrained", interrupt)
+    monkeypatch.setattr(TextToImage, "from_pretrained", interrupt)
     status, _, err = run(capsys, "generate", model, CAPTION)
     assert (status, len(err.strip().splitlines())) == (130, 1)
     assert "interrupted." in err

@@ -336,7 +336,7 @@ def test_no_two_phases_or_seeds_share_their_initial_weights(tiny_recipe, tmp_pat
 def test_the_noise_is_not_drawn_from_the_stream_of_the_initial_weights(run_copy, tiny_recipe, monkeypatch):
     seeds = []
 
-    def record(model, recipe, random, *_):
+    def record(model, recipe, random, *_, **__):
         seeds.extend([random.initial_seed(), torch.initial_seed()])
         raise InterruptedError
 

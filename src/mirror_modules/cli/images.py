@@ -15,7 +15,7 @@ from mirror_modules.cli.parsing import Device, check_out, device_of, parse
 from mirror_modules.data import DamagedSample
 from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
 from mirror_modules.data.readers.names import is_hidden
-from mirror_modules.models import MirrorGAN
+from mirror_modules.models import TextToImage
 from mirror_modules.pictures.grids import captioned_grid, grid
 from mirror_modules.pictures.saving import numbered, save_images
 from mirror_modules.stem.vocabulary import split_words
@@ -69,7 +69,7 @@ def generate(arguments: list[str]) -> None:
         name = "--no-captions" if options.no_captions else "--scale"
         raise ValueError(f"{name} needs --grid: without it, each image is written as it is.")
     check_out(options.out)
-    model = MirrorGAN.from_pretrained(options.model_dir, device=device_of(options.device))
+    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device))
     rows = [caption for caption in captions for _ in range(options.images)]
     # Encoding all captions first finds the errors of each before an image is written, and warns once.
     model.vocabulary.encode(rows, max_words=model.config.max_words)
@@ -90,7 +90,7 @@ def generate(arguments: list[str]) -> None:
         print(f"{file}: seed {seed}, {caption}")
 
 
-def _best_seeds(model: MirrorGAN, options: GenerateOptions, captions: list[str]) -> list[int]:
+def _best_seeds(model: TextToImage, options: GenerateOptions, captions: list[str]) -> list[int]:
     """The seed of the best candidate for each image."""
     seeds: list[int] = []
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def _is_file(caption: str) -> bool:
 
 
 def _batches(
-    model: MirrorGAN, options: GenerateOptions, captions: Sequence[str], seeds: Sequence[int]
+    model: TextToImage, options: GenerateOptions, captions: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Tensor]:
     with warnings.catch_warnings():
         # They were named before.
@@ -180,7 +180,7 @@ def describe(arguments: list[str]) -> None:
     if not options.images:
         raise ValueError("there is no image; add at least one file or folder after the model's folder.")
     files = [file for path in options.images for file in _image_files(path)]
-    model = MirrorGAN.from_pretrained(options.model_dir, device=device_of(options.device))
+    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device))
     failures = []
     for file in files:
         try:

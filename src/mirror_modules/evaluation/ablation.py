@@ -38,7 +38,7 @@ from mirror_modules.evaluation.retrieval import (
     ranked_splits,
     text_queries,
 )
-from mirror_modules.models import MirrorGAN, MirrorGANConfig
+from mirror_modules.models import MirrorGANConfig, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import Splits, has_classes, load_splits, usable_candidates
 from mirror_modules.training.distributed import cpu_threads, resolve_device
@@ -229,7 +229,7 @@ def run_cell(cell: Cell, recipe: Recipe, out: Path, seed: int, device: str) -> N
     # Progress bars of processes that run at the same time would overwrite each other in the terminal.
     with (run.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         train(recipe, run.path, phases=["glam"], device=device, resume=True)
-    model = MirrorGAN.from_pretrained(run.model, device=device)
+    model = TextToImage.from_pretrained(run.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     write_json(
         run.path / "result.json", measure(recipe, run, splits, device, _attribute_classifier(recipe, out), model)
@@ -266,7 +266,7 @@ def measure(
     splits: Splits,
     device: str,
     classifier: AttributeClassifier | None,
-    model: MirrorGAN | None,
+    model: TextToImage | None,
 ) -> dict[str, list[float]]:
     """Metrics per validation caption, in [0, 1]: `{"r_precision": [...], ...}`.
 
@@ -285,7 +285,7 @@ def measure(
         classifier: The attribute classifier of drawn flowers; None if the data have no attributes.
         model: Generates the images; None evaluates the real images instead.
     """
-    captioner = MirrorGAN(recipe.model, splits.vocabulary).captioner
+    captioner = build_model(recipe.model, splits.vocabulary).captioner
     load_weights(captioner, folder.weights("stream"))
     images: dict[str, Tensor] = {}
     metrics: dict[str, list[float]] = {}

@@ -37,7 +37,7 @@ from mirror_modules.metrics import (
     kernel_distance,
     redescription_quality,
 )
-from mirror_modules.models import MirrorGAN
+from mirror_modules.models import TextToImage
 from mirror_modules.pictures.attention import token_words
 from mirror_modules.training.batches import Splits, announce_candidates, at_resolution, load_splits, usable_candidates
 from mirror_modules.training.distributed import ProcessGroup, cpu_threads, resolve_device
@@ -89,7 +89,7 @@ def evaluate(
     the floor. `evaluators` has R-precision by every evaluator of the run, also on the training images held out from all
     training and with candidates of other classes only, beside that of one who knows the class alone and that of the
     other captions of each image. Where these show that an evaluator cannot rank images, `cannot_rank` is true, with
-    `reasons`. Image n of a split has the seed `recipe.seed + n`, with which `MirrorGAN.generate` generates it again.
+    `reasons`. Image n of a split has the seed `recipe.seed + n`, with which the model's `generate` generates it again.
 
     Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the preceding words;
     `image_information` is an estimate of the pointwise mutual information of image and caption, in nats per token.
@@ -151,7 +151,7 @@ def evaluate(
 def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bool, inception: bool) -> dict[str, Any]:
     # Read first: a damaged log is an error.
     speed = _speed(folder)
-    model = MirrorGAN.from_pretrained(folder.model, device=device)
+    model = TextToImage.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     folder.check_vocabulary(splits.vocabulary)
     if splits.vocabulary != model.vocabulary:
@@ -231,7 +231,7 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
     return evaluation
 
 
-def _images(model: MirrorGAN, unseen: Unseen, seed: int) -> dict[str, Tensor]:
+def _images(model: TextToImage, unseen: Unseen, seed: int) -> dict[str, Tensor]:
     """Generated, real and shuffled images of captions."""
     generated = generate_images(model, unseen.tokens, unseen.word_mask, seed)
     # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
@@ -258,7 +258,7 @@ def _is_synthetic(recipe: Recipe) -> bool:
 
 
 def _network_metrics(
-    networks: EvaluationNetworks, model: MirrorGAN, splits: Splits, unseen: Unseen, images: dict[str, Tensor], seed: int
+    networks: EvaluationNetworks, model: TextToImage, splits: Splits, unseen: Unseen, images: dict[str, Tensor], seed: int
 ) -> dict[str, Any]:
     """Metrics that need the evaluation networks; the colors of synthetic flowers are measured without one."""
     metrics: dict[str, Any] = {}
@@ -320,7 +320,7 @@ def _feature_metrics(
     return metrics
 
 
-def _diversity(extractor: Extractor, model: MirrorGAN, unseen: Unseen, seed: int) -> Diversity:
+def _diversity(extractor: Extractor, model: TextToImage, unseen: Unseen, seed: int) -> Diversity:
     """Diversity of images generated from the same caption with different noise."""
     sample = unseen.spread(DIVERSE_CAPTIONS)
     tokens, word_mask = (
@@ -341,7 +341,7 @@ def _cases(precision: Tensor, captions: list[str], generated: Tensor, real: Tens
     }
 
 
-def _showcase(model: MirrorGAN, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:
+def _showcase(model: TextToImage, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:
     sample = unseen.spread(recipe.evaluation.report_images)
     real = to_float(sample.images)
     with warnings.catch_warnings():

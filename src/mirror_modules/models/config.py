@@ -1,15 +1,17 @@
-"""Sizes and options of a MirrorGAN and of its backbones, as frozen dataclasses."""
+"""Sizes and options of a system and of its backbones, as frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
+from typing_extensions import Self
 
 from mirror_modules._checks import check_positive
+from mirror_modules.adversarial.losses import Weighting
 from mirror_modules.interop.backbones import build_backbone, checksum
 
 
@@ -138,22 +140,34 @@ def _check_fields(owner: str, fields: dict[str, Any], record: type) -> None:
 
 
 @dataclass(frozen=True)
-class MirrorGANConfig:
-    """Sizes and options of a `MirrorGAN`; the default sizes are the paper's.
+class ModelConfig:
+    """Sizes that all systems have; a dataclass with this base is the configuration of one system.
 
-    `paper` and `release` are presets; the documentation page "Differences" lists the options of each.
+    Class attributes describe the system, for its training:
+
+        system               name of the system in config.json
+        adversarial_phases   phases that train the generator, in order
+        attends              whether the generator reads the words, or only the sentence
+        takes_location       whether generator and discriminators read a location of the subject
 
     Raises:
         ValueError: `resolutions` is empty.
 
     Examples:
-        >>> from mirror_modules import MirrorGANConfig
-        >>> config = MirrorGANConfig.release(channels=16)
-        >>> config.channels, config.resolutions, config.score_projection
-        (16, (64, 128, 256), True)
-        >>> MirrorGANConfig.from_dict(config.to_dict()) == config
-        True
+        >>> from dataclasses import dataclass
+        >>> from mirror_modules.models import ModelConfig
+        >>> @dataclass(frozen=True)
+        ... class MyConfig(ModelConfig):
+        ...     system = "mine"
+        ...     depth: int = 3
+        >>> MyConfig(resolutions=[16, 32], image_backbone="conv").resolutions
+        (16, 32)
     """
+
+    system: ClassVar[str] = ""
+    adversarial_phases: ClassVar[tuple[str, ...]] = ("glam",)
+    attends: ClassVar[bool] = True
+    takes_location: ClassVar[bool] = False
 
     embedding_dim: int = 300
     """Features of a word embedding in the text encoder."""
@@ -166,22 +180,11 @@ class MirrorGANConfig:
     noise_dim: int = 100
     """Features Z of the noise."""
     condition_dim: int = 100
-    """Features E of the augmented condition."""
+    """Features E of the condition."""
     channels: int = 32
-    """Channels C of each stage of the generator."""
+    """Channels C of the generator."""
     resolutions: tuple[int, ...] = (64, 128, 256)
     """Image sizes in pixels, coarse to fine."""
-    residual_blocks: int = 2
-    """Residual blocks of each refinement stage."""
-    attention: Literal["global-local", "word", "none"] = "global-local"
-    """Attention of each refinement stage: MirrorGAN's, AttnGAN's (words alone) or none."""
-    sentence_bias: bool = False
-    """Bias of the sentence projection V: in the published code, not in the paper. "global-local" only."""
-    score_projection: bool = False
-    """1x1 convolution before the softmax of the sentence attention: in the published code, not in the paper.
-    "global-local" only."""
-    sentence_axis: Literal["channels", "positions"] = "channels"
-    """Softmax axis of the sentence attention. "global-local" only."""
     discriminator_channels: int = 64
     """Channels after the first convolution of each discriminator."""
     discriminator_normalization: Literal["batch", "spectral", "none"] = "batch"
@@ -203,28 +206,36 @@ class MirrorGANConfig:
         for name in ("image_backbone", "captioner_backbone"):
             object.__setattr__(self, name, BackboneConfig.of(getattr(self, name)))
         if not self.resolutions:
-            raise ValueError("MirrorGANConfig: resolutions is empty; give at least one image size, coarse to fine.")
+            owner = type(self).__name__
+            raise ValueError(f"{owner}: resolutions is empty; give at least one image size, coarse to fine.")
 
-    @classmethod
-    def paper(cls, **changes: Any) -> MirrorGANConfig:
-        """Preset: the model of the paper's equations. `changes` override single fields."""
-        return cls(**changes)
+    @property
+    def condition_noise_dim(self) -> int:
+        """Features of the noise of the conditions; 0 if nothing is drawn for them."""
+        return self.condition_dim
 
-    @classmethod
-    def release(cls, **changes: Any) -> MirrorGANConfig:
-        """Preset: the model of the published code, compatible with its weights. `changes` override single fields."""
-        return cls(**{"sentence_bias": True, "score_projection": True, **changes})
+    def trained_resolutions(self, phase: str) -> tuple[int, ...]:
+        """Image sizes of the discriminators of one of `adversarial_phases`."""
+        return self.resolutions
+
+    def weighting(self, phase: str) -> Weighting:
+        """Weights of the adversarial terms in one of `adversarial_phases`, unless the recipe sets others."""
+        return "paper"
+
+    def without_effect(self) -> list[tuple[str, str]]:
+        """Fields that are not read, each with the reason, such as ("sentence_axis", "attention='word'")."""
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can store them."""
         return {**dataclasses.asdict(self), "resolutions": list(self.resolutions)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> MirrorGANConfig:
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
         """Build from the fields of `to_dict`.
 
         Raises:
             ValueError: A field is unknown.
         """
-        _check_fields("MirrorGANConfig", fields, cls)
+        _check_fields(cls.__name__, fields, cls)
         return cls(**fields)

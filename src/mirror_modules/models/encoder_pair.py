@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mirror_modules._typing import TypedCall
-from mirror_modules.models.config import BackboneConfig, MirrorGANConfig
+from mirror_modules.models.config import BackboneConfig, ModelConfig
 from mirror_modules.stem import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 
 
@@ -32,7 +32,7 @@ class EncoderPair(TypedCall, nn.Module):
 
     def __init__(
         self,
-        config: MirrorGANConfig,
+        config: ModelConfig,
         vocabulary_size: int,
         *,
         backbone: BackboneConfig | nn.Module | None = None,

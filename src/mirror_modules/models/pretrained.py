@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mirror_modules._files import read_json, write_json, write_whole
-from mirror_modules.models.config import MirrorGANConfig
+from mirror_modules.models.config import ModelConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.stem.vocabulary import VOCABULARY_FILE
 
@@ -72,17 +72,20 @@ def check_state(owner: str, module: nn.Module, state: dict[str, Tensor], source:
 class SavedModel(NamedTuple):
     """Contents of a model folder, with the weights still on disk."""
 
-    config: MirrorGANConfig
+    system: str
+    """Name of the system."""
+    config: dict[str, Any]
+    """Fields of its configuration."""
     vocabulary: Vocabulary
     weights: Path
     """The safetensors file."""
 
 
-def save_model(model: nn.Module, config: MirrorGANConfig, vocabulary: Vocabulary, folder: str | Path) -> None:
+def save_model(model: nn.Module, config: ModelConfig, vocabulary: Vocabulary, folder: str | Path) -> None:
     """Write config.json, vocabulary.json and model.safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "vocabulary_size": len(vocabulary), **config.to_dict()}
+    content = {"format": FORMAT, "system": config.system, "vocabulary_size": len(vocabulary), **config.to_dict()}
     # Weights first: on a full disk this is the write that fails, and the previous model in the folder is still intact.
     save_weights(model, folder / WEIGHTS_FILE)
     write_whole(folder / VOCABULARY_FILE, vocabulary.save)
@@ -110,11 +113,11 @@ def read_model_folder(folder: str | Path) -> SavedModel:
             f"{folder / VOCABULARY_FILE} has {len(vocabulary)} entries but the model was saved with {size}; "
             "restore the vocabulary that belongs to these weights."
         )
-    try:
-        config = MirrorGANConfig.from_dict(fields)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not a valid model configuration: {error}") from error
-    return SavedModel(config, vocabulary, folder / WEIGHTS_FILE)
+    # Files without it were written before there were other systems.
+    system = fields.pop("system", "mirrorgan")
+    if not isinstance(system, str):
+        raise ValueError(f"{folder / CONFIG_FILE} is not a valid model configuration: its system is {system!r}.")
+    return SavedModel(system, fields, vocabulary, folder / WEIGHTS_FILE)
 
 
 def _hint(folder: Path) -> str:

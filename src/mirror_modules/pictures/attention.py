@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mirror_modules.data.transforms import image_pyramid, to_bytes, to_float
 from mirror_modules.glam import GeneratedImages
-from mirror_modules.models import MirrorGAN
+from mirror_modules.models import TextToImage
 from mirror_modules.pictures.grids import Picture, captioned_grid, heat_overlay
 from mirror_modules.stem import Vocabulary
 
@@ -92,7 +92,7 @@ def attention_maps(
     return shown
 
 
-def attention_sheet(model: MirrorGAN, captions: Sequence[str], generated: GeneratedImages) -> Picture | None:
+def attention_sheet(model: TextToImage, captions: Sequence[str], generated: GeneratedImages) -> Picture | None:
     """Draw the attention maps of the first captions as one picture; None if the model has no attention."""
     encoded = model.vocabulary.encode(captions, max_words=model.config.max_words, warn_unknown=False)
     maps = attention_maps(captions, token_words(model.vocabulary, *encoded), generated)

@@ -27,7 +27,7 @@ from mirror_modules.data.readers.damage import one_line, printable
 from mirror_modules.data.readers.files import CaptionedFiles, check_apart
 from mirror_modules.data.readers.images import shrink
 from mirror_modules.data.seeding import seeded
-from mirror_modules.models import MirrorGANConfig
+from mirror_modules.models import ModelConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.distributed import is_main_process
 from mirror_modules.training.errors import TrainingError, is_dead_worker
@@ -58,7 +58,7 @@ class Splits(NamedTuple):
         return self.training.vocabulary
 
 
-def load_splits(recipe: DataRecipe, model: MirrorGANConfig, seed: int) -> Splits:
+def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
     """Draw or decode the splits, with progress bars.
 
     Raises:
@@ -168,7 +168,7 @@ def _load(
     dataset: CaptionedImages,
     rows: Sequence[int] | None,
     recipe: DataRecipe,
-    model: MirrorGANConfig,
+    model: ModelConfig,
     report: ErrorReport,
     vocabulary: Vocabulary | None = None,
 ) -> InMemoryCaptions:

@@ -130,6 +130,9 @@ class RunFolder:
         if content.get("kind") != kind:
             expected = "a single run" if kind is None else f"an {kind}"
             raise ValueError(f"{self.config} is not that of {expected}; choose another folder.")
+        if isinstance(content["recipe"].get("model"), dict):
+            # Runs without it are older than the other systems.
+            content["recipe"]["model"].setdefault("system", "mirrorgan")
         try:
             recipe = Recipe.from_dict(content["recipe"])
             if missing := list(_missing(recipe.to_dict(), content["recipe"])):

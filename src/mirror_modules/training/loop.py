@@ -2,7 +2,7 @@
 
 Phase `stem` trains text and image encoder with the matching loss, `stream` the captioner on real pairs, `glam` the
 generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only; so does
-`second_evaluator`, if the recipe has it.
+`second_evaluator`, if the recipe has it. `first_stage`, before `glam`, trains the first stage of StackGAN.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ import torch
 from torch import nn
 
 from mirror_modules._files import write_whole
-from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.data.seeding import seeded
-from mirror_modules.models import MirrorGAN
-from mirror_modules.models.encoder_pair import EncoderPair
-from mirror_modules.models.mirrorgan import evaluating
+from mirror_modules.models import EncoderPair, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights, save_weights
+from mirror_modules.models.text_to_image import evaluating
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
 from mirror_modules.training.distributed import ProcessGroup, count_cores, cpu_threads, process_group
 from mirror_modules.training.engine import NOISE, WEIGHTS, PhaseRun, Run, make_batches
@@ -47,8 +45,8 @@ from mirror_modules.training.pretrain import (
     region_rows,
     start_pretraining,
 )
-from mirror_modules.training.recipes import ALL_PHASES, Recipe
-from mirror_modules.training.state import AdversarialState, start
+from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, Recipe
+from mirror_modules.training.state import AdversarialState, ConditionedGenerator, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
     SAMPLES,
@@ -161,6 +159,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
     trainers = {
         "stem": train_stem,
         "stream": train_stream,
+        "first_stage": train_first_stage,
         "glam": train_glam,
         "evaluator": train_evaluator,
         "second_evaluator": train_second_evaluator,
@@ -171,7 +170,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
         if run.group.is_main:
             save_weights(module, run.folder.weights(phase))
         run.stop_if_interrupted()
-    pretraining = [phase for phase in run.recipe.phases if phase != "glam"]
+    pretraining = [phase for phase in run.recipe.phases if phase not in ADVERSARIAL_PHASES]
     if run.group.is_main and all(run.folder.weights(phase).exists() for phase in pretraining):
         # No phase will read them again.
         shutil.rmtree(run.folder.features, ignore_errors=True)
@@ -180,7 +179,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
 def _recorded(recipe: Recipe, folder: RunFolder, plan: Plan) -> Recipe:
     """The recipe with the checksums of the pretrained weights: of those that the phases load, and of earlier phases."""
     before = folder.read_recipe() if folder.config.exists() else None
-    loading = [phase for phase in plan.to_train if phase != "glam"]
+    loading = [phase for phase in plan.to_train if phase not in ADVERSARIAL_PHASES]
     try:
         with torch.random.fork_rng(devices=[]):
             recorded = recipe.recorded(loading, before)
@@ -256,7 +255,7 @@ def train_stream(run: Run) -> nn.Module:
     """Train the captioner on real pairs, from the image encoder of phase `stem` if it has the same backbone."""
     recipe, model = run.recipe.stream, run.recipe.model
     is_shared = model.captioner_backbone == model.image_backbone
-    captioner = MirrorGAN(model, run.splits.vocabulary, pretrained=not is_shared).captioner
+    captioner = build_model(model, run.splits.vocabulary, pretrained=not is_shared).captioner
     if is_shared:
         encoder = load_pair(run.folder, "stem", run.recipe, run.splits).image_encoder
         captioner.image_encoder = encoder if model.captioner_projection else encoder.backbone
@@ -298,35 +297,49 @@ def _cache_images(run: Run, phase: str, encoder: nn.Module, *, with_regions: boo
     return (None, cache) if isinstance(cache, str) else (cache, describe_cache(cache, captions))
 
 
+def train_first_stage(run: Run) -> nn.Module:
+    """Train the first stage of a generator whose stages are trained one after the other."""
+    return _train_generator(run, "first_stage")[1]
+
+
 def train_glam(run: Run) -> nn.Module:
     """Train the generator against its discriminators; the model is saved with the averaged generator."""
+    model, generator = _train_generator(run, "glam")
+    if run.group.is_main:
+        model.requires_grad_(True).eval().save_pretrained(run.folder.model)
+    return generator
+
+
+def _train_generator(run: Run, phase: str) -> tuple[TextToImage, nn.Module]:
+    """The model, and its generator with the averaged weights."""
     recipe, folder, seed = run.recipe, run.folder, run.recipe.seed
+    glam, earlier = recipe.adversarial(phase), ADVERSARIAL_PHASES[: ADVERSARIAL_PHASES.index(phase)]
     # The weights of the captioner's backbone are in those of phase `stream`.
-    model = MirrorGAN(recipe.model, run.splits.vocabulary, pretrained=False)
+    model = build_model(recipe.model, run.splits.vocabulary, pretrained=False)
     pair = load_pair(folder, "stem", recipe, run.splits)
     model.text_encoder.load_state_dict(pair.text_encoder.state_dict())
     load_weights(model.captioner, folder.weights("stream"))
+    for trained in (each for each in earlier if each in recipe.phases):
+        load_weights(ConditionedGenerator(model.trained_in(trained)), folder.weights(trained))
     model.to(run.group.device)
     text, message = _cache_captions(run, model)
-    random = seeded(seed, NOISE, ALL_PHASES.index("glam"))
-    state = start(model, recipe, random, run.group, text, pair)
-    with PhaseRun(run, "glam", state, recipe.glam, state.networks()) as steps:
+    random = seeded(seed, NOISE, ALL_PHASES.index(phase))
+    state = start(model, recipe, random, run.group, text, pair, phase=phase)
+    with PhaseRun(run, phase, state, glam, state.networks()) as steps:
         if message:
             steps.log.info(message)
         for batch in steps.batches():
-            steps.record(adversarial_step(state, batch, recipe.glam))
+            steps.record(adversarial_step(state, batch, glam))
             if steps.samples_due:
                 _write_samples(steps, state, run.unseen.spread(SAMPLES))
             if steps.validation_due:
                 steps.validated(measure_generator(state, pair.to(run.group.device), run.unseen, run.candidates, seed))
         steps.restore_best()
     state.generator.module.load_state_dict(state.average.module.state_dict())
-    if run.group.is_main:
-        model.requires_grad_(True).eval().save_pretrained(folder.model)
-    return state.generator.module
+    return model, state.generator.module
 
 
-def _cache_captions(run: Run, model: MirrorGAN) -> tuple[FrozenFeatures | None, str]:
+def _cache_captions(run: Run, model: TextToImage) -> tuple[FrozenFeatures | None, str]:
     """Cached features of all training captions, if they fit, and a message for the log."""
     captions = run.splits.training
     numbers = model.text_encoder.feature_dim * (captions.tokens.shape[1] + 1)
@@ -349,7 +362,7 @@ def _write_samples(steps: PhaseRun, state: AdversarialState, unseen: Unseen) -> 
     finest = generated.images[-1]
     sheet = captioned_grid(finest, unseen.captions[: len(finest)], columns=4, scale=max(1, 128 // finest.shape[2]))
     folder.mkdir(exist_ok=True)
-    write_png(sheet, folder / f"glam-{steps.step:08}.png")
+    write_png(sheet, folder / f"{steps.phase}-{steps.step:08}.png")
     steps.log.show("samples", sheet)
     if recipe.logging.tensorboard:
         attention = attention_sheet(state.model, unseen.captions[: len(finest)], generated)
@@ -381,11 +394,11 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     # Networks on the meta device raise the errors of invalid sizes and of images too small for a backbone.
     sizes = recipe.model
     with torch.device("meta"):
-        model = MirrorGAN(sizes, splits.vocabulary, pretrained=False)
-        for resolution in sizes.resolutions:
-            PairedDiscriminator(resolution, sizes.word_dim, channels=sizes.discriminator_channels)
+        model = build_model(sizes, splits.vocabulary, pretrained=False)
+        for phase in sizes.adversarial_phases:
+            model.trained_in(phase).discriminators(phase)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
-        for phase in (phase for phase in recipe.phases if phase not in ("stream", "glam")):
+        for phase in (phase for phase in recipe.phases if phase not in ("stream", *ADVERSARIAL_PHASES)):
             backbone = recipe.backbone(phase)
             EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)
         model.captioner.encode_images(images)

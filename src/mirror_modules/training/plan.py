@@ -7,11 +7,17 @@ from typing import NamedTuple
 
 from mirror_modules.training.checkpoints import Checkpoints
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import Recipe
-from mirror_modules.training.recipes.records import SECOND_EVALUATOR
+from mirror_modules.training.recipes import ALL_PHASES, Recipe
 
-REQUIRED = {"stem": (), "stream": ("stem",), "glam": ("stem", "stream"), "evaluator": (), "second_evaluator": ()}
-"""For each phase, the phases whose weights it starts from."""
+REQUIRED = {
+    "stem": (),
+    "stream": ("stem",),
+    "first_stage": ("stem", "stream"),
+    "glam": ("stem", "stream", "first_stage"),
+    "evaluator": (),
+    "second_evaluator": (),
+}
+"""For each phase, the phases whose weights it starts from, if the recipe has them."""
 
 
 class Plan(NamedTuple):
@@ -39,9 +45,9 @@ def make_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], *, resum
     """
     for phase in phases:
         if phase not in recipe.phases:
-            hint = " It needs the recipe's field second_evaluator." if phase == SECOND_EVALUATOR else ""
+            hint = f" It needs the recipe's field {phase}." if phase in ALL_PHASES else ""
             raise ValueError(f"unknown phase {phase!r}; choose from {', '.join(recipe.phases)}.{hint}")
-        for required in REQUIRED[phase]:
+        for required in (required for required in REQUIRED[phase] if required in recipe.phases):
             if required not in phases and not folder.weights(required).exists():
                 raise ValueError(f"phase {phase!r} needs phase {required!r}, which {folder.path} lacks; train it too.")
     folder.check(recipe)

@@ -1,16 +1,18 @@
-"""The state of the adversarial phase: generator, discriminators, their optimizers, moving average, random generator."""
+"""The state of an adversarial phase: generator, discriminators, their optimizers, moving average, random generator."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mirror_modules.adversarial import PairedDiscriminator, PairedLogits, r1_penalty
-from mirror_modules.models import MirrorGAN
-from mirror_modules.models.encoder_pair import EncoderPair
+from mirror_modules.adversarial import PairedLogits, r1_penalty
+from mirror_modules.models import EncoderPair, TextToImage
+from mirror_modules.models.text_to_image import samples_of
+from mirror_modules.stem import Condition
 from mirror_modules.stream import RedescriptionLoss
 from mirror_modules.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mirror_modules.training.features import FrozenFeatures, frozen_text
@@ -20,30 +22,49 @@ from mirror_modules.training.recipes import EngineRecipe, Recipe
 
 
 class GeneratedBatch(NamedTuple):
-    """Generated images with the distribution of their conditions."""
+    """Generated images with what else the losses need of the generator."""
 
     images: list[Tensor]
-    """Coarse to fine, in [-1, 1]. Each (B, 3, resolution, resolution)."""
-    mean: Tensor
-    """(B, E)"""
-    log_variance: Tensor
-    """(B, E)"""
+    """Coarse to fine, in [-1, 1], one per discriminator. Each (B, 3, resolution, resolution)."""
+    text: Tensor
+    """What the discriminators read of the captions, (B, T)."""
+    conditions: list[Condition]
+    """The conditions that were drawn."""
 
 
 class ConditionedGenerator(nn.Module):
-    """Conditioning augmentation and generator of a MirrorGAN, trained as one network."""
+    """The generating parts of a system, trained as one network: all but its text encoder and captioner.
 
-    def __init__(self, model: MirrorGAN) -> None:
+    Args:
+        model: The system as this phase trains it.
+        stages: Number of its finest images that the losses need; None for all.
+    """
+
+    def __init__(self, model: TextToImage, stages: int | None = None) -> None:
         super().__init__()
-        self.conditioning, self.generator = model.conditioning, model.generator
+        self._modules.update(model.generator_parts())
+        # The same system with these parts alone. Sharing the dictionary keeps both the same in copies, and the tuple
+        # keeps the parts from being registered twice.
+        view = copy.copy(model)
+        view._modules = self._modules
+        self.system, self.stages = (view,), stages
 
     def forward(
-        self, noise: Tensor, condition_noise: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor
+        self,
+        noise: Tensor,
+        condition_noise: Tensor,
+        words: Tensor,
+        sentence: Tensor,
+        word_mask: Tensor,
+        location: Tensor | None = None,
     ) -> GeneratedBatch:
         """Generate images, coarse to fine."""
-        condition = self.conditioning(sentence, noise=condition_noise)
-        images = self.generator(noise, condition.sample, words, word_mask).images
-        return GeneratedBatch(images, condition.mean, condition.log_variance)
+        (system,) = self.system
+        conditions = system.conditions(sentence, condition_noise)
+        images = system.images(noise, samples_of(conditions), words, word_mask, location).images
+        drawn = [each for each in conditions if isinstance(each, Condition)]
+        needed = images if self.stages is None else images[-self.stages :]
+        return GeneratedBatch(needed, system.discriminator_text(sentence, conditions), drawn)
 
 
 class DiscriminatorOutputs(NamedTuple):
@@ -60,41 +81,46 @@ class DiscriminatorOutputs(NamedTuple):
 class DiscriminatorPass(nn.Module):
     """All logits that a discriminator's loss needs in a single forward, as DistributedDataParallel requires."""
 
-    def __init__(self, discriminator: PairedDiscriminator) -> None:
+    def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
-        self.discriminator = discriminator
+        self.discriminator: Any = discriminator
 
     def forward(
         self,
         real: Tensor,
         fake: Tensor,
-        sentence: Tensor,
+        text: Tensor,
         mismatched_rows: Tensor | None,
-        mismatched_sentence: Tensor,
+        mismatched_text: Tensor,
         r1: bool,
+        location: Tensor | None = None,
     ) -> DiscriminatorOutputs:
-        """Compute the logits of real and generated images with their sentences, and of mismatched pairs.
+        """Compute the logits of real and generated images with their captions, and of mismatched pairs.
 
-        Mismatched pairs are the real images in `mismatched_rows` with `mismatched_sentence`. The features of the real
-        images are computed once for matching and mismatched pairs.
+        Mismatched pairs are the real images in `mismatched_rows`, in their places, with `mismatched_text`. The features
+        of the real images are computed once for matching and mismatched pairs.
         """
         if r1:
             real = real.detach().requires_grad_(True)
+        place = () if location is None else (location,)
         real_features, fake_features = self.discriminator.features(real), self.discriminator.features(fake)
-        real_logits = self.discriminator.logits(real_features, sentence)
-        fake_logits = self.discriminator.logits(fake_features, sentence)
+        real_logits = self.discriminator.logits(real_features, text, *place)
+        fake_logits = self.discriminator.logits(fake_features, text, *place)
         mismatched = real_logits.consistency[:0]
         if mismatched_rows is not None:
-            mismatched = self.discriminator.logits(real_features[mismatched_rows], mismatched_sentence).consistency
+            place = () if location is None else (location[mismatched_rows],)
+            mismatched = self.discriminator.logits(real_features[mismatched_rows], mismatched_text, *place).consistency
         penalty = r1_penalty(real, real_logits) if r1 else real.new_zeros(())
         return DiscriminatorOutputs(real_logits, fake_logits, mismatched, penalty)
 
 
 @dataclass
 class AdversarialState:
-    """Networks, optimizers and random generator of phase `glam`."""
+    """Networks, optimizers and random generator of an adversarial phase."""
 
-    model: MirrorGAN
+    model: TextToImage
+    """The system as this phase trains it."""
+    phase: str
     text: FrozenFeatures
     """Word and sentence features of a batch's captions."""
     generator: TrainedNetwork
@@ -113,11 +139,16 @@ class AdversarialState:
 
     def networks(self) -> dict[str, TrainedNetwork]:
         """All trained networks by name."""
-        names = [f"discriminator_{resolution}" for resolution in self.model.config.resolutions]
+        names = [f"discriminator_{resolution}" for resolution in self.resolutions]
         return {"generator": self.generator, **dict(zip(names, self.discriminators))}
 
     @property
-    def paired_discriminators(self) -> list[PairedDiscriminator]:
+    def resolutions(self) -> tuple[int, ...]:
+        """Image sizes of the discriminators, coarse to fine."""
+        return self.model.config.trained_resolutions(self.phase)
+
+    @property
+    def paired_discriminators(self) -> list[Any]:
         """The discriminators alone, coarse to fine."""
         return [cast(DiscriminatorPass, network.module).discriminator for network in self.discriminators]
 
@@ -145,14 +176,16 @@ class AdversarialState:
 
 
 def start(
-    model: MirrorGAN,
+    model: TextToImage,
     recipe: Recipe,
     random: torch.Generator,
     group: ProcessGroup = SINGLE_PROCESS,
     text: FrozenFeatures | None = None,
     pair: EncoderPair | None = None,
+    *,
+    phase: str = "glam",
 ) -> AdversarialState:
-    """Set up the adversarial phase for a model whose text encoder and captioner are trained.
+    """Set up an adversarial phase for a model whose text encoder and captioner are trained.
 
     Args:
         model: The model; it is trained in place.
@@ -161,14 +194,19 @@ def start(
         group: The process group.
         text: Cached features of the training captions; None encodes captions in each step.
         pair: The encoders of phase `stem`, for the matching loss only.
+        phase: The phase; parts of the generator that earlier phases have trained are frozen.
 
     Raises:
         ValueError: The recipe has a matching loss, but there is no pair.
     """
-    config, glam, engine = model.config, recipe.glam, recipe.engine
+    glam, engine, phases = recipe.adversarial(phase), recipe.engine, model.config.adversarial_phases
     model.to(group.device)
-    for frozen in (model.text_encoder, model.captioner):
-        frozen.requires_grad_(False).eval()
+    frozen: list[nn.Module] = [model.text_encoder, model.captioner]
+    for earlier in phases[: phases.index(phase)]:
+        frozen += model.trained_in(earlier).generator_parts().values()
+    for part in frozen:
+        part.requires_grad_(False).eval()
+    model = model.trained_in(phase)
     redescription = None
     # The weight is None if a ratio is given instead.
     if glam.redescription_weight != 0:
@@ -182,21 +220,11 @@ def start(
         matching = GeneratedMatching(pair.image_encoder, recipe.stem, group).to(group.device)
         if engine.channels_last:
             matching.to(memory_format=torch.channels_last)
-    generator = ConditionedGenerator(model)
+    generator = ConditionedGenerator(model, len(model.config.trained_resolutions(phase)))
     average = MovingAverage(generator, glam.average_decay)
     if engine.channels_last:
         average.module.to(memory_format=torch.channels_last)
-    discriminators = [
-        DiscriminatorPass(
-            PairedDiscriminator(
-                resolution,
-                config.word_dim,
-                channels=config.discriminator_channels,
-                normalization=config.discriminator_normalization,
-            )
-        )
-        for resolution in config.resolutions
-    ]
+    discriminators = [DiscriminatorPass(discriminator) for discriminator in model.discriminators(phase)]
     if engine.compile:
         for module in discriminators:
             # The generator update calls the discriminator itself, without the wrapper.
@@ -208,6 +236,7 @@ def start(
     }
     return AdversarialState(
         model=model,
+        phase=phase,
         text=text or frozen_text(model.text_encoder),
         generator=prepare(generator, group, engine, learning_rate=glam.generator_learning_rate, **common),
         average=average,

@@ -1,21 +1,24 @@
-"""One step of the adversarial phase: update the discriminators, the generator, and the generator's moving average."""
+"""One step of an adversarial phase: update the discriminators, the generator, and the generator's moving average."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mirror_modules.adversarial import discriminator_loss, generator_loss, mismatch
+from mirror_modules.adversarial import PairedLogits, discriminator_loss, generator_loss, mismatch
+from mirror_modules.adversarial.losses import WEIGHTINGS
 from mirror_modules.data import CaptionBatch, image_pyramid
-from mirror_modules.stem import TextFeatures, kl_divergence
+from mirror_modules.glam import color_consistency_loss
+from mirror_modules.stem import TextFeatures, interpolate_sentences, kl_divergence
 from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
-from mirror_modules.training.state import AdversarialState, GeneratedBatch
+from mirror_modules.training.state import AdversarialState, DiscriminatorOutputs, GeneratedBatch
 
 
 class Part(NamedTuple):
@@ -29,12 +32,15 @@ class Part(NamedTuple):
     word_mask: Tensor
     class_ids: Tensor
     """On the CPU."""
+    location: Tensor | None
+    """Where the subject of each image is; None for systems that do not read it."""
     noise: Tensor
+    """Of the images, and after these of the images of mixed sentences, if any."""
     condition_noise: Tensor
     mismatched_rows: Tensor | None
     """Rows with a mismatched sentence; None if no part of any rank has one."""
-    mismatched_sentence: Tensor
-    """The mismatched sentences of these rows."""
+    partners: Tensor
+    """Of these rows, the rows of the whole batch whose sentences they take."""
     word_weight: Tensor
     """Weight of this part's mean over words within the mean over all words, see `ProcessGroup.mean_weights`."""
     pair_weight: Tensor
@@ -65,27 +71,30 @@ def update_discriminators(
 ) -> dict[str, Tensor]:
     """Update each discriminator on real, generated and mismatched pairs; appends to the finiteness flags."""
     has_penalty = recipe.r1_weight > 0 and state.steps_done % recipe.r1_every == 0
+    texts = [first_rows(fake.text, len(part.tokens)).detach() for part, fake in zip(parts, generated)]
+    # The partner of a row may be in another part or on another rank.
+    all_texts = state.group.all_gather(torch.cat(texts))
     losses: dict[str, Tensor] = {}
-    for i, (network, resolution) in enumerate(zip(state.discriminators, state.model.config.resolutions)):
+    for i, (network, resolution) in enumerate(zip(state.discriminators, state.resolutions)):
         network.optimizer.zero_grad()
         loss = torch.zeros((), device=state.group.device)
-        for part, fake in zip(parts, generated):
+        for part, text, fake in zip(parts, texts, generated):
             with network.accumulation(last=part is parts[-1]):
                 with autocast(state.engine, state.group.device):
                     outputs = network.parallel(
                         part.real[i],
-                        fake.images[i].detach(),
-                        part.sentence,
+                        first_rows(fake.images[i], len(text)).detach(),
+                        text,
                         part.mismatched_rows,
-                        part.mismatched_sentence,
+                        all_texts[part.partners],
                         has_penalty,
+                        part.location,
                     )
                     adversarial = discriminator_loss(
                         outputs.real,
                         outputs.fake,
-                        outputs.mismatched,
-                        weighting=recipe.adversarial_weighting,
-                        objective=recipe.adversarial_objective,
+                        mismatched_logits(outputs, part, state, recipe),
+                        **adversarial_options(state, recipe),
                         mismatched_weight=part.pair_weight,
                     )
                 part_loss = adversarial + recipe.r1_every * recipe.r1_weight * outputs.penalty
@@ -95,10 +104,7 @@ def update_discriminators(
         finite.append(is_finite)
         losses[f"discriminator_{resolution}"] = loss
         losses[f"discriminator_gradient_norm_{resolution}"] = norm
-        losses[f"accuracy_real_{resolution}"] = (outputs.real.realism > 0).float().mean()
-        losses[f"accuracy_generated_{resolution}"] = (outputs.fake.realism < 0).float().mean()
-        if len(outputs.mismatched):
-            losses[f"accuracy_mismatched_{resolution}"] = (outputs.mismatched < 0).float().mean()
+        losses |= {f"{name}_{resolution}": accuracy for name, accuracy in accuracies(outputs).items()}
     return losses
 
 
@@ -130,21 +136,26 @@ def generator_terms(
     state: AdversarialState, part: Part, fake: GeneratedBatch, recipe: AdversarialRecipe
 ) -> dict[str, Tensor]:
     """The terms of the generator's loss, unweighted, and their weighted sum `generator_total`."""
-    terms = {"kl": kl_divergence(fake.mean, fake.log_variance)}
-    total = recipe.kl_weight * terms["kl"]
-    *coarser, finest = fake.images
-    for_discriminator, for_captioner, for_encoder = balance(finest, recipe)
+    terms: dict[str, Tensor] = {}
+    total = torch.zeros((), device=state.group.device)
+    if fake.conditions:
+        terms["kl"] = torch.stack([kl_divergence(each.mean, each.log_variance) for each in fake.conditions]).sum()
+        total = recipe.kl_weight * terms["kl"]
+    rows = len(part.tokens)
+    for_discriminator, for_captioner, for_encoder = balance(fake.images[-1], recipe)
+    options = adversarial_options(state, recipe)
     with autocast(state.engine, state.group.device):
-        for discriminator, images in zip(state.paired_discriminators, [*coarser, for_discriminator]):
-            adversarial = generator_loss(
-                discriminator(images, part.sentence),
-                weighting=recipe.adversarial_weighting,
-                objective=recipe.adversarial_objective,
-            )
-            terms[f"generator_{discriminator.resolution}"] = adversarial
-            total = total + adversarial
+        for discriminator, images in zip(state.paired_discriminators, [*fake.images[:-1], for_discriminator]):
+            logits = discriminator(images, fake.text, *location_of(part))
+            of_captions, of_mixtures = split_logits(logits, rows)
+            terms[f"generator_{discriminator.resolution}"] = loss = generator_loss(of_captions, **options)
+            total = total + loss
+            if of_mixtures is not None:
+                terms[f"interpolation_{discriminator.resolution}"] = loss = generator_loss(of_mixtures, **options)
+                total = total + recipe.interpolation_weight * loss
         if state.redescription is not None:
-            redescription = state.redescription(for_captioner, *append_end(part.tokens, part.word_mask))
+            described = first_rows(for_captioner, rows)
+            redescription = state.redescription(described, *append_end(part.tokens, part.word_mask))
             # The parts of a batch have different numbers of words to average over.
             share = part.word_weight if recipe.redescription_reduction == "word" else 1.0
             terms["redescription"] = share * redescription
@@ -153,8 +164,12 @@ def generator_terms(
             total = total + weight * terms["redescription"]
         if state.matching is not None:
             text = TextFeatures(part.words, part.sentence)
-            terms["matching"] = state.matching(for_encoder, text, part.word_mask, part.class_ids)
+            terms["matching"] = state.matching(first_rows(for_encoder, rows), text, part.word_mask, part.class_ids)
             total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
+    if recipe.color_weight > 0:
+        pairs = pairwise(fake.images)
+        terms["color"] = torch.stack([color_consistency_loss(fine, coarse) for coarse, fine in pairs]).sum()
+        total = total + recipe.color_weight * terms["color"]
     return {**terms, "generator_total": total}
 
 
@@ -171,6 +186,34 @@ def balance(images: Tensor, recipe: AdversarialRecipe) -> list[Tensor]:
     return [for_discriminator, *(images if ratio is None else balanced.pop(0) for ratio in ratios)]
 
 
+def adversarial_options(state: AdversarialState, recipe: AdversarialRecipe) -> dict[str, Any]:
+    """Weights of the adversarial terms, the recipe's or those of the system, and the objective."""
+    weighting = recipe.adversarial_weighting or state.model.config.weighting(state.phase)
+    return {"weighting": weighting, "objective": recipe.adversarial_objective}
+
+
+def mismatched_logits(
+    outputs: DiscriminatorOutputs, part: Part, state: AdversarialState, recipe: AdversarialRecipe
+) -> Tensor | PairedLogits:
+    """The consistency logits of mismatched pairs; with a weight for it, the realism of their real images as well."""
+    weighting = adversarial_options(state, recipe)["weighting"]
+    weights = WEIGHTINGS.get(weighting, weighting)
+    if weights.mismatched_realism == 0 or part.mismatched_rows is None or outputs.real.realism is None:
+        return outputs.mismatched
+    return PairedLogits(outputs.real.realism[part.mismatched_rows], outputs.mismatched)
+
+
+def accuracies(outputs: DiscriminatorOutputs) -> dict[str, Tensor]:
+    """Share of real, generated and mismatched pairs with logits of the right sign; realism where there is one."""
+    real, fake = (
+        logits.consistency if logits.realism is None else logits.realism for logits in (outputs.real, outputs.fake)
+    )
+    found = {"accuracy_real": (real > 0).float().mean(), "accuracy_generated": (fake < 0).float().mean()}
+    if len(outputs.mismatched):
+        found["accuracy_mismatched"] = (outputs.mismatched < 0).float().mean()
+    return found
+
+
 def update_average(state: AdversarialState, finite: Tensor) -> None:
     """Update the moving average of the generator, unless the step was skipped."""
     state.average.update(state.generator.module, finite)
@@ -180,22 +223,24 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     """Encode the captions, draw noise and mismatched pairs, and divide everything into the parts of the step."""
     group, config, count = state.group, state.model.config, len(batch.images)
     words, sentence = state.text(batch)
-    noise, condition_noise = state.draw(count, config.noise_dim), state.draw(count, config.condition_dim)
-    # The partner of a row may be on another rank.
-    sentences = group.all_gather(sentence)
+    noise, condition_noise = state.draw(count, config.noise_dim), state.draw(count, config.condition_noise_dim)
     partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
     has_mismatched = recipe.mismatched_pairs and bool(valid.any())
     partner, valid = group.local_rows(partner), group.local_rows(valid)
-    real = image_pyramid(batch.images, config.resolutions)
+    real = image_pyramid(batch.images, state.resolutions)
     slices = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(count).chunk(recipe.accumulate)]
     mismatched_of_part = [valid[rows].nonzero().flatten() if has_mismatched else None for rows in slices]
     # Each caption's end token counts as a word.
     words_of_part = torch.stack([batch.word_mask[rows].sum() + rows.stop - rows.start for rows in slices])
     pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in mismatched_of_part])
     word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part)
+    # Mixed sentences draw their noise after all others.
+    mixed = [(rows.stop - rows.start) // 2 if recipe.interpolation_weight > 0 else 0 for rows in slices]
+    mixed_noise = state.draw(sum(mixed), config.noise_dim).split(mixed)
+    mixed_condition_noise = state.draw(sum(mixed), config.condition_noise_dim).split(mixed)
     parts = []
     for i, rows in enumerate(slices):
-        mismatched, device = mismatched_of_part[i], sentences.device
+        mismatched, device = mismatched_of_part[i], sentence.device
         partners = partner[:0] if mismatched is None else partner[rows][mismatched]
         parts.append(
             Part(
@@ -205,10 +250,11 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
                 tokens=batch.tokens[rows],
                 word_mask=batch.word_mask[rows],
                 class_ids=batch.class_ids[rows],
-                noise=noise[rows],
-                condition_noise=condition_noise[rows],
+                location=None,
+                noise=torch.cat((noise[rows], mixed_noise[i])),
+                condition_noise=torch.cat((condition_noise[rows], mixed_condition_noise[i])),
                 mismatched_rows=None if mismatched is None else mismatched.to(device, non_blocking=True),
-                mismatched_sentence=sentences[partners.to(device, non_blocking=True)],
+                partners=partners.to(device, non_blocking=True),
                 word_weight=word_weights[i],
                 pair_weight=pair_weights[i],
             )
@@ -217,10 +263,40 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
 
 
 def generate(state: AdversarialState, part: Part) -> GeneratedBatch:
-    """Generate images from the captions of a part; where gradients are enabled, through the parallel wrapper."""
+    """Generate images from the captions of a part; where gradients are enabled, through the parallel wrapper.
+
+    Images of mixed sentences follow in the same forward pass, and thus have the same batch statistics.
+    """
     network = state.generator.parallel if torch.is_grad_enabled() else state.generator.module
+    words, sentence, word_mask = part.words, part.sentence, part.word_mask
+    if mixed := len(part.noise) - len(sentence):
+        # Words and places of the first caption of each pair fill the rows.
+        words, word_mask = torch.cat((words, words[:mixed])), torch.cat((word_mask, word_mask[:mixed]))
+        sentence = torch.cat((sentence, interpolate_sentences(sentence)))
     with autocast(state.engine, state.group.device):
-        return network(part.noise, part.condition_noise, part.words, part.sentence, part.word_mask)
+        return network(part.noise, part.condition_noise, words, sentence, word_mask, *location_of(part))
+
+
+def location_of(part: Part) -> tuple[Tensor, ...]:
+    """The location of the subject of each generated image, in systems that read it."""
+    if part.location is None:
+        return ()
+    mixed = len(part.noise) - len(part.location)
+    return (torch.cat((part.location, part.location[:mixed])),)
+
+
+def first_rows(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows; the tensor itself if it has no others."""
+    return tensor if len(tensor) == rows else tensor[:rows]
+
+
+def split_logits(logits: PairedLogits, rows: int) -> tuple[PairedLogits, PairedLogits | None]:
+    """The logits of the first rows, and those of the others if any."""
+    if len(logits.consistency) == rows:
+        return logits, None
+    realism, consistency = logits.realism, logits.consistency
+    before, after = (None, None) if realism is None else (realism[:rows], realism[rows:])
+    return PairedLogits(before, consistency[:rows]), PairedLogits(after, consistency[rows:])
 
 
 @contextmanager

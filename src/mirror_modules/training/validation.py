@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from mirror_modules.data.seeding import seeded
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.metrics import r_precision
 from mirror_modules.metrics.r_precision import RPrecision
-from mirror_modules.models import MirrorGAN
-from mirror_modules.models.encoder_pair import EncoderPair
-from mirror_modules.models.mirrorgan import evaluating
+from mirror_modules.models import EncoderPair, TextToImage
+from mirror_modules.models.text_to_image import evaluating
 from mirror_modules.stream import Captioner, append_end, image_information, redescription_loss
 from mirror_modules.training.batches import Splits, unseen_captions
 from mirror_modules.training.state import AdversarialState
@@ -95,12 +94,12 @@ def sentence_features(pair: EncoderPair, tokens: Tensor, word_mask: Tensor) -> T
 
 
 @torch.no_grad()
-def generate_images(model: MirrorGAN, tokens: Tensor, word_mask: Tensor, seed: int) -> Tensor:
+def generate_images(model: TextToImage, tokens: Tensor, word_mask: Tensor, seed: int) -> Tensor:
     """The finest images (N, 3, H, W) of captions, on the CPU.
 
     Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone.
     """
-    sizes = [model.config.noise_dim, model.config.condition_dim]
+    sizes = [model.config.noise_dim, model.config.condition_noise_dim]
 
     def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor) -> Tensor:
         drawn = torch.stack([torch.randn(sum(sizes), generator=seeded(seed + row)) for row in rows.tolist()])
@@ -201,12 +200,11 @@ def measure_generator(
     return {"r_precision": result.top1, "redescription": entropy}
 
 
-def averaged_model(state: AdversarialState) -> MirrorGAN:
+def averaged_model(state: AdversarialState) -> TextToImage:
     """The model with the averaged generator, as it would be saved now; all weights are shared with the state."""
     model = copy.copy(state.model)
     model._modules = dict(state.model._modules)
-    average: Any = state.average.module
-    model.conditioning, model.generator = average.conditioning, average.generator
+    model._modules |= state.average.module._modules
     return model
 
 

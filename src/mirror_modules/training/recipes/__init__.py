@@ -12,6 +12,7 @@ from mirror_modules.training.recipes.named import (
     photos_64,
 )
 from mirror_modules.training.recipes.records import (
+    ADVERSARIAL_PHASES,
     ALL_PHASES,
     PHASES,
     AdversarialRecipe,
@@ -28,6 +29,7 @@ from mirror_modules.training.recipes.records import (
 )
 
 __all__ = [
+    "ADVERSARIAL_PHASES",
     "ALL_PHASES",
     "PHASES",
     "RECIPES",

@@ -34,7 +34,9 @@ def override(record: Any, fields: Any, prefix: str = "") -> Any:
             hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {', '.join(hints)}."
             raise ValueError(f"Recipe: unknown field {prefix + name!r}{hint}")
         before, nested = getattr(record, name), _record_in(hints[name])
-        if nested is not None and isinstance(value, str) and _is_named(nested):
+        if nested is not None and isinstance(value, nested):
+            changes[name] = value
+        elif nested is not None and isinstance(value, str) and _is_named(nested):
             # Another name means other weights and sizes.
             changes[name] = nested(value)
         elif nested is not None and not (value is None and _has_type(None, hints[name])):

@@ -9,15 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mirror_modules._checks import check_number, check_positive
-from mirror_modules.models import BackboneConfig, MirrorGANConfig
+from mirror_modules.models import BackboneConfig, MirrorGANConfig, ModelConfig, get_system
 from mirror_modules.training.recipes.fields import changed_fields, override
 
 PHASES = ("stem", "stream", "glam", "evaluator")
 """The phases that every run has, in order."""
-SECOND_EVALUATOR = "second_evaluator"
-ALL_PHASES = (*PHASES, SECOND_EVALUATOR)
-"""The phases that a run can have, in order; `Recipe.phases` are those of a recipe."""
+SECOND_EVALUATOR, FIRST_STAGE = "second_evaluator", "first_stage"
+# Random streams depend on the position of a phase in this tuple.
+ALL_PHASES = (*PHASES, SECOND_EVALUATOR, FIRST_STAGE)
+"""The phases that a run can have; `Recipe.phases` are those of a recipe, in order."""
+ADVERSARIAL_PHASES = (FIRST_STAGE, "glam")
+"""The phases that train a generator against discriminators, in order."""
 
+NEED_MISMATCHED = ("release", "gan-int-cls")
+"""Weightings in which terms of real and generated pairs are smaller because there are mismatched pairs."""
 NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error", "held_out_share")
 """Fields of `DataRecipe` that apply to files only."""
 
@@ -143,7 +148,7 @@ class CaptionerRecipe:
 
 @dataclass(frozen=True)
 class AdversarialRecipe:
-    """The generator against its discriminators: phase `glam`."""
+    """The generator against its discriminators: phases `glam` and `first_stage`."""
 
     steps: int = _harmless(700)
     """Optimizer steps of the generator; each discriminator takes one step per generator step."""
@@ -174,8 +179,14 @@ class AdversarialRecipe:
     """Weight of the KL divergence of the conditions from a standard normal."""
     mismatched_pairs: bool = True
     """Also train the discriminators on real images with other images' sentences."""
-    adversarial_weighting: Literal["paper", "release"] = "paper"
-    """Weights of the adversarial terms, from the paper or from the published code."""
+    interpolation_weight: float = 0.0
+    """Weight of the adversarial loss of images of mixtures of two sentences (GAN-INT-CLS), for systems that read no
+    words; 0 turns it off. 1/2 is the published code's, 1 the paper's."""
+    color_weight: float = 0.0
+    """Weight of the differences between the colors of consecutive stages (StackGAN++); 0 turns them off."""
+    adversarial_weighting: Literal["paper", "release", "gan-int-cls", "stackgan++"] | None = None
+    """Weights of the adversarial terms, see `discriminator_loss`; None takes those of the system, for MirrorGAN those
+    of the paper."""
     adversarial_objective: Literal["logistic", "hinge"] = "logistic"
     """Binary cross entropy as in the paper, or the hinge loss."""
     r1_weight: float = 0.0
@@ -201,9 +212,8 @@ class AdversarialRecipe:
             "redescription_ratio",
             "matching_ratio",
         )
-        _check_not_negative(
-            owner, self, "redescription_weight", "matching_weight", "kl_weight", "r1_weight", "average_decay"
-        )
+        weights = ("redescription_weight", "matching_weight", "interpolation_weight", "color_weight", "kl_weight")
+        _check_not_negative(owner, self, *weights, "r1_weight", "average_decay")
         weight, ratio = self.redescription_weight, self.redescription_ratio
         if weight is not None and ratio is not None:
             raise ValueError(
@@ -226,10 +236,15 @@ class AdversarialRecipe:
             _check_has_effect(owner, self, "r1_every", "r1_weight=0")
         if self.average_decay >= 1:
             raise ValueError(f"{owner}: average_decay must be below 1, but it is {self.average_decay!r}.")
-        if self.adversarial_weighting == "release" and not self.mismatched_pairs:
+        if self.adversarial_weighting in NEED_MISMATCHED and not self.mismatched_pairs:
             raise ValueError(
-                "AdversarialRecipe: adversarial_weighting='release' averages over mismatched pairs too; set "
-                "mismatched_pairs=True."
+                f"{owner}: adversarial_weighting={self.adversarial_weighting!r} averages over mismatched pairs too; "
+                "set mismatched_pairs=True."
+            )
+        if self.interpolation_weight > 0 and self.batch_size // self.accumulate < 2:
+            raise ValueError(
+                f"{owner}: interpolation_weight mixes the sentences of two images, but batch_size={self.batch_size} "
+                f"leaves one image per part with accumulate={self.accumulate}; lower accumulate."
             )
 
     @property
@@ -345,14 +360,16 @@ class Recipe:
     """Seed of every random draw of the run."""
     data: DataRecipe = field(default_factory=DataRecipe)
     """The captioned images."""
-    model: MirrorGANConfig = field(default_factory=MirrorGANConfig)
-    """Sizes and options of the model."""
+    model: ModelConfig = field(default_factory=MirrorGANConfig)
+    """Sizes and options of the model; the type determines the system."""
     stem: MatchingRecipe = field(default_factory=MatchingRecipe)
     """Phase `stem`: text and image encoder."""
     stream: CaptionerRecipe = field(default_factory=CaptionerRecipe)
     """Phase `stream`: the captioner."""
     glam: AdversarialRecipe = field(default_factory=AdversarialRecipe)
     """Phase `glam`: the generator."""
+    first_stage: AdversarialRecipe | None = None
+    """Phase `first_stage`, before `glam`: the first stage of StackGAN, which phase `glam` freezes; None for others."""
     evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
     """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
     second_evaluator: EvaluatorRecipe | None = field(default=None, metadata={"harmless": True})
@@ -372,19 +389,49 @@ class Recipe:
                 "Recipe: stream.train_backbone has no effect on a backbone that is frozen because it has pretrained "
                 "weights; set model.captioner_backbone.trainable, or turn stream.train_backbone off."
             )
-        if self.engine.compile and self.glam.r1_weight > 0:
+        for name, condition in self.model.without_effect():
+            _check_has_effect("Recipe: model", self.model, name, condition)
+        required = self.model.adversarial_phases
+        if (FIRST_STAGE in required) != (self.first_stage is not None):
+            change = "give it one" if FIRST_STAGE in required else "leave first_stage out"
             raise ValueError(
-                "Recipe: glam.r1_weight needs second derivatives, which torch.compile does not support; set it to 0, "
-                "or turn engine.compile off."
+                f"Recipe: the generator of the system {self.model.system!r} is trained in {' and '.join(required)}, "
+                f"but first_stage is {self.first_stage!r}; {change}."
             )
-        if self.model.attention != "global-local":
-            # The preset `release` sets the other two fields of sentence attention for every kind of attention.
-            _check_has_effect("Recipe: model", self.model, "sentence_axis", f"attention={self.model.attention!r}")
+        for phase in required:
+            self._check_adversarial(phase)
+
+    def _check_adversarial(self, phase: str) -> None:
+        """Require options that fit the system and the engine."""
+        recipe = self.adversarial(phase)
+        if self.engine.compile and recipe.r1_weight > 0:
+            raise ValueError(
+                f"Recipe: {phase}.r1_weight needs second derivatives, which torch.compile does not support; set it to "
+                "0, or turn engine.compile off."
+            )
+        weighting = self.model.weighting(phase)
+        if recipe.adversarial_weighting is None and weighting in NEED_MISMATCHED and not recipe.mismatched_pairs:
+            raise ValueError(
+                f"Recipe: the adversarial weights {weighting!r} of the system {self.model.system!r} average over "
+                f"mismatched pairs too; set {phase}.mismatched_pairs=True, or another {phase}.adversarial_weighting."
+            )
+        if self.model.attends and recipe.interpolation_weight > 0:
+            raise ValueError(
+                f"Recipe: {phase}.interpolation_weight mixes sentences, but the system {self.model.system!r} reads "
+                "words too, which cannot be mixed; set it to 0."
+            )
+        if recipe.color_weight > 0 and len(self.model.trained_resolutions(phase)) < 2:
+            raise ValueError(
+                f"Recipe: {phase}.color_weight compares the stages of the generator, but this phase trains one; set it "
+                "to 0."
+            )
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """The phases of this recipe, in order: `PHASES`, and `second_evaluator` if it is not None."""
-        return PHASES if self.second_evaluator is None else ALL_PHASES
+        """The phases of this recipe, in order: `PHASES`, and `first_stage` and `second_evaluator` if not None."""
+        first = () if self.first_stage is None else (FIRST_STAGE,)
+        second = () if self.second_evaluator is None else (SECOND_EVALUATOR,)
+        return (*PHASES[:2], *first, *PHASES[2:], *second)
 
     def phase(self, name: str) -> PhaseRecipe:
         """The fields of one of `phases`.
@@ -397,8 +444,19 @@ class Recipe:
             raise ValueError(f"Recipe: {self.name!r} has no phase {name!r}; it has {', '.join(self.phases)}.")
         return fields
 
+    def adversarial(self, phase: str) -> AdversarialRecipe:
+        """The fields of one of `ADVERSARIAL_PHASES`.
+
+        Raises:
+            ValueError: The recipe has no such phase.
+        """
+        fields = self.phase(phase)
+        if not isinstance(fields, AdversarialRecipe):
+            raise ValueError(f"Recipe: phase {phase!r} trains no generator; {' and '.join(ADVERSARIAL_PHASES)} do.")
+        return fields
+
     def backbone(self, phase: str) -> BackboneConfig:
-        """The image backbone of a phase other than `glam`."""
+        """The image backbone of a phase other than `ADVERSARIAL_PHASES`."""
         section, name = _place(self, phase)
         found: BackboneConfig = getattr(getattr(self, section), name)
         return found
@@ -407,7 +465,7 @@ class Recipe:
         """A copy with the checksums of the pretrained weights of some phases, which are loaded for it.
 
         Args:
-            phases: Phases other than `glam`.
+            phases: Phases other than `ADVERSARIAL_PHASES`.
             before: Recipe of the same run from which the other checksums are taken.
 
         Raises:
@@ -438,7 +496,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
+        return {**dataclasses.asdict(self), "model": {"system": self.model.system, **self.model.to_dict()}}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], base: Recipe | None = None) -> Recipe:
@@ -453,7 +511,27 @@ class Recipe:
         """
         if base is None and not (isinstance(fields, dict) and isinstance(fields.get("name"), str)):
             raise ValueError("Recipe: the field 'name' is missing; expected the fields of a recipe.")
-        return override(base if base is not None else cls(name=fields["name"]), fields)
+        base = cls(name=fields["name"]) if base is None else base
+        return override(base, _with_system(fields, base.model) if isinstance(fields, dict) else fields)
+
+
+def _with_system(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
+    """The fields with a configuration in place of that of a model of another system than that of `base`.
+
+    Sizes that all systems have are kept where `fields` does not change them.
+    """
+    model = fields.get("model")
+    if not isinstance(model, dict) or "system" not in model:
+        return fields
+    given = {name: value for name, value in model.items() if name != "system"}
+    if model["system"] == base.system:
+        return {**fields, "model": given}
+    try:
+        config = get_system(str(model["system"])).config_type()
+    except ValueError as error:
+        raise ValueError(f"Recipe: model.system: {error}") from error
+    shared = {each.name: getattr(base, each.name) for each in dataclasses.fields(ModelConfig)}
+    return {**fields, "model": override(config, {**shared, **given}, "model.")}
 
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
