@@ -21,6 +21,7 @@ NOT_RUN = {
     "mirror_modules.data.WebDatasetCaptions": "reads shards, which need the extra `data`",
     "mirror_modules.evaluation.ablate": "trains several models",
     "mirror_modules.evaluation.evaluate": "needs a trained run",
+    "mirror_modules.evaluation.study_results": "needs the answers of raters",
     "mirror_modules.evaluation.write_report": "needs a trained run",
     "mirror_modules.interop.HuggingFaceCaptioner": "needs a model of Hugging Face",
     "mirror_modules.interop.captioner_from": "needs a model of Hugging Face",

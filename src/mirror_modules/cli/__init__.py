@@ -23,6 +23,7 @@ usage: mirror-modules COMMAND ...
   data inspect PATH              summarize a folder of captioned images and list its damaged files
   data prepare PATH OUT          decode and resize a folder of captioned images once, for faster loading
   ablate [RECIPE]                train and evaluate the paper's ablation over several seeds
+  study RUN RUN ...              write a page on which people compare images of runs, or summarize their answers
 
 `mirror-modules COMMAND --help` lists every option with its default; `mirror-modules --version` prints the version."""
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "evaluate": ("training", "evaluate"),
     "data": ("data", "data"),
     "ablate": ("training", "ablate"),
+    "study": ("study", "study"),
 }
 # What an interrupted command leaves on disk.
 _KEPT = {

@@ -72,6 +72,22 @@ def device_of(name: str) -> str:
     return resolve_device(name)
 
 
+def read_captions(path: Path) -> list[str]:
+    """The captions in the file that --captions names, one per line; at least one."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(
+            f"--captions {path} cannot be read ({error.strerror}); it must be a text file with one caption per line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--captions {path} is not UTF-8 text ({error}).") from error
+    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"--captions {path} has no caption; write one per line.")
+    return captions
+
+
 def check_out(path: Path) -> None:
     """Require that a picture can be written to this file; called before the work, which may take long."""
     if path.is_dir():

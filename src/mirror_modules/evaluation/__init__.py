@@ -3,5 +3,18 @@
 from mirror_modules.evaluation.ablation import Cell, ablate, ablation_cells
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.evaluation.report import Case, Showcase, write_report
+from mirror_modules.evaluation.study import Study, make_study
+from mirror_modules.evaluation.study_results import study_results
 
-__all__ = ["Case", "Cell", "Showcase", "ablate", "ablation_cells", "evaluate", "write_report"]
+__all__ = [
+    "Case",
+    "Cell",
+    "Showcase",
+    "Study",
+    "ablate",
+    "ablation_cells",
+    "evaluate",
+    "make_study",
+    "study_results",
+    "write_report",
+]
