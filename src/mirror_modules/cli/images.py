@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirror_modules.cli.parsing import Device, check_out, device_of, parse
+from mirror_modules.cli.parsing import Device, check_out, device_of, parse, read_captions
 from mirror_modules.data import DamagedSample
 from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
 from mirror_modules.data.readers.names import is_hidden
@@ -111,18 +111,7 @@ def _captions(options: GenerateOptions) -> list[str]:
             )
     captions = list(options.caption)
     if options.captions is not None:
-        try:
-            text = options.captions.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise ValueError(
-                f"--captions {options.captions} cannot be read ({error.strerror}); it must be a text file with one "
-                "caption per line."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--captions {options.captions} is not UTF-8 text ({error}).") from error
-        captions += [line.strip() for line in text.splitlines() if line.strip()]
-        if not captions:
-            raise ValueError(f"--captions {options.captions} has no caption; write one per line.")
+        captions += read_captions(options.captions)
     if not captions:
         raise ValueError("there is no caption; add at least one after the model's folder, or use --captions FILE.")
     return captions

@@ -32,7 +32,7 @@ from mirror_modules.evaluation.study_plan import (
     run_pairs,
 )
 from mirror_modules.evaluation.study_results import expected_half_width
-from mirror_modules.models import MirrorGAN
+from mirror_modules.models import TextToImage
 from mirror_modules.pictures.grids import as_data_url
 from mirror_modules.stem.vocabulary import split_words
 from mirror_modules.training.batches import load_splits, unseen_captions
@@ -288,7 +288,7 @@ def _images_of(folder: Path, captions: Sequence[str], seeds: Sequence[int], devi
 
 
 def _generate(folder: Path, captions: Sequence[str], seeds: Sequence[int], device: str) -> list[Pixels]:
-    model = MirrorGAN.from_pretrained(folder, device=device)
+    model = TextToImage.from_pretrained(folder, device=device)
     # Encoding all captions first warns once of unknown words.
     model.vocabulary.encode(captions, max_words=model.config.max_words)
     images: list[Pixels] = []
