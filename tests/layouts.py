@@ -59,8 +59,8 @@ def make_flowers(root, training=6, validation=3):
     return root
 
 
-def make_birds(root, training=6, validation=3, captions=10, pickled=False):
-    """Images of 60 x 40 pixels with a box at (10, 5), 20 wide and 12 high."""
+def make_birds(root, training=6, validation=3, captions=10, pickled=False, parts=False):
+    """Images of 60 x 40 pixels with a box at (10, 5), 20 wide and 12 high, and three parts, one of them not visible."""
     images = root / "CUB_200_2011"
     listed, boxes, encoded = [], [], {"train": [], "test": []}
     words, numbers = {0: "<end>"}, {}
@@ -83,6 +83,12 @@ def make_birds(root, training=6, validation=3, captions=10, pickled=False):
         write_pickle(root / folder / "class_info.pickle", [int(name[:3]) for name in names])
     (images / "images.txt").write_text("".join(listed))
     (images / "bounding_boxes.txt").write_text("".join(boxes))
+    if parts:
+        (images / "parts").mkdir()
+        (images / "parts" / "parts.txt").write_text("1 left eye\n2 tail\n3 right eye\n")
+        places = ("14.0 8.0 1", "0.0 0.0 0", "18.0 8.0 1")
+        lines = [f"{i + 1} {part + 1} {place}\n" for i in range(len(listed)) for part, place in enumerate(places)]
+        (images / "parts" / "part_locs.txt").write_text("".join(lines))
     if pickled:
         write_pickle(root / "captions.pickle", [encoded["train"], encoded["test"], words, numbers])
     return root

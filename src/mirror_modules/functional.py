@@ -10,6 +10,7 @@ from mirror_modules.glam.attention import choose_attention, global_local_attenti
 from mirror_modules.glam.colors import color_consistency_loss
 from mirror_modules.glam.keypoints import complete_keypoints
 from mirror_modules.kernels import Choice
+from mirror_modules.metrics.box_overlap import box_overlap
 from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score
 from mirror_modules.metrics.diversity import diversity
@@ -38,6 +39,7 @@ from mirror_modules.stream.scoring import image_information
 __all__ = [
     "append_end",
     "balance_gradients",
+    "box_overlap",
     "class_oracle",
     "clip_score",
     "color_consistency_loss",

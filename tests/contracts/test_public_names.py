@@ -59,6 +59,7 @@ PUBLIC_NAMES = [
 FUNCTIONS = [
     "append_end",
     "balance_gradients",
+    "box_overlap",
     "class_oracle",
     "clip_score",
     "color_consistency_loss",

@@ -185,3 +185,88 @@ def test_errors(data):
         RepeatableBatches(data, 3, 0, crop=6)
     with pytest.raises(IndexError, match="batches are numbered from 0, but the index is -1"):
         RepeatableBatches(data, 3, 0)[-1]
+
+
+# Boxes and key points
+
+SIZE, CROP = 20, 16
+NAMES = ("left wing", "tail", "right wing")
+COLORS = {"left wing": (255, 0, 0), "tail": (0, 255, 0), "right wing": (0, 0, 255)}
+
+
+def marked_samples(count=24):
+    """Images with a gray box and a pixel of its own color at each key point, and their places."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        image = np.zeros((SIZE, SIZE, 3), np.uint8)
+        top, left, height, width = (int(number) for number in rng.integers((2, 2, 4, 4), (8, 8, 10, 10)))
+        image[top : top + height, left : left + width] = 100
+        points = []
+        for name in NAMES:
+            row, column = (int(number) for number in rng.integers(0, SIZE, 2))
+            if (image[row, column] > 100).any():
+                points.append((0.0, 0.0, 0.0))
+                continue
+            image[row, column] = COLORS[name]
+            points.append(((column + 0.5) / SIZE, (row + 0.5) / SIZE, 1.0))
+        box = (left / SIZE, top / SIZE, width / SIZE, height / SIZE)
+        captions = (f"a bird {i}", f"a bird on the left {i}")
+        samples.append(CaptionedImage(image, captions, i, {}, box, tuple(points), NAMES))
+    return samples
+
+
+def check_places(batch, samples):
+    """Boxes and points are where the pixels are; returns how many images are seen to be mirrored."""
+    mirrored = 0
+    for image, row, box, points in zip(batch.images.numpy(), batch.image_rows.tolist(), batch.boxes, batch.points):
+        x, y, w, h = (CROP * box).tolist()
+        gray = (image == 100).all(axis=2)
+        for start, extent, axis in ((x, w, 0), (y, h, 1)):
+            places = np.flatnonzero(gray.any(axis=axis))
+            bounds = max(start, 0), min(start + extent, CROP)
+            assert bounds == pytest.approx((places.min(), places.max() + 1), abs=1e-4)
+        seen = {name: np.argwhere((image == color).all(axis=2)) for name, color in COLORS.items()}
+        places = dict(zip(NAMES, points.tolist()))
+        # In a mirrored image, the pixel of the right wing is at the left wing's place.
+        other = {"left wing": "right wing", "right wing": "left wing", "tail": "tail"}
+        is_mirrored = any(
+            shown and len(seen[other[name]]) and tuple(seen[other[name]][0]) == (int(y * CROP), int(x * CROP))
+            for name, (x, y, shown) in places.items()
+            if name != "tail"
+        )
+        mirrored += is_mirrored
+        for name, (x, y, shown) in places.items():
+            original = other[name] if is_mirrored else name
+            if shown:
+                assert seen[original].tolist() == [[int(y * CROP), int(x * CROP)]]
+            elif is_mirrored or samples[row].points[NAMES.index(name)][2]:
+                assert len(seen[original]) == 0
+    return mirrored
+
+
+def test_boxes_and_key_points_move_with_crops_and_flips():
+    samples = marked_samples()
+    data = InMemoryCaptions(samples, max_words=18)
+    whole = RepeatableBatches(data, 8, 0, crop=CROP)
+    parts = [RepeatableBatches(data, 8, 0, crop=CROP, rank=rank, ranks=2) for rank in range(2)]
+    mirrored = 0
+    for number in range(30):
+        batch = whole[number]
+        mirrored += check_places(batch, samples)
+        for name in ("boxes", "points"):
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(part[number], name) for part in parts]))
+        uncropped = RepeatableBatches(data, 8, 0)[number]
+        assert torch.equal(uncropped.boxes, data.boxes[batch.image_rows])
+        assert torch.equal(uncropped.points, data.points[batch.image_rows])
+    # A quarter: captions that mention a side are not flipped, and some points are cut off.
+    assert 30 < mirrored < 90
+
+
+def test_images_and_captions_do_not_depend_on_boxes_and_key_points():
+    samples = marked_samples()
+    plain = [sample._replace(box=None, points=None, point_names=()) for sample in samples]
+    one, other = (RepeatableBatches(InMemoryCaptions(each, max_words=18), 8, 3, crop=CROP) for each in (samples, plain))
+    for number in range(9):
+        assert equal(one[number], other[number])
+        assert other[number].boxes is other[number].points is None

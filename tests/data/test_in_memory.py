@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirror_modules.data import CaptionedImage, InMemoryCaptions
+from mirror_modules.data import CaptionedImage, InMemoryCaptions, open_captions, prepare_captions
 from mirror_modules.stem.vocabulary import Vocabulary
-from tests.layouts import NumberedImages
+from tests.layouts import NumberedImages, make_birds
 
 N, H, W = 11, 5, 7
 
@@ -122,3 +122,69 @@ def test_arguments_are_checked():
         InMemoryCaptions(numbered(), max_words=0)
     with pytest.raises(ValueError, match="long_captions must be one of 'cut', 'subsample', but it is 'fold'"):
         InMemoryCaptions(numbered(), max_words=18, long_captions="fold")
+
+
+# Boxes and key points
+
+
+def located(boxes, points, names=("left eye", "tail")):
+    image = np.zeros((H, W, 3), np.uint8)
+    return [
+        CaptionedImage(image, (f"bird {i}",), i, {}, box, each, names if each is not None else ())
+        for i, (box, each) in enumerate(zip(boxes, points))
+    ]
+
+
+def test_boxes_and_key_points_are_collected():
+    box, points = (0.25, 0.5, 0.125, 0.75), ((0.5, 0.25, 1.0), (0.0, 0.0, 0.0))
+    data = InMemoryCaptions(located([None, box, None], [points, None, None]), max_words=18)
+    assert data.point_names == ("left eye", "tail")
+    assert data.boxes.dtype == data.points.dtype == torch.float32
+    assert data.boxes.isnan().all(dim=1).tolist() == [True, False, True]
+    assert tuple(data.boxes[1].tolist()) == box
+    assert data.points.tolist() == [[list(point) for point in points], [[0, 0, 0]] * 2, [[0, 0, 0]] * 2]
+    batch = data.batch(torch.tensor([1, 0, 1]), torch.tensor([0, 0, 0]))
+    assert torch.equal(batch.boxes[::2], data.boxes[[1, 1]])
+    assert torch.equal(batch.points[1], data.points[0])
+
+
+def test_without_boxes_and_key_points_there_are_none():
+    data = InMemoryCaptions(numbered(), max_words=18)
+    assert data.boxes is data.points is None
+    assert data.point_names == ()
+    batch = data.batch(torch.tensor([1]), torch.tensor([0]))
+    assert batch.boxes is batch.points is None
+
+
+def test_mapped_data_have_the_boxes_and_key_points_of_copied_data(tmp_path):
+    pytest.importorskip("PIL.Image")
+    root = make_birds(tmp_path / "originals", parts=True)
+    prepare_captions(root, tmp_path / "cache", resolution=13)
+    mapped, copied = (
+        InMemoryCaptions(open_captions(path, resolution=13), max_words=18) for path in (tmp_path / "cache", root)
+    )
+    assert mapped._mapped is not None
+    assert mapped.point_names == copied.point_names == ("left eye", "tail", "right eye")
+    assert torch.equal(mapped.boxes, copied.boxes)
+    assert torch.equal(mapped.points, copied.points)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"sample 1 has the box \(0.1, 0.2, 0.3\); expected x, y, width and height", {"box": (0.1, 0.2, 0.3)}),
+        (r"sample 1 has the box \(0, 0, 0, 1\); .* of positive size", {"box": (0, 0, 0, 1)}),
+        (r"sample 1 has the box \(nan, 0, 1, 1\)", {"box": (float("nan"), 0, 1, 1)}),
+        (r"sample 1 has the points \(\(0.5, 0.5\),\) with the names", {"points": ((0.5, 0.5),), "point_names": ("a",)}),
+        (r"sample 1 has the points .* with the names \(\)", {"points": ((0.5, 0.5, 1),)}),
+        (
+            r"the key points of image 1 are \('tail', 'left eye'\), but those of an earlier one are \('left eye', ",
+            {"points": ((0.5, 0.5, 1),) * 2, "point_names": ("tail", "left eye")},
+        ),
+    ],
+)
+def test_invalid_boxes_and_key_points_are_refused(message, change):
+    samples = located([None, None], [((0.5, 0.25, 1.0),) * 2, None])
+    samples[1] = samples[1]._replace(**change)
+    with pytest.raises(ValueError, match="InMemoryCaptions: " + message):
+        InMemoryCaptions(samples, max_words=18)

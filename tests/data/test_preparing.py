@@ -11,7 +11,7 @@ import pytest
 
 from mirror_modules.data import PreparedCaptions, open_captions, prepare_captions, preparing
 from mirror_modules.data.preparing import _write_array
-from tests.layouts import MAKERS, files_of, make_coco, make_flowers, make_folder, same_samples
+from tests.layouts import MAKERS, files_of, make_birds, make_coco, make_flowers, make_folder, same_samples
 
 pytest.importorskip("PIL.Image")
 
@@ -296,3 +296,70 @@ def test_the_number_of_images_in_the_header_is_corrected(made, tmp_path):
     captions = PreparedCaptions(made[1], resolution=R)
     _write_array(tmp_path / "a.npy", (captions[i] for i in range(3)), 10**9, R)
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.stack([captions[i].image for i in range(3)]))
+
+
+# Boxes and key points
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_boxes_and_key_points_are_kept(tmp_path, parts):
+    root = make_birds(tmp_path / "originals", TRAINING, VALIDATION, parts=parts)
+    prepare_captions(root, tmp_path / "cache", resolution=R, shard_size=SHARD)
+    facts = json.loads((tmp_path / "cache" / "prepared.json").read_text())
+    assert facts["format"] == 2
+    assert facts["point_names"] == (["left eye", "tail", "right eye"] if parts else [])
+    originals, prepared = (open_captions(path, "train", R) for path in (root, tmp_path / "cache"))
+    assert same_samples(prepared, originals)
+    assert prepared[0].box is not None
+    assert prepared.point_names == originals.point_names
+    # At a lower resolution, shares are the same.
+    assert open_captions(tmp_path / "cache", "train", R - 3)[0][4:] == originals[0][4:]
+
+
+def test_folders_without_boxes_keep_their_format(made):
+    facts = json.loads((made[1] / "prepared.json").read_text())
+    assert facts["format"] == 1
+    assert "point_names" not in facts
+    assert set(json.loads((made[1] / "train.jsonl").read_text().splitlines()[0])) == {"file", "captions", "class_id"}
+
+
+def test_a_changed_key_point_is_another_original(tmp_path):
+    root = make_birds(tmp_path / "originals", TRAINING, VALIDATION, parts=True)
+    prepare_captions(root, tmp_path / "cache", resolution=R)
+    path = root / "CUB_200_2011" / "parts" / "part_locs.txt"
+    path.write_text(path.read_text().replace("1 1 14.0 8.0 1", "1 1 15.0 8.0 1"))
+    with pytest.raises(FileExistsError, match="was prepared with other settings or from other originals"):
+        prepare_captions(root, tmp_path / "cache", resolution=R)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"box": [0.1, 0.1, 0.5]},
+        {"box": [0.1, 0.1, 0.0, 0.5]},
+        {"box": [0.1, 0.1, "0.5", 0.5]},
+        {"box": [0.1, 0.1, True, 0.5]},
+        {"points": [[0.1, 0.1, 1]]},
+        {"points": [[0.1, 0.1]] * 3},
+        {"points": {"left eye": [0.1, 0.1, 1]}},
+        {"points": [[0.1, 0.1, float("inf")]] * 3},
+    ],
+)
+def test_damaged_boxes_and_key_points_are_refused(tmp_path, change):
+    root = make_birds(tmp_path / "originals", TRAINING, VALIDATION, parts=True)
+    prepare_captions(root, tmp_path / "cache", resolution=R)
+    path = tmp_path / "cache" / "train.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | change), *others]) + "\n")
+    message = r"train.jsonl line 1 needs a box of x, y, width and height, or null, and 3 points .* remove the folder"
+    with pytest.raises(ValueError, match=message):
+        open_captions(tmp_path / "cache", "train", R)
+
+
+def test_names_of_key_points_must_be_a_list(tmp_path):
+    root = make_birds(tmp_path / "originals", TRAINING, VALIDATION, parts=True)
+    prepare_captions(root, tmp_path / "cache", resolution=R)
+    path = tmp_path / "cache" / "prepared.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"point_names": [1, 2, 3]}))
+    with pytest.raises(ValueError, match=r"has the names \[1, 2, 3\] of key points; expected a list of strings"):
+        open_captions(tmp_path / "cache", "train", R)

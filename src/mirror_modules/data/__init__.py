@@ -3,7 +3,7 @@
 from mirror_modules.data.batching import RepeatableBatches
 from mirror_modules.data.flowers.attributes import ATTRIBUTES, class_id_of
 from mirror_modules.data.flowers.captions import attributes_named, write_captions
-from mirror_modules.data.flowers.colors import measured_colors
+from mirror_modules.data.flowers.colors import measured_box, measured_colors
 from mirror_modules.data.flowers.dataset import SyntheticFlowers
 from mirror_modules.data.flowers.drawing import draw_flower
 from mirror_modules.data.in_memory import CaptionBatch, InMemoryCaptions
@@ -43,6 +43,7 @@ __all__ = [
     "class_id_of",
     "draw_flower",
     "image_pyramid",
+    "measured_box",
     "measured_colors",
     "open_captions",
     "prepare_captions",

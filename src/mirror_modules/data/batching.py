@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from mirror_modules._checks import check_positive
 from mirror_modules.data.in_memory import CaptionBatch, InMemoryCaptions
+from mirror_modules.data.locations import crop_boxes, crop_points, mirror_order
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 
@@ -24,7 +25,8 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         batch_size: Images per batch, over all ranks.
         seed: Seed of the order of images, the captions, the crops and the subsampled words.
         crop: Size of random square crops, which are flipped horizontally with probability 1/2 unless the caption
-            mentions left or right; None returns whole images.
+            mentions left or right; None returns whole images. Boxes and key points are cropped and flipped with them,
+            where left and right parts change places.
         rank: Rank whose part of each batch is returned, from 0.
         ranks: Number of ranks; each gets an equal, contiguous part of the rows.
         with_images: Whether to load the images; see `InMemoryCaptions.batch`.
@@ -97,7 +99,14 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         crops = draw_crops(self.batch_size, height, width, crop, seeded(self.seed, 1, number))
         crops = crops._replace(mirrored=crops.mirrored & ~self.captions.mentions_side[rows].unsqueeze(1))
         local_crops = Crops(*map(self._local, crops))
-        return batch._replace(images=crop_flip(self.captions.images, batch.image_rows, crop, local_crops))
+        images = crop_flip(self.captions.images, batch.image_rows, crop, local_crops)
+        boxes, points = batch.boxes, batch.points
+        if boxes is not None:
+            boxes = crop_boxes(boxes, height, width, crop, local_crops)
+        if points is not None:
+            order = mirror_order(self.captions.point_names)
+            points = crop_points(points, height, width, crop, local_crops, order)
+        return batch._replace(images=images, boxes=boxes, points=points)
 
     def _subsample(self, batch: CaptionBatch, number: int) -> None:
         """Keep random words of long captions, in place; the choice depends on seed, batch and caption alone."""

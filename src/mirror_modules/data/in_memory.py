@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.readers.damage import DamagedSample, ErrorReport
 from mirror_modules.data.readers.prepared import PreparedCaptions
-from mirror_modules.data.sample import CaptionedImage, CaptionedImages
+from mirror_modules.data.sample import CaptionedImage, CaptionedImages, KeyPoint, SubjectBox
 from mirror_modules.stem.vocabulary import Vocabulary
 
 # Words that a horizontal flip makes wrong; English only.
@@ -37,6 +38,10 @@ class CaptionBatch(NamedTuple):
     """Index of each image in the data set, (B,)."""
     caption_rows: Tensor
     """Index of each caption among all captions of the data set, (B,)."""
+    boxes: Tensor | None = None
+    """x, y, width and height of each subject as shares of the image, (B, 4), NaN where unknown; None without boxes."""
+    points: Tensor | None = None
+    """x, y and visibility of the key points of each subject, (B, K, 3); None without key points."""
 
 
 class InMemoryCaptions:
@@ -59,7 +64,8 @@ class InMemoryCaptions:
 
     Raises:
         ValueError: The data set is empty, its images differ in size, a sample is not a valid `CaptionedImage` (bytes,
-            at least one caption, a class from 0), or more samples are damaged than `report` permits; None permits none.
+            at least one caption, a class from 0, a box of positive size), key points of two images differ in their
+            names, or more samples are damaged than `report` permits; None permits none.
 
     Examples:
         >>> import torch
@@ -90,6 +96,12 @@ class InMemoryCaptions:
     """Number of captions of each image, (N,)."""
     mentions_side: Tensor
     """True for a caption that mentions left or right, (M,)."""
+    boxes: Tensor | None
+    """Box of each image, (N, 4), NaN where unknown; None if no image has one."""
+    points: Tensor | None
+    """Key points of each image, (N, K, 3), all 0 where they are unknown; None if no image has any."""
+    point_names: tuple[str, ...]
+    """Names of the key points; empty without any."""
     long_tokens: dict[int, Tensor]
     """All token ids of each caption to subsample, by its row in `tokens`; empty if long captions are cut."""
 
@@ -125,8 +137,9 @@ class InMemoryCaptions:
         if isinstance(dataset, PreparedCaptions) and (stored := dataset.stored_images()) is not None:
             self._map(dataset, stored, progress)
             return
-        class_ids = []
-        self.attributes, self.captions = [], []
+        class_ids: list[int] = []
+        locations: list[tuple[SubjectBox | None, tuple[KeyPoint, ...] | None]] = []
+        self.attributes, self.captions, self.point_names = [], [], ()
         for i in range(size):
             try:
                 sample = dataset[i]
@@ -148,6 +161,9 @@ class InMemoryCaptions:
                 class_ids.append(int(sample.class_id))
                 self.attributes.append(sample.attributes)
                 self.captions.append(tuple(sample.captions))
+                locations.append((sample.box, sample.points))
+                if sample.points is not None:
+                    self._check_point_names(i, sample)
             report.check(owner, damaged, size)
             if progress is not None:
                 progress(i + 1, size)
@@ -155,6 +171,27 @@ class InMemoryCaptions:
             raise ValueError(f"{owner}: none of the {size} samples can be read: {report.listing()}.")
         self.images = self.images[: len(self.captions)]
         self.class_ids = torch.tensor(class_ids)
+        self._locate(locations)
+
+    def _check_point_names(self, i: int, sample: CaptionedImage) -> None:
+        """Require that all images with key points name the same; the first one says which."""
+        names = tuple(sample.point_names)
+        if self.point_names not in ((), names):
+            raise ValueError(
+                f"InMemoryCaptions: the key points of image {i} are {names}, but those of an earlier one are "
+                f"{self.point_names}; all must have the same names, and those that are not visible a visibility of 0."
+            )
+        self.point_names = names
+
+    def _locate(self, locations: Sequence[tuple[SubjectBox | None, tuple[KeyPoint, ...] | None]]) -> None:
+        """Collect boxes and key points, each None if no image has them."""
+        self.boxes = self.points = None
+        if any(box is not None for box, _ in locations):
+            self.boxes = torch.tensor([(torch.nan,) * 4 if box is None else tuple(box) for box, _ in locations])
+        if any(points is not None for _, points in locations):
+            hidden = ((0.0, 0.0, 0.0),) * len(self.point_names)
+            rows = [hidden if points is None else tuple(map(tuple, points)) for _, points in locations]
+            self.points = torch.tensor(rows, dtype=torch.float32)
 
     def _map(self, dataset: PreparedCaptions, images: Tensor, progress: Callable[[int, int], None] | None) -> None:
         """Load the captions; the images stay memory-mapped."""
@@ -162,6 +199,8 @@ class InMemoryCaptions:
         self.class_ids = torch.tensor([entry.class_id for entry in dataset.entries])
         self.captions = [entry.captions for entry in dataset.entries]
         self.attributes = [{} for _ in dataset.entries]
+        self.point_names = dataset.point_names
+        self._locate([dataset.location(i) for i in range(len(dataset))])
         for i in range(len(dataset)):
             if progress is not None:
                 progress(i + 1, len(dataset))
@@ -212,6 +251,8 @@ class InMemoryCaptions:
             captions=tuple(self.captions[i][j] for i, j in zip(indices.tolist(), choices.tolist())),
             image_rows=indices,
             caption_rows=rows,
+            boxes=None if self.boxes is None else self.boxes[indices],
+            points=None if self.points is None else self.points[indices],
         )
 
     def caption_rows(self, indices: Tensor, choices: Tensor) -> Tensor:
@@ -239,3 +280,19 @@ def _check_sample(owner: str, i: int, sample: CaptionedImage) -> None:
     is_integer = isinstance(class_id, int | np.integer) and not isinstance(class_id, bool)
     if not is_integer or not 0 <= class_id < 2**63:
         raise ValueError(f"{owner}: sample {i} has the class {class_id!r}; expected an integer from 0 to 2**63 - 1.")
+    if sample.box is not None and not (_is_numbers(sample.box, 4) and min(sample.box[2:]) > 0):
+        raise ValueError(
+            f"{owner}: sample {i} has the box {sample.box!r}; expected x, y, width and height as shares of the image, "
+            "of positive size, or None."
+        )
+    if sample.points is not None and not (
+        len(sample.points) == len(sample.point_names) and all(_is_numbers(point, 3) for point in sample.points)
+    ):
+        raise ValueError(
+            f"{owner}: sample {i} has the points {sample.points!r} with the names {sample.point_names!r}; expected x, "
+            "y and visibility for each name."
+        )
+
+
+def _is_numbers(values: Any, count: int) -> bool:
+    return len(values) == count and all(math.isfinite(value) for value in values)

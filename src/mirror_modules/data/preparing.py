@@ -20,7 +20,7 @@ from mirror_modules._files import flush_to_disk, locked, read_json, replace, wri
 from mirror_modules.data.readers.damage import DamagedSample, Skipped, printable
 from mirror_modules.data.readers.files import SPLITS, CaptionedFiles, Entry, check_apart
 from mirror_modules.data.readers.images import MAX_PIXELS
-from mirror_modules.data.readers.prepared import FORMAT, PREPARED, REMEDY, PreparedCaptions
+from mirror_modules.data.readers.prepared import FORMAT, LOCATED_FORMAT, PREPARED, REMEDY, PreparedCaptions
 from mirror_modules.data.sample import CaptionedImage
 from mirror_modules.data.sources import open_captions, recognize
 
@@ -108,7 +108,9 @@ def prepare_captions(
         )
     splits = [open_captions(path, split, resolution, name, on_error=on_error) for split in SPLITS]
     check_apart(OWNER, *splits)
-    digest = _digest(splits, [FORMAT, name, resolution, on_error, shard_size])
+    has_places = any(entry.box is not None or entry.points is not None for each in splits for entry in each.entries)
+    version = LOCATED_FORMAT if has_places else FORMAT
+    digest = _digest(splits, [version, name, resolution, on_error, shard_size])
     if _is_done(out, digest):
         return _summary(out)
     unfinished = out.with_name(f".{out.name}.{digest[:16]}")
@@ -119,13 +121,15 @@ def prepare_captions(
                 raise ValueError(f"{OWNER}: another process is preparing {out} from the same originals; wait for it.")
             contents = [_write_split(unfinished, dataset, shard_size, progress) for dataset in splits]
             facts = {
-                "format": FORMAT,
+                "format": version,
                 "source": name,
                 "resolution": resolution,
                 "splits": {dataset.split: content.facts() for dataset, content in zip(splits, contents)},
                 "skipped": [list(skipped) for dataset in splits for skipped in dataset.report.skipped],
                 "digest": digest,
             }
+            if has_places:
+                facts["point_names"] = splits[0].point_names
             write_json(unfinished / PREPARED, facts)
             _publish(unfinished, out)
     except OSError as error:
@@ -202,13 +206,14 @@ def _write_shard(
     def samples() -> Iterator[CaptionedImage]:
         for i in rows:
             try:
-                yield dataset[i]
+                sample = dataset[i]
+                yield sample
             except DamagedSample as error:
                 dataset.report.add(OWNER, *error.skipped)
                 shard.skipped.append(error.skipped)
                 dataset.report.check(OWNER, damaged_before + len(shard.skipped), len(dataset))
             else:
-                shard.lines.append(_line(dataset.entries[i], dataset.root))
+                shard.lines.append(_line(dataset.entries[i], dataset.root, sample))
             if progress is not None:
                 progress(dataset.split, i + 1, len(dataset))
 
@@ -241,8 +246,11 @@ def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _line(entry: Entry, root: Path) -> str:
+def _line(entry: Entry, root: Path, sample: CaptionedImage | None = None) -> str:
+    """A line of JSON; of a sample with box or key points, they are in it, too."""
     row = {"file": _name(entry, root), "captions": entry.captions, "class_id": entry.class_id}
+    if sample is not None and (sample.box is not None or sample.points is not None):
+        row |= {"box": sample.box, "points": sample.points}
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -256,7 +264,9 @@ def _digest(splits: list[CaptionedFiles], settings: list[object]) -> str:
     for dataset in splits:
         for entry in dataset.entries:
             file = (entry.image if entry.part is None else entry.part.file).stat()
-            facts = [_line(entry, dataset.root), entry.box, file.st_size, file.st_mtime_ns]
+            facts: list[object] = [_line(entry, dataset.root), entry.box, file.st_size, file.st_mtime_ns]
+            if entry.points is not None:
+                facts.append(entry.points)
             digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 

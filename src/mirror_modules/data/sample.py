@@ -8,9 +8,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+SubjectBox = tuple[float, float, float, float]
+"""Left, top, width and height (x, y, w, h), as shares of the image's width and height."""
+KeyPoint = tuple[float, float, float]
+"""x and y, as shares of the image's width and height, and visibility: 1, or 0 with x and y of 0."""
+
 
 class CaptionedImage(NamedTuple):
-    """An RGB image with its captions, class and attributes.
+    """An RGB image with its captions, class and attributes, and where its subject is.
 
     Examples:
         >>> import numpy as np
@@ -29,6 +34,12 @@ class CaptionedImage(NamedTuple):
     """Images of one class may share captions, so they never serve as each other's mismatched pairs."""
     attributes: Mapping[str, str]
     """Labels such as {"petal_color": "red"}; empty if the data set has none."""
+    box: SubjectBox | None = None
+    """Bounding box of the subject: x, y, w, h as shares of the image. It may extend beyond it; None if unknown."""
+    points: tuple[KeyPoint, ...] | None = None
+    """Key points of the subject: x, y and visibility of each, (K, 3); None if unknown."""
+    point_names: tuple[str, ...] = ()
+    """Name of each key point, such as "left eye"; the same for all images of a data set."""
 
 
 class CaptionedImages(Protocol):

@@ -1,5 +1,6 @@
 """Metrics of text-to-image models, on the features of any extractor, and of captions."""
 
+from mirror_modules.metrics.box_overlap import box_overlap
 from mirror_modules.metrics.class_oracle import class_oracle
 from mirror_modules.metrics.clip_score import clip_score
 from mirror_modules.metrics.diversity import Diversity, diversity
@@ -18,6 +19,7 @@ __all__ = [
     "RPrecision",
     "RPrecisionFolds",
     "RedescriptionQuality",
+    "box_overlap",
     "class_oracle",
     "clip_score",
     "diversity",

@@ -42,6 +42,10 @@ def test_fields_of_a_sample():
         assert sample.image.dtype == np.uint8
         assert len(sample.captions) == 5
         assert sample.class_id == class_id_of(sample.attributes)
+        assert sample.box is not None
+        assert min(sample.box[2:]) > 0.4
+        assert len(sample.points) == len(sample.point_names) == 9
+        assert sample.point_names[:2] == ("center", "petal 1")
 
 
 def test_all_attribute_values_occur():

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from mirror_modules.data import ATTRIBUTES, class_id_of, draw_flower
+from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, class_id_of, draw_flower
 from mirror_modules.data.flowers.backgrounds import BACKGROUNDS
-from mirror_modules.data.flowers.drawing import COUNTS, pixel_axes
+from mirror_modules.data.flowers.drawing import COUNTS, HIDDEN, POINT_NAMES, draw_located_flower, pixel_axes
 
 FLOWER = {
     "petal_color": "red",
@@ -15,6 +15,29 @@ FLOWER = {
     "size": "large",
     "background": "sand",
 }
+
+# Of the first flowers of seed 0: class, first caption, and means of green over 16 x 16 pixels.
+GOLDEN_CLASSES = [7596, 8469, 1798]
+GOLDEN_CAPTIONS = [
+    "the ebony middle of this little flower sits between six snowy petals under a bright sky",
+    "look at this large bloom with its burgundy petals around an ebony middle in the sand",
+    "the six petals of this large blossom are tangerine around an ebony middle before a striped wall",
+]
+GOLDEN_PIXELS = [
+    [
+        [184.1, 187.1, 195.0, 196.7],
+        [198.2, 210.9, 209.1, 193.5],
+        [208.4, 192.3, 218.9, 231.2],
+        [214.3, 222.2, 236.8, 227.9],
+    ],
+    [[178.2, 127.4, 60.7, 189.7], [103.2, 29.8, 27.8, 87.6], [133.4, 27.4, 23.9, 90.3], [156.8, 122.5, 89.5, 164.0]],
+    [
+        [149.1, 146.7, 134.3, 146.8],
+        [151.3, 111.0, 103.1, 147.2],
+        [144.8, 109.9, 96.3, 147.8],
+        [145.3, 142.8, 146.8, 147.3],
+    ],
+]
 
 
 def draw(resolution=64, seed=0, **changes):
@@ -139,3 +162,72 @@ def test_errors():
         draw_flower(FLOWER, 7, rng)
     with pytest.raises(ValueError, match=r"draw_flower: resolution must be a whole number .*, but it is 16.5"):
         draw_flower(FLOWER, 16.5, rng)
+
+
+# Where the flower is
+
+
+def locate(resolution=64, seed=0, **changes):
+    return draw_located_flower({**FLOWER, **changes}, resolution, np.random.default_rng(seed))
+
+
+def flower_mask(**flower):
+    """Pixels that change with the colors of petals and center."""
+    one = {**flower, "petal_color": "white", "center_color": "black"}
+    return (draw(**one) != draw(**{**flower, "petal_color": "blue", "center_color": "green"})).any(axis=2)
+
+
+@pytest.mark.parametrize("size", ATTRIBUTES["size"])
+@pytest.mark.parametrize("shape", ATTRIBUTES["petal_shape"])
+@pytest.mark.parametrize("count", ATTRIBUTES["petal_count"])
+def test_the_box_bounds_the_pixels_of_the_flower(size, shape, count):
+    flower = {"resolution": 256, "size": size, "petal_shape": shape, "petal_count": count}
+    flower["seed"] = COUNTS[count] + 10 * len(shape)
+    rows, columns = np.nonzero(flower_mask(**flower))
+    x, y, w, h = locate(**flower).box
+    box = np.clip((x, y, x + w, y + h), 0, 1) * 256
+    pixels = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert np.abs(box - pixels).max() <= 1.5
+
+
+@pytest.mark.parametrize("shape", ATTRIBUTES["petal_shape"])
+@pytest.mark.parametrize("count", ATTRIBUTES["petal_count"])
+def test_key_points_are_the_center_and_the_ends_of_the_petals(shape, count):
+    flower = {"size": "small", "petal_shape": shape, "petal_count": count, "seed": 4}
+    points = locate(**flower).points
+    assert len(points) == len(POINT_NAMES) == 9
+    petals = COUNTS[count]
+    assert all(point[2] == 1 for point in points[: petals + 1])
+    assert points[petals + 1 :] == (HIDDEN,) * (8 - petals)
+    mask = flower_mask(resolution=256, **flower)
+    row, column, radius = center_and_radius(mask)
+    center = 256 * np.array(points[0][:2])
+    assert np.abs(center - (column, row)).max() < 0.1 * radius
+    center_color = (draw(256, **{**flower, "center_color": "black"}) != draw(256, **flower)).any(axis=2)
+    assert center_color[int(center[1]), int(center[0])]
+    for x, y, _ in points[1 : petals + 1]:
+        # Just inside of its end a petal has its color, also between the lobes of a heart.
+        x, y = center + (0.8 if shape == "heart" else 0.93) * (256 * np.array((x, y)) - center)
+        assert mask[int(y), int(x)]
+
+
+def test_places_do_not_depend_on_the_resolution():
+    one, other = locate(16, seed=9), locate(131, seed=9)
+    assert one[1:] == other[1:]
+    assert np.array_equal(one.image, draw_flower(FLOWER, 16, np.random.default_rng(9)))
+
+
+def test_tips_beyond_the_border_are_not_visible():
+    tips = [point for seed in range(80) for point in locate(8, seed=seed).points[1:6]]
+    assert all(point == HIDDEN or (min(point[:2]) >= 0 and max(point[:2]) <= 1) for point in tips)
+
+
+def test_the_first_flowers_are_those_of_every_version():
+    """Runs are compared across versions by their seed."""
+    flowers = SyntheticFlowers(3, resolution=64)
+    assert [sample.class_id for sample in flowers] == GOLDEN_CLASSES
+    assert [sample.captions[0] for sample in flowers] == GOLDEN_CAPTIONS
+    for sample, rows in zip(flowers, GOLDEN_PIXELS):
+        coarse = sample.image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3))
+        # Rounding may differ between processors.
+        np.testing.assert_allclose(coarse[:, :, 1], rows, atol=0.1)

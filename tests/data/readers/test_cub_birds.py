@@ -50,6 +50,55 @@ def test_the_square_around_the_box_is_kept(root):
     assert np.array_equal(CubBirds(root, resolution=26)[0].image, expected)
 
 
+def test_the_box_is_a_share_of_the_square(root):
+    """The box (10, 5, 20, 12) within the square from (7, 0) to (33, 26)."""
+    sample = CubBirds(root, resolution=13)[0]
+    assert sample.box == pytest.approx((3 / 26, 5 / 26, 20 / 26, 12 / 26))
+    assert sample.points is None
+    assert sample.point_names == ()
+
+
+def test_key_points_are_those_of_parts(tmp_path):
+    birds = CubBirds(make_birds(tmp_path, parts=True), resolution=13)
+    assert birds.point_names == ("left eye", "tail", "right eye")
+    for sample in birds:
+        assert sample.point_names == birds.point_names
+        left, tail, right = sample.points
+        assert left == pytest.approx((7 / 26, 8 / 26, 1))
+        assert tail == (0, 0, 0)
+        assert right == pytest.approx((11 / 26, 8 / 26, 1))
+
+
+@pytest.mark.parametrize("place", ["40.0 8.0 1", "14.0 8.0 0", "14.0 nan 1", "14.0 x 1", "1e300 8.0 1"])
+def test_key_points_outside_of_the_square_or_without_a_place_are_not_visible(tmp_path, place):
+    root = make_birds(tmp_path, parts=True)
+    rewrite(root / "CUB_200_2011" / "parts" / "part_locs.txt", "2 1 14.0 8.0 1", f"2 1 {place}")
+    birds = CubBirds(root)
+    assert birds[1].points[0] == (0, 0, 0)
+    assert birds[1].points[2][2] == birds[0].points[0][2] == 1
+
+
+def test_images_without_lines_have_no_visible_key_point(tmp_path):
+    root = make_birds(tmp_path, parts=True)
+    path = root / "CUB_200_2011" / "parts" / "part_locs.txt"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("3 ")))
+    assert CubBirds(root)[2].points == ((0, 0, 0),) * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("2 1 14.0 8.0 1", "2 7 14.0 8.0 1", r"part_locs.txt has part '7', which is not in .*parts.txt"),
+        ("2 1 14.0 8.0 1", "2 1 14.0 8.0", r"part_locs.txt line 4 is '2 1 14.0 8.0'; expected 5 columns"),
+    ],
+)
+def test_damaged_lists_of_parts_are_refused(tmp_path, old, new, message):
+    root = make_birds(tmp_path, parts=True)
+    rewrite(root / "CUB_200_2011" / "parts" / "part_locs.txt", old, new)
+    with pytest.raises(ValueError, match=message):
+        CubBirds(root)
+
+
 def test_captions_from_a_pickle(tmp_path):
     root = make_birds(tmp_path, pickled=True)
     shutil.rmtree(root / "text")

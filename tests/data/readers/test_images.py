@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mirror_modules.data.readers import images
-from mirror_modules.data.readers.images import Box, image_size, read_square, square_around
+from mirror_modules.data.readers.images import Box, image_size, read_square, read_view, square_around
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -394,3 +394,24 @@ def test_damaged_pixels_are_not_taken_for_damaged_metadata(tmp_path):
         (tmp_path / "image.webp").write_bytes(changed)
         with pytest.raises(ValueError, match=r"image.webp cannot be read as an image .could not create decoder object"):
             read_square(tmp_path / "image.webp", 8)
+
+
+# Places in the square
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("box", [None, Box(12, 4, 10, 16)])
+def test_places_of_pixels_follow_crop_and_orientation(tmp_path, orientation, box):
+    """A single white pixel, found again in the result."""
+    pixels = np.zeros((40, 60), np.uint8)
+    row, column = 15, 21
+    pixels[row, column] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(pixels), "image.png", exif=exif)
+    side = 40 if box is None else 23  # clipped at the upper border
+    square, view = read_view(path, side, box)
+    assert np.array_equal(square, read_square(path, side, box))
+    (found,) = np.argwhere(square[..., 0] == square.max())
+    x, y = view.place(column + 0.5, row + 0.5)
+    assert (y * side, x * side) == pytest.approx(found + 0.5, abs=0.51)

@@ -225,7 +225,7 @@ def test_missing_or_damaged_lines_are_refused(cache):
         ("{", "has invalid content .JSONDecodeError"),
         ("[]", "has invalid content .TypeError"),
         ('{"name": "another tool"}', "has invalid content .KeyError: 'format'"),
-        ('{"format": 2}', "has format 2; this version reads 1"),
+        ('{"format": 3}', "has format 3; this version reads 1 and 2"),
         ('{"format": 1, "resolution": 13}', "has invalid content .KeyError: 'splits'"),
     ],
 )

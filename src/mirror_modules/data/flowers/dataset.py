@@ -7,7 +7,7 @@ import numpy as np
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.flowers.attributes import ATTRIBUTES, class_id_of
 from mirror_modules.data.flowers.captions import write_captions
-from mirror_modules.data.flowers.drawing import MIN_RESOLUTION, draw_flower
+from mirror_modules.data.flowers.drawing import MIN_RESOLUTION, POINT_NAMES, draw_located_flower
 from mirror_modules.data.sample import CaptionedImage
 
 _SPLITS = ("train", "validation")
@@ -17,7 +17,8 @@ class SyntheticFlowers:
     """Drawn flowers with captions, each rendered on access.
 
     A sample is a pure function of (seed, split, index): the flower does not depend on the resolution, nor the image on
-    `captions_per_image`. The splits use separate random streams.
+    `captions_per_image`. The splits use separate random streams. Samples have the box of the flower, and its center and
+    petal tips as key points.
 
     Args:
         size: Number of samples.
@@ -62,6 +63,6 @@ class SyntheticFlowers:
             raise IndexError(f"SyntheticFlowers: index {index} is out of range for {self.size} samples.")
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index % self.size))
         attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
-        image = draw_flower(attributes, self.resolution, rng)
-        captions = write_captions(attributes, rng, self.captions_per_image)
-        return CaptionedImage(image, tuple(captions), class_id_of(attributes), attributes)
+        image, box, points = draw_located_flower(attributes, self.resolution, rng)
+        captions = tuple(write_captions(attributes, rng, self.captions_per_image))
+        return CaptionedImage(image, captions, class_id_of(attributes), attributes, box, points, POINT_NAMES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mirror_modules._checks import check_positive
 from mirror_modules.data.flowers.attributes import check_attributes
 from mirror_modules.data.flowers.backgrounds import BACKGROUNDS
+from mirror_modules.data.sample import KeyPoint, SubjectBox
 
 Array = NDArray[np.floating[Any]]
 
@@ -55,6 +56,19 @@ FLOWER_RADIUS = {"small": 0.64, "large": 0.9}
 CENTER_RADIUS = 0.31
 MIN_RESOLUTION = 8
 SEEDS = 34  # drawn on the center
+POINT_NAMES = ("center", *(f"petal {i + 1}" for i in range(max(COUNTS.values()))))
+HIDDEN = (0.0, 0.0, 0.0)
+
+
+class DrawnFlower(NamedTuple):
+    """A drawn flower, and where it is."""
+
+    image: NDArray[np.uint8]
+    """RGB, (resolution, resolution, 3)."""
+    box: SubjectBox
+    """Bounding box of petals and center, as shares of the image. It may extend slightly beyond the image."""
+    points: tuple[KeyPoint, ...]
+    """The center, and the tip of each petal: the end of its axis, from which a heart's lobes reach out."""
 
 
 def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -81,6 +95,15 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
         >>> image.shape, image.dtype
         ((32, 32, 3), dtype('uint8'))
     """
+    return draw_located_flower(attributes, resolution, rng).image
+
+
+def draw_located_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.Generator) -> DrawnFlower:
+    """Draw the flower of `draw_flower`, and compute its box and key points, which do not depend on the resolution.
+
+    Raises:
+        ValueError: As of `draw_flower`.
+    """
     check_attributes(attributes)
     check_positive("draw_flower", resolution=resolution)
     if resolution < MIN_RESOLUTION:
@@ -90,10 +113,12 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
     image = ramp(BACKGROUND_RAMPS[background], BACKGROUNDS[background](x, y, rng), rng)
 
     radius = FLOWER_RADIUS[attributes["size"]] * rng.uniform(0.96, 1.04)
-    across, down = (x - rng.uniform(-0.05, 0.05)) / radius, (y - rng.uniform(-0.05, 0.05)) / radius
+    shift_x, shift_y = rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)
+    across, down = (x - shift_x) / radius, (y - shift_y) / radius
     pixel = 2 / resolution / radius
-    count = COUNTS[attributes["petal_count"]]
-    distance, shade = draw_petals(attributes["petal_shape"], count, across, down, pixel, rng)
+    count, shape = COUNTS[attributes["petal_count"]], attributes["petal_shape"]
+    angles, lengths = draw_layout(count, rng)
+    distance, shade = draw_petals(shape, angles, lengths, across, down, pixel)
     image *= 1 - 0.35 * falloff(distance, 0.22)
     blend(image, coverage(distance, pixel), ramp(PETAL_RAMPS[attributes["petal_color"]], shade, rng))
 
@@ -102,15 +127,21 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
     high, wide = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     distance, shade = draw_center(across[:, wide], down[high], pixel, rng)
     blend(image[:, high, wide], coverage(distance, pixel), ramp(CENTER_RAMPS[attributes["center_color"]], shade, rng))
-    return np.ascontiguousarray(np.clip(image + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    pixels = np.ascontiguousarray(np.clip(image + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return DrawnFlower(pixels, *_locate(shape, angles, lengths, radius, (shift_x, shift_y)))
+
+
+def draw_layout(count: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Draw the angle and the length of each petal, both (K,)."""
+    angles = rng.uniform(0, 2 * math.pi) + (np.arange(count) + rng.uniform(-0.07, 0.07, count)) * 2 * math.pi / count
+    return angles, rng.uniform(0.96, 1.02, count)
 
 
 def draw_petals(
-    shape: str, count: int, across: Array, down: Array, pixel: float, rng: np.random.Generator
+    shape: str, angles: Array, lengths: Array, across: Array, down: Array, pixel: float
 ) -> tuple[Array, Array]:
     """Composite the petals, each casting a shadow on those below: distance to their union and shade, both (H, W)."""
-    angles = rng.uniform(0, 2 * math.pi) + (np.arange(count) + rng.uniform(-0.07, 0.07, count)) * 2 * math.pi / count
-    lengths = rng.uniform(0.96, 1.02, count)
+    count = len(angles)
     cosines, sines = ((trig(angles) / lengths).astype(np.float32)[:, None, None] for trig in (np.cos, np.sin))
     along_KHW = cosines * across + sines * down
     beside_KHW = np.abs(cosines * down - sines * across)
@@ -142,6 +173,36 @@ def draw_center(across: Array, down: Array, pixel: float, rng: np.random.Generat
     to_seed = np.hypot(across - seeds_x, down - seeds_y).min(axis=0)
     shade = 0.66 - 3.5 * radius * radius - 0.5 * (across + down) + 0.4 * falloff(to_seed, 0.05)
     return radius - CENTER_RADIUS, np.clip(shade, 0, 1)
+
+
+def _locate(
+    shape: str, angles: Array, lengths: Array, radius: float, shift: tuple[float, float]
+) -> tuple[SubjectBox, tuple[KeyPoint, ...]]:
+    """The box of a flower, and its key points, from its layout."""
+    cosines, sines = np.cos(angles) * lengths, np.sin(angles) * lengths
+    along, beside = outline(shape, len(angles))
+    x_KN, y_KN = np.outer(cosines, along) - np.outer(sines, beside), np.outer(sines, along) + np.outer(cosines, beside)
+    extents = []
+    for middle, values_KN in zip(shift, (x_KN, y_KN)):
+        low, high = min(float(values_KN.min()), -CENTER_RADIUS), max(float(values_KN.max()), CENTER_RADIUS)
+        extents.append(((1 + middle + radius * low) / 2, radius * (high - low) / 2))
+    (left, width), (top, height) = extents
+    points = [(0.0, 0.0), *zip(cosines.tolist(), sines.tolist())]
+    places = [tuple((1 + middle + radius * part) / 2 for middle, part in zip(shift, point)) for point in points]
+    shown = [(x, y, 1.0) if min(x, y) >= 0 and max(x, y) <= 1 else HIDDEN for x, y in places]
+    return (left, top, width, height), (*shown, *[HIDDEN] * (len(POINT_NAMES) - len(shown)))
+
+
+@cache
+def outline(shape: str, count: int) -> tuple[Array, Array]:
+    """Points (N,) on both sides of the outline of a petal: along its axis, and beside it."""
+    along, beside = np.linspace(-0.1, 1.1, 601), np.linspace(0, 0.6, 301)
+    distance, _ = PETALS[shape](along[:, None], beside[None, :], math.tan(math.pi / count))
+    is_inside = distance <= 0
+    # The last position inside, for each position along the axis that has one; a tenth of them, from the tip on.
+    rows = np.flatnonzero(is_inside.any(axis=1))[::-10]
+    widths = beside[len(beside) - 1 - is_inside[rows, ::-1].argmax(axis=1)]
+    return np.concatenate((along[rows], along[rows])), np.concatenate((widths, -widths))
 
 
 # Petal shapes: (along, beside, spread) -> (distance, half width). A petal extends along its axis from the flower's

@@ -35,8 +35,9 @@ class CubBirds(CaptionedFiles):
     """CUB-200-2011: birds with captions, cropped around their bounding boxes. The splits have no class in common.
 
     The crop is a square centered on the bounding box, 1.5 times as wide as the box's longer side, clipped to the image.
-    Captions come from captions.pickle if it exists, else from the text files. Pickles are read by a restricted
-    unpickler, which runs no code that they name.
+    Samples have the box within the crop, and the key points of parts/ where that folder is present. Captions come from
+    captions.pickle if it exists, else from the text files. Pickles are read by a restricted unpickler, which runs no
+    code that they name.
 
     Args:
         root: Folder with CUB_200_2011/, text/, train/ and test/.
@@ -60,7 +61,7 @@ class CubBirds(CaptionedFiles):
 
     layout: ClassVar[str] = (
         "CUB_200_2011/ with images/, images.txt and bounding_boxes.txt, train/ and test/ with filenames.pickle and "
-        "class_info.pickle, and captions.pickle or text/"
+        "class_info.pickle, captions.pickle or text/, and optionally parts/ with parts.txt and part_locs.txt"
     )
 
     def __init__(self, root: str | Path, *, split: str = "train", resolution: int = 64, on_error: str = "stop") -> None:
@@ -83,7 +84,7 @@ class CubBirds(CaptionedFiles):
                 f"{self._owner}: class {in_both.min()} is in class_info.pickle of both train and test in {self.root}; "
                 "validating on training images is meaningless: remove the class from one of them."
             )
-        listed = self._read_boxes(self.root / images)
+        listed = self._read_images(self.root / images)
         index = NameIndex(listed)
         pickled = self._read_pickled_captions(len(names))
         if pickled is None:
@@ -125,17 +126,38 @@ class CubBirds(CaptionedFiles):
                 self._skip(*error.skipped, missing=not os.path.exists(source))
                 return
         if image := self._find(source, images, listed.file):
-            yield from self._entry(image, captions, source, class_id, listed.box)
+            yield from self._entry(image, captions, source, class_id, listed.box, listed.points)
 
-    def _read_boxes(self, folder: Path) -> dict[str, _Listed]:
-        """Files and bounding boxes of images.txt, by name without .jpg."""
+    def _read_images(self, folder: Path) -> dict[str, _Listed]:
+        """Files, bounding boxes and key points of images.txt, by name without .jpg."""
         files = {}
         for number, name in _read_table(self._owner, folder / "images.txt", 2):
             files[number] = with_slashes(name)
         boxes = {}
         for number, *numbers in _read_table(self._owner, folder / "bounding_boxes.txt", 5):
             boxes[number] = _box(numbers)
-        return {_JPG.sub("", file): _Listed(file, boxes.get(number)) for number, file in files.items()}
+        points = self._read_points(folder / "parts")
+        hidden = (None,) * len(self.point_names) or None
+        return {
+            _JPG.sub("", file): _Listed(file, boxes.get(number), points.get(number, hidden))
+            for number, file in files.items()
+        }
+
+    def _read_points(self, folder: Path) -> dict[str, _Points]:
+        """The key points of each image by its number, without parts/ none; their names become `point_names`."""
+        names_file, locations = folder / "parts.txt", folder / "part_locs.txt"
+        if not (names_file.is_file() and locations.is_file()):
+            return {}
+        names = dict(_read_table(self._owner, names_file, 2))
+        self.point_names = tuple(names.values())
+        rows = {number: i for i, number in enumerate(names)}
+        points: dict[str, list[tuple[float, float] | None]] = {}
+        for image, number, *values in _read_table(self._owner, locations, 5):
+            if number not in rows:
+                raise ValueError(f"{self._owner}: {locations} has part {number!r}, which is not in {names_file}.")
+            if (point := _point(values)) is not None:
+                points.setdefault(image, [None] * len(names))[rows[number]] = point
+        return {image: tuple(each) for image, each in points.items()}
 
     def _read_pickled_captions(self, images: int) -> Iterator[list[str]] | None:
         """Ten captions for each image, or None without captions.pickle."""
@@ -168,12 +190,17 @@ class CubBirds(CaptionedFiles):
         )
 
 
+_Points = tuple[tuple[float, float] | None, ...]
+
+
 class _Listed(NamedTuple):
     """An image of images.txt."""
 
     file: str
     box: Box | None
     """None without a valid one."""
+    points: _Points | None
+    """None without parts/."""
 
 
 def _is_class(value: Any) -> bool:
@@ -220,6 +247,16 @@ def _box(numbers: Iterable[str]) -> Box | None:
     # Larger numbers overflow later, and no image is that large.
     fits = all(math.isfinite(number) and abs(number) < 2**31 for number in box)
     return box if fits and box.width > 0 and box.height > 0 else None
+
+
+def _point(numbers: Iterable[str]) -> tuple[float, float] | None:
+    """The place of a key point; None if it is not visible, or the numbers are invalid."""
+    try:
+        x, y, visible = map(float, numbers)
+    except ValueError:
+        return None
+    fits = math.isfinite(x) and math.isfinite(y) and max(abs(x), abs(y)) < 2**31
+    return (x, y) if fits and visible == 1 else None
 
 
 def _decode(caption: Any, vocabulary: list[str]) -> str:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mirror_modules._checks import check_choice, check_positive
 from mirror_modules.data.readers.damage import DamagedSample, ErrorReport, one_line, printable
-from mirror_modules.data.readers.images import Box, decode_square, image_size, import_pillow, read_square
+from mirror_modules.data.readers.images import Box, View, decode_square, image_size, import_pillow, read_view
 from mirror_modules.data.readers.names import FileFinder
-from mirror_modules.data.sample import CaptionedImage
+from mirror_modules.data.sample import CaptionedImage, KeyPoint, SubjectBox
 
 SPLITS = ("train", "validation")
 # Control characters and lone surrogates; JSON can produce the latter, and UTF-8 cannot encode them.
@@ -52,6 +52,15 @@ class Entry(NamedTuple):
     """Bounding box to crop around; None uses the whole image."""
     part: Part | None = None
     """Byte range of the image, if `image` only names a member of an archive."""
+    points: tuple[tuple[float, float] | None, ...] | None = None
+    """x and y of the key points in pixels, None for one that is not visible; None if the data set has no key points."""
+
+
+class Location(NamedTuple):
+    """Where the subject is in an image as it is returned."""
+
+    box: SubjectBox | None = None
+    points: tuple[KeyPoint, ...] | None = None
 
 
 class CaptionedFiles:
@@ -67,6 +76,8 @@ class CaptionedFiles:
     """Files, captions and class of each sample."""
     report: ErrorReport
     """The skipped samples. Pass it to `InMemoryCaptions`, which adds those that it skips."""
+    point_names: tuple[str, ...] = ()
+    """Names of the key points; empty if the data set has none."""
 
     def __init__(self, root: str | Path, split: str, resolution: int, on_error: str) -> None:
         check_choice(self._owner, "split", split, SPLITS)
@@ -103,26 +114,29 @@ class CaptionedFiles:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self._owner}: index {index} is out of range for {len(self)} samples.")
         entry = self.entries[index]
-        return CaptionedImage(self._read_image(index % len(self)), entry.captions, entry.class_id, {})
+        image, location = self._read_image(index % len(self))
+        names = self.point_names if location.points is not None else ()
+        return CaptionedImage(image, entry.captions, entry.class_id, {}, location.box, location.points, names)
 
     def stored_size(self, index: int) -> tuple[int, int]:
         """Width and height of an intact image as stored, before resizing."""
         entry = self.entries[index]
         return image_size(entry.image if entry.part is None else BytesIO(entry.part.read()))
 
-    def _read_image(self, index: int) -> NDArray[np.uint8]:
+    def _read_image(self, index: int) -> tuple[NDArray[np.uint8], Location]:
         entry = self.entries[index]
 
         def ignore(reason: str) -> None:
             self.report.ignore(entry.image, reason)
 
         if entry.part is None:
-            return read_square(entry.image, self.resolution, entry.box, ignore=ignore)
+            image, view = read_view(entry.image, self.resolution, entry.box, ignore=ignore)
+            return image, _location(entry, view)
         try:
             content = entry.part.read()
         except OSError as error:
             raise DamagedSample(self._owner, entry.image, f"cannot be read ({error.strerror})") from error
-        return decode_square(content, str(entry.image), self.resolution, ignore=ignore)
+        return decode_square(content, str(entry.image), self.resolution, ignore=ignore), Location()
 
     @property
     def _owner(self) -> str:
@@ -158,11 +172,17 @@ class CaptionedFiles:
         return found
 
     def _entry(
-        self, image: Path, lines: Iterable[str], source: str | Path, class_id: int, box: Box | None = None
+        self,
+        image: Path,
+        lines: Iterable[str],
+        source: str | Path,
+        class_id: int,
+        box: Box | None = None,
+        points: tuple[tuple[float, float] | None, ...] | None = None,
     ) -> Iterator[Entry]:
         """Yield the entry of one image; skip it, blaming `source`, if no line has a word."""
         if captions := clean_captions(lines):
-            yield Entry(image, captions, class_id, box)
+            yield Entry(image, captions, class_id, box, points=points)
         else:
             self._skip(source, f"holds no caption of {image.name}")
 
@@ -181,6 +201,24 @@ def check_apart(owner: str, *splits: CaptionedFiles) -> None:
             f"{owner}: {len(shared)} images are in both splits, such as {printable(first)}; validating on "
             "training images is meaningless: remove them from one split."
         )
+
+
+def _location(entry: Entry, view: View) -> Location:
+    """Box and key points of an entry in the square that is kept of its image."""
+    box, points = None, None
+    if entry.box is not None:
+        left, top, width, height = entry.box
+        one, other = view.place(left, top), view.place(left + width, top + height)
+        # A turned image has other corners at the top left.
+        (left, right), (top, bottom) = sorted((one[0], other[0])), sorted((one[1], other[1]))
+        box = (left, top, right - left, bottom - top)
+    if entry.points is not None:
+        places = [None if point is None else view.place(*point) for point in entry.points]
+        points = tuple(
+            (place[0], place[1], 1.0) if place is not None and min(place) >= 0 and max(place) <= 1 else (0.0, 0.0, 0.0)
+            for place in places
+        )
+    return Location(box, points)
 
 
 def _place(entry: Entry) -> object:

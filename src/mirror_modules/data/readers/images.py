@@ -40,6 +40,28 @@ class Box(NamedTuple):
     height: float
 
 
+class View(NamedTuple):
+    """The square of a stored image that is kept, and the EXIF orientation by which it is turned afterwards."""
+
+    left: float
+    top: float
+    side: float
+    """Width and height, in pixels as stored."""
+    orientation: int
+    """1 to 8, as in EXIF; 1 is not turned."""
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """The place of a stored pixel in the result, as shares of its width and height."""
+        x, y = (x - self.left) / self.side, (y - self.top) / self.side
+        if self.orientation in (5, 6, 7, 8):
+            x, y = y, x
+        if self.orientation in (2, 3, 6, 7):
+            x = 1 - x
+        if self.orientation in (3, 4, 7, 8):
+            y = 1 - y
+        return x, y
+
+
 def read_square(
     path: Path, resolution: int, box: Box | None = None, *, ignore: Callable[[str], object] = _discard
 ) -> NDArray[np.uint8]:
@@ -63,6 +85,13 @@ def read_square(
         ImportError: Pillow is missing.
         MemoryError: The decoded image does not fit in memory.
     """
+    return read_view(path, resolution, box, ignore=ignore)[0]
+
+
+def read_view(
+    path: Path, resolution: int, box: Box | None = None, *, ignore: Callable[[str], object] = _discard
+) -> tuple[NDArray[np.uint8], View]:
+    """Read an image as `read_square` does, and say which part of it was kept."""
     return _read("read_square", path, path, lambda: path.stat().st_size, resolution, box, ignore)
 
 
@@ -84,7 +113,7 @@ def decode_square(
         ValueError: The bytes cannot be read as an image; the message gives the reason.
         ImportError: Pillow is missing.
     """
-    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None, ignore)
+    return _read("decode_square", name, BytesIO(content), lambda: len(content), resolution, None, ignore)[0]
 
 
 def square(image: PillowImage, resolution: int) -> NDArray[np.uint8]:
@@ -93,7 +122,7 @@ def square(image: PillowImage, resolution: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: The image has a mode or a size that cannot be converted.
     """
-    return _to_square(image, resolution, None, _discard)
+    return _to_square(image, resolution, None, _discard)[0]
 
 
 def image_size(file: Path | BytesIO) -> tuple[int, int]:
@@ -148,7 +177,7 @@ def _read(
     resolution: int,
     box: Box | None,
     ignore: Callable[[str], object],
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], View]:
     import_pillow()
     from PIL import UnidentifiedImageError
 
@@ -197,7 +226,7 @@ def _reason_of(error: Exception) -> str:
 
 def _to_square(
     image: PillowImage, resolution: int, box: Box | None, ignore: Callable[[str], object]
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], View]:
     from PIL import Image
 
     width, height = image.size
@@ -223,7 +252,7 @@ def _to_square(
         white.alpha_composite(square)
         square = white.convert("RGB")
     # Rotating the center square gives the center square of the rotated image.
-    turn = {
+    turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -231,8 +260,11 @@ def _to_square(
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(_orientation(image, ignore))
-    return np.array(square if turn is None else square.transpose(turn))
+    }
+    orientation = _orientation(image, ignore)
+    turn = turns.get(orientation)
+    view = View(x, y, side, 1 if turn is None else orientation)
+    return np.array(square if turn is None else square.transpose(turn)), view
 
 
 def _orientation(image: PillowImage, ignore: Callable[[str], object]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from bisect import bisect_right
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirror_modules.data.readers.damage import printable
-from mirror_modules.data.readers.files import CaptionedFiles, Entry, clean_captions
+from mirror_modules.data.readers.files import CaptionedFiles, Entry, Location, clean_captions
 from mirror_modules.data.readers.images import shrink
 
 PREPARED = "prepared.json"
 FORMAT = 1
+# Of a folder with boxes or key points, which earlier versions would ignore.
+LOCATED_FORMAT = 2
 REMEDY = "remove the folder and prepare it again with `mirror-modules data prepare`"
 
 
@@ -86,10 +89,15 @@ class PreparedCaptions(CaptionedFiles):
         opened = partial(type(self), split=self.split, resolution=self.resolution, on_error=self.report.on_error)
         return opened, (self.root,)
 
-    def _read_image(self, index: int) -> NDArray[np.uint8]:
+    def location(self, index: int) -> Location:
+        """Box and key points of an image, which is not read."""
+        return self._locations[index]
+
+    def _read_image(self, index: int) -> tuple[NDArray[np.uint8], Location]:
         shard = bisect_right(self._ends, index)
         stored = self._shards[shard][index - self._ends[shard]]  # a negative index, from the end of the shard
-        return np.array(stored) if self.resolution == self._stored_resolution else shrink(stored, self.resolution)
+        image = np.array(stored) if self.resolution == self._stored_resolution else shrink(stored, self.resolution)
+        return image, self._locations[index]
 
     def _read_entries(self) -> Iterator[Entry]:
         self._require(PREPARED)
@@ -107,8 +115,11 @@ class PreparedCaptions(CaptionedFiles):
         total = sum(counts.values())
         if len(lines) != total:
             raise self._damaged(path, f"has {len(lines)} complete lines, but {PREPARED} counts {total} images")
+        self._locations: list[Location] = []
         for number, line in enumerate(lines, start=1):
-            yield self._read_line(f"{path} line {number}", line)
+            entry, location = self._read_line(f"{path} line {number}", line)
+            self._locations.append(location)
+            yield entry
 
     def _read_facts(self) -> tuple[int, dict[str, int]]:
         """The resolution, and the number of images in each file of the split."""
@@ -116,19 +127,23 @@ class PreparedCaptions(CaptionedFiles):
         try:
             facts = json.loads(self._read_text(path))
             version = facts["format"]
-            if version == FORMAT:
+            if version in (FORMAT, LOCATED_FORMAT):
+                names = facts["point_names"] if version == LOCATED_FORMAT else []
                 resolution, split = facts["resolution"], facts["splits"][self.split]
                 total, counts = split["images"], dict(split["shards"])
                 is_valid = all(type(number) is int and number > 0 for number in (resolution, total, *counts.values()))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(path, f"has invalid content ({type(error).__name__}: {error})") from error
-        if version != FORMAT:
-            raise self._damaged(path, f"has format {version!r}; this version reads {FORMAT}")
+        if version not in (FORMAT, LOCATED_FORMAT):
+            raise self._damaged(path, f"has format {version!r}; this version reads {FORMAT} and {LOCATED_FORMAT}")
         # File names are input too, and must not lead out of the folder.
         if not is_valid or not all(re.fullmatch(rf"{self.split}-\d{{5,}}\.npy", name) for name in counts):
             raise self._damaged(path, f"has invalid image counts, or file names other than {self.split}-00000.npy etc.")
         if sum(counts.values()) != total:
             raise self._damaged(path, f"counts {total} images, but {sum(counts.values())} in its files")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._damaged(path, f"has the names {printable(str(names))} of key points; expected a list of strings")
+        self.point_names = tuple(names)
         return resolution, counts
 
     def _map(self, name: str, count: int) -> NDArray[np.uint8]:
@@ -150,10 +165,11 @@ class PreparedCaptions(CaptionedFiles):
         # A plain view: indexing a memmap creates a memmap per image, at ten times the cost.
         return np.asarray(images)
 
-    def _read_line(self, place: str, line: str) -> Entry:
+    def _read_line(self, place: str, line: str) -> tuple[Entry, Location]:
         try:
             row = json.loads(line)
             file, captions, class_id = row["file"], row["captions"], row["class_id"]
+            box, points = row.get("box"), row.get("points")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(place, f"has invalid content ({type(error).__name__}: {error})") from error
         is_valid = (
@@ -162,7 +178,17 @@ class PreparedCaptions(CaptionedFiles):
         captions = clean_captions(captions) if is_valid and all(isinstance(each, str) for each in captions) else ()
         if not captions:
             raise self._damaged(place, "needs a file, captions and a class_id from 0 to 2**63 - 1")
-        return Entry(Path(file), captions, class_id)
+        has_box = _is_numbers(box, 4) and box[2] > 0 and box[3] > 0
+        has_points = isinstance(points, list) and len(points) == len(self.point_names)
+        has_points = has_points and all(_is_numbers(point, 3) for point in points)
+        if not (has_box or box is None) or not (has_points or points is None):
+            raise self._damaged(
+                place,
+                f"needs a box of x, y, width and height, or null, and {len(self.point_names)} points of x, y and "
+                "visibility, or null",
+            )
+        location = Location(tuple(box) if has_box else None, tuple(map(tuple, points)) if has_points else None)
+        return Entry(Path(file), captions, class_id), location
 
     def _read_text(self, path: Path) -> str:
         try:
@@ -172,3 +198,8 @@ class PreparedCaptions(CaptionedFiles):
 
     def _damaged(self, place: str | Path, reason: str) -> ValueError:
         return ValueError(f"{self._owner}: {printable(place)} {reason}; {REMEDY}.")
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    is_list = isinstance(value, list) and len(value) == count
+    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in value)
