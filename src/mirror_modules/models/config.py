@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import Self
 
 from mirror_modules._checks import check_positive
-from mirror_modules.adversarial.losses import Weighting
+from mirror_modules.adversarial.losses import Weighting as Weighting
 from mirror_modules.interop.backbones import build_backbone, checksum
 
 
@@ -137,6 +137,21 @@ def _check_fields(owner: str, fields: dict[str, Any], record: type) -> None:
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"{owner}: unknown field {name!r}{hint}")
+
+
+def halved_channels(owner: str, channels: int, stages: int) -> tuple[int, ...]:
+    """Channels of the stages of a generator, each of which has half of those of the stage before.
+
+    Raises:
+        ValueError: They cannot be halved as often.
+    """
+    check_positive(owner, channels=channels)
+    if channels % 2 ** (stages - 1):
+        raise ValueError(
+            f"{owner}: channels={channels} cannot be halved from stage to stage, of which there are {stages}; use a "
+            f"multiple of {2 ** (stages - 1)}."
+        )
+    return tuple(channels // 2**stage for stage in range(stages))
 
 
 @dataclass(frozen=True)

