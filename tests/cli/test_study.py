@@ -50,7 +50,10 @@ def test_a_study_is_written_and_its_answers_are_summarized(capsys, model, other,
     assert lines[0] == "3 captions; each rater sees 3 pairs, and 1 of them a second time."
     assert lines[2:4] == ["    1  ±37.5 percentage points", "    3  ±27.3 to ±37.5 percentage points"]
     page = folder / "study.html"
-    assert lines[-2] == f"Send {page} to the raters; keep {folder / 'key.json'}, which names the run of each image."
+    assert (
+        lines[-2]
+        == f"Send {page} (0.0 MB) to the raters; keep {folder / 'key.json'}, which names the run of each image."
+    )
     assert lines[-1] == f"Open {page}"
 
     key = StudyKey.read(folder)

@@ -1,9 +1,13 @@
 """A study's plan, key and page, as far as no browser is needed."""
 
+import base64
+import dataclasses
+import io
 import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
 from mirror_modules.evaluation import make_study
 from mirror_modules.evaluation.study_plan import StudyKey, plan_trials, run_pairs
 from mirror_modules.evaluation.study_results import expected_half_width
+from mirror_modules.training import RunFolder
+from mirror_modules.training.batches import load_splits
 
 WORDS = ["a", "red", "blue", "flower", "with", "petals", "script", "b"]
 CAPTIONS = ["a red flower", "a blue flower", "red petals </script><b>", "blue petals", "a flower with red petals"]
@@ -52,9 +58,6 @@ def read_page(path):
 
 
 def pixels_of(page, name):
-    import base64
-    import io
-
     _, _, content = page["images"][name].partition("base64,")
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         return np.asarray(image)
@@ -126,9 +129,10 @@ def test_the_order_depends_on_seed_and_rater_alone():
         assert len(orders) == 6
 
 
-def test_sides_and_first_captions_are_random_over_raters():
-    firsts = Counter(plan_trials(ids(2, 5), 5, 0, seed=0, rater=rater)[0][:2] for rater in range(1, 401))
-    assert len(firsts) == 10
+def test_the_first_trial_is_random_over_raters():
+    firsts = Counter(plan_trials(ids(3, 5), 15, 0, seed=0, rater=rater)[0] for rater in range(1, 1001))
+    # Three pairs of runs, five captions and two sides.
+    assert len(firsts) == 3 * 5 * 2
     assert min(firsts.values()) > 15
 
 
@@ -253,27 +257,57 @@ def test_images_of_several_sizes_warn_unless_they_are_reduced(models, tmp_path):
         make_study([models[0], images], tmp_path / "c", resolution=24)
 
 
+@pytest.fixture
+def runs(tiny_recipe, tmp_path):
+    """Two folders with the recipe of a run and a model; nothing is trained."""
+    folders = [tmp_path / "run-a", tmp_path / "run-b"]
+    for i, folder in enumerate(folders):
+        RunFolder(folder).begin(dataclasses.replace(tiny_recipe, seed=i))
+        save_model(folder / "model", 10 + i)
+    return folders
+
+
 @pytest.mark.filterwarnings("ignore:unknown words")
-def test_runs_are_compared_on_captions_that_none_was_trained_on(tiny_recipe, models, tmp_path):
-    """A folder with the recipe of a run and a model; nothing is trained."""
-    import dataclasses
+def test_runs_are_compared_on_captions_that_none_was_trained_on(tiny_recipe, runs, models, tmp_path, monkeypatch):
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, 0)
+    captions = [captions[0] for captions in splits.validation.captions]
+    trained = [caption.upper() for caption in captions[::2]]
+    loaded = []
 
-    from mirror_modules.training import RunFolder
-    from mirror_modules.training.batches import load_splits
+    def load(data, model, seed):
+        """The second run was trained on every other caption of the first one's validation images."""
+        loaded.append(seed)
+        return splits if seed == 0 else splits._replace(training=SimpleNamespace(captions=[[each] for each in trained]))
 
-    recipes = [tiny_recipe, dataclasses.replace(tiny_recipe, seed=1)]
-    runs = [tmp_path / "run-a", tmp_path / "run-b"]
-    for i, (run, recipe) in enumerate(zip(runs, recipes)):
-        RunFolder(run).begin(recipe)
-        save_model(run / "model", 10 + i)
+    monkeypatch.setattr("mirror_modules.evaluation.study.load_splits", load)
     study = make_study([*runs, models[0]], tmp_path / "study", max_captions=7)
-    splits = [load_splits(recipe.data, recipe.model, recipe.seed) for recipe in recipes]
-    validation = {caption for captions in splits[0].validation.captions for caption in captions}
-    training = {caption for each in splits for captions in each.training.captions for caption in captions}
+    assert loaded == [0, 1]
     assert len(study.captions) == 7
-    assert set(study.captions) <= validation - training
+    assert set(study.captions) <= {*captions} - {*captions[::2]}
     with pytest.raises(ValueError, match=r"run-a and .*model are the same run; give each run once"):
         make_study([runs[0], runs[0] / "model"], tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore:unknown words")
+def test_runs_with_the_same_data_load_it_once(tiny_recipe, runs, tmp_path, monkeypatch):
+    RunFolder(runs[1]).begin(tiny_recipe)
+    loaded = []
+
+    def load(*arguments):
+        loaded.append(load_splits(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr("mirror_modules.evaluation.study.load_splits", load)
+    study = make_study(runs, tmp_path / "study", max_captions=7)
+    (splits,) = loaded
+    assert set(study.captions) <= {caption for captions in splits.validation.captions for caption in captions}
+
+
+def test_runs_whose_data_is_missing_need_captions(tiny_recipe, runs, tmp_path):
+    data = dataclasses.replace(tiny_recipe.data, source="folder", path=str(tmp_path / "moved"))
+    RunFolder(runs[0]).begin(dataclasses.replace(tiny_recipe, data=data))
+    with pytest.raises(ValueError, match=r"the captions of .*run-a cannot be read.*--captions FILE \(.*moved"):
+        make_study(runs, tmp_path / "study")
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def test_a_saved_file_has_the_same_token_until_the_rater_changes(tab, tmp_path):
 def test_going_back_changes_an_answer(tab):
     start(tab, 1)
     assert tab.run("element('back').disabled")
+    # Longer than the second look.
+    time.sleep(1)
     act(tab, tab.press, "ArrowLeft")
     act(tab, tab.press, "ArrowLeft")
     assert tab.text("#count") == "Pair 2 of 4"

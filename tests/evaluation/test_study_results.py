@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from mirror_modules.evaluation import study_results
@@ -184,6 +185,19 @@ def test_the_effective_number_matches_the_formula_in_loops():
 )
 def test_the_effective_number_is_between_captions_and_answers(scores, expected):
     assert effective_answers(scores) == expected
+
+
+@pytest.mark.parametrize(("captions", "raters", "spread"), [(12, 3, 1), (30, 1, 1), (30, 10, 100), (30, 3, 1)])
+def test_the_interval_covers_the_rate_of_all_captions(captions, raters, spread):
+    """Captions differ in how often the first run wins: widely for a spread of 1, hardly for 100."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        rates = rng.beta(0.6 * spread, 0.4 * spread, (captions, 1))
+        scores = (rng.random((captions, raters)) < rates).astype(float)
+        scores[rng.random(scores.shape) < 0.2] = 0.5
+        low, high = wilson_interval(scores.mean(), effective_answers(scores.tolist()))
+        covered += low <= 0.8 * 0.6 + 0.2 * 0.5 <= high
+    assert 0.92 <= covered / 400 <= 0.995
 
 
 # Results.

@@ -66,7 +66,8 @@ def study(arguments: list[str]) -> None:
         device=device_of(options.device),
     )
     _print_size(made)
-    print(f"Send {made.page} to the raters; keep {made.key}, which names the run of each image.")
+    size = f"{made.page.stat().st_size / 1e6:.1f} MB"
+    print(f"Send {made.page} ({size}) to the raters; keep {made.key}, which names the run of each image.")
     print(f"Open {made.page}")
 
 
