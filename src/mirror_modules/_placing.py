@@ -191,6 +191,21 @@ def keypoint_gate(features: Tensor, maps: Tensor) -> Tensor:
     return (features if features.ndim == 4 else features[..., None, None]) * gate.to(features.dtype)
 
 
+def maps_of(points: Tensor, size: int) -> Tensor:
+    """The maps of key points (B, K, 3), x, y and visibility of each; maps (B, K, M, M) stay as they are."""
+    return points if points.ndim == 4 else keypoint_maps(points[..., :2], points[..., 2], size=size)
+
+
+def check_points(owner: str, name: str, points: Tensor, count: int, size: int) -> None:
+    """Require `count` key points (B, K, 3), or their maps (B, K, size, size)."""
+    check_tensors(owner, **{name: points})
+    if points.ndim not in (3, 4) or points.shape[1:] not in ((count, 3), (count, size, size)):
+        raise ValueError(
+            f"{owner}: {name} must be x, y and visibility of {count} key points, (B, {count}, 3), or their maps, (B, "
+            f"{count}, {size}, {size}), but they are {shape_of(points)}."
+        )
+
+
 def _sampling(box: Tensor, source: tuple[int, ...], size: tuple[int, int], *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Interpolation weights of the rows, (..., I, M), and of the columns, (..., J, N).
 

@@ -215,8 +215,12 @@ def test_invalid_options_are_refused(message, make):
         (r"LocatedDiscriminator: batch sizes disagree .*location: \(2, 4\)", make_located, boxes_of(2)),
         (r"LocatedDiscriminator: location must be a tensor, but it is a list", make_located, [0.1, 0.1, 0.5, 0.5]),
         (r"LocatedDiscriminator: box 0 is empty", make_located, torch.zeros(B, 4)),
-        (r"KeypointImageDiscriminator: location must be maps of 3 .* \(3, 4\)", make_keypoints, boxes_of(B)),
-        (r"KeypointImageDiscriminator: location must be maps of 3", make_keypoints, torch.zeros(B, 2, 16, 16)),
+        (
+            r"KeypointImageDiscriminator: location must be x, y and visibility of 3 .* \(3, 4\)",
+            make_keypoints,
+            boxes_of(B),
+        ),
+        (r"KeypointImageDiscriminator: location must be x, y and", make_keypoints, torch.zeros(B, 2, 16, 16)),
     ],
 )
 def test_invalid_locations_are_refused(message, make, location):
@@ -235,3 +239,11 @@ def test_invalid_locations_are_refused(message, make, location):
 def test_invalid_inputs_are_refused(message, images, options):
     with pytest.raises(ValueError, match="LocatedDiscriminator: " + message):
         make_located()(images, torch.zeros(B, D), boxes_of(B), **options)
+
+
+def test_key_points_equal_their_maps():
+    discriminator, (images, sentence) = make_keypoints().eval(), draw()
+    points = torch.cat((torch.rand(B, K, 2), torch.rand(B, K, 1).round()), dim=2)
+    maps = KeypointMaps(size=16)(points[..., :2], points[..., 2])
+    one, other = (discriminator(images, sentence, location).consistency for location in (points, maps))
+    assert_close(one, other, atol=0, rtol=0)

@@ -171,7 +171,7 @@ CASES = {
         lambda batch, _: {
             "noise": torch.randn(batch, Z),
             "condition": torch.randn(batch, E),
-            "maps": torch.rand(batch, 3, 16, 16),
+            "points": torch.rand(batch, 3, 3),
         },
     ),
     "KeypointGenerator": Case(
@@ -195,7 +195,7 @@ CASES = {
         lambda batch, _: {
             "images": images(batch, 32),
             "sentence": torch.randn(batch, D),
-            "location": torch.rand(batch, 3, 16, 16),
+            "location": torch.rand(batch, 3, 3),
         },
     ),
     "KeypointDiscriminator": Case(

@@ -361,5 +361,5 @@ def test_names_of_key_points_must_be_a_list(tmp_path):
     prepare_captions(root, tmp_path / "cache", resolution=R)
     path = tmp_path / "cache" / "prepared.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"point_names": [1, 2, 3]}))
-    with pytest.raises(ValueError, match=r"has the names \[1, 2, 3\] of key points; expected a list of strings"):
+    with pytest.raises(ValueError, match=r"names the key points \[1, 2, 3\]; expected a list of strings"):
         open_captions(tmp_path / "cache", "train", R)

@@ -75,6 +75,14 @@ def test_the_local_path_is_gated():
     assert torch.equal(gated[0].abs().sum(dim=1) > 0, maps.sum(dim=1) > 0)
 
 
+def test_key_points_equal_their_maps():
+    generator, (noise, condition, _) = make().eval(), make_inputs()
+    points = torch.cat((torch.rand(B, K, 2), torch.rand(B, K, 1).round()), dim=2)
+    maps = KeypointMaps(size=16)(points[..., :2], points[..., 2])
+    one, other = (generator(noise, condition, location).images[0] for location in (points, maps))
+    assert_close(one, other, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(("upsampled", "resolution"), [((), 32), ((5,), 64), ((5, 2), 128)])
 def test_each_further_width_doubles_the_resolution(upsampled, resolution):
     generator = make(upsampled=upsampled)
@@ -119,9 +127,9 @@ def test_invalid_options_are_refused(message, options):
     [
         (r"noise has 7 features but .* noise_dim=5", (B, E), (B, E), (B, K, 16, 16)),
         (r"condition has 5 features but .* condition_dim=7", (B, Z), (B, Z), (B, K, 16, 16)),
-        (r"maps must be those of 2 key points, \(B, 2, 16, 16\), .* \(3, 3, 16, 16\)", (B, Z), (B, E), (B, 3, 16, 16)),
-        (r"maps must be those of 2 key points, .* they are \(3, 2, 2\)", (B, Z), (B, E), (B, K, 2)),
-        (r"batch sizes disagree \(.*maps: \(2, 2, 16, 16\)\)", (B, Z), (B, E), (2, K, 16, 16)),
+        (r"points must be .* 2 key points, .* \(B, 2, 16, 16\), .* \(3, 3, 16, 16\)", (B, Z), (B, E), (B, 3, 16, 16)),
+        (r"points must be .* 2 key points, .* they are \(3, 2, 2\)", (B, Z), (B, E), (B, K, 2)),
+        (r"batch sizes disagree \(.*points: \(2, 2, 16, 16\)\)", (B, Z), (B, E), (2, K, 16, 16)),
     ],
 )
 def test_invalid_inputs_are_refused(message, noise, condition, maps):

@@ -23,7 +23,7 @@ from mirror_modules._checks import (
     shape_of,
 )
 from mirror_modules._norms import FeatureBatchNorm, MapBatchNorm
-from mirror_modules._placing import check_box, crop_box, keypoint_gate, place_in_box
+from mirror_modules._placing import check_box, check_points, crop_box, keypoint_gate, maps_of, place_in_box
 from mirror_modules._sentence_conv import SentenceConv2d
 from mirror_modules._typing import TypedCall
 from mirror_modules.adversarial.discriminator import (
@@ -282,7 +282,8 @@ class KeypointImageDiscriminator(_PlaceDiscriminator):
         local = mean(CNN(gate * conv(h, e), maps)),    global = CNN(CNN(h), e)
         consistency = MLP(local, global)
 
-    The local path sees what is at the key points, the global one the whole image. `KeypointMaps` makes the maps.
+    The local path sees what is at the key points, the global one the whole image. `maps` are those of `keypoint_maps`.
+    The location is x, y and visibility of each key point, (B, K, 3), or its map, (B, K, 16, 16).
 
     Args:
         resolution: Height and width of the images, a power of two of at least 32.
@@ -298,11 +299,11 @@ class KeypointImageDiscriminator(_PlaceDiscriminator):
 
     Examples:
         >>> import torch
-        >>> from mirror_modules import KeypointImageDiscriminator, KeypointMaps
+        >>> from mirror_modules import KeypointImageDiscriminator
         >>> discriminator = KeypointImageDiscriminator(32, text_dim=5, point_count=7, channels=2, text_projection=4)
         >>> images, sentence = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 5)
-        >>> maps = KeypointMaps(size=16)(torch.rand(3, 7, 2))
-        >>> discriminator(images, sentence, maps).consistency.shape
+        >>> points = torch.cat((torch.rand(3, 7, 2), torch.ones(3, 7, 1)), dim=2)  # x, y and visibility
+        >>> discriminator(images, sentence, points).consistency.shape
         torch.Size([3])
     """
 
@@ -326,17 +327,12 @@ class KeypointImageDiscriminator(_PlaceDiscriminator):
             with_spectral_norm(self)
 
     def _check_location(self, owner: str, location: Tensor) -> None:
-        check_tensors(owner, location=location)
-        if location.ndim != 4 or location.shape[1:] != (self.point_count, MAP_SIZE, MAP_SIZE):
-            raise ValueError(
-                f"{owner}: location must be maps of {self.point_count} key points, (B, {self.point_count}, {MAP_SIZE}, "
-                f"{MAP_SIZE}), as KeypointMaps(size={MAP_SIZE}) makes them, but it is {shape_of(location)}."
-            )
+        check_points(owner, "location", location, self.point_count, MAP_SIZE)
 
     def _consistency(self, features: Tensor, sentence: Tensor, location: Tensor) -> Tensor:
-        text = self.text_projection(sentence)
-        gated = keypoint_gate(self.local_joint(features, text), location)
-        local = self.local_path(torch.cat((gated, location.to(gated.dtype)), dim=1)).mean(dim=(2, 3))
+        text, maps = self.text_projection(sentence), maps_of(location, MAP_SIZE)
+        gated = keypoint_gate(self.local_joint(features, text), maps)
+        local = self.local_path(torch.cat((gated, maps.to(gated.dtype)), dim=1)).mean(dim=(2, 3))
         whole = self.global_head(self.global_joint(self.global_path(features), text))
         return self._head(F.leaky_relu(local, 0.2), whole)
 

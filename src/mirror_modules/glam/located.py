@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mirror_modules._bottleneck import Bottleneck
 from mirror_modules._checks import check_batch, check_features, check_positive, check_precision, check_tensors, shape_of
 from mirror_modules._norms import FeatureBatchNorm, MapBatchNorm
-from mirror_modules._placing import keypoint_gate, place_in_box
+from mirror_modules._placing import check_points, keypoint_gate, maps_of, place_in_box
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.deconvolution import DeconvolutionStage, doubling
 from mirror_modules.glam.generator import GeneratedImages
@@ -130,7 +130,7 @@ class KeypointImageGenerator(TypedCall, nn.Module):
         I = tanh(up(residual(conv(global, local, maps))))
 
     The global path sees the key points and makes the whole map; the local path is zero except at key points
-    (`keypoint_gate`). Both maps are 16 x 16. `KeypointMaps` makes the maps of the points.
+    (`keypoint_gate`). Both maps are 16 x 16. `maps` are those of `keypoint_maps`.
 
     Args:
         noise_dim: Features Z of the noise.
@@ -146,11 +146,11 @@ class KeypointImageGenerator(TypedCall, nn.Module):
 
     Examples:
         >>> import torch
-        >>> from mirror_modules import KeypointImageGenerator, KeypointMaps
-        >>> generator = KeypointImageGenerator(5, 7, point_count=3, channels=2, hidden_dim=8, upsampled=(4,))
-        >>> maps = KeypointMaps(size=16)(torch.rand(2, 3, 2))
-        >>> generator(torch.randn(2, 5), torch.randn(2, 7), maps).images[-1].shape
-        torch.Size([2, 3, 64, 64])
+        >>> from mirror_modules import KeypointImageGenerator
+        >>> generator = KeypointImageGenerator(5, 7, point_count=2, channels=2, hidden_dim=8, upsampled=(4,))
+        >>> points = torch.tensor([[0.5, 0.25, 1.0], [0.0, 0.0, 0.0]])  # x, y and visibility
+        >>> generator(torch.randn(3, 5), torch.randn(3, 7), points.expand(3, 2, 3)).images[-1].shape
+        torch.Size([3, 3, 64, 64])
     """
 
     def __init__(
@@ -197,13 +197,14 @@ class KeypointImageGenerator(TypedCall, nn.Module):
         self.merge = nn.Sequential(*layers)
         self.head = doubling((wide, *upsampled)[-1], 3, bias=True)
 
-    def forward(self, noise: Tensor, condition: Tensor, maps: Tensor) -> GeneratedImages:
+    def forward(self, noise: Tensor, condition: Tensor, points: Tensor) -> GeneratedImages:
         """Generate a batch of images.
 
         Args:
             noise: Standard normal, (B, Z).
             condition: Features of the sentence, (B, E).
-            maps: A map for each key point, (B, K, 16, 16), such as those of `KeypointMaps`.
+            points: x, y and visibility of each key point, (B, K, 3), x and y as shares of the image; or a map for each,
+                (B, K, 16, 16), such as those of `KeypointMaps`.
 
         Returns:
             Images in [-1, 1], a list of one batch (B, 3, resolution, resolution), and no attention maps.
@@ -214,14 +215,10 @@ class KeypointImageGenerator(TypedCall, nn.Module):
         owner = "KeypointImageGenerator"
         check_features(owner, "noise", noise, "(B, D)", self.noise_dim, "noise_dim")
         check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
-        check_tensors(owner, maps=maps)
-        if maps.ndim != 4 or maps.shape[1:] != (self.point_count, MAP_SIZE, MAP_SIZE):
-            raise ValueError(
-                f"{owner}: maps must be those of {self.point_count} key points, (B, {self.point_count}, {MAP_SIZE}, "
-                f"{MAP_SIZE}), as KeypointMaps(size={MAP_SIZE}) makes them, but they are {shape_of(maps)}."
-            )
-        check_batch(owner, noise=noise, condition=condition, maps=maps)
-        check_precision(owner, self.head, noise=noise, condition=condition, maps=maps)
+        check_points(owner, "points", points, self.point_count, MAP_SIZE)
+        check_batch(owner, noise=noise, condition=condition, points=points)
+        check_precision(owner, self.head, noise=noise, condition=condition, points=points)
+        maps = maps_of(points, MAP_SIZE)
         hidden = F.relu(concatenate(self.noise(noise), self.text(condition)))
         placed_points = self.placed_points(maps).flatten(1)
         global_map = self.global_path(concatenate(self.to_global(hidden), placed_points))

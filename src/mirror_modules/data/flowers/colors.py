@@ -73,7 +73,7 @@ def measured_box(images: Tensor) -> Tensor:
         >>> import torch
         >>> from mirror_modules.data import SyntheticFlowers, measured_box
         >>> from mirror_modules.functional import box_overlap
-        >>> sample = SyntheticFlowers(1, resolution=64)[0]
+        >>> sample = SyntheticFlowers(2, resolution=64)[1]
         >>> measured = measured_box(torch.from_numpy(sample.image).unsqueeze(0))
         >>> box_overlap(measured, torch.tensor([sample.box])).item() > 0.9
         True

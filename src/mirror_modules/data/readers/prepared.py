@@ -142,7 +142,7 @@ class PreparedCaptions(CaptionedFiles):
         if sum(counts.values()) != total:
             raise self._damaged(path, f"counts {total} images, but {sum(counts.values())} in its files")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self._damaged(path, f"has the names {printable(str(names))} of key points; expected a list of strings")
+            raise self._damaged(path, f"names the key points {printable(str(names))}; expected a list of strings")
         self.point_names = tuple(names)
         return resolution, counts
 
