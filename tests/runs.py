@@ -4,12 +4,24 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from mirror_modules.models import MirrorGANConfig
-from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, LoggingRecipe, Recipe, demo
+from mirror_modules.models import MirrorGANConfig, ModelConfig
+from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, LoggingRecipe, Recipe, get_recipe
+
+TINY_SIZES: dict[str, dict[str, Any]] = {
+    "gan-int-cls": {"channels": 4, "resolutions": (16,), "discriminator_channels": 4},
+    "stackgan": {"channels": 4, "resolutions": (8, 16), "halvings": 1, "residual_blocks": 1},
+    "stackgan-v2": {"channels": 4, "residual_blocks": 1},
+    "ppgn": {"channels": 4, "residual_blocks": 1, "sampling_steps": 2},
+    "attngan": {"residual_blocks": 1},
+}
+"""What differs from the sizes of the tiny MirrorGAN."""
 
 
-def make_tiny_recipe() -> Recipe:
+def make_tiny_recipe(name: str = "demo") -> Recipe:
+    """A recipe whose phases take three steps; `name` is that of the recipe of its system."""
+    base = get_recipe(name)
     model = MirrorGANConfig(
         embedding_dim=7,
         word_dim=10,
@@ -26,11 +38,10 @@ def make_tiny_recipe() -> Recipe:
         captioner_embedding_dim=11,
         captioner_hidden_dim=13,
     )
-    base = demo()
-    phases = {
-        phase: dataclasses.replace(getattr(base, phase), steps=3, batch_size=7)
-        for phase in ("stem", "stream", "glam", "evaluator")
-    }
+    if base.model.system != model.system:
+        shared = {each.name: getattr(model, each.name) for each in dataclasses.fields(ModelConfig)}
+        model = type(base.model)(**{**shared, **TINY_SIZES[base.model.system]})
+    phases = {phase: dataclasses.replace(getattr(base, phase), steps=3, batch_size=7) for phase in base.phases}
     return dataclasses.replace(
         base,
         name="tiny",

@@ -21,7 +21,7 @@ from mirror_modules import MirrorGAN
 from mirror_modules._norms import FeatureBatchNorm, SynchronizedBatchNorm
 from mirror_modules.cli import main
 from mirror_modules.data import CaptionBatch
-from mirror_modules.models.encoder_pair import EncoderPair
+from mirror_modules.models import EncoderPair, build_model
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import engine, loop
 from mirror_modules.training.checkpoints import Checkpoints, checksum, load_checkpoint
@@ -35,6 +35,7 @@ from mirror_modules.training.pretrain import (
     matching_step,
     start_pretraining,
 )
+from mirror_modules.training.recipes import Recipe
 from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
@@ -115,11 +116,14 @@ def train_captioner(group, tiny, *, train_backbone, evaluating=False, accumulate
     return two_steps(captioning_step, state, {"captioner": state.network}, batches, phase)
 
 
-def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, **changes):
+def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, system=None, **changes):
+    if system is not None:
+        off = {"redescription_weight": 0.0, "redescription_ratio": None}
+        tiny = Recipe.from_dict({**system, "glam": {**off, **system.get("glam", {})}}, tiny)
     recipe = make_recipe(tiny, discriminator_normalization=normalization)
     recipe = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, **changes))
     torch.manual_seed(0)
-    model = MirrorGAN(recipe.model, Vocabulary([f"word{i}" for i in range(V - 3)]))
+    model = build_model(recipe.model, Vocabulary([f"word{i}" for i in range(V - 3)]))
     pair = EncoderPair(recipe.model, V) if recipe.glam.has_matching else None
     state = start(model, recipe, torch.Generator().manual_seed(2), group, pair=pair)
     if evaluating:
@@ -161,6 +165,45 @@ STEPS = {
     "generator-balanced-matching": (
         train_generator,
         {"normalization": "batch", "class_ids": ALL_DIFFER, "redescription_ratio": 0.3, "matching_ratio": 0.6},
+    ),
+    # Mixtures of sentences are left out: they are made of the sentences of each rank.
+    "gan-int-cls": (
+        train_generator,
+        {
+            "normalization": "batch",
+            "class_ids": (0, 0, 0, 0, 2, 1),
+            "system": {
+                "model": {"system": "gan-int-cls", "channels": 4, "resolutions": [16], "discriminator_channels": 4}
+            },
+        },
+    ),
+    "stackgan": (
+        train_generator,
+        {
+            "normalization": "batch",
+            "class_ids": ALL_DIFFER,
+            "system": {
+                "model": {"system": "stackgan", "channels": 4, "resolutions": [8, 16], "halvings": 1},
+                "first_stage": {},
+            },
+        },
+    ),
+    "stackgan-v2": (
+        train_generator,
+        {
+            "normalization": "batch",
+            "class_ids": (0, 0, 0, 0, 2, 1),
+            "system": {"model": {"system": "stackgan-v2", "channels": 4}},
+            "color_weight": 1.0,
+        },
+    ),
+    "ppgn": (
+        train_generator,
+        {
+            "normalization": "batch",
+            "class_ids": ALL_DIFFER,
+            "system": {"model": {"system": "ppgn", "channels": 4}, "glam": {"mismatched_pairs": False}},
+        },
     ),
     "generator-accumulate": (
         train_generator,

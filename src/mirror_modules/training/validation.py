@@ -7,6 +7,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._tiles import in_chunks
@@ -195,6 +196,9 @@ def measure_generator(
     model = averaged_model(state)
     with evaluating(model):
         images = generate_images(model, unseen.tokens, unseen.word_mask, seed)
+        if images.shape[2] != (size := model.config.resolutions[-1]):
+            # Of a first stage; the networks have learned from images of the full size.
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         result = _precision(pair, images, unseen, candidates, seed)
         entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask).cross_entropy
     return {"r_precision": result.top1, "redescription": entropy}
