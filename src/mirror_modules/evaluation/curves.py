@@ -23,6 +23,7 @@ AXIS_COLOR = "#858a92"
 PHASE_TITLES = {
     "stem": "Text and image encoder",
     "stream": "Captioner",
+    "first_stage": "First stage and its discriminator",
     "glam": "Generator and discriminators",
     "evaluator": "Evaluation encoders",
 }
