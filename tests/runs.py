@@ -11,6 +11,7 @@ from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, Loggin
 
 TINY_SIZES: dict[str, dict[str, Any]] = {
     "gan-int-cls": {"channels": 4, "resolutions": (16,), "discriminator_channels": 4},
+    "gawwn": {"channels": 2, "resolutions": (32,), "discriminator_channels": 3, "text_projection": 4},
     "stackgan": {"channels": 4, "resolutions": (8, 16), "halvings": 1, "residual_blocks": 1},
     "stackgan-v2": {"channels": 4, "residual_blocks": 1},
     "ppgn": {"channels": 4, "residual_blocks": 1, "sampling_steps": 2},

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -432,7 +433,8 @@ def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch)
     unseen = unseen_pairs(splits, tiny_recipe.model.max_words)
     batches = []
 
-    def generate(model, tokens, word_mask, seed):
+    def generate(model, tokens, word_mask, seed, location):
+        assert location is None
         batches.append(tokens)
         return torch.stack([torch.randn(3, 4, 4, generator=seeded(*row)) for row in tokens.tolist()])
 
@@ -440,7 +442,8 @@ def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch)
     monkeypatch.setattr(evaluation, "DIVERSE_CAPTIONS", 3)
     pixels = Extractor("pixels", lambda batch: batch.flatten(1), lambda batch: batch.flatten(1))
     # Images differ between captions, but not within a caption.
-    assert _diversity(pixels, None, unseen, seed=0).mean < 1e-9
+    model = SimpleNamespace(locate=lambda boxes, points, count: None)
+    assert _diversity(pixels, model, unseen, seed=0).mean < 1e-9
     assert batches[0][::10].tolist() == unseen.tokens[[0, 10, 20]].tolist()
 
 

@@ -69,7 +69,10 @@ def test_spread_selects_evenly_spaced_pairs():
     unseen = Unseen([f"caption {i}" for i in range(11)], *[rows] * 6)
     few = unseen.spread(4)
     assert few.captions == ["caption 0", "caption 2", "caption 5", "caption 8"]
-    assert all(tensor.tolist() == [0, 2, 5, 8] for tensor in few[1:])
+    assert all(tensor.tolist() == [0, 2, 5, 8] for tensor in few[1:7])
+    assert few.boxes is few.points is None
+    located = unseen._replace(boxes=torch.rand(11, 4))
+    assert torch.equal(located.spread(4).boxes, located.boxes[[0, 2, 5, 8]])
     assert unseen.spread(12).captions == unseen.captions
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules.cli.parsing import Device, check_out, device_of, parse, read_captions
+from mirror_modules.cli.places import read_location
 from mirror_modules.data import DamagedSample
 from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
 from mirror_modules.data.readers.names import is_hidden
@@ -44,6 +45,10 @@ class GenerateOptions:
     """Candidates for each image, of which the one is written from which the model best recovers the caption."""
     truncation: float | None = None
     """Draw the noise from [-truncation, truncation] only: more typical, less diverse images."""
+    box: tuple[float, float, float, float] | None = None
+    """Where the subject shall be, in systems that take it: left, top, width and height as shares of the image."""
+    points: Path | None = None
+    """JSON file of key points, x and y by name as shares of the image: {"center": [0.5, 0.4]}; others are hidden."""
     resolution: int | None = None
     """Height and width of the images: one of the model's resolutions; the finest by default."""
     out: Path = Path("generated.png")
@@ -70,6 +75,7 @@ def generate(arguments: list[str]) -> None:
         raise ValueError(f"{name} needs --grid: without it, each image is written as it is.")
     check_out(options.out)
     model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device))
+    location = read_location(model, options.box, options.points)
     rows = [caption for caption in captions for _ in range(options.images)]
     # Encoding all captions first finds the errors of each before an image is written, and warns once.
     model.vocabulary.encode(rows, max_words=model.config.max_words)
@@ -78,8 +84,8 @@ def generate(arguments: list[str]) -> None:
         print(f"mirror-modules: the model reads {limit} words of a caption, not all of {long[0]!r}", file=sys.stderr)
     seeds = [options.seed + i for i in range(len(rows))]
     if options.best_of > 1:
-        seeds = _best_seeds(model, options, rows)
-    batches = _batches(model, options, rows, seeds)
+        seeds = _best_seeds(model, options, rows, location)
+    batches = _batches(model, options, rows, seeds, location)
     if options.grid:
         _write_grid(options, rows, torch.cat(list(batches)))
         return
@@ -90,7 +96,9 @@ def generate(arguments: list[str]) -> None:
         print(f"{file}: seed {seed}, {caption}")
 
 
-def _best_seeds(model: TextToImage, options: GenerateOptions, captions: list[str]) -> list[int]:
+def _best_seeds(
+    model: TextToImage, options: GenerateOptions, captions: list[str], location: Tensor | None
+) -> list[int]:
     """The seed of the best candidate for each image."""
     seeds: list[int] = []
     with warnings.catch_warnings():
@@ -98,7 +106,8 @@ def _best_seeds(model: TextToImage, options: GenerateOptions, captions: list[str
         warnings.filterwarnings("ignore", message="unknown words")
         for start in range(0, len(captions), BATCH):
             some, first = captions[start : start + BATCH], options.seed + start * options.best_of
-            seeds += model.best_seeds(some, options.best_of, seed=first, truncation=options.truncation)
+            places = None if location is None else location.expand(len(some), *location.shape[1:])
+            seeds += model.best_seeds(some, options.best_of, seed=first, truncation=options.truncation, location=places)
     return seeds
 
 
@@ -126,15 +135,24 @@ def _is_file(caption: str) -> bool:
 
 
 def _batches(
-    model: TextToImage, options: GenerateOptions, captions: Sequence[str], seeds: Sequence[int]
+    model: TextToImage,
+    options: GenerateOptions,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    location: Tensor | None,
 ) -> Iterator[Tensor]:
     with warnings.catch_warnings():
         # They were named before.
         warnings.filterwarnings("ignore", message="unknown words")
         for start in range(0, len(captions), BATCH):
             chosen = slice(start, start + BATCH)
+            places = None if location is None else location.expand(len(captions[chosen]), *location.shape[1:])
             images = model.generate(
-                captions[chosen], seed=seeds[chosen], truncation=options.truncation, resolution=options.resolution
+                captions[chosen],
+                seed=seeds[chosen],
+                truncation=options.truncation,
+                location=places,
+                resolution=options.resolution,
             )
             yield images.cpu()
 

@@ -295,7 +295,7 @@ def measure(
             images[split.name] = (
                 to_float(unseen.images)
                 if model is None
-                else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed)
+                else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed, unseen.location(model))
             )
         features = image_features(evaluator.pair, images[split.name])
         sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)

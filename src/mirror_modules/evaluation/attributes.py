@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mirror_modules._placing import crop_box
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, attributes_named, measured_colors, to_bytes, to_float
 from mirror_modules.models.pretrained import load_weights, save_weights
@@ -30,6 +31,8 @@ TRAINING_IMAGES, HELD_OUT_IMAGES = 12_000, 1_000
 BATCH_SIZE, STEPS, LEARNING_RATE = 64, 2_500, 3e-3
 MIN_ACCURACY = 0.99
 LOWEST_CLASSIFIED_RESOLUTION = 32
+# Of a drawn flower that is not scattered, as a share of the image.
+MEAN_EXTENT = 0.75
 CHUNK = 100
 # Seconds between two printed lines of `fit_network` if there is no terminal.
 LINE_SECONDS = 60.0
@@ -145,6 +148,21 @@ def measure_attributes(
         method: {name: accuracy._asdict() for name, accuracy in accuracies.items()}
         for method, accuracies in result.items()
     }
+
+
+def centered(images: Tensor, boxes: Tensor) -> Tensor:
+    """Resize images such that the box of each is in the middle, as large as that of the flowers in the middle.
+
+    Args:
+        images: (N, 3, H, W).
+        boxes: x, y, width and height as shares of the image, (N, 4).
+
+    Returns:
+        (N, 3, H, W), gray where the image ends.
+    """
+    side = boxes[:, 2:].amax(dim=1, keepdim=True) / MEAN_EXTENT
+    corner = boxes[:, :2] + boxes[:, 2:] / 2 - side / 2
+    return crop_box(images, torch.cat((corner, side, side), dim=1).to(images))
 
 
 def fit_attribute_classifier(

@@ -12,11 +12,13 @@ from torch import Tensor
 from mirror_modules._checks import check_positive
 from mirror_modules._files import write_json
 from mirror_modules._tiles import in_chunks
-from mirror_modules.data.transforms import to_float
+from mirror_modules.data.flowers.colors import measured_box
+from mirror_modules.data.transforms import to_bytes, to_float
 from mirror_modules.evaluation.attributes import (
     CHUNK,
     LOWEST_CLASSIFIED_RESOLUTION,
     AttributeClassifier,
+    centered,
     fit_attribute_classifier,
     measure_attributes,
 )
@@ -30,6 +32,7 @@ from mirror_modules.evaluation.report import Case, Showcase, write_report
 from mirror_modules.evaluation.retrieval import load_evaluators, measure_retrieval, ranked_splits
 from mirror_modules.metrics import (
     Diversity,
+    box_overlap,
     diversity,
     expected_hits,
     frechet_distance,
@@ -216,7 +219,8 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
         "evaluator": first["description"],
         "evaluators": measured,
         "skipped": dict(splits.skipped),
-        **_network_metrics(networks, model, splits, unseen, images, recipe.seed),
+        **_network_metrics(networks, model, splits, unseen, images, recipe.seed, scattered=recipe.data.scatter),
+        **_place_metrics(recipe, unseen, images),
         **speed,
     }
     pair = evaluators[0].pair
@@ -233,7 +237,7 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
 
 def _images(model: TextToImage, unseen: Unseen, seed: int) -> dict[str, Tensor]:
     """Generated, real and shuffled images of captions."""
-    generated = generate_images(model, unseen.tokens, unseen.word_mask, seed)
+    generated = generate_images(model, unseen.tokens, unseen.word_mask, seed, unseen.location(model))
     # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
     others = derangement(len(generated), seed)
     return {"generated": generated, "real": to_float(unseen.images), "shuffled": generated[others]}
@@ -253,18 +257,44 @@ def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, 
         return EvaluationNetworks(missing=str(error))
 
 
+def _place_metrics(recipe: Recipe, unseen: Unseen, images: dict[str, Tensor]) -> dict[str, Any]:
+    """Overlap of drawn flowers with the boxes of their captions' images, where boxes differ or a system takes them."""
+    if not _is_synthetic(recipe) or unseen.boxes is None or not (recipe.data.scatter or recipe.model.takes_location):
+        return {}
+    overlaps = {}
+    for name, batch in images.items():
+        overlap = box_overlap(measured_box(to_bytes(batch)), unseen.boxes)
+        error = float(overlap.std() / len(overlap) ** 0.5)
+        overlaps[name] = {"mean": float(overlap.mean()), "standard_error": error}
+    return {"box_overlap": overlaps}
+
+
 def _is_synthetic(recipe: Recipe) -> bool:
     return recipe.data.source == "synthetic-flowers"
 
 
 def _network_metrics(
-    networks: EvaluationNetworks, model: TextToImage, splits: Splits, unseen: Unseen, images: dict[str, Tensor], seed: int
+    networks: EvaluationNetworks,
+    model: TextToImage,
+    splits: Splits,
+    unseen: Unseen,
+    images: dict[str, Tensor],
+    seed: int,
+    *,
+    scattered: bool = False,
 ) -> dict[str, Any]:
-    """Metrics that need the evaluation networks; the colors of synthetic flowers are measured without one."""
+    """Metrics that need the evaluation networks; the colors of synthetic flowers are measured without one.
+
+    Of scattered flowers, these are the only attributes: the classifier has seen flowers in the middle alone.
+    """
     metrics: dict[str, Any] = {}
     if splits.validation.attributes[0]:
+        boxes = unseen.boxes if scattered else None
         metrics["attributes"] = {
-            name: measure_attributes(batch, unseen.captions, networks.classifier) for name, batch in images.items()
+            name: measure_attributes(batch, unseen.captions, networks.classifier)
+            if boxes is None
+            else measure_attributes(centered(batch, boxes), unseen.captions, None)
+            for name, batch in images.items()
         }
     if networks.missing:
         metrics["not_measured"] = networks.missing
@@ -326,7 +356,10 @@ def _diversity(extractor: Extractor, model: TextToImage, unseen: Unseen, seed: i
     tokens, word_mask = (
         tensor.repeat_interleave(IMAGES_PER_CAPTION, dim=0) for tensor in (sample.tokens, sample.word_mask)
     )
-    features = extractor.features(generate_images(model, tokens, word_mask, seed))
+    location = sample.location(model)
+    if location is not None:
+        location = location.repeat_interleave(IMAGES_PER_CAPTION, dim=0)
+    features = extractor.features(generate_images(model, tokens, word_mask, seed, location))
     return diversity(features.unflatten(0, (len(sample.captions), IMAGES_PER_CAPTION)))
 
 
@@ -347,7 +380,9 @@ def _showcase(model: TextToImage, unseen: Unseen, recipe: Recipe, cases: dict[st
     with warnings.catch_warnings():
         # The captions come from the data set, where rare words are expected; the warning is meant for user input.
         warnings.filterwarnings("ignore", message="unknown words")
-        generated = model.generate_stages(sample.captions, seed=recipe.seed, need_weights=True)
+        generated = model.generate_stages(
+            sample.captions, seed=recipe.seed, location=sample.location(model), need_weights=True
+        )
     return Showcase(
         captions=sample.captions,
         words=token_words(model.vocabulary, sample.tokens, sample.word_mask),

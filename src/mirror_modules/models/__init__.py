@@ -4,6 +4,7 @@ from mirror_modules.models.attngan import AttnGAN, AttnGANConfig
 from mirror_modules.models.config import BackboneConfig, ModelConfig
 from mirror_modules.models.encoder_pair import EncoderPair
 from mirror_modules.models.gan_int_cls import GANIntCLS, GANIntCLSConfig
+from mirror_modules.models.gawwn import GAWWN, GAWWNConfig
 from mirror_modules.models.mirrorgan import MirrorGAN, MirrorGANConfig
 from mirror_modules.models.ppgn import PPGN, PPGNConfig, sample_latents
 from mirror_modules.models.stackgan import StackGAN, StackGANConfig
@@ -11,6 +12,7 @@ from mirror_modules.models.stackgan_v2 import StackGANv2, StackGANv2Config
 from mirror_modules.models.text_to_image import TextToImage, build_model, get_system, register_system
 
 __all__ = [
+    "GAWWN",
     "PPGN",
     "AttnGAN",
     "AttnGANConfig",
@@ -18,6 +20,7 @@ __all__ = [
     "EncoderPair",
     "GANIntCLS",
     "GANIntCLSConfig",
+    "GAWWNConfig",
     "MirrorGAN",
     "MirrorGANConfig",
     "ModelConfig",

@@ -127,9 +127,10 @@ class TextToImage(TypedCall, nn.Module):
 
         words, sentence = text_encoder(caption),    s = conditions(sentence, noise'),    I = images(noise, s, words)
 
-    A system defines `build`, `conditions` and `images`; where it differs from MirrorGAN, also `discriminators` and
-    `discriminator_text`. Generation, captioning, files, training, evaluation and the command line follow from these.
-    Phase `glam` trains all parts but the text encoder and the captioner, which phases `stem` and `stream` have trained.
+    A system defines `build`, `conditions` and `images`; where it differs from MirrorGAN, also `discriminators`,
+    `discriminator_text` and `locate`. Generation, captioning, files, training, evaluation and the command line follow
+    from these. Phase `glam` trains all parts but the text encoder and the captioner, which phases `stem` and `stream`
+    have trained.
 
     Args:
         config: Sizes and options.
@@ -270,6 +271,16 @@ class TextToImage(TypedCall, nn.Module):
             conditions: The conditions of these sentences.
         """
         return sentence
+
+    def locate(self, boxes: Tensor | None, points: Tensor | None, count: int) -> Tensor | None:
+        """Where the subjects of a batch are, as `images` and the discriminators take it; None if they do not.
+
+        Args:
+            boxes: x, y, width and height of each as shares of the image, (B, 4), NaN where unknown; None if all are.
+            points: x, y and visibility of the key points of each, (B, K, 3); None if the data have none.
+            count: Number of images B.
+        """
+        return None
 
     def trained_in(self, phase: str) -> Self:
         """The system as one of its phases trains it: itself, or a view that shares its parts and draws fewer images.

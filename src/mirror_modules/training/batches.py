@@ -71,9 +71,10 @@ def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
     reports = ErrorReport(), ErrorReport()
     rows, held_out_rows = None, Tensor()
     if recipe.source == "synthetic-flowers":
-        training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, seed=seed)
+        options: dict[str, Any] = {"seed": seed, "scatter": recipe.scatter}
+        training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, **options)
         validation = SyntheticFlowers(
-            recipe.validation_images or 1000, resolution=resolution, seed=seed, split="validation"
+            recipe.validation_images or 1000, resolution=resolution, split="validation", **options
         )
     else:
         if recipe.path is None:

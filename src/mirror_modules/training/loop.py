@@ -388,6 +388,12 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     recipe, splits = run.recipe, run.splits
     if len(splits.training) < 2:
         raise ValueError("training needs at least 2 training images, but there is 1; use more images.")
+    training = splits.training
+    if recipe.model.takes_location and training.boxes is None and training.points is None:
+        raise ValueError(
+            f"the system {recipe.model.system!r} places its subject, but the training images have neither boxes nor "
+            "key points; drawn flowers and the source 'birds' have them."
+        )
     candidates = run.candidates
     if run.group.is_main:
         announce_candidates(recipe.evaluation.candidates, candidates)
@@ -402,5 +408,8 @@ def _check_feasible(run: Run, plan: Plan) -> None:
             backbone = recipe.backbone(phase)
             EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)
         model.captioner.encode_images(images)
+    # Also raises what this system misses in the locations.
+    boxes, points = (None if each is None else each[:2] for each in (training.boxes, training.points))
+    model.locate(boxes, points, 2)
     for phase in plan.to_train:
         make_batches(run, phase, recipe.phase(phase))

@@ -228,6 +228,9 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     has_mismatched = recipe.mismatched_pairs and bool(valid.any())
     partner, valid = group.local_rows(partner), group.local_rows(valid)
     real = image_pyramid(batch.images, state.resolutions)
+    location = state.model.locate(batch.boxes, batch.points, count)
+    if location is not None:
+        location = location.to(group.device, non_blocking=True)
     slices = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(count).chunk(recipe.accumulate)]
     mismatched_of_part = [valid[rows].nonzero().flatten() if has_mismatched else None for rows in slices]
     # Each caption's end token counts as a word.
@@ -250,7 +253,7 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
                 tokens=batch.tokens[rows],
                 word_mask=batch.word_mask[rows],
                 class_ids=batch.class_ids[rows],
-                location=None,
+                location=None if location is None else location[rows],
                 noise=torch.cat((noise[rows], mixed_noise[i])),
                 condition_noise=torch.cat((condition_noise[rows], mixed_condition_noise[i])),
                 mismatched_rows=None if mismatched is None else mismatched.to(device, non_blocking=True),

@@ -42,13 +42,22 @@ class Unseen(NamedTuple):
     """Index of each image in the split, (N,)."""
     caption_rows: Tensor
     """Index of each caption among all captions of the split, (N,)."""
+    boxes: Tensor | None = None
+    """Box of each image, (N, 4); None if the split has none."""
+    points: Tensor | None = None
+    """Key points of each image, (N, K, 3); None if the split has none."""
 
     def spread(self, count: int) -> Unseen:
         """At most `count` of the pairs, evenly spaced: neighbors in a data set often share a class."""
         total = len(self.captions)
         count = min(count, total)
         rows = [i * total // count for i in range(count)]
-        return Unseen([self.captions[i] for i in rows], *(tensor[rows] for tensor in self[1:]))
+        tensors = (None if tensor is None else tensor[rows] for tensor in self[1:])
+        return Unseen([self.captions[i] for i in rows], *tensors)  # type: ignore[arg-type]
+
+    def location(self, model: TextToImage) -> Tensor | None:
+        """Where the subjects are, as the model takes it; None if it does not."""
+        return model.locate(self.boxes, self.points, len(self.captions))
 
 
 def unseen_pairs(splits: Splits, max_words: int, *, held_out: bool = False) -> Unseen:
@@ -73,6 +82,8 @@ def unseen_pairs(splits: Splits, max_words: int, *, held_out: bool = False) -> U
         split.class_ids[images],
         images,
         split.caption_rows(images, choices),
+        None if split.boxes is None else split.boxes[images],
+        None if split.points is None else split.points[images],
     )
 
 
@@ -95,7 +106,9 @@ def sentence_features(pair: EncoderPair, tokens: Tensor, word_mask: Tensor) -> T
 
 
 @torch.no_grad()
-def generate_images(model: TextToImage, tokens: Tensor, word_mask: Tensor, seed: int) -> Tensor:
+def generate_images(
+    model: TextToImage, tokens: Tensor, word_mask: Tensor, seed: int, location: Tensor | None = None
+) -> Tensor:
     """The finest images (N, 3, H, W) of captions, on the CPU.
 
     Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone.
@@ -103,10 +116,15 @@ def generate_images(model: TextToImage, tokens: Tensor, word_mask: Tensor, seed:
     sizes = [model.config.noise_dim, model.config.condition_noise_dim]
 
     def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor) -> Tensor:
+        place = None if location is None else location[rows].to(model.device)
         drawn = torch.stack([torch.randn(sum(sizes), generator=seeded(seed + row)) for row in rows.tolist()])
         noise, condition_noise = drawn.to(model.device).split(sizes, dim=1)
         generated = model(
-            tokens.to(model.device), word_mask.to(model.device), noise=noise, condition_noise=condition_noise
+            tokens.to(model.device),
+            word_mask.to(model.device),
+            noise=noise,
+            condition_noise=condition_noise,
+            location=place,
         )
         return generated.images[-1].cpu()
 
@@ -195,7 +213,7 @@ def measure_generator(
     """
     model = averaged_model(state)
     with evaluating(model):
-        images = generate_images(model, unseen.tokens, unseen.word_mask, seed)
+        images = generate_images(model, unseen.tokens, unseen.word_mask, seed, unseen.location(model))
         if images.shape[2] != (size := model.config.resolutions[-1]):
             # Of a first stage; the networks have learned from images of the full size.
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
@@ -218,7 +236,13 @@ def draw_samples(state: AdversarialState, unseen: Unseen, seed: int, need_weight
         # Unknown words are expected: these captions may contain words too rare for the vocabulary.
         warnings.filterwarnings("ignore", message="unknown words")
         model = averaged_model(state)
-        generated = model.generate_stages(unseen.captions[:SAMPLES], seed=seed, need_weights=need_weights)
+        location = unseen.location(model)
+        generated = model.generate_stages(
+            unseen.captions[:SAMPLES],
+            seed=seed,
+            location=None if location is None else location[:SAMPLES],
+            need_weights=need_weights,
+        )
     return GeneratedImages(*([tensor.float().cpu() for tensor in tensors] for tensors in generated))
 
 

@@ -3,8 +3,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, class_id_of
+from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, class_id_of, measured_box
+from mirror_modules.functional import box_overlap
 
 
 def test_a_sample_is_a_function_of_seed_split_and_index():
@@ -46,6 +48,28 @@ def test_fields_of_a_sample():
         assert min(sample.box[2:]) > 0.4
         assert len(sample.points) == len(sample.point_names) == 9
         assert sample.point_names[:2] == ("center", "petal 1")
+
+
+def test_scattered_flowers_are_anywhere_and_otherwise_the_same():
+    plain, scattered = (SyntheticFlowers(60, resolution=32, scatter=scatter) for scatter in (False, True))
+    boxes = np.array([sample.box for sample in scattered])
+    assert all(one[1:4] == other[1:4] for one, other in zip(plain, scattered))
+    assert (boxes[:, :2] > -0.01).all()
+    assert (boxes[:, :2] + boxes[:, 2:] < 1.01).all()
+    middles = boxes[:, :2] + boxes[:, 2:] / 2
+    assert middles.min() < 0.25
+    assert middles.max() > 0.75
+    assert boxes[:, 2].min() < 0.35
+    assert boxes[:, 2].max() > 0.7
+    # Pixels, box and key points are those of the same flower.
+    large = SyntheticFlowers(60, resolution=64, scatter=True)[3]
+    assert large[1:] == scattered[3][1:]
+    measured = measured_box(torch.from_numpy(np.stack([sample.image for sample in scattered])))
+    assert box_overlap(measured, torch.tensor(boxes, dtype=torch.float32)).mean() > 0.85
+    tips = np.array(scattered[3].points)
+    x, y, w, h = scattered[3].box
+    shown = tips[tips[:, 2] == 1]
+    assert ((shown[:, :2] > (x - 0.01, y - 0.01)) & (shown[:, :2] < (x + w + 0.01, y + h + 0.01))).all()
 
 
 def test_all_attribute_values_occur():

@@ -26,6 +26,8 @@ class SyntheticFlowers:
         seed: Seed, from 0 to 2**32 - 1.
         split: "train" or "validation".
         captions_per_image: Number of captions for each image.
+        scatter: Whether the flowers have sizes of their own, from 0.45 to 1 of the usual one, and are anywhere in the
+            image; otherwise, each is in the middle.
 
     Raises:
         ValueError: An argument is out of range.
@@ -41,7 +43,14 @@ class SyntheticFlowers:
     """
 
     def __init__(
-        self, size: int, *, resolution: int = 64, seed: int = 0, split: str = "train", captions_per_image: int = 5
+        self,
+        size: int,
+        *,
+        resolution: int = 64,
+        seed: int = 0,
+        split: str = "train",
+        captions_per_image: int = 5,
+        scatter: bool = False,
     ) -> None:
         check_positive("SyntheticFlowers", size=size, resolution=resolution, captions_per_image=captions_per_image)
         check_choice("SyntheticFlowers", "split", split, _SPLITS)
@@ -54,6 +63,7 @@ class SyntheticFlowers:
         self.seed = seed
         self.split = split
         self.captions_per_image = captions_per_image
+        self.scatter = scatter
 
     def __len__(self) -> int:
         return self.size
@@ -61,8 +71,15 @@ class SyntheticFlowers:
     def __getitem__(self, index: int) -> CaptionedImage:
         if not -self.size <= index < self.size:
             raise IndexError(f"SyntheticFlowers: index {index} is out of range for {self.size} samples.")
-        rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index % self.size))
+        stream = (self.seed, _SPLITS.index(self.split), index % self.size)
+        rng = np.random.default_rng(stream)
         attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
-        image, box, points = draw_located_flower(attributes, self.resolution, rng)
+        scale, place = 1.0, [0.0, 0.0]
+        if self.scatter:
+            # A stream of its own, so that captions and everything else of a flower are as without it.
+            scale, *place = np.random.default_rng((*stream, 1)).uniform((0.45, -1, -1), 1).tolist()
+        image, box, points = draw_located_flower(
+            attributes, self.resolution, rng, scale=scale, place=(place[0], place[1])
+        )
         captions = tuple(write_captions(attributes, rng, self.captions_per_image))
         return CaptionedImage(image, captions, class_id_of(attributes), attributes, box, points, POINT_NAMES)

@@ -98,8 +98,22 @@ def draw_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.G
     return draw_located_flower(attributes, resolution, rng).image
 
 
-def draw_located_flower(attributes: Mapping[str, str], resolution: int, rng: np.random.Generator) -> DrawnFlower:
+def draw_located_flower(
+    attributes: Mapping[str, str],
+    resolution: int,
+    rng: np.random.Generator,
+    *,
+    scale: float = 1.0,
+    place: tuple[float, float] = (0.0, 0.0),
+) -> DrawnFlower:
     """Draw the flower of `draw_flower`, and compute its box and key points, which do not depend on the resolution.
+
+    Args:
+        attributes: As of `draw_flower`.
+        resolution: As of `draw_flower`.
+        rng: As of `draw_flower`.
+        scale: Size of the flower relative to that of `draw_flower`, at most 1.
+        place: Shift across and down from that of `draw_flower`, from -1, the left or upper border, to 1.
 
     Raises:
         ValueError: As of `draw_flower`.
@@ -113,7 +127,9 @@ def draw_located_flower(attributes: Mapping[str, str], resolution: int, rng: np.
     image = ramp(BACKGROUND_RAMPS[background], BACKGROUNDS[background](x, y, rng), rng)
 
     radius = FLOWER_RADIUS[attributes["size"]] * rng.uniform(0.96, 1.04)
-    shift_x, shift_y = rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)
+    radius *= scale
+    room = max(0.93 - radius, 0.0)
+    shift_x, shift_y = (rng.uniform(-0.05, 0.05) + room * share for share in place)
     across, down = (x - shift_x) / radius, (y - shift_y) / radius
     pixel = 2 / resolution / radius
     count, shape = COUNTS[attributes["petal_count"]], attributes["petal_shape"]

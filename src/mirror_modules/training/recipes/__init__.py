@@ -27,6 +27,8 @@ from mirror_modules.training.recipes.registry import (
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
     gan_int_cls_demo,
+    gawwn_demo,
+    gawwn_points_demo,
     ppgn_demo,
     stackgan_demo,
     stackgan_v2_demo,
@@ -55,6 +57,8 @@ __all__ = [
     "flowers_64",
     "from_scratch",
     "gan_int_cls_demo",
+    "gawwn_demo",
+    "gawwn_points_demo",
     "get_recipe",
     "load_recipe",
     "photos_64",

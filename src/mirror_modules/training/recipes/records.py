@@ -25,6 +25,8 @@ NEED_MISMATCHED = ("release", "gan-int-cls")
 """Weightings in which terms of real and generated pairs are smaller because there are mismatched pairs."""
 NOT_READ_FOR_DRAWN_FLOWERS = ("path", "on_error", "held_out_share")
 """Fields of `DataRecipe` that apply to files only."""
+READ_FOR_DRAWN_FLOWERS_ALONE = ("scatter",)
+"""Fields of `DataRecipe` that do not apply to files."""
 
 
 def _harmless(default: Any) -> Any:
@@ -55,6 +57,8 @@ class DataRecipe:
     """Whether a damaged file ends the run, or is skipped and listed as long as at most 5 % are damaged."""
     long_captions: Literal["cut", "subsample"] = "cut"
     """Training keeps the first words of captions longer than the model's max_words, or random ones in their order."""
+    scatter: bool = False
+    """Draw flowers of more sizes, anywhere in the image, for systems that place them."""
     held_out_share: float = 0.1
     """Share of the training images kept from all training, to evaluate on training classes too, where validation has
     other classes; 0 trains on all images."""
@@ -67,6 +71,8 @@ class DataRecipe:
         if self.held_out_share > 0.5:
             raise ValueError(f"DataRecipe: held_out_share must be at most 0.5, but it is {self.held_out_share!r}.")
         if self.source != "synthetic-flowers":
+            for name in READ_FOR_DRAWN_FLOWERS_ALONE:
+                _check_has_effect("DataRecipe", self, name, f"source={self.source!r}")
             return
         if self.path is not None:
             raise ValueError(

@@ -12,10 +12,17 @@ from pathlib import Path
 from mirror_modules._files import read_json
 from mirror_modules.models import BackboneConfig
 from mirror_modules.training.recipes.named import ablation, demo, flowers_64, photos_64
-from mirror_modules.training.recipes.records import NOT_READ_FOR_DRAWN_FLOWERS, EvaluatorRecipe, Recipe
+from mirror_modules.training.recipes.records import (
+    NOT_READ_FOR_DRAWN_FLOWERS,
+    READ_FOR_DRAWN_FLOWERS_ALONE,
+    EvaluatorRecipe,
+    Recipe,
+)
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
     gan_int_cls_demo,
+    gawwn_demo,
+    gawwn_points_demo,
     ppgn_demo,
     stackgan_demo,
     stackgan_v2_demo,
@@ -30,6 +37,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "flowers-64": flowers_64,
     "ablation": ablation,
     "gan-int-cls-demo": gan_int_cls_demo,
+    "gawwn-demo": gawwn_demo,
+    "gawwn-points-demo": gawwn_points_demo,
     "stackgan-demo": stackgan_demo,
     "stackgan-v2-demo": stackgan_v2_demo,
     "ppgn-demo": ppgn_demo,
@@ -49,7 +58,8 @@ def describe_recipes() -> str:
     lines = []
     for name, make in RECIPES.items():
         data = make().data
-        unread = NOT_READ_FOR_DRAWN_FLOWERS if data.source == "synthetic-flowers" else ()
+        drawn = data.source == "synthetic-flowers"
+        unread = NOT_READ_FOR_DRAWN_FLOWERS if drawn else READ_FOR_DRAWN_FLOWERS_ALONE
         read = [each.name for each in dataclasses.fields(data) if each.name not in unread]
         # The field `path` has a short option.
         options = [f"--data.{each.replace('_', '-')}".replace("--data.path", "--data") for each in read]

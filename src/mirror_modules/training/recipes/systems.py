@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mirror_modules.data.flowers.drawing import POINT_NAMES
 from mirror_modules.models import (
     AttnGANConfig,
     GANIntCLSConfig,
+    GAWWNConfig,
     ModelConfig,
     PPGNConfig,
     StackGANConfig,
@@ -27,6 +29,28 @@ def gan_int_cls_demo() -> Recipe:
         {"channels": 2 * base.channels, "resolutions": base.resolutions[-1:]},
         interpolation_weight=0.5,
     )
+
+
+def gawwn_demo() -> Recipe:
+    """GAWWN on flowers drawn anywhere in the image, placed by boxes; minutes on two CPU cores."""
+    return _placed("gawwn-demo", {"place": "box"})
+
+
+def gawwn_points_demo() -> Recipe:
+    """GAWWN on flowers drawn anywhere in the image, placed by key points; minutes on two CPU cores."""
+    return _placed("gawwn-points-demo", {"place": "points", "point_names": POINT_NAMES})
+
+
+def _placed(name: str, place: dict[str, Any]) -> Recipe:
+    base = demo().model
+    sizes = {
+        "channels": 2 * base.channels,
+        "resolutions": base.resolutions[-1:],
+        "text_projection": base.condition_dim,
+        **place,
+    }
+    recipe = _like_demo(name, GAWWNConfig, sizes)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, scatter=True))
 
 
 def stackgan_demo() -> Recipe:

@@ -1,0 +1,73 @@
+"""The options `--box` and `--points` of the command `generate`: where the subject shall be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirror_modules.models import TextToImage
+
+
+def read_location(model: TextToImage, box: Sequence[float] | None, points: Path | None) -> Tensor | None:
+    """The location that the options give, (1, ...); None without them.
+
+    Raises:
+        ValueError: The model does not take it, or it is invalid.
+    """
+    if box is None and points is None:
+        return None
+    name = "--box" if points is None else "--points"
+    if box is not None and points is not None:
+        raise ValueError("--box and --points cannot be given together; the model takes one of them.")
+    if not model.config.takes_location:
+        raise ValueError(f"{name}: a model of the system {model.config.system!r} takes no location; leave it out.")
+    # What the model takes if nothing is known of the place: a box, or points that are all hidden.
+    unknown = model.locate(None, None, 1)
+    takes_points = unknown is not None and unknown.ndim == 3
+    if takes_points != (points is not None):
+        raise ValueError(f"{name}: this model takes {'--points FILE' if takes_points else '--box X Y W H'} instead.")
+    if points is not None:
+        return _read_points(points, getattr(model.config, "point_names", ()))
+    location = torch.tensor([list(box or ())])
+    x, y, width, height = location[0].tolist()
+    if not (width > 0 and height > 0 and x < 1 and y < 1 and x + width > 0 and y + height > 0):
+        raise ValueError(
+            f"--box {x:g} {y:g} {width:g} {height:g} is empty or outside of the image; give left, top, width and "
+            "height as shares of the image, such as 0.5 0.25 0.4 0.4."
+        )
+    return location
+
+
+def _read_points(path: Path, names: Sequence[str]) -> Tensor:
+    """Key points from a JSON file with x and y by name; those without a name in it are hidden."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--points {path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"--points {path} is not JSON ({error}).") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(
+            f'--points {path} must be an object with x and y by name, such as {{"{names[0]}": [0.5, 0.25]}}.'
+        )
+    location = torch.zeros(1, len(names), 3)
+    for name, place in content.items():
+        if name not in names:
+            raise ValueError(f"--points {path}: unknown key point {name!r}; the model has {', '.join(names)}.")
+        if not _is_place(place):
+            raise ValueError(
+                f"--points {path}: {name!r} must be [x, y], shares of the image from 0 to 1, but it is {place!r}."
+            )
+        location[0, list(names).index(name)] = torch.tensor([*place, 1.0])
+    return location
+
+
+def _is_place(place: Any) -> bool:
+    is_pair = isinstance(place, list) and len(place) == 2
+    return is_pair and all(type(part) in (int, float) and math.isfinite(part) and 0 <= part <= 1 for part in place)
