@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Without a GPU, Triton's interpreter runs the kernels; the variable is read when a kernel is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
+# What the package keeps for all runs of a user must not come from, or stay after, a run of the tests.
+user_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = user_cache.name
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

@@ -106,6 +106,37 @@ def test_a_saved_classifier_is_loaded(tmp_path, monkeypatch):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
 
 
+def test_a_classifier_is_trained_once_for_all_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = fit_attribute_classifier(tmp_path / "a.safetensors", RESOLUTION, steps=2, images=70)
+    (kept,) = (tmp_path / "cache" / "mirror-modules").iterdir()
+    capsys.readouterr()
+    with monkeypatch.context() as without:
+        without.setattr(attributes, "fit_network", None)
+        second = fit_attribute_classifier(tmp_path / "b" / "b.safetensors", RESOLUTION, steps=2, images=70)
+    assert capsys.readouterr().err == f"attribute classifier: {kept}, which an earlier run trained\n"
+    assert (tmp_path / "b" / "b.safetensors").is_file()
+    assert not second.training
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    # Other settings, or other drawings, are another classifier.
+    fit_attribute_classifier(tmp_path / "c.safetensors", RESOLUTION, steps=3, images=70)
+    assert len(list(kept.parent.iterdir())) == 2
+    # A damaged file is replaced.
+    kept.write_bytes(b"no tensors")
+    third = fit_attribute_classifier(tmp_path / "d.safetensors", RESOLUTION, steps=2, images=70)
+    assert all(torch.equal(value, third.state_dict()[name]) for name, value in first.state_dict().items())
+    assert kept.stat().st_size > 1000
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fit_attribute_classifier(tmp_path / "a.safetensors", RESOLUTION, steps=2, images=70)
+    assert (tmp_path / "a.safetensors").is_file()
+
+
 def test_fitting_does_not_advance_the_global_generator(tmp_path, monkeypatch):
     monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
     before = torch.get_rng_state()
@@ -116,10 +147,12 @@ def test_fitting_does_not_advance_the_global_generator(tmp_path, monkeypatch):
 
 def test_in_a_log_the_training_is_announced_and_a_line_is_printed_every_minute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tmp_path / "attributes.safetensors"
     fit_attribute_classifier(path, RESOLUTION, steps=2, images=70)
+    (kept,) = (tmp_path / "mirror-modules").iterdir()
     assert capsys.readouterr().err.splitlines() == [
-        f"attribute classifier: drawing 70 flowers and training on them for 2 steps, once; it is kept as {path}",
+        f"attribute classifier: drawing 70 flowers and training on them for 2 steps, once; it is kept as {kept}",
         "attribute classifier: step 2 of 2, finished after 0 min 0 s",
     ]
     fit_attribute_classifier(path, RESOLUTION)

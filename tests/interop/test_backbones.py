@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.testing import assert_close
 
 from mirror_modules import Captioner, ImageEncoder, ImageFeatures
 from mirror_modules.interop import build_backbone, checksum, image_encoder_from
@@ -46,6 +47,18 @@ def test_a_backbone_declares_the_sizes_of_its_features_and_gives_gradients(name,
     assert bool(images.grad.isfinite().all())
     assert images.grad.abs().sum() > 0
     assert all(parameter.requires_grad == trainable for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_small_network_sees_images_at_its_input_size(trainable):
+    backbone = build_backbone("conv", input_size=32, trainable=trainable).eval()
+    images = draw(size=61)
+    resized = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    assert_close(backbone.preprocess(images), resized)
+    features, expected = backbone(images), backbone.model(resized)
+    assert_close(features.image, expected.image)
+    assert_close(features.regions, expected.regions)
+    assert features.regions.shape == (B, 4 * 4, 128)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -364,7 +377,6 @@ def test_images_on_another_device_are_named():
         (r"weights='a\.pth' need the name of a backbone", lambda: build_backbone(Means(), "a.pth")),
         (r"input_size=8 has no effect on a Means", lambda: build_backbone(Means(), input_size=8)),
         (r"input_size must be a whole number of at least 1, but it is 0", lambda: build_backbone("conv", input_size=0)),
-        (r"'conv' takes images of any size; use input_size=None", lambda: build_backbone("conv", input_size=32)),
         (r"layer=1 applies to networks of timm only", lambda: build_backbone("resnet18", layer=1)),
         (r"layer must be from -\d to \d for", lambda: build_backbone("timm:test_efficientnet", layer=9)),
         (r"layer must be a whole number", lambda: build_backbone("timm:test_efficientnet", layer=0.5)),

@@ -22,8 +22,9 @@ class Means(nn.Module):
         return ImageFeatures(images.mean(dim=3).mT, images.mean(dim=(2, 3)))
 
 
-def make(image_encoder=None, sharpness=1.0):
-    captioner = Captioner(image_encoder or Means(), V, embedding_dim=EMBEDDING, hidden_dim=HIDDEN)
+def make(image_encoder=None, sharpness=1.0, image_skip=False):
+    sizes = {"embedding_dim": EMBEDDING, "hidden_dim": HIDDEN}
+    captioner = Captioner(image_encoder or Means(), V, **sizes, image_skip=image_skip)
     # Untrained logits are nearly uniform; scaling them makes the beams differ.
     captioner.output.weight.data.mul_(sharpness)
     nn.init.normal_(captioner.embedding.weight, std=sharpness**0.5)
@@ -47,10 +48,12 @@ def cell_of(lstm):
 
 def log_probabilities(captioner, image, words):
     """Log probabilities of the next word, given one image (1, 3, H, W) and the words before it."""
-    cell = cell_of(captioner.lstm)
-    h, c = cell(captioner.encode_images(image))
+    cell, first = cell_of(captioner.lstm), captioner.encode_images(image)
+    h, c = cell(first)
     for word in words:
         h, c = cell(captioner.embedding(torch.tensor([word])), (h, c))
+    if captioner.image_skip is not None:
+        h = h + first @ captioner.image_skip.weight.T
     return torch.log_softmax(captioner.output(h)[0], dim=0).tolist()
 
 
@@ -73,8 +76,9 @@ def search_by_loops(captioner, image, beam_width, max_words, end_token):
 
 
 @torch.no_grad()
-def test_step_t_predicts_word_t_from_the_image_and_the_words_before_it():
-    captioner, (images, tokens) = make().eval(), draw()
+@pytest.mark.parametrize("image_skip", [False, True])
+def test_step_t_predicts_word_t_from_the_image_and_the_words_before_it(image_skip):
+    captioner, (images, tokens) = make(image_skip=image_skip).eval(), draw()
     logits = captioner(images, tokens)
     assert logits.shape == (B, L, V)
     for b in range(B):
@@ -130,10 +134,11 @@ def test_a_batch_of_one_trains(mask):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def make_early_ending(seed=4):
+def make_early_ending(seed=4, image_skip=False):
     """A captioner that ends some captions early, and images for which it does."""
     torch.manual_seed(seed)
-    captioner, images = make(sharpness=5.0).eval(), 2 * torch.randn(13, 3, 1, 1).expand(13, 3, 8, 9)
+    captioner = make(sharpness=5.0, image_skip=image_skip).eval()
+    images = 2 * torch.randn(13, 3, 1, 1).expand(13, 3, 8, 9)
     captioner.output.bias[END] += 1.0
     return captioner, images
 
@@ -141,9 +146,9 @@ def make_early_ending(seed=4):
 @torch.no_grad()
 @pytest.mark.parametrize("end_token", [END, None])
 @pytest.mark.parametrize("beam_width", [1, 2, 5])
-@pytest.mark.parametrize("seed", [1, 3, 4])
-def test_describe_matches_a_search_by_loops(seed, beam_width, end_token):
-    captioner, images = make_early_ending(seed)
+@pytest.mark.parametrize(("seed", "image_skip"), [(1, False), (3, False), (4, False), (4, True)])
+def test_describe_matches_a_search_by_loops(seed, image_skip, beam_width, end_token):
+    captioner, images = make_early_ending(seed, image_skip)
     images = images[:B]
     described = captioner.describe(images, beam_width=beam_width, max_words=6, end_token=end_token).tolist()
     for b in range(B):

@@ -9,7 +9,7 @@ import torch
 from mirror_modules import MirrorGAN
 from mirror_modules.adversarial import discriminator_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
-from mirror_modules.models import EncoderPair
+from mirror_modules.models import BackboneConfig, EncoderPair
 from mirror_modules.stem import TextFeatures, Vocabulary, matching_loss
 from mirror_modules.training import step
 from mirror_modules.training.recipes import AdversarialRecipe
@@ -77,6 +77,42 @@ def test_trains_only_the_generator_and_the_discriminators(vocabulary, tiny_recip
     for old, module in zip(before[2:], trained):
         weights = {name for name, _ in module.named_parameters()}
         assert weights <= changed(old, module)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_finest_stage_does_not_train_in_the_coarse_steps(vocabulary, tiny_recipe, parts):
+    glam = dataclasses.replace(tiny_recipe.glam, steps=8, coarse_steps=2, accumulate=parts)
+    # The captioner cannot read images of 8 pixels.
+    model = dataclasses.replace(tiny_recipe.model, captioner_backbone=BackboneConfig("conv", input_size=16))
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam, model=model))
+    generator = state.model.generator
+    coarse = [generator.initial, generator.heads[0], state.paired_discriminators[0]]
+    finest = [generator.refinements[0], generator.heads[1], state.paired_discriminators[1]]
+    for number in range(3):
+        before = snapshot(*coarse, *finest)
+        losses = adversarial_step(state, make_batch(vocabulary), glam).losses
+        assert "redescription" in losses
+        trains = [*coarse, *finest] if number == 2 else coarse
+        assert ("generator_16" in losses) == ("discriminator_16" in losses) == (number == 2)
+        for old, module in zip(before, [*coarse, *finest], strict=True):
+            weights = {name for name, _ in module.named_parameters()}
+            assert weights <= changed(old, module) if module in trains else not changed(old, module)
+    # Its first step is as large as any other one, and images of the average have all stages.
+    steps = [state.generator.optimizer.state[weight]["step"].item() for weight in generator.heads[1].parameters()]
+    assert set(steps) == {1.0}
+    part = divide(state, make_batch(vocabulary), glam)[0]
+    assert [images.shape[2] for images in generate(state, part).images] == [8, 16]
+
+
+@pytest.mark.parametrize(("steps", "coarse_steps", "expected"), [(8, 2, 2), (8, 100, 6), (3, 100, 2), (8, 0, 0)])
+def test_at_most_three_quarters_of_the_steps_are_coarse(vocabulary, tiny_recipe, steps, coarse_steps, expected):
+    glam = dataclasses.replace(tiny_recipe.glam, steps=steps, coarse_steps=coarse_steps)
+    state = make_state(vocabulary, tiny_recipe)
+    stages = []
+    for state.steps_done in range(steps):
+        state.set_stages(glam)
+        stages.append(state.stages)
+    assert stages == [1] * expected + [2] * (steps - expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

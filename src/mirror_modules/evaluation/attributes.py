@@ -7,6 +7,9 @@ Colors are also measured directly in the pixels, without a network.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +173,9 @@ def fit_attribute_classifier(
 ) -> AttributeClassifier:
     """Load an attribute classifier, or train one on drawn flowers and save it if there is no file.
 
+    A trained classifier is also kept in the user's cache, `$XDG_CACHE_HOME/mirror-modules` or
+    `~/.cache/mirror-modules`, from which other runs copy it.
+
     Args:
         path: Weights of the classifier, a safetensors file.
         resolution: Height and width of the images.
@@ -184,12 +190,17 @@ def fit_attribute_classifier(
         ValueError: The file does not hold an attribute classifier for this resolution.
     """
     classifier = with_seed(SEED, lambda: AttributeClassifier(resolution))
+    kept = _cached_path(resolution, steps, images)
+    if not path.exists() and _is_readable(classifier, kept):
+        print(f"attribute classifier: {kept}, which an earlier run trained", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(classifier, path)
     if path.exists():
         load_weights(classifier, path)
         return classifier.eval()
     print(
         f"attribute classifier: drawing {images:,} flowers and training on them for {steps:,} steps, once; it is kept "
-        f"as {path}",
+        f"as {kept}",
         file=sys.stderr,
     )
     flowers, labels = _draw_flowers(images, resolution, "train")
@@ -211,7 +222,29 @@ def fit_attribute_classifier(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(classifier, path)
+    # Without a home folder, or on a full disk, the next run trains its own.
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(classifier, kept)
     return classifier
+
+
+def _cached_path(resolution: int, steps: int, images: int) -> Path:
+    """Where a classifier with these settings is kept for all runs of the user; another path if drawings change."""
+    drawn = _draw_flowers(4, resolution, "train")[0].numpy().tobytes()
+    settings = f"{SEED} {steps} {images} {BATCH_SIZE} {LEARNING_RATE} {MIN_ACCURACY} {HELD_OUT_IMAGES} {ATTRIBUTES}"
+    digest = hashlib.sha256(drawn + settings.encode()).hexdigest()[:12]
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "mirror-modules" / f"attributes-{resolution}-{digest}.safetensors"
+
+
+def _is_readable(classifier: AttributeClassifier, path: Path) -> bool:
+    """Load the weights of a file if it exists and is intact."""
+    try:
+        load_weights(classifier, path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def with_seed(seed: int, make: Callable[[], Network]) -> Network:

@@ -51,6 +51,9 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         StackGAN++ without text  the same with condition_dim=None
         StackGAN, first stage    activation="relu", channels=64, resolutions=(64,), condition_dim=128
 
+    Stages can be trained one after the other (progressive growing): with the attribute `active_stages` set to a number
+    k, which needs the images of all stages, only the first k stages run.
+
     Args:
         noise_dim: Features Z of the noise.
         condition_dim: Features E of the condition; None for a generator without one, whose first stage has the noise
@@ -134,6 +137,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
                 "weights; make a new module in each call."
             )
         self.heads = nn.ModuleList(ImageHead(width) for width in (widths if intermediate_images else widths[-1:]))
+        self.active_stages: int | None = None
 
     def forward(
         self,
@@ -163,7 +167,8 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
         text = noise if condition is None else condition
-        for refinement in self.refinements:
+        stages = len(self.resolutions) if self.active_stages is None else self.active_stages
+        for refinement in self.refinements[: stages - 1]:
             stage = refinement(stage_features[-1], text, words, word_mask, need_weights=need_weights)
             stage_features.append(stage.features)
             # An attention module of the user's own may return its maps unconditionally.

@@ -214,6 +214,8 @@ class ModelConfig:
     """Features of a word embedding in the captioner."""
     captioner_hidden_dim: int = 512
     """Features of the captioner's LSTM."""
+    captioner_image_skip: bool = False
+    """Connect the image to the captioner's output at every step; the paper does not."""
 
     def __post_init__(self) -> None:
         # JSON stores tuples as lists.

@@ -195,6 +195,7 @@ class TextToImage(TypedCall, nn.Module):
             len(vocabulary),
             embedding_dim=config.captioner_embedding_dim,
             hidden_dim=config.captioner_hidden_dim,
+            image_skip=config.captioner_image_skip,
         )
 
     def build(self, config: Any) -> None:

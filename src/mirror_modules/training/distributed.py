@@ -121,13 +121,13 @@ class ProcessGroup:
         """Restore the global random states of CPU and device on exit."""
         return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module in DistributedDataParallel if there are several ranks."""
+    def wrap(self, module: nn.Module, *, unused: bool = False) -> nn.Module:
+        """The module in DistributedDataParallel if there are several ranks; `unused` if steps leave out parameters."""
         if self.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         # DDP broadcasts the buffers of rank 0: without synchronized batch norm its statistics are everyone's, and a
         # checkpoint of rank 0 is the state of all ranks.
-        return DistributedDataParallel(module, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
 SINGLE_PROCESS = ProcessGroup()

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import torch
 from torch import nn
 
 from mirror_modules._files import write_whole
+from mirror_modules._freezing import freeze
 from mirror_modules.data.seeding import seeded
 from mirror_modules.models import EncoderPair, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.models.text_to_image import evaluating
+from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
 from mirror_modules.training.distributed import ProcessGroup, count_cores, cpu_threads, process_group
 from mirror_modules.training.engine import NOISE, WEIGHTS, PhaseRun, Run, make_batches
@@ -45,7 +48,7 @@ from mirror_modules.training.pretrain import (
     region_rows,
     start_pretraining,
 )
-from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, Recipe
+from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, PRETRAINING, Recipe
 from mirror_modules.training.state import AdversarialState, ConditionedGenerator, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
@@ -157,10 +160,12 @@ def _common_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resum
 
 def _train_phases(run: Run, plan: Plan) -> None:
     trainers = {
+        "pretraining": partial(_pretrain, phase="pretraining"),
         "stem": train_stem,
         "stream": train_stream,
         "first_stage": train_first_stage,
         "glam": train_glam,
+        "evaluator_pretraining": partial(_pretrain, phase="evaluator_pretraining"),
         "evaluator": train_evaluator,
         "second_evaluator": train_second_evaluator,
     }
@@ -213,6 +218,23 @@ def _determinism(required: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def _pretrain(run: Run, phase: str) -> nn.Module:
+    """Train an image backbone from scratch by captioning, as VirTex does (Desai and Johnson, 2021).
+
+    The likelihood of a caption teaches each of its words, while a contrastive loss is low once most captions of a batch
+    are told apart, by a few of them. Of drawn flowers, a captioner learns the number of the petals in fewer steps.
+    """
+    sizes = run.recipe.model
+    captioner = Captioner(
+        run.recipe.backbone(phase).build(),
+        len(run.splits.vocabulary),
+        embedding_dim=sizes.captioner_embedding_dim,
+        hidden_dim=sizes.captioner_hidden_dim,
+        image_skip=True,
+    )
+    return _train_captioner(run, phase, captioner, train_backbone=True).image_encoder
+
+
 def train_stem(run: Run) -> nn.Module:
     """Train text and image encoder with the matching loss."""
     return _train_pair(run, "stem")
@@ -234,8 +256,11 @@ def _train_pair(run: Run, phase: str) -> nn.Module:
     pair = EncoderPair(run.recipe.model, len(run.splits.vocabulary), backbone=backbone)
     pair.to(run.group.device).train()
     features, message = None, ""
-    if not backbone.is_trainable:
-        encoder = pair.image_encoder.backbone
+    encoder, before = pair.image_encoder.backbone, PRETRAINING.get(phase)
+    if before in run.recipe.phases:
+        load_weights(encoder, run.folder.weights(before))
+        freeze(encoder)
+    if not backbone.is_trainable or before in run.recipe.phases:
         features, message = _cache_images(run, phase, encoder, with_regions=recipe.word_weight > 0)
     cached = CachedPair(pair, features, region_rows(recipe, run.group))
     state = start_pretraining(cached, recipe, run.recipe.engine, run.group)
@@ -259,14 +284,19 @@ def train_stream(run: Run) -> nn.Module:
     if is_shared:
         encoder = load_pair(run.folder, "stem", run.recipe, run.splits).image_encoder
         captioner.image_encoder = encoder if model.captioner_projection else encoder.backbone
+    return _train_captioner(run, "stream", captioner, train_backbone=recipe.train_backbone)
+
+
+def _train_captioner(run: Run, phase: str, captioner: Captioner, *, train_backbone: bool) -> Captioner:
+    recipe: Any = run.recipe.phase(phase)
     captioner.to(run.group.device).train()
     features, message = None, ""
-    if not recipe.train_backbone:
+    if not train_backbone:
         captioner.image_encoder.requires_grad_(False).eval()
-        features, message = _cache_images(run, "stream", captioner.image_encoder, with_regions=False)
+        features, message = _cache_images(run, phase, captioner.image_encoder, with_regions=False)
     state = start_pretraining(CachedCaptioner(captioner, features), recipe, run.recipe.engine, run.group)
     views = None if features is None else features.views
-    with PhaseRun(run, "stream", state, recipe, {"stream": state.network}, views=views) as steps:
+    with PhaseRun(run, phase, state, recipe, {phase: state.network}, views=views) as steps:
         if message:
             steps.log.info(message)
         for batch in steps.batches():
@@ -359,7 +389,7 @@ def _write_samples(steps: PhaseRun, state: AdversarialState, unseen: Unseen) -> 
 
     recipe, folder = steps.run.recipe, steps.run.folder.samples
     generated = draw_samples(state, unseen, recipe.seed, need_weights=recipe.logging.tensorboard)
-    finest = generated.images[-1]
+    finest = generated.images[state.stages - 1]
     sheet = captioned_grid(finest, unseen.captions[: len(finest)], columns=4, scale=max(1, 128 // finest.shape[2]))
     folder.mkdir(exist_ok=True)
     write_png(sheet, folder / f"{steps.phase}-{steps.step:08}.png")
@@ -404,6 +434,9 @@ def _check_feasible(run: Run, plan: Plan) -> None:
         for phase in sizes.adversarial_phases:
             model.trained_in(phase).discriminators(phase)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
+        if recipe.glam.coarse_steps > 0:
+            # What the losses of the generator see in the first steps.
+            images = torch.zeros(2, 3, sizes.resolutions[-2], sizes.resolutions[-2])
         for phase in (phase for phase in recipe.phases if phase not in ("stream", *ADVERSARIAL_PHASES)):
             backbone = recipe.backbone(phase)
             EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)

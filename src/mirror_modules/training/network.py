@@ -119,6 +119,7 @@ def prepare(
     betas: tuple[float, float] = (0.9, 0.999),
     cycle: int | None = None,
     compiled: bool = False,
+    unused: bool = False,
 ) -> TrainedNetwork:
     """Prepare a network for training, in place.
 
@@ -131,6 +132,7 @@ def prepare(
         betas: Adam's decay rates.
         cycle: Steps of a one-cycle schedule; None keeps the learning rate constant.
         compiled: Compile the forward pass.
+        unused: Whether some steps do not use all parameters.
     """
     module.to(group.device)
     if engine.channels_last:
@@ -150,7 +152,7 @@ def prepare(
             optimizer, learning_rate, total_steps=total, pct_start=max(0.2, 2 / total)
         )
     scaler = torch.amp.GradScaler(group.device.type, enabled=engine.precision == "float16")
-    return TrainedNetwork(module, group.wrap(module), optimizer, schedule, scaler, max_grad_norm, group)
+    return TrainedNetwork(module, group.wrap(module, unused=unused), optimizer, schedule, scaler, max_grad_norm, group)
 
 
 def autocast(engine: EngineRecipe, device: torch.device) -> AbstractContextManager[Any]:

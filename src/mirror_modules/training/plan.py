@@ -10,11 +10,13 @@ from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import ALL_PHASES, Recipe
 
 REQUIRED = {
-    "stem": (),
+    "pretraining": (),
+    "stem": ("pretraining",),
     "stream": ("stem",),
     "first_stage": ("stem", "stream"),
     "glam": ("stem", "stream", "first_stage"),
-    "evaluator": (),
+    "evaluator_pretraining": (),
+    "evaluator": ("evaluator_pretraining",),
     "second_evaluator": (),
 }
 """For each phase, the phases whose weights it starts from, if the recipe has them."""

@@ -18,7 +18,7 @@ from mirror_modules.stream import Captioner, append_end, redescription_loss
 from mirror_modules.training.distributed import ProcessGroup
 from mirror_modules.training.features import CachedImages
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, prepare, restoring_buffers
-from mirror_modules.training.recipes import CaptionerRecipe, EngineRecipe, MatchingRecipe
+from mirror_modules.training.recipes import EngineRecipe, MatchingRecipe, PretrainingRecipe
 
 
 class CachedCaptioner(nn.Module):
@@ -91,7 +91,7 @@ class PretrainingState:
 
 
 def start_pretraining(
-    module: nn.Module, recipe: MatchingRecipe | CaptionerRecipe, engine: EngineRecipe, group: ProcessGroup
+    module: nn.Module, recipe: MatchingRecipe | PretrainingRecipe, engine: EngineRecipe, group: ProcessGroup
 ) -> PretrainingState:
     """Set up phase `stem`, `evaluator` or `stream`."""
     if not (isinstance(recipe, MatchingRecipe) and recipe.word_weight > 0):
@@ -195,8 +195,8 @@ def matching_step(state: PretrainingState, batch: CaptionBatch, recipe: Matching
     return StepResult({name: loss.detach() for name, loss in losses.items()}, is_finite)
 
 
-def captioning_step(state: PretrainingState, batch: CaptionBatch, recipe: CaptionerRecipe) -> StepResult:
-    """Phase `stream`: cross entropy of the captions, end token included, given real images (Sec. 3.3)."""
+def captioning_step(state: PretrainingState, batch: CaptionBatch, recipe: PretrainingRecipe) -> StepResult:
+    """Phases `stream` and `pretraining`: cross entropy of the captions, end token included, given images (Sec. 3.3)."""
     network, group = state.network, state.group
     tokens, word_mask = append_end(batch.tokens, batch.word_mask)
     parts = list(zip(*(rows.chunk(recipe.accumulate) for rows in (batch.images, batch.image_rows, tokens, word_mask))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_modules.adversarial import PairedLogits, r1_penalty
+from mirror_modules.glam import CascadedGenerator
 from mirror_modules.models import EncoderPair, TextToImage
 from mirror_modules.models.text_to_image import samples_of
 from mirror_modules.stem import Condition
@@ -18,7 +19,7 @@ from mirror_modules.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mirror_modules.training.features import FrozenFeatures, frozen_text
 from mirror_modules.training.network import MovingAverage, TrainedNetwork, prepare
 from mirror_modules.training.pretrain import GeneratedMatching
-from mirror_modules.training.recipes import EngineRecipe, Recipe
+from mirror_modules.training.recipes import AdversarialRecipe, EngineRecipe, Recipe
 
 
 class GeneratedBatch(NamedTuple):
@@ -152,6 +153,21 @@ class AdversarialState:
         """The discriminators alone, coarse to fine."""
         return [cast(DiscriminatorPass, network.module).discriminator for network in self.discriminators]
 
+    @property
+    def stages(self) -> int:
+        """Number of stages that the generator runs in training."""
+        active = [cascade.active_stages for cascade in self._cascades() if cascade.active_stages is not None]
+        return min([len(self.resolutions), *active])
+
+    def set_stages(self, recipe: AdversarialRecipe) -> None:
+        """Leave out the finest stage in the first `coarse_steps` steps of the recipe."""
+        is_coarse = self.steps_done < min(recipe.coarse_steps, 3 * recipe.steps // 4)
+        for cascade in self._cascades():
+            cascade.active_stages = len(cascade.resolutions) - 1 if is_coarse else None
+
+    def _cascades(self) -> list[CascadedGenerator]:
+        return [part for part in self.generator.module.modules() if isinstance(part, CascadedGenerator)]
+
     def draw(self, rows: int, features: int) -> Tensor:
         """Standard normal noise (rows, features) for this rank's rows of the batch."""
         whole = torch.randn(rows * self.group.world_size, features, generator=self.random)
@@ -238,7 +254,14 @@ def start(
         model=model,
         phase=phase,
         text=text or frozen_text(model.text_encoder),
-        generator=prepare(generator, group, engine, learning_rate=glam.generator_learning_rate, **common),
+        generator=prepare(
+            generator,
+            group,
+            engine,
+            learning_rate=glam.generator_learning_rate,
+            unused=glam.coarse_steps > 0,
+            **common,
+        ),
         average=average,
         discriminators=[
             prepare(module, group, engine, learning_rate=glam.discriminator_learning_rate, **common)

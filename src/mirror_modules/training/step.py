@@ -49,6 +49,7 @@ class Part(NamedTuple):
 
 def adversarial_step(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe) -> StepResult:
     """Train discriminators and generator on one batch of real pairs."""
+    state.set_stages(recipe)
     parts = divide(state, batch, recipe)
     with restoring_buffers([network.module for network in state.networks().values()]) as finite:
         # The graph of a single part is reused by the generator update; of several parts, each is generated again.
@@ -75,7 +76,7 @@ def update_discriminators(
     # The partner of a row may be in another part or on another rank.
     all_texts = state.group.all_gather(torch.cat(texts))
     losses: dict[str, Tensor] = {}
-    for i, (network, resolution) in enumerate(zip(state.discriminators, state.resolutions)):
+    for i, (network, resolution) in enumerate(zip(state.discriminators[: state.stages], state.resolutions)):
         network.optimizer.zero_grad()
         loss = torch.zeros((), device=state.group.device)
         for part, text, fake in zip(parts, texts, generated):
@@ -166,7 +167,7 @@ def generator_terms(
             text = TextFeatures(part.words, part.sentence)
             terms["matching"] = state.matching(first_rows(for_encoder, rows), text, part.word_mask, part.class_ids)
             total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
-    if recipe.color_weight > 0:
+    if recipe.color_weight > 0 and len(fake.images) > 1:
         pairs = pairwise(fake.images)
         terms["color"] = torch.stack([color_consistency_loss(fine, coarse) for coarse, fine in pairs]).sum()
         total = total + recipe.color_weight * terms["color"]

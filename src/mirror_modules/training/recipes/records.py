@@ -15,8 +15,10 @@ from mirror_modules.training.recipes.fields import changed_fields, override
 PHASES = ("stem", "stream", "glam", "evaluator")
 """The phases that every run has, in order."""
 SECOND_EVALUATOR, FIRST_STAGE = "second_evaluator", "first_stage"
+PRETRAINING = {"stem": "pretraining", "evaluator": "evaluator_pretraining"}
+"""The phases that can train the image backbone of a phase before it."""
 # Random streams depend on the position of a phase in this tuple.
-ALL_PHASES = (*PHASES, SECOND_EVALUATOR, FIRST_STAGE)
+ALL_PHASES = (*PHASES, SECOND_EVALUATOR, FIRST_STAGE, *PRETRAINING.values())
 """The phases that a run can have; `Recipe.phases` are those of a recipe, in order."""
 ADVERSARIAL_PHASES = (FIRST_STAGE, "glam")
 """The phases that train a generator against discriminators, in order."""
@@ -128,28 +130,39 @@ class EvaluatorRecipe(MatchingRecipe):
 
 
 @dataclass(frozen=True)
-class CaptionerRecipe:
-    """The captioner on real pairs: phase `stream`."""
+class PretrainingRecipe:
+    """An image backbone from scratch that learns to caption: phases `pretraining` and `evaluator_pretraining`."""
 
-    steps: int = 1000
+    steps: int = 1500
     """Optimizer steps."""
     batch_size: int = 64
     """Images per step over all processes."""
     accumulate: int = 1
     """Gradient accumulation: parts into which each process divides its share of a batch, to save memory."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     """Adam's peak learning rate."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; None does not clip."""
-    train_backbone: bool = False
-    """Train the captioner's image backbone too; otherwise it is frozen as trained by phase `stem`. A pretrained
-    backbone also needs model.captioner_backbone.trainable."""
     keep_best: Literal["cross_entropy", "word_accuracy"] | None = None
     """Validation metric that selects the best step; None uses the last step."""
 
     def __post_init__(self) -> None:
-        check_positive("CaptionerRecipe", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
-        _check_above_zero("CaptionerRecipe", self, "learning_rate", "max_grad_norm")
+        owner = type(self).__name__
+        check_positive(owner, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        _check_above_zero(owner, self, "learning_rate", "max_grad_norm")
+
+
+@dataclass(frozen=True)
+class CaptionerRecipe(PretrainingRecipe):
+    """The captioner on real pairs: phase `stream`."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    learning_rate: float = 1e-2
+    """Adam's peak learning rate."""
+    train_backbone: bool = False
+    """Train the captioner's image backbone too; otherwise it is frozen as trained by phase `stem`. A pretrained
+    backbone also needs model.captioner_backbone.trainable."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,9 @@ class AdversarialRecipe:
     """Weight of the R1 penalty, half the squared gradient of the logits at real images; 0 turns it off."""
     r1_every: int = 16
     """Lazy regularization: the R1 penalty is computed every `r1_every` steps, with `r1_every` times its weight."""
+    coarse_steps: int = 0
+    """First steps, at most three quarters of all, in which the coarser stages train alone in a fraction of the time,
+    before the finest one joins them (progressive growing)."""
     average_decay: float = 0.999
     """Decay of the generator's moving average, approached from 0.1 in the first steps."""
     keep_best: Literal["r_precision", "redescription"] | None = None
@@ -219,7 +235,7 @@ class AdversarialRecipe:
             "matching_ratio",
         )
         weights = ("redescription_weight", "matching_weight", "interpolation_weight", "color_weight", "kl_weight")
-        _check_not_negative(owner, self, *weights, "r1_weight", "average_decay")
+        _check_not_negative(owner, self, *weights, "r1_weight", "average_decay", "coarse_steps")
         weight, ratio = self.redescription_weight, self.redescription_ratio
         if weight is not None and ratio is not None:
             raise ValueError(
@@ -259,7 +275,7 @@ class AdversarialRecipe:
         return self.matching_weight > 0 or self.matching_ratio is not None
 
 
-PhaseRecipe = MatchingRecipe | CaptionerRecipe | AdversarialRecipe
+PhaseRecipe = MatchingRecipe | PretrainingRecipe | AdversarialRecipe
 
 
 @dataclass(frozen=True)
@@ -354,7 +370,7 @@ class Recipe:
         >>> from mirror_modules.training import Recipe, get_recipe
         >>> recipe = get_recipe("demo")
         >>> recipe.model.resolutions, recipe.glam.redescription_ratio
-        ((16, 32, 64), 0.25)
+        ((16, 32, 64), 1.0)
         >>> longer = replace(recipe, glam=replace(recipe.glam, steps=5000))
         >>> Recipe.from_dict(longer.to_dict()) == longer
         True
@@ -368,6 +384,9 @@ class Recipe:
     """The captioned images."""
     model: ModelConfig = field(default_factory=MirrorGANConfig)
     """Sizes and options of the model; the type determines the system."""
+    pretraining: PretrainingRecipe | None = None
+    """Phase `pretraining`: trains model.image_backbone, which phase `stem` then freezes, with a captioner; None leaves
+    it out."""
     stem: MatchingRecipe = field(default_factory=MatchingRecipe)
     """Phase `stem`: text and image encoder."""
     stream: CaptionerRecipe = field(default_factory=CaptionerRecipe)
@@ -376,6 +395,8 @@ class Recipe:
     """Phase `glam`: the generator."""
     first_stage: AdversarialRecipe | None = None
     """Phase `first_stage`, before `glam`: the first stage of StackGAN, which phase `glam` freezes; None for others."""
+    evaluator_pretraining: PretrainingRecipe | None = None
+    """Phase `evaluator_pretraining`: the same for the backbone of phase `evaluator`, with its own seed."""
     evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
     """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
     second_evaluator: EvaluatorRecipe | None = field(default=None, metadata={"harmless": True})
@@ -395,6 +416,12 @@ class Recipe:
                 "Recipe: stream.train_backbone has no effect on a backbone that is frozen because it has pretrained "
                 "weights; set model.captioner_backbone.trainable, or turn stream.train_backbone off."
             )
+        for phase, before in PRETRAINING.items():
+            if getattr(self, before) is not None and not self.backbone(phase).is_trainable:
+                raise ValueError(
+                    f"Recipe: phase {before!r} trains the backbone of phase {phase!r} from scratch, but it is frozen: "
+                    f"{self.backbone(phase)}; leave {before} out, or choose a backbone without weights."
+                )
         for name, condition in self.model.without_effect():
             _check_has_effect("Recipe: model", self.model, name, condition)
         required = self.model.adversarial_phases
@@ -426,6 +453,11 @@ class Recipe:
                 f"Recipe: {phase}.interpolation_weight mixes sentences, but the system {self.model.system!r} reads "
                 "words too, which cannot be mixed; set it to 0."
             )
+        if recipe.coarse_steps > 0 and len(self.model.trained_resolutions(phase)) < 2:
+            raise ValueError(
+                f"Recipe: {phase}.coarse_steps trains all stages but the finest, but this phase trains one; set it to "
+                "0."
+            )
         if recipe.color_weight > 0 and len(self.model.trained_resolutions(phase)) < 2:
             raise ValueError(
                 f"Recipe: {phase}.color_weight compares the stages of the generator, but this phase trains one; set it "
@@ -434,10 +466,10 @@ class Recipe:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """The phases of this recipe, in order: `PHASES`, and `first_stage` and `second_evaluator` if not None."""
-        first = () if self.first_stage is None else (FIRST_STAGE,)
-        second = () if self.second_evaluator is None else (SECOND_EVALUATOR,)
-        return (*PHASES[:2], *first, *PHASES[2:], *second)
+        """The phases of this recipe, in order: `PHASES`, and those of the others that are not None."""
+        before, before_evaluator = PRETRAINING["stem"], PRETRAINING["evaluator"]
+        order = (before, "stem", "stream", FIRST_STAGE, "glam", before_evaluator, "evaluator", SECOND_EVALUATOR)
+        return tuple(phase for phase in order if getattr(self, phase) is not None)
 
     def phase(self, name: str) -> PhaseRecipe:
         """The fields of one of `phases`.
@@ -552,6 +584,7 @@ def _place(recipe: Recipe, phase: str) -> tuple[str, str]:
     """Section and field of the backbone of a phase."""
     if phase == "stream":
         return "model", "captioner_backbone"
+    phase = next((name for name, before in PRETRAINING.items() if before == phase), phase)
     own = getattr(recipe.phase(phase), "backbone", None)
     return ("model", "image_backbone") if own is None else (phase, "backbone")
 

@@ -102,9 +102,12 @@ def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any],
         **glam,
     }
     phases: dict[str, Any] = {"glam": dataclasses.replace(base.glam, **changes)}
+    config = config_type(**{**shared, **model})
+    if len(config.trained_resolutions("glam")) < 2:
+        phases["glam"] = dataclasses.replace(phases["glam"], coarse_steps=0)
     if "first_stage" in config_type.adversarial_phases:
         # Half of the steps each, for as many images seen.
         steps = base.glam.steps // 2
         phases["first_stage"] = dataclasses.replace(phases["glam"], steps=steps)
         phases["glam"] = dataclasses.replace(phases["glam"], steps=base.glam.steps - steps)
-    return dataclasses.replace(base, name=name, model=config_type(**{**shared, **model}), **phases)
+    return dataclasses.replace(base, name=name, model=config, **phases)
