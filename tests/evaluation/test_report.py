@@ -353,6 +353,14 @@ def test_score_rows():
     assert rows[3].values == [None, 0.5]
 
 
+def test_the_overlap_with_boxes_is_a_score_with_its_error():
+    overlap = {"mean": 0.71, "standard_error": 0.01}
+    rows = score_rows(
+        {"r_precision": {"generated": PRECISION, "real": PRECISION}, "box_overlap": {"generated": overlap}}
+    )
+    assert rows[-1] == ("Overlap with the box", [0.71, None], [0.01, None], None)
+
+
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [

@@ -289,7 +289,7 @@ class Score(NamedTuple):
 
 
 def score_rows(metrics: dict[str, Any]) -> list[Score]:
-    """Rows of the results table: R-precision for each k, word accuracy, redescription quality."""
+    """Rows of the results table: R-precision for each k, word accuracy, redescription quality, overlap with boxes."""
     sources = [metrics["r_precision"][name] for name in SOURCES if name in metrics["r_precision"]]
     rows = []
     for k in (1, 2, 3):
@@ -303,6 +303,10 @@ def score_rows(metrics: dict[str, Any]) -> list[Score]:
         quality = [metrics["redescription"].get(name, {}) for name in SOURCES if name in metrics["r_precision"]]
         for metric, title in (("bleu4", "BLEU-4"), ("chrf", "chrF"), ("words_in_place", "Words in place")):
             rows.append(Score(title, [each.get(metric) for each in quality], [None] * len(sources), None))
+    if "box_overlap" in metrics:
+        overlaps = [metrics["box_overlap"].get(name, {}) for name in SOURCES if name in metrics["r_precision"]]
+        means, errors = ([each.get(name) for each in overlaps] for name in ("mean", "standard_error"))
+        rows.append(Score("Overlap with the box", means, errors, None))
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
