@@ -1,4 +1,4 @@
-"""GAWWN: discriminators of boxes, of key points in images and of key points alone, and what they teach a generator.
+"""GAWWN: discriminators of boxes, of key points in images and of key points alone, and the gradients of generators.
 
 Recorded from GAWWN's layer lists, whose convolutions and linear layers have biases before a batch norm as well.
 """

@@ -92,12 +92,12 @@ def test_the_losses_are_those_of_the_published_system(place):
     wrong_sentence = part.sentence[part.partners]
     rows = part.mismatched_rows
     wrong = discriminator.logits(features[rows], wrong_sentence, part.location[rows]).consistency
-    judged = discriminator(fake.images[0].detach(), part.sentence, part.location).consistency
-    expected = softplus(-real).mean() + (softplus(wrong).mean() + softplus(judged).mean()) / 2
+    fake_logits = discriminator(fake.images[0].detach(), part.sentence, part.location).consistency
+    expected = softplus(-real).mean() + (softplus(wrong).mean() + softplus(fake_logits).mean()) / 2
     losses = update_discriminators(state, parts, [fake], recipe.glam, [])
     assert_close(losses["discriminator_32"], expected.detach(), rtol=1e-5, atol=1e-6)
     losses = update_generator(state, parts, [fake], recipe.glam, [])
-    assert_close(losses["generator_32"], softplus(-judged).mean().detach(), rtol=1e-5, atol=1e-6)
+    assert_close(losses["generator_32"], softplus(-fake_logits).mean().detach(), rtol=1e-5, atol=1e-6)
     assert_close(losses["generator_total"], losses["generator_32"])
 
 

@@ -174,7 +174,7 @@ class InMemoryCaptions:
         self._locate(locations)
 
     def _check_point_names(self, i: int, sample: CaptionedImage) -> None:
-        """Require that all images with key points name the same; the first one says which."""
+        """Require the same names of key points in all images that have any."""
         names = tuple(sample.point_names)
         if self.point_names not in ((), names):
             raise ValueError(

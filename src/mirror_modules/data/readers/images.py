@@ -91,7 +91,7 @@ def read_square(
 def read_view(
     path: Path, resolution: int, box: Box | None = None, *, ignore: Callable[[str], object] = _discard
 ) -> tuple[NDArray[np.uint8], View]:
-    """Read an image as `read_square` does, and say which part of it was kept."""
+    """Read an image as `read_square` does; also return the part of it that is kept."""
     return _read("read_square", path, path, lambda: path.stat().st_size, resolution, box, ignore)
 
 
