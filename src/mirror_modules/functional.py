@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mirror_modules._placing import crop_box, keypoint_gate, keypoint_maps, place_in_box
+from mirror_modules.adversarial.diversity import mode_seeking_loss
 from mirror_modules.adversarial.losses import discriminator_loss, generator_loss, r1_penalty
 from mirror_modules.adversarial.pairing import mismatch
 from mirror_modules.glam.attention import choose_attention, global_local_attention, sentence_attention, word_attention
@@ -65,6 +66,7 @@ __all__ = [
     "latent_step",
     "matching_loss",
     "mismatch",
+    "mode_seeking_loss",
     "other_captions",
     "place_in_box",
     "r1_penalty",

@@ -85,6 +85,7 @@ FUNCTIONS = [
     "latent_step",
     "matching_loss",
     "mismatch",
+    "mode_seeking_loss",
     "other_captions",
     "place_in_box",
     "r1_penalty",

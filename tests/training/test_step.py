@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirror_modules import MirrorGAN
-from mirror_modules.adversarial import discriminator_loss, r1_penalty
+from mirror_modules.adversarial import discriminator_loss, mode_seeking_loss, r1_penalty
 from mirror_modules.data import CaptionBatch
 from mirror_modules.models import BackboneConfig, EncoderPair
 from mirror_modules.stem import TextFeatures, Vocabulary, matching_loss
@@ -102,6 +102,30 @@ def test_the_finest_stage_does_not_train_in_the_coarse_steps(vocabulary, tiny_re
     assert set(steps) == {1.0}
     part = divide(state, make_batch(vocabulary), glam)[0]
     assert [images.shape[2] for images in generate(state, part).images] == [8, 16]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_second_images_of_captions_enter_the_loss_of_diversity_alone(vocabulary, tiny_recipe, parts):
+    glam = dataclasses.replace(tiny_recipe.glam, diversity_ratio=0.3, accumulate=parts)
+    recipe = dataclasses.replace(tiny_recipe, glam=glam)
+    state = make_state(vocabulary, recipe)
+    divided = divide(state, make_batch(vocabulary), glam)
+    # A fourth of the captions of each part: with two parts, of three and two captions, none.
+    assert [len(part.noise) - len(part.tokens) for part in divided] == ([1] if parts == 1 else [0, 0])
+    part = divided[0]
+    fake = generate(state, part)
+    terms = generator_terms(state, part, fake, glam)
+    assert ("diversity" in terms) == (parts == 1)
+    if parts == 1:
+        images, others = fake.images[-1].split([B, 1])
+        assert torch.equal(terms["diversity"], mode_seeking_loss(images, others))
+        assert not torch.equal(images[0], others[0])
+        # Discriminators and captioner see the first image of each caption only.
+        plain = generator_terms(state, part, fake, dataclasses.replace(glam, diversity_ratio=None))
+        for name in ("generator_8", "generator_16", "redescription"):
+            assert torch.equal(terms[name], plain[name])
+    losses = adversarial_step(state, make_batch(vocabulary), glam).losses
+    assert all(bool(loss.isfinite().all()) for loss in losses.values())
 
 
 @pytest.mark.parametrize(("steps", "coarse_steps", "expected"), [(8, 2, 2), (8, 100, 6), (3, 100, 2), (8, 0, 0)])

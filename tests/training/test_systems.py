@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -277,6 +278,46 @@ def test_losses_of_the_generator_decrease_against_fixed_discriminators(system):
     state = make_state(dataclasses.replace(recipe, glam=glam))
     losses = [adversarial_step(state, make_batch(), glam).losses["generator_total"] for _ in range(25)]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_systems_train_in_low_precision_with_spectral_norm_and_r1(system):
+    recipe = make_tiny_recipe(f"{system}-demo")
+    glam = dataclasses.replace(recipe.glam, r1_weight=0.5, r1_every=2, adversarial_objective="hinge", accumulate=2)
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, discriminator_normalization="spectral"),
+        glam=dataclasses.replace(glam, batch_size=6),
+        engine=dataclasses.replace(recipe.engine, precision="bfloat16"),
+    )
+    state = make_state(recipe)
+    for _ in range(3):
+        result = adversarial_step(state, make_batch(), recipe.glam)
+        assert bool(result.finite)
+        assert all(bool(torch.isfinite(loss)) and loss.dtype == torch.float32 for loss in result.losses.values())
+    assert all(parameter.dtype == torch.float32 for parameter in state.generator.module.parameters())
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_compiled_networks_of_a_system_take_the_same_step(system, monkeypatch):
+    torch.compiler.reset()
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
+    recipe = make_recipe(system)
+    compiled = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=True))
+    expected = adversarial_step(make_state(recipe), make_batch(), recipe.glam).losses
+    losses = adversarial_step(make_state(compiled), make_batch(), recipe.glam).losses
+    for name, loss in losses.items():
+        assert_close(loss, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_without_the_name_of_its_system_is_that_of_a_mirrorgan(tmp_path):
+    recipe, folder = make_tiny_recipe(), RunFolder(tmp_path)
+    folder.begin(recipe)
+    content = json.loads(folder.config.read_text())
+    assert content["recipe"]["model"].pop("system") == "mirrorgan"
+    folder.config.write_text(json.dumps(content))
+    assert folder.read_recipe() == recipe
 
 
 class Stopped(Exception):

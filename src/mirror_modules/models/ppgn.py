@@ -40,7 +40,7 @@ class PPGNConfig(ModelConfig):
     """Updates of the latents for each image."""
     sampling_step_size: float = 0.2
     """Mean absolute change of a latent in the first update; it decreases linearly to 0."""
-    prior_weight: float = 1.0
+    prior_weight: float = 0.1
     """Weight of the pull to standard normal latents, where the gradient of the log likelihood of the caption has 1."""
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def sample_latents(
     *,
     steps: int = 50,
     step_size: float = 0.2,
-    prior_weight: float = 1.0,
+    prior_weight: float = 0.1,
     location: Tensor | None = None,
 ) -> LatentSamples:
     """Move the noise of any system to where its captioner finds the captions more likely (PPGN, Sec. 3.3).

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules.adversarial import PairedLogits, discriminator_loss, generator_loss, mismatch
+from mirror_modules.adversarial import (
+    PairedLogits,
+    discriminator_loss,
+    generator_loss,
+    mismatch,
+    mode_seeking_loss,
+)
 from mirror_modules.adversarial.losses import WEIGHTINGS
 from mirror_modules.data import CaptionBatch, image_pyramid
 from mirror_modules.glam import color_consistency_loss
@@ -19,6 +25,9 @@ from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
 from mirror_modules.training.state import AdversarialState, DiscriminatorOutputs, GeneratedBatch
+
+# With a loss of diversity, one caption of so many gets a second image.
+SHARE_OF_PAIRS = 4
 
 
 class Part(NamedTuple):
@@ -35,8 +44,10 @@ class Part(NamedTuple):
     location: Tensor | None
     """Where the subject of each image is; None for systems that do not read it."""
     noise: Tensor
-    """Of the images, and after these of the images of mixed sentences, if any."""
+    """Of the images, and after these of the images of mixed sentences, or of further images of the first captions."""
     condition_noise: Tensor
+    is_mixed: bool
+    """Whether the further images, if any, are of mixed sentences."""
     mismatched_rows: Tensor | None
     """Rows with a mismatched sentence; None if no part of any rank has one."""
     partners: Tensor
@@ -143,11 +154,13 @@ def generator_terms(
         terms["kl"] = torch.stack([kl_divergence(each.mean, each.log_variance) for each in fake.conditions]).sum()
         total = recipe.kl_weight * terms["kl"]
     rows = len(part.tokens)
-    for_discriminator, for_captioner, for_encoder = balance(fake.images[-1], recipe)
+    for_discriminator, for_captioner, for_encoder, for_diversity = balance(fake.images[-1], recipe)
     options = adversarial_options(state, recipe)
+    judged = len(fake.text) if part.is_mixed else rows
+    text, location = first_rows(fake.text, judged), [first_rows(each, judged) for each in location_of(part)]
     with autocast(state.engine, state.group.device):
         for discriminator, images in zip(state.paired_discriminators, [*fake.images[:-1], for_discriminator]):
-            logits = discriminator(images, fake.text, *location_of(part))
+            logits = discriminator(first_rows(images, judged), text, *location)
             of_captions, of_mixtures = split_logits(logits, rows)
             terms[f"generator_{discriminator.resolution}"] = loss = generator_loss(of_captions, **options)
             total = total + loss
@@ -167,6 +180,10 @@ def generator_terms(
             text = TextFeatures(part.words, part.sentence)
             terms["matching"] = state.matching(first_rows(for_encoder, rows), text, part.word_mask, part.class_ids)
             total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
+    if recipe.diversity_ratio is not None and len(for_diversity) > rows:
+        images, others = for_diversity.split([rows, len(for_diversity) - rows])
+        terms["diversity"] = mode_seeking_loss(images, others, target=recipe.diversity_target)
+        total = total + terms["diversity"]
     if recipe.color_weight > 0 and len(fake.images) > 1:
         pairs = pairwise(fake.images)
         terms["color"] = torch.stack([color_consistency_loss(fine, coarse) for coarse, fine in pairs]).sum()
@@ -175,14 +192,14 @@ def generator_terms(
 
 
 def balance(images: Tensor, recipe: AdversarialRecipe) -> list[Tensor]:
-    """The finest images for discriminator, captioner and matching encoder; those of losses with a ratio are balanced.
+    """The finest images for discriminator, captioner, matching encoder and diversity; those with a ratio are balanced.
 
     Ratios are fractions of the discriminator's gradient norm alone: losses with a weight do not change it.
     """
-    ratios = (recipe.redescription_ratio, recipe.matching_ratio)
+    ratios = (recipe.redescription_ratio, recipe.matching_ratio, recipe.diversity_ratio)
     given = [ratio for ratio in ratios if ratio is not None]
     if not given:
-        return [images] * 3
+        return [images] * (1 + len(ratios))
     for_discriminator, *balanced = balance_gradients(images, (1.0, *given))
     return [for_discriminator, *(images if ratio is None else balanced.pop(0) for ratio in ratios)]
 
@@ -238,10 +255,12 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     words_of_part = torch.stack([batch.word_mask[rows].sum() + rows.stop - rows.start for rows in slices])
     pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in mismatched_of_part])
     word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part)
-    # Mixed sentences draw their noise after all others.
-    mixed = [(rows.stop - rows.start) // 2 if recipe.interpolation_weight > 0 else 0 for rows in slices]
-    mixed_noise = state.draw(sum(mixed), config.noise_dim).split(mixed)
-    mixed_condition_noise = state.draw(sum(mixed), config.condition_noise_dim).split(mixed)
+    # Further images draw their noise after all others.
+    share = 2 if recipe.interpolation_weight > 0 else SHARE_OF_PAIRS
+    has_further = recipe.interpolation_weight > 0 or recipe.diversity_ratio is not None
+    further = [(rows.stop - rows.start) // share if has_further else 0 for rows in slices]
+    further_noise = state.draw(sum(further), config.noise_dim).split(further)
+    further_condition_noise = state.draw(sum(further), config.condition_noise_dim).split(further)
     parts = []
     for i, rows in enumerate(slices):
         mismatched, device = mismatched_of_part[i], sentence.device
@@ -255,8 +274,9 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
                 word_mask=batch.word_mask[rows],
                 class_ids=batch.class_ids[rows],
                 location=None if location is None else location[rows],
-                noise=torch.cat((noise[rows], mixed_noise[i])),
-                condition_noise=torch.cat((condition_noise[rows], mixed_condition_noise[i])),
+                noise=torch.cat((noise[rows], further_noise[i])),
+                condition_noise=torch.cat((condition_noise[rows], further_condition_noise[i])),
+                is_mixed=recipe.interpolation_weight > 0,
                 mismatched_rows=None if mismatched is None else mismatched.to(device, non_blocking=True),
                 partners=partners.to(device, non_blocking=True),
                 word_weight=word_weights[i],
@@ -269,14 +289,15 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
 def generate(state: AdversarialState, part: Part) -> GeneratedBatch:
     """Generate images from the captions of a part; where gradients are enabled, through the parallel wrapper.
 
-    Images of mixed sentences follow in the same forward pass, and thus have the same batch statistics.
+    Further images follow in the same forward pass, and thus have the same batch statistics.
     """
     network = state.generator.parallel if torch.is_grad_enabled() else state.generator.module
     words, sentence, word_mask = part.words, part.sentence, part.word_mask
-    if mixed := len(part.noise) - len(sentence):
-        # Words and places of the first caption of each pair fill the rows.
-        words, word_mask = torch.cat((words, words[:mixed])), torch.cat((word_mask, word_mask[:mixed]))
-        sentence = torch.cat((sentence, interpolate_sentences(sentence)))
+    if further := len(part.noise) - len(sentence):
+        # Words and places of the first captions; of mixed sentences, those of the first of each pair.
+        words, word_mask = torch.cat((words, words[:further])), torch.cat((word_mask, word_mask[:further]))
+        others = interpolate_sentences(sentence) if part.is_mixed else sentence[:further]
+        sentence = torch.cat((sentence, others))
     with autocast(state.engine, state.group.device):
         return network(part.noise, part.condition_noise, words, sentence, word_mask, *location_of(part))
 
@@ -285,8 +306,8 @@ def location_of(part: Part) -> tuple[Tensor, ...]:
     """The location of the subject of each generated image, in systems that read it."""
     if part.location is None:
         return ()
-    mixed = len(part.noise) - len(part.location)
-    return (torch.cat((part.location, part.location[:mixed])),)
+    further = len(part.noise) - len(part.location)
+    return (torch.cat((part.location, part.location[:further])),)
 
 
 def first_rows(tensor: Tensor, rows: int) -> Tensor:

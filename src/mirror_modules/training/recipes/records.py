@@ -194,6 +194,11 @@ class AdversarialRecipe:
     off. Temperature and weight of its word-region terms are those of phase `stem`."""
     matching_ratio: float | None = None
     """Instead of a weight: gradient norm of the matching loss, as `redescription_ratio`."""
+    diversity_ratio: float | None = None
+    """Ratio of the mode-seeking loss, which a fourth of the captions gets a second image for; see
+    `redescription_ratio`. None leaves it out."""
+    diversity_target: float = 0.25
+    """Distance of two images of a caption, as a share of that of two captions, from which on they are diverse."""
     kl_weight: float = 1.0
     """Weight of the KL divergence of the conditions from a standard normal."""
     mismatched_pairs: bool = True
@@ -233,9 +238,17 @@ class AdversarialRecipe:
             "max_grad_norm",
             "redescription_ratio",
             "matching_ratio",
+            "diversity_ratio",
         )
         weights = ("redescription_weight", "matching_weight", "interpolation_weight", "color_weight", "kl_weight")
-        _check_not_negative(owner, self, *weights, "r1_weight", "average_decay", "coarse_steps")
+        _check_not_negative(owner, self, *weights, "r1_weight", "average_decay", "coarse_steps", "diversity_target")
+        if self.diversity_ratio is None:
+            _check_has_effect(owner, self, "diversity_target", "diversity_ratio=None")
+        elif self.interpolation_weight > 0:
+            raise ValueError(
+                f"{owner}: diversity_ratio={self.diversity_ratio:g} and interpolation_weight="
+                f"{self.interpolation_weight:g} both generate further images in a step; use one of them."
+            )
         weight, ratio = self.redescription_weight, self.redescription_ratio
         if weight is not None and ratio is not None:
             raise ValueError(

@@ -70,7 +70,7 @@ def stackgan_v2_demo() -> Recipe:
 
 def ppgn_demo() -> Recipe:
     """PPGN on the drawn flowers of demo, an unconditional generator; minutes on two CPU cores."""
-    sizes = {"channels": 2 * demo().model.channels, "residual_blocks": 1, "sampling_steps": 20}
+    sizes = {"channels": 2 * demo().model.channels, "residual_blocks": 1, "sampling_steps": 30}
     return _like_demo("ppgn-demo", PPGNConfig, sizes, mismatched_pairs=False)
 
 
