@@ -145,7 +145,9 @@ def _phase_of(run: RunFolder) -> str:
 def small_recipe() -> Recipe:
     """All phases with all sources of randomness; trains in seconds."""
     phases = {phase: {"steps": 16, "batch_size": 7} for phase in ("stem", "stream", "evaluator")}
-    glam = {"steps": 16, "batch_size": 7, "r1_weight": 1.0, "r1_every": 3}
+    glam = {"steps": 16, "batch_size": 7, "r1_weight": 1.0, "r1_every": 3, "coarse_steps": 3, "diversity_ratio": 0.25}
+    # These phases take the steps of phase `stream`.
+    left_out = {"pretraining": None, "evaluator_pretraining": None}
     sizes = {"channels": 3, "discriminator_channels": 3, "word_dim": 10, "noise_dim": 5, "condition_dim": 6}
     fields = {
         "name": "small",
@@ -155,6 +157,7 @@ def small_recipe() -> Recipe:
         "engine": {"checkpoint_every": 2},
         "logging": {"every": 1, "samples_every": 0},
         **phases,
+        **left_out,
         "glam": glam,
     }
     return Recipe.from_dict(fields, demo())

@@ -37,7 +37,7 @@ def read_files(folder):
 
 def test_train_continues_with_missing_phases_and_evaluates(capsys, tmp_path):
     folder = tmp_path / "run"
-    status, out, _ = run(capsys, "train", "demo", "--out", folder, *SHORT, "--phases", "stem", "stream")
+    status, out, _ = run(capsys, "train", "demo", "--out", folder, *SHORT, "--phases", "pretraining", "stem", "stream")
     assert status == 0
     assert "the other phases are not trained yet" in out
     assert_rejected(run(capsys, "evaluate", folder), "lacks phase 'glam'")

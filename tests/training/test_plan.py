@@ -28,7 +28,7 @@ def listing(folder):
 
 @pytest.fixture
 def recipe():
-    return get_recipe("demo")
+    return get_recipe("ablation")
 
 
 def test_a_new_folder_gets_the_requested_phases_in_order_and_is_not_created(recipe, tmp_path):
@@ -62,6 +62,18 @@ def test_a_phase_needs_the_weights_it_starts_from(recipe, tmp_path, phase, requi
     with pytest.raises(ValueError, match=rf"phase '{phase}' needs phase '{required}', which .* lacks; train it too"):
         make_plan(recipe, folder, [phase], resume=False)
     assert make_plan(recipe, folder, [phase, required], resume=False).finished == ()
+
+
+def test_pretraining_comes_before_the_phase_that_freezes_its_backbone(tmp_path):
+    recipe = get_recipe("demo")
+    folder = RunFolder(tmp_path / "new")
+    order = ("pretraining", "stem", "stream", "glam", "evaluator_pretraining", "evaluator")
+    assert make_plan(recipe, folder, sorted(order), resume=False) == Plan(order, ())
+    for phase, required in {"stem": "pretraining", "evaluator": "evaluator_pretraining"}.items():
+        with pytest.raises(ValueError, match=rf"phase '{phase}' needs phase '{required}', which .* lacks"):
+            make_plan(recipe, folder, [phase], resume=False)
+    with pytest.raises(ValueError, match=r"unknown phase 'pretraining'; .* needs the recipe's field pretraining"):
+        make_plan(get_recipe("ablation"), folder, ["pretraining"], resume=False)
 
 
 def test_unknown_phases_are_rejected(recipe, tmp_path):

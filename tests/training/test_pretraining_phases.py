@@ -56,7 +56,5 @@ def test_pretraining_trains_the_backbone_by_captioning(tiny_recipe, tmp_path):
 
 def test_a_frozen_backbone_cannot_be_pretrained(tiny_recipe):
     model = dataclasses.replace(tiny_recipe.model, image_backbone=BackboneConfig("conv", trainable=False))
-    with pytest.raises(
-        ValueError, match=r"phase 'pretraining' trains the backbone of phase 'stem' from scratch, but"
-    ):
+    with pytest.raises(ValueError, match=r"phase 'pretraining' trains the backbone of phase 'stem' from scratch, but"):
         with_pretraining(dataclasses.replace(tiny_recipe, model=model))

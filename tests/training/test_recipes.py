@@ -187,13 +187,15 @@ def test_differences_are_harmless_only_in_logging_and_length():
     new = dataclasses.replace(old, seed=1, glam=glam, logging=LoggingRecipe(every=3))
     assert list(differences(old, new)) == [
         ("seed is 0 there and 1 now", False),
-        ("glam.steps is 1600 there and 1 now", True),
-        ("glam.kl_weight is 0.1 there and 3.0 now", False),
+        (f"glam.steps is {old.glam.steps} there and 1 now", True),
+        (f"glam.kl_weight is {old.glam.kl_weight} there and 3.0 now", False),
         ("logging.every is 10 there and 3 now", True),
     ]
     # The learning rate's cycle depends on the number of steps.
     stem = dataclasses.replace(old.stem, steps=1)
-    assert list(differences(old, dataclasses.replace(old, stem=stem))) == [("stem.steps is 400 there and 1 now", False)]
+    assert list(differences(old, dataclasses.replace(old, stem=stem))) == [
+        (f"stem.steps is {old.stem.steps} there and 1 now", False)
+    ]
 
 
 def test_an_unknown_section_is_rejected():

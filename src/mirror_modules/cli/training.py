@@ -43,7 +43,19 @@ class TrainOptions:
     """Device; auto uses a GPU if there is one."""
     threads: int | None = None
     """Threads on a CPU; torch's default is the number of cores. One thread is faster while other programs compute."""
-    phases: tuple[Literal["stem", "stream", "first_stage", "glam", "evaluator", "second_evaluator"], ...] = ()
+    phases: tuple[
+        Literal[
+            "pretraining",
+            "stem",
+            "stream",
+            "first_stage",
+            "glam",
+            "evaluator_pretraining",
+            "evaluator",
+            "second_evaluator",
+        ],
+        ...,
+    ] = ()
     """Phases to train; all by default."""
     resume: bool = False
     """Continue an interrupted run from its newest checkpoint; in a new folder, start the run."""
