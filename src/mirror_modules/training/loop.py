@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def _common_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], resum
 
 
 def _train_phases(run: Run, plan: Plan) -> None:
-    trainers = {
+    trainers: dict[str, Callable[[Run], nn.Module]] = {
         "pretraining": partial(_pretrain, phase="pretraining"),
         "stem": train_stem,
         "stream": train_stream,

@@ -177,8 +177,8 @@ def generator_terms(
             weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
             total = total + weight * terms["redescription"]
         if state.matching is not None:
-            text = TextFeatures(part.words, part.sentence)
-            terms["matching"] = state.matching(first_rows(for_encoder, rows), text, part.word_mask, part.class_ids)
+            captions = TextFeatures(part.words, part.sentence)
+            terms["matching"] = state.matching(first_rows(for_encoder, rows), captions, part.word_mask, part.class_ids)
             total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
     if recipe.diversity_ratio is not None and len(for_diversity) > rows:
         images, others = for_diversity.split([rows, len(for_diversity) - rows])
