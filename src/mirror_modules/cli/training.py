@@ -125,7 +125,7 @@ class EvaluateOptions:
     """Threads on a CPU; torch's default is the number of cores."""
     fit_classifier: bool = False
     """Train the classifier for FID, KID, Inception Score, diversity and attribute accuracy, once per run; on drawn
-    flowers this is the default."""
+    flowers this is the default, and the classifier is kept for other runs."""
     no_fit_classifier: bool = False
     """Do without these metrics on drawn flowers, too."""
     inception: bool = False

@@ -106,7 +106,7 @@ def evaluate(
         fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on drawn flowers, attribute
             accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the reason is
             stored as `not_measured`. None trains one for drawn flowers of at least 32 pixels; at lower resolutions it
-            is not accurate enough.
+            is not accurate enough. That of drawn flowers is also kept in the user's cache for other runs.
         inception: Use torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
         threads: Threads on the CPU; None takes those of the run's recipe, or torch's default if it names none.
 
