@@ -38,8 +38,16 @@ COMMANDS = [
     (f"train photos-64 --data mine --out runs/mine --threads 1 {SHORT}", 0, ["1 thread", "Open runs/mine/report.html"]),
     (f"train flowers-64 --data mine --out runs/other --threads 1 {SHORT}", 0, ["Open runs/other/report.html"]),
     ("evaluate runs/mine --threads 1", 0, ["R-precision among"]),
-    (f"train demo --out runs/demo --threads 1 {DRAWN} --phases pretraining stem", 0, ["the other phases are not trained yet"]),
-    (f"train demo --out runs/demo --threads 1 {DRAWN} --resume --phases pretraining stem stream glam", 0, ["already trained"]),
+    (
+        f"train demo --out runs/demo --threads 1 {DRAWN} --phases pretraining stem",
+        0,
+        ["the other phases are not trained yet"],
+    ),
+    (
+        f"train demo --out runs/demo --threads 1 {DRAWN} --resume --phases pretraining stem stream glam",
+        0,
+        ["already trained"],
+    ),
     (f"generate runs/demo/model '{CAPTION}' --out flower.png", 0, [f"flower.png: seed 0, {CAPTION}"]),
     ("describe runs/demo/model flower.png", 0, ["flower.png: "]),
     (f"generate runs/demo '{CAPTION}'", 2, ["did you mean runs/demo/model?"]),
