@@ -213,6 +213,9 @@ def test_held_out_images_are_kept_from_the_training_and_its_vocabulary(tiny_reci
         row = whole.training.captions.index(captions)
         assert torch.equal(image, whole.training.images[row])
         assert class_id == whole.training.class_ids[row]
+    # Runs that differ in their seeds are compared on the same images.
+    again = make_splits(dataclasses.replace(tiny_recipe, seed=5), **options, held_out_share=0.3, augment=True)
+    assert again.held_out.captions == held_out
     # The limits of the recipe hold for what is left.
     few = make_splits(tiny_recipe, **{**options, "training_images": 7, "validation_images": 3}, held_out_share=0.3)
     assert (len(few.training), len(few.validation), len(few.held_out)) == (7, 3, 3)

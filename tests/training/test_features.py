@@ -10,6 +10,7 @@ from torch import nn
 
 from mirror_modules import Captioner, ImageEncoder, ImageFeatures, TextEncoder
 from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers, to_float
+from mirror_modules.models import BackboneConfig
 from mirror_modules.training import features as module
 from mirror_modules.training.batches import to_device
 from mirror_modules.training.distributed import SINGLE_PROCESS
@@ -47,6 +48,51 @@ def batches(captions):
 def cache(encoder, captions, folder, views=None, **changes):
     options = {"name": "backbone", "with_regions": True, "limit_mib": 1024, "group": SINGLE_PROCESS, **changes}
     return cache_images(encoder, captions, views or Views.of(captions, CROP, CROPS), folder, **options)
+
+
+def test_runs_share_a_folder_of_features_which_stays(tiny_recipe, tmp_path, capsys):
+    backbone = BackboneConfig("conv", trainable=False)
+    model = dataclasses.replace(tiny_recipe.model, image_backbone=backbone, captioner_backbone=backbone)
+    shared = tmp_path / "features"
+    engine = dataclasses.replace(tiny_recipe.engine, features_folder=str(shared))
+    recipe = dataclasses.replace(tiny_recipe, model=model, engine=engine)
+    # The frozen backbone starts from the seed: the same one has the same features.
+    one = train(recipe, tmp_path / "one", phases=["stem", "evaluator"])
+    files = sorted(shared.rglob("*.npy"))
+    assert files
+    before = [file.stat().st_mtime_ns for file in files]
+    two = train(recipe, tmp_path / "two", phases=["stem", "evaluator"])
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert sorted(shared.rglob("*.npy")) == files
+    for run in (one, two):
+        assert not run.features.exists()
+    assert one.weights("stem").read_bytes() == two.weights("stem").read_bytes()
+    assert capsys.readouterr().err.count("computing the features") == 2
+
+
+def test_a_cache_that_another_run_is_creating_is_waited_for(encoder, captions, tmp_path, monkeypatch):
+    complete = cache(encoder, captions, tmp_path / "a")
+    (folder,) = (tmp_path / "a").iterdir()
+    waits = []
+
+    def create(seconds):
+        # The other run has finished when this one looks again.
+        waits.append(seconds)
+        holder.close()
+
+    (tmp_path / "b" / folder.name).mkdir(parents=True)
+    holder = open_locked(tmp_path / "b" / folder.name / ".lock")
+    monkeypatch.setattr(module.time, "sleep", create)
+    again = cache(encoder, captions, tmp_path / "b")
+    assert len(waits) == 1
+    assert torch.equal(again.image, complete.image)
+
+
+def open_locked(path):
+    fcntl = pytest.importorskip("fcntl")
+    file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def test_cached_text_features_match_those_of_each_batch(captions):
