@@ -31,6 +31,9 @@ def error_lines(err):
     return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
 
 
+PARTS_LEFT_OUT = ("evaluator.backbone", "second-evaluator", "first-stage", "pretraining", "evaluator-pretraining")
+
+
 def flags(record, prefix=""):
     """Names of a command's options: the fields of its dataclass, nested ones too.
 
@@ -39,7 +42,7 @@ def flags(record, prefix=""):
     for field in dataclasses.fields(record):
         name = prefix + field.name.replace("_", "-")
         value = getattr(record, field.name, None)
-        if value is None and name in ("evaluator.backbone", "second-evaluator", "first-stage"):
+        if value is None and name in PARTS_LEFT_OUT:
             continue
         if dataclasses.is_dataclass(value):
             yield from flags(value, "" if name == "recipe" else f"{name}.")

@@ -10,7 +10,7 @@ import mirror_modules
 from mirror_modules.cli.images import DescribeOptions, GenerateOptions
 from mirror_modules.cli.training import AblateOptions, EvaluateOptions, TrainOptions
 from mirror_modules.models import TextToImage
-from mirror_modules.training.recipes import demo
+from mirror_modules.training.recipes import ablation, demo
 from tests.cli.commands import CAPTION, assert_rejected, flags, run
 
 
@@ -21,7 +21,7 @@ from tests.cli.commands import CAPTION, assert_rejected, flags, run
         ("generate", GenerateOptions),
         ("describe", DescribeOptions),
         ("evaluate", EvaluateOptions),
-        ("ablate", AblateOptions(demo())),
+        ("ablate", AblateOptions(ablation())),
     ],
 )
 def test_help_shows_every_option_with_its_default(capsys, command, options):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -50,6 +51,8 @@ def make_quick_classifiers(monkeypatch):
 
     monkeypatch.setattr(attributes, "MIN_ACCURACY", 0.0)
     monkeypatch.setattr(attributes, "HELD_OUT_IMAGES", 50)
+    # No other test's classifier is used, and none is kept.
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.setattr(attributes, "fit_network", fit_and_count)
     monkeypatch.setattr(evaluation, "fit_attribute_classifier", partial(fit_attribute_classifier, steps=2, images=70))
     return trained

@@ -616,9 +616,9 @@ SHORT = [
 ]
 
 
-def torchrun(folder, log, *options, program=("-m", "mirror_modules")):
+def torchrun(folder, log, *options, program=("-m", "mirror_modules"), recipe="ablation"):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    words += [*program, "train", "demo", "--out", str(folder), *SHORT, *options]
+    words += [*program, "train", recipe, "--out", str(folder), *SHORT, *options]
     with log.open("w") as file:
         return subprocess.Popen(
             words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -638,7 +638,8 @@ def finish(process, log):
 
 def test_torchrun_trains_and_evaluates(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    status = finish(torchrun(folder, log, "--steps", "2"), log)
+    # With pretraining, and three coarse steps before the finest stage trains.
+    status = finish(torchrun(folder, log, "--steps", "4", recipe="demo"), log)
     printed = log.read_text()
     assert status == 0, printed[-3000:]
     assert printed.count(f"Open {folder / 'report.html'}") == 1
@@ -646,7 +647,7 @@ def test_torchrun_trains_and_evaluates(tmp_path):
     assert (folder / "report.html").exists()
     assert (folder / "evaluation.json").exists()
     steps = [(line["phase"], line["step"]) for line in read_lines(folder)]
-    assert len(steps) == len(set(steps)) == 4 * 2
+    assert len(steps) == len(set(steps)) == 6 * 4
 
 
 def test_a_run_whose_rank_was_killed_ends_and_can_be_resumed(tmp_path):

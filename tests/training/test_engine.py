@@ -37,7 +37,7 @@ OPTIONS = [
 
 
 def command_line(folder, *options):
-    return [str(argument) for argument in ("train", "demo", "--out", folder, *OPTIONS, "--steps", 20, *options)]
+    return [str(argument) for argument in ("train", "ablation", "--out", folder, *OPTIONS, "--steps", 20, *options)]
 
 
 def error_lines(err):
