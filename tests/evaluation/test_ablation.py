@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mirror_modules.evaluation import ablation, ablation_table
-from mirror_modules.evaluation.ablation import Cell, ablate, ablation_cells, run_cell
-from mirror_modules.evaluation.ablation_table import PAIRS, as_markdown, bootstrap_interval, summarize, unrankable
+from mirror_modules.evaluation import grid, tables
+from mirror_modules.evaluation.ablation import PAIRS, Cell, ablate, ablation_cells
+from mirror_modules.evaluation.grid import Grid, GridCell, run_cell
+from mirror_modules.evaluation.tables import as_markdown, bootstrap_interval, summarize, unrankable
 from mirror_modules.metrics import class_oracle
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.errors import TrainingError
@@ -41,20 +42,24 @@ def recipe():
     return make_recipe()
 
 
+def grid_of(out, recipe=None):
+    return Grid("ablate", "ablation", "cell", out, recipe or make_recipe(), "cpu")
+
+
 def run_here(monkeypatch):
     """Run tasks in this process, without the attribute classifier, which is inaccurate on such small images.
 
     Returns a list of the tasks that were run.
     """
 
-    def run_tasks(function, tasks, jobs, *, title):
+    def run_tasks(function, tasks, jobs, *, title, command):
         finished.extend(tasks.values())
         for task in tasks.values():
             function(*task)
 
     finished = []
-    monkeypatch.setattr(ablation, "in_processes", run_tasks)
-    monkeypatch.setattr(ablation, "fit_attribute_classifier", lambda *_: None)
+    monkeypatch.setattr(grid, "in_processes", run_tasks)
+    monkeypatch.setattr(grid, "fit_attribute_classifier", lambda *_: None)
     return finished
 
 
@@ -132,12 +137,12 @@ def test_cells_share_the_earlier_phases_and_resume(recipe, tmp_path, without_pro
     shutil.rmtree(tmp_path / "out" / "cells" / "weight-20" / "seed-3")
     without_processes.clear()
     ablate(recipe, tmp_path / "out", cells=CELLS[1:], seeds=(0, 3))
-    assert [(task[0].name, task[3]) for task in without_processes] == [("weight 20", 3)]
+    assert [(task[0].name, task[2]) for task in without_processes] == [("weight 20", 3)]
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
 
 
 def names_of(tasks):
-    return [task[0].name for task in tasks if isinstance(task[0], Cell)]
+    return [task[0].name for task in tasks if isinstance(task[0], GridCell)]
 
 
 def test_a_finished_cell_is_trained_further_for_more_steps(out, tmp_path, without_processes):
@@ -176,7 +181,7 @@ def test_an_interrupted_extension_does_not_keep_the_old_metrics(out, recipe, wit
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(ablation, "measure", stop)
+        stopped.setattr(grid, "measure", stop)
         with pytest.raises(KeyboardInterrupt):
             ablate(make_recipe(5), out, cells=CELLS[:1], seeds=(0,))
     without_processes.clear()
@@ -252,7 +257,7 @@ def test_the_caller_may_have_turned_gradients_off(out, recipe, without_processes
     """The attribute classifier is trained in the caller's process."""
     modes = []
     monkeypatch.setattr(
-        ablation,
+        grid,
         "fit_attribute_classifier",
         lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())),
     )
@@ -318,11 +323,11 @@ def test_names_that_break_tables_are_refused(recipe, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["../../escape", "/tmp/escape", "C:\\escape", "~", "$x^$ & <b> `y`", "caf\u00e9"])
 def test_other_names_stay_in_the_folder_and_are_shown(tmp_path, name):
-    folder = ablation._cell_folder(tmp_path / "out", Cell(name, {}), 0)
+    folder = grid_of(tmp_path / "out").cell_folder(name, 0)
     assert folder.resolve().parent.parent == (tmp_path / "out" / "cells").resolve()
-    content = summarize({name: [{"words": [0.5]}]}, (0,))
+    content = summarize({name: [{"words": [0.5]}]}, (0,), PAIRS)
     assert f"| {name} | 50.0 |" in as_markdown(content)
-    ablation_table.draw(content, tmp_path / "plot.png")
+    tables.draw(content, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +396,7 @@ def test_a_cell_of_the_paper_may_be_replaced(recipe, tmp_path, without_processes
 
 def test_the_folders_of_the_paper_s_cells_keep_their_names():
     """Finished cells of earlier versions are reused."""
-    folders = [ablation._cell_folder(Path("out"), cell, 3).as_posix() for cell in ablation_cells()]
+    folders = [grid_of(Path("out")).cell_folder(cell.name, 3).as_posix() for cell in ablation_cells()]
     assert folders[0] == "out/cells/word-attention-weight-0/seed-3"
     assert folders[-1] == "out/cells/no-mismatched-pairs-ratio-0.25/seed-3"
     assert len(set(folders)) == 18
@@ -399,7 +404,7 @@ def test_the_folders_of_the_paper_s_cells_keep_their_names():
 
 def test_the_start_and_the_end_of_each_process_are_printed(capfd):
     tasks = {name: (f"from {name}",) for name in ("phases stem, seed 0", "cell 'weight 0', seed 3")}
-    ablation.in_processes(print, tasks, 1, title="cells")
+    grid.in_processes(print, tasks, 1, title="cells", command="ablate")
     captured = capfd.readouterr()
     assert captured.out.splitlines() == [f"from {name}" for name in tasks]
     lines = [re.sub(r"\d+ min \d+ s", "T", line) for line in captured.err.splitlines()]
@@ -414,15 +419,15 @@ def test_the_start_and_the_end_of_each_process_are_printed(capfd):
 def test_the_processes_are_named_and_divide_the_threads(recipe, tmp_path, monkeypatch):
     started = {}
 
-    def record(function, tasks, jobs, *, title):
+    def record(function, tasks, jobs, *, title, command):
         started.update(tasks)
         threads.append(torch.get_num_threads())
-        run_tasks(function, tasks, jobs, title=title)
+        run_tasks(function, tasks, jobs, title=title, command=command)
 
     threads = []
     run_here(monkeypatch)
-    run_tasks = ablation.in_processes
-    monkeypatch.setattr(ablation, "in_processes", record)
+    run_tasks = grid.in_processes
+    monkeypatch.setattr(grid, "in_processes", record)
     engine = dataclasses.replace(recipe.engine, threads=3)
     ablate(dataclasses.replace(recipe, engine=engine), tmp_path / "out", cells=CELLS[:1], seeds=(0, 3))
     phases = "phases stem, stream, evaluator"
@@ -437,7 +442,8 @@ def test_the_processes_are_named_and_divide_the_threads(recipe, tmp_path, monkey
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (content["recipe"]["engine"]["threads"], content["versions"]["machine"][-11:]) == (3, ", 3 threads")
     # Each process sets its own share.
-    assert all(task[-4].engine.threads is None for task in started.values())
+    assert all(task[-2].shared.engine.threads is None for task in started.values())
+    assert {task[0].recipe.engine.threads for task in started.values() if isinstance(task[0], GridCell)} == {None}
 
 
 def test_options_of_a_part_that_a_cell_turns_off_are_reset():
@@ -464,9 +470,15 @@ def test_few_validation_images_lower_the_number_of_candidates(recipe, tmp_path, 
 def test_a_failed_process_is_reported(recipe, tmp_path, capfd):
     """The shared phases of the cell are missing."""
     with pytest.raises(
-        TrainingError, match=r"a process of the ablation exited with status 1; .* repeat the command to continue"
+        TrainingError, match=r"a process of `ablate` exited with status 1; .* repeat the command to continue"
     ):
-        ablation.in_processes(run_cell, {"cell": (CELLS[0], recipe, tmp_path, 0, "cpu")}, 1, title="cells")
+        grid.in_processes(
+            run_cell,
+            {"cell": (GridCell("weight 0", recipe), grid_of(tmp_path, recipe), 0)},
+            1,
+            title="cells",
+            command="ablate",
+        )
     assert "mirror-modules ablate: FileNotFoundError" in capfd.readouterr().err
 
 
@@ -477,24 +489,24 @@ def test_a_process_that_cannot_start_is_reported(tmp_path):
         pass
 
     with pytest.raises((AttributeError, pickle.PicklingError), match="not_importable"):
-        ablation.in_processes(not_importable, {"task": ()}, 1, title="cells")
+        grid.in_processes(not_importable, {"task": ()}, 1, title="cells", command="ablate")
 
 
 def test_a_script_without_a_guard_gets_pythons_explanation(tmp_path):
-    call = "in_processes(print, {'task': ()}, 1, title='cells')"
+    call = "in_processes(print, {'task': ()}, 1, title='cells', command='ablate')"
     script = f"from mirror_modules.evaluation.processes import in_processes\n{call}\n"
     (tmp_path / "start.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "start.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "if __name__ == '__main__':" in done.stderr
     assert "AttributeError" not in done.stderr
-    assert "a process of the ablation exited with status 1" in done.stderr
+    assert "a process of `ablate` exited with status 1" in done.stderr
 
 
 def test_child_processes_end_when_their_parent_is_killed(tmp_path):
     pid = tmp_path / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(300)"
-    call = f"in_processes(exec, {{'task': ({code!r},)}}, 1, title='processes')"
+    call = f"in_processes(exec, {{'task': ({code!r},)}}, 1, title='processes', command='ablate')"
     start = f"from mirror_modules.evaluation.processes import in_processes; {call}"
     guarded = f"if __name__ == '__main__':\n    {start}\n"
     (tmp_path / "start.py").write_text(guarded, encoding="utf-8")
@@ -530,7 +542,7 @@ def test_summaries_average_over_seeds_and_pairs():
         "weight 0": [{"r_precision": [0.0, 0.5]}, {"r_precision": [0.5, 0.5]}],
         "weight 1": [{"r_precision": [0.5, 0.5]}, {"r_precision": [1.0, 0.5]}],
     }
-    content = summarize(results, (4, 5))
+    content = summarize(results, (4, 5), PAIRS)
     assert content["figures"]["weight 0"]["r_precision"] == {
         "mean": pytest.approx(0.375),
         "deviation": pytest.approx(0.125 * 2**0.5),
@@ -543,7 +555,7 @@ def test_summaries_average_over_seeds_and_pairs():
     assert "| weight 0 | 37.5 ± 17.7 |" in table
     assert "| weight 1 | weight 0 | +25.0 (" in table
     single_values = {name: [{"words": [runs[0]["r_precision"][1]]}] for name, runs in results.items()}
-    table = as_markdown(summarize(single_values, (4,)))
+    table = as_markdown(summarize(single_values, (4,), PAIRS))
     assert "| weight 0 | 50.0 |" in table
     assert "| weight 1 | weight 0 | +0.0 |" in table
 
@@ -611,7 +623,7 @@ def test_columns_that_cannot_rank_have_footnotes():
     assert found == {
         "held_out_r_precision": ["real images, at 25.0% ± 0.4, are below generated ones, at 90.0%"],
     }
-    table = as_markdown({**summarize(results, (0, 1)), "bounds": bounds, "cannot_rank": found})
+    table = as_markdown({**summarize(results, (0, 1), PAIRS), "bounds": bounds, "cannot_rank": found})
     assert "| | R-precision, top 1 | R-precision, top 1, training classes [1] |" in table
     assert "| class alone | 10.0 | 10.0 |\n| chance | 1.0 | 1.0 |\n\n[1] Cannot rank these images: real" in table
     assert "at 90.0%. Differences in this column have no meaning." in table
@@ -639,7 +651,7 @@ def test_the_interval_reflects_the_variance_of_seeds_and_captions():
 
 def test_the_interval_has_its_nominal_coverage_with_many_seeds(monkeypatch):
     """With as few as three seeds, coverage is lower, as the docstring states."""
-    monkeypatch.setattr(ablation_table, "RESAMPLES", 500)
+    monkeypatch.setattr(tables, "RESAMPLES", 500)
     rng = np.random.default_rng(1)
     covered = 0
     for i in range(60):

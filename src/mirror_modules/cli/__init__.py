@@ -23,6 +23,7 @@ usage: mirror-modules COMMAND ...
   data inspect PATH              summarize a folder of captioned images and list its damaged files
   data prepare PATH OUT          decode and resize a folder of captioned images once, for faster loading
   ablate [RECIPE]                train and evaluate the paper's ablation over several seeds
+  compare                        train and evaluate several systems on equal terms, over several seeds
   study RUN RUN ...              write a page on which people compare images of runs, or summarize their answers
 
 `mirror-modules COMMAND --help` lists every option with its default; `mirror-modules --version` prints the version."""
@@ -36,12 +37,14 @@ COMMANDS = {
     "evaluate": ("training", "evaluate"),
     "data": ("data", "data"),
     "ablate": ("training", "ablate"),
+    "compare": ("compare", "compare"),
     "study": ("study", "study"),
 }
 # What an interrupted command leaves on disk.
 _KEPT = {
     "train": "; finished phases and checkpoints are kept",
     "ablate": "; finished phases and checkpoints are kept",
+    "compare": "; finished phases and checkpoints are kept",
     "data prepare": "; finished files are kept, and the same command continues with them",
 }
 

@@ -1,6 +1,7 @@
-"""Evaluation of trained runs: metrics, attribute accuracy, ablations, the report."""
+"""Evaluation of trained runs: metrics, attribute accuracy, ablations, comparisons, the report."""
 
 from mirror_modules.evaluation.ablation import Cell, ablate, ablation_cells
+from mirror_modules.evaluation.comparison import compare
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.evaluation.report import Case, Showcase, write_report
 from mirror_modules.evaluation.study import Study, make_study
@@ -13,6 +14,7 @@ __all__ = [
     "Study",
     "ablate",
     "ablation_cells",
+    "compare",
     "evaluate",
     "make_study",
     "study_results",

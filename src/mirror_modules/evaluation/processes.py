@@ -1,4 +1,4 @@
-"""Tasks in processes of their own, some at a time: the cells of an ablation."""
+"""Tasks in processes of their own, some at a time: the cells of a grid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class _Running(NamedTuple):
     started: float
 
 
-def in_processes(function: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, *, title: str) -> None:
+def in_processes(
+    function: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, *, title: str, command: str
+) -> None:
     """Call `function(*task)` for each task in its own process, with at most `jobs` processes at a time.
 
     A line is printed when a process starts and when it ends. The first failure terminates the other processes.
@@ -37,6 +39,7 @@ def in_processes(function: Callable[..., None], tasks: Mapping[str, tuple[Any, .
         tasks: Its arguments for each task, by a name for the lines.
         jobs: Number of processes at a time; they divide the CPU threads among them.
         title: Name on the progress bar.
+        command: Command that the tasks belong to, for messages.
 
     Raises:
         TrainingError: A process failed.
@@ -52,7 +55,7 @@ def in_processes(function: Callable[..., None], tasks: Mapping[str, tuple[Any, .
             while waiting or running:
                 while waiting and len(running) < jobs:
                     name, task = waiting.pop()
-                    process = context.Process(target=_run_task, args=(function, task, threads))
+                    process = context.Process(target=_run_task, args=(function, task, threads, command))
                     process.start()
                     running.append(_Running(process, name, time.monotonic()))
                     bar.write(f"{name}: starts", file=sys.stderr)
@@ -62,7 +65,7 @@ def in_processes(function: Callable[..., None], tasks: Mapping[str, tuple[Any, .
                     process = each.process
                     if process.exitcode != 0:
                         raise TrainingError(
-                            f"a process of the ablation exited with status {process.exitcode}; its output gives the "
+                            f"a process of `{command}` exited with status {process.exitcode}; its output gives the "
                             "reason. Finished cells are kept: repeat the command to continue."
                         )
                     bar.write(
@@ -85,7 +88,7 @@ def _terminate_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int) -> None:
+def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int, command: str) -> None:
     threading.Thread(target=_terminate_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -94,5 +97,5 @@ def _run_task(function: Callable[..., None], task: tuple[Any, ...], threads: int
     try:
         function(*task)
     except (ValueError, OSError, TrainingError, KeyboardInterrupt) as error:
-        print(f"mirror-modules ablate: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"mirror-modules {command}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

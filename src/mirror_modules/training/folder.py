@@ -128,7 +128,7 @@ class RunFolder:
                 f"is {content.get('format')!r}, not {FORMAT!r}); use that version, or train again with another --out."
             )
         if content.get("kind") != kind:
-            expected = "a single run" if kind is None else f"an {kind}"
+            expected = "a single run" if kind is None else with_article(kind)
             raise ValueError(f"{self.config} is not that of {expected}; choose another folder.")
         if isinstance(content["recipe"].get("model"), dict):
             # Runs without it are older than the other systems.
@@ -168,6 +168,11 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
+
+
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an" before it."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _missing(expected: dict[str, Any], found: Any, prefix: str = "") -> Iterator[str]:

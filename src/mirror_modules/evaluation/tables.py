@@ -1,4 +1,4 @@
-"""Results of an ablation: mean and deviation over seeds, paired differences with bootstrap intervals, and a plot."""
+"""Results of several runs: mean and deviation over seeds, paired differences with bootstrap intervals, and a plot."""
 
 from __future__ import annotations
 
@@ -50,26 +50,18 @@ BOUNDS = {
     "chance": "chance",
 }
 
-# Each cell and the baseline that it is compared with; the two differ in one setting.
-PAIRS = (
-    ("weight 0", "word attention, weight 0"),
-    ("weight 1", "word attention, weight 1"),
-    *((f"weight {weight}", "weight 0") for weight in (1, 5, 10, 20)),
-    *((f"no mismatched pairs, weight {weight}", "no mismatched pairs, weight 0") for weight in (1, 5, 10, 20)),
-    *((f"no mismatched pairs, weight {weight}", f"weight {weight}") for weight in (0, 20)),
-    *((f"ratio {ratio}", "weight 0") for ratio in ("0.1", "0.25", "0.5", "1")),
-    ("ratio 0.25", "weight 1"),
-    ("word attention, ratio 0.25", "word attention, weight 0"),
-    ("no mismatched pairs, ratio 0.25", "no mismatched pairs, weight 0"),
-)
 
-
-def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(
+    results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]],
+    seeds: Sequence[int],
+    pairs: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
     """Mean and standard deviation over seeds, and paired differences between cells with bootstrap intervals.
 
     Args:
         results: For each cell, the metrics of each seed as `measure` returns them.
         seeds: The seeds, in the order of the results.
+        pairs: Pairs of a cell and its baseline; those with a cell that has no results are left out.
 
     Returns:
         "figures": for each cell and metric, its mean, its standard deviation over the seeds, and its value per seed.
@@ -83,7 +75,7 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], se
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             figures[name][metric] = {"mean": float(np.mean(values)), "deviation": deviation, "seeds": values}
     compared = []
-    for name, baseline in PAIRS:
+    for name, baseline in pairs:
         if name not in results or baseline not in results:
             continue
         for metric in results[name][0]:
@@ -161,7 +153,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in figures.items():
-        cells = [_mean_and_deviation(row[each]["mean"], row[each]["deviation"]) for each in columns]
+        cells = [mean_and_deviation(row[each]["mean"], row[each]["deviation"]) for each in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for bound, title in BOUNDS.items():
         values = [content.get("bounds", {}).get(each, {}).get(bound) for each in columns]
@@ -190,8 +182,10 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mean_and_deviation(mean: float, deviation: float | None) -> str:
-    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+def mean_and_deviation(mean: float, deviation: float | None, unit: float = 100, digits: int = 1) -> str:
+    """Both times `unit`, rounded to `digits`; the mean alone if there is no deviation."""
+    numbers = [mean] if deviation is None else [mean, deviation]
+    return " ± ".join(f"{unit * number:,.{digits}f}" for number in numbers)
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,93 @@
+"""The command `compare`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mirror_modules.cli.parsing import Device, device_of, parse
+from mirror_modules.training.recipes import ADVERSARIAL_PHASES, Recipe, get_recipe
+
+# The recipes of the paper's seven systems, at the size of demo.
+SYSTEMS = (
+    "demo",
+    "gan-int-cls-demo",
+    "gawwn-demo",
+    "stackgan-demo",
+    "stackgan-v2-demo",
+    "ppgn-demo",
+    "attngan-demo",
+)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Train and evaluate several systems on equal data, images seen, encoders, evaluator and seeds.
+
+    After an interruption, the same command continues.
+    """
+
+    systems: tuple[str, ...] = ()
+    """Recipes of the systems; by default, the demo recipes of all of them but GAWWN, which needs --scatter."""
+    out: Path = Path("runs/comparison")
+    """Folder of all runs."""
+    baseline: str | None = None
+    """Recipe with which the others are compared; the first by default."""
+    scatter: bool = False
+    """Draw flowers of more sizes, anywhere in the image, for all systems (data.scatter); GAWWN gets their boxes."""
+    steps: int | None = None
+    """Optimizer steps of every phase, instead of the recipes'; the phases of a generator divide them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of data, weights and noise; one run per seed and system."""
+    jobs: int = 1
+    """Systems trained at the same time."""
+    device: Device = "auto"
+    """Device; auto uses a GPU if there is one."""
+    threads: int | None = None
+    """Threads on a CPU, divided among the jobs; torch's default is the number of cores."""
+
+    def resolve(self) -> list[Recipe]:
+        """The recipes with --scatter, --steps and --threads."""
+        recipes = [get_recipe(name) for name in self.systems or SYSTEMS]
+        if self.scatter:
+            recipes = [replace(recipe, data=replace(recipe.data, scatter=True)) for recipe in recipes]
+        elif not self.systems:
+            skipped = [recipe.name for recipe in recipes if recipe.data.scatter]
+            print(
+                f"Without {', '.join(skipped)}, which places flowers and draws them anywhere in the image; --scatter "
+                "trains all systems on such images.",
+                file=sys.stderr,
+            )
+            recipes = [recipe for recipe in recipes if not recipe.data.scatter]
+        if self.steps is not None:
+            recipes = [_with_steps(recipe, self.steps) for recipe in recipes]
+        if self.threads is not None:
+            recipes = [replace(recipe, engine=replace(recipe.engine, threads=self.threads)) for recipe in recipes]
+        return recipes
+
+
+def compare(arguments: list[str]) -> None:
+    """Run `mirror-modules compare`."""
+    options: CompareOptions = parse(CompareOptions, arguments, "compare")
+    recipes, device = options.resolve(), device_of(options.device)
+    from mirror_modules.evaluation.comparison import compare
+
+    compare(recipes, options.out, seeds=options.seeds, jobs=options.jobs, device=device, baseline=options.baseline)
+    print((options.out / "comparison.md").read_text(encoding="utf-8"), end="")
+    print(f"Open {options.out / 'comparison.png'} and {options.out / 'samples.png'}")
+
+
+def _with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with these steps in each phase; those that train the generator divide them as they did before."""
+    changes: dict[str, Any] = {}
+    of_generator = [phase for phase in recipe.phases if phase in ADVERSARIAL_PHASES]
+    before, rest = sum(recipe.phase(phase).steps for phase in of_generator), steps
+    for phase in recipe.phases:
+        own = steps
+        if phase in of_generator:
+            own = rest if phase == of_generator[-1] else steps * recipe.phase(phase).steps // before
+            rest -= own
+        changes[phase] = replace(recipe.phase(phase), steps=own)
+    return replace(recipe, **changes)
