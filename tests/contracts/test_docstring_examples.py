@@ -20,6 +20,7 @@ NOT_RUN = {
     "mirror_modules.data.OxfordFlowers": "reads the files of Oxford-102 flowers",
     "mirror_modules.data.WebDatasetCaptions": "reads shards, which need the extra `data`",
     "mirror_modules.evaluation.ablate": "trains several models",
+    "mirror_modules.evaluation.compare": "trains several models",
     "mirror_modules.evaluation.evaluate": "needs a trained run",
     "mirror_modules.evaluation.study_results": "needs the answers of raters",
     "mirror_modules.evaluation.write_report": "needs a trained run",

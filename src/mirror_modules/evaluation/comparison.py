@@ -110,14 +110,15 @@ def compare(
         >>> recipes = [get_recipe(name) for name in ("demo", "attngan-demo", "stackgan-demo")]
         >>> content = compare(recipes, "runs/comparison", jobs=2)  # doctest: +SKIP
         >>> content["cost"]["demo"]["generator_parameters"]  # doctest: +SKIP
-        497619
+        364752
 
         What cannot be compared is refused before anything is trained:
 
-        >>> compare([get_recipe("demo"), get_recipe("gawwn-demo")], "runs/comparison")
+        >>> recipes = [get_recipe("demo"), get_recipe("gawwn-demo")]
+        >>> compare(recipes, "runs/comparison")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: compare: 'demo' and 'gawwn-demo' differ in data.scatter (False and True), which all recipes must ...
+        ValueError: compare: 'demo' and 'gawwn-demo' differ in data.scatter (False and True), which ...
     """
     recipes = list(recipes)
     for recipe in recipes:
@@ -176,39 +177,35 @@ def _check_comparable(recipes: Sequence[Recipe]) -> None:
     """
     first, *others = recipes
     for other in others:
-        fields, others_fields = _compared_fields(first), _compared_fields(other)
-        found = [
-            f"{name} ({fields.get(name)!r} and {others_fields.get(name)!r})"
-            for name in [*fields, *(name for name in others_fields if name not in fields)]
-            if fields.get(name) != others_fields.get(name)
-        ]
+        fields, other_fields = _shared_fields(first), _shared_fields(other)
+        found = [text for name in fields for text in _differences(fields[name], other_fields[name], name)]
         if found:
-            scattered = " (--scatter sets data.scatter)" if any("data.scatter" in text for text in found) else ""
+            scatter = " (--scatter sets data.scatter)" if first.data.scatter != other.data.scatter else ""
             raise ValueError(
                 f"compare: {first.name!r} and {other.name!r} differ in {', '.join(found)}, which all recipes must "
-                f"share; change one of them{scattered}, or compare each with others like it."
+                f"share; change one of them{scatter}, or compare each with others like it."
             )
 
 
-def _compared_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields in which recipes must agree, with dotted names."""
+def _shared_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields in which recipes must agree, ready for JSON."""
     content = recipe.to_dict()
-    found: dict[str, Any] = {}
-    for field in SHARED_FIELDS:
-        found.update(_flat(content[field], field))
-    for size in SHARED_SIZES:
-        found.update(_flat(content["model"][size], f"model.{size}"))
-    found["the size of the finest images"] = recipe.model.resolutions[-1]
-    found["the number of images seen, steps times batch_size"] = _images_seen(recipe)
-    return found
+    return {
+        **{name: content[name] for name in SHARED_FIELDS},
+        **{f"model.{name}": content["model"][name] for name in SHARED_SIZES},
+        "the size of the finest images": recipe.model.resolutions[-1],
+        "the number of images seen, steps times batch_size": _images_seen(recipe),
+    }
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _flat(each, f"{name}.{key}")
-    else:
-        yield name, value
+def _differences(one: Any, other: Any, name: str) -> Iterator[str]:
+    """Describe each field in which two values differ; one that is None differs as a whole."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in one:
+            yield from _differences(one[key], other[key], f"{name}.{key}")
+    elif one != other:
+        values = ["given" if isinstance(value, Mapping) else repr(value) for value in (one, other)]
+        yield f"{name} ({' and '.join(values)})"
 
 
 def _images_seen(recipe: Recipe) -> int:
