@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from PIL import Image
 
 from mirror_modules.evaluation import comparison, grid
 from mirror_modules.evaluation.comparison import compare
-from mirror_modules.models import AttnGAN, AttnGANConfig, TextToImage, register_system
+from mirror_modules.models import TextToImage
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe, get_recipe
+from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
 from tests.evaluation.test_ablation import run_here
 from tests.layouts import make_birds
 from tests.runs import make_tiny_recipe
@@ -270,28 +271,28 @@ def test_other_folders_are_refused(out, recipes, tmp_path, without_processes):
     assert without_processes == []
 
 
-@dataclasses.dataclass(frozen=True)
-class TwinConfig(AttnGANConfig):
-    system = "twin-of-attngan"
+def test_the_documented_system_is_compared(tmp_path, monkeypatch, without_processes):
+    """A registered recipe of a registered system, as docs/evaluation.md shows it; here with tiny sizes."""
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "register_system" in text]
+    # Restored at the end.
+    monkeypatch.setitem(RECIPES, "large-noise-demo", None)
+    received = []
+    monkeypatch.setattr("mirror_modules.evaluation.compare", lambda recipes, *_, **__: received.extend(recipes))
+    names = {"__name__": "__main__"}
+    exec(block, names)
+    assert [recipe.name for recipe in received] == ["attngan-demo", "large-noise-demo"]
+    comparison._check_comparable(received)
 
-
-def twin():
-    """A recipe of a system that is not the library's."""
-    recipe = make_recipe("attngan-demo")
-    fields = {each.name: getattr(recipe.model, each.name) for each in dataclasses.fields(AttnGANConfig)}
-    return dataclasses.replace(recipe, name="twin", model=TwinConfig(**fields))
-
-
-def test_a_registered_recipe_of_a_registered_system_is_compared(tmp_path, monkeypatch, without_processes):
-    @register_system
-    class Twin(AttnGAN):
-        config_type = TwinConfig
-
-    monkeypatch.setitem(RECIPES, "twin", twin)
-    content = compare([make_recipe("attngan-demo"), get_recipe("twin")], tmp_path / "out", seeds=(0,))
-    assert content["systems"] == {"attngan-demo": "attngan", "twin": "twin-of-attngan"}
-    assert content["figures"]["twin"] == content["figures"]["attngan-demo"]
-    assert type(TextToImage.from_pretrained(tmp_path / "out/cells/twin/seed-0/model")) is Twin
+    attngan = make_recipe("attngan-demo")
+    model = names["LargeNoiseConfig"](**dataclasses.asdict(attngan.model))
+    own = dataclasses.replace(attngan, name="large-noise-demo", model=model)
+    content = compare([attngan, own], tmp_path / "out", seeds=(0,))
+    assert content["systems"] == {"attngan-demo": "attngan", "large-noise-demo": "large-noise"}
+    saved = TextToImage.from_pretrained(tmp_path / "out/cells/large-noise-demo/seed-0/model")
+    assert type(saved) is names["LargeNoise"]
+    samples = [tmp_path / f"out/cells/{name}/seed-0/samples.npz" for name in content["systems"]]
+    assert samples[0].read_bytes() != samples[1].read_bytes()
 
 
 SCRIPT = """
