@@ -58,6 +58,7 @@ COMMANDS = [
     (f"generate runs/demo/model '{CAPTION}' --scale 2", 2, ["--scale needs --grid"]),
     ("describe runs/demo/model mine", 0, ["0.png: ", "11.png: "]),
     ("ablate --steps 0", 2, ["steps must be a whole number of at least 1"]),
+    ("compare --systems demo gawwn-demo", 2, ["differ in data.scatter (False and True)"]),
 ]
 
 

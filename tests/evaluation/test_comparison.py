@@ -14,7 +14,7 @@ from PIL import Image
 
 from mirror_modules.evaluation import comparison, grid
 from mirror_modules.evaluation.comparison import compare
-from mirror_modules.models import TextToImage
+from mirror_modules.models import ModelConfig, TextToImage
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
 from tests.evaluation.test_ablation import run_here
@@ -238,6 +238,13 @@ def test_fields_of_a_single_system_may_differ():
     comparison._check_comparable([make_recipe(), dataclasses.replace(recipe, model=model, glam=glam)])
     shared = [comparison._shared_recipe(each) for each in (make_recipe(), recipe)]
     assert shared[0] == shared[1]
+
+
+def test_each_size_of_all_systems_is_shared_or_a_system_s_own():
+    """A size that the shared phases read must be in SHARED_SIZES."""
+    own = {"noise_dim", "condition_dim", "channels", "resolutions"}
+    own |= {"discriminator_channels", "discriminator_normalization"}
+    assert {each.name for each in dataclasses.fields(ModelConfig)} == own | {*comparison.SHARED_SIZES}
 
 
 @pytest.mark.parametrize(
