@@ -156,7 +156,6 @@ def compare(
         "images_seen": _images_seen(recipes[0]),
         "systems": {recipe.name: recipe.model.system for recipe in recipes},
         "recipes": {recipe.name: recipe.to_dict() for recipe in recipes},
-        "jobs": jobs,
     }
     content["cost"] = {
         name: _mean_cost([_read_cost(grid.cell_folder(name, seed) / COST) for seed in seeds]) for name in names
@@ -329,10 +328,9 @@ def _mean_cost(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _cost_table(content: Mapping[str, Any]) -> str:
-    jobs = content["jobs"]
     lines = [
-        f"Cost: images per second in training (while {jobs} {'run was' if jobs == 1 else 'runs were'} trained at a "
-        "time), parameters in millions, and the largest resident memory of the process that trained the run, in MB. "
+        "Cost: images per second in training, which depend on what else the machine computed; parameters in millions; "
+        "and the largest resident memory of the process that trained the run, in MB. "
         f"Each generator was trained with {content['images_seen']:,} images.",
         "",
         "| | system | images per second | parameters, generator | parameters, discriminators | memory |",
