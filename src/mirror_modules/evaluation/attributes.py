@@ -190,13 +190,14 @@ def fit_attribute_classifier(
         ValueError: The file does not hold an attribute classifier for this resolution.
     """
     classifier = with_seed(SEED, lambda: AttributeClassifier(resolution))
+    if path.exists():
+        load_weights(classifier, path)
+        return classifier.eval()
     kept = _cached_path(resolution, steps, images)
-    if not path.exists() and _is_readable(classifier, kept):
+    if _load_if_intact(classifier, kept):
         print(f"attribute classifier: {kept}, which an earlier run trained", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(classifier, path)
-    if path.exists():
-        load_weights(classifier, path)
         return classifier.eval()
     print(
         f"attribute classifier: drawing {images:,} flowers and training on them for {steps:,} steps, once; it is kept "
@@ -238,8 +239,8 @@ def _cached_path(resolution: int, steps: int, images: int) -> Path:
     return Path(base) / "mirror-modules" / f"attributes-{resolution}-{digest}.safetensors"
 
 
-def _is_readable(classifier: AttributeClassifier, path: Path) -> bool:
-    """Load the weights of a file if it exists and is intact."""
+def _load_if_intact(classifier: AttributeClassifier, path: Path) -> bool:
+    """Load the weights of a file; False if there is none, or it is damaged."""
     try:
         load_weights(classifier, path)
     except (OSError, ValueError):

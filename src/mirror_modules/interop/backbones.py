@@ -185,7 +185,7 @@ def _of_conv(weights: str | None, input_size: int | None, trainable: bool) -> nn
         _load(backbone, _read_file(weights), weights)
     if trainable and input_size is None:
         return backbone
-    # Images of half the size cost a quarter of the time, for which bicubic weights would be a large share.
+    # Pretrained networks expect bicubic resizing; this one trains from scratch.
     return ImageEncoderAdapter(backbone, _resized(input_size, "bilinear"), trainable=trainable)
 
 

@@ -156,11 +156,11 @@ def generator_terms(
     rows = len(part.tokens)
     for_discriminator, for_captioner, for_encoder, for_diversity = balance(fake.images[-1], recipe)
     options = adversarial_options(state, recipe)
-    judged = len(fake.text) if part.is_mixed else rows
-    text, location = first_rows(fake.text, judged), [first_rows(each, judged) for each in location_of(part)]
+    scored = len(fake.text) if part.is_mixed else rows
+    text, location = first_rows(fake.text, scored), [first_rows(each, scored) for each in location_of(part)]
     with autocast(state.engine, state.group.device):
         for discriminator, images in zip(state.paired_discriminators, [*fake.images[:-1], for_discriminator]):
-            logits = discriminator(first_rows(images, judged), text, *location)
+            logits = discriminator(first_rows(images, scored), text, *location)
             of_captions, of_mixtures = split_logits(logits, rows)
             terms[f"generator_{discriminator.resolution}"] = loss = generator_loss(of_captions, **options)
             total = total + loss
