@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mirror_modules import __version__
+from mirror_modules.cli.memory import keep_freed_memory
 
 USAGE = """\
 usage: mirror-modules COMMAND ...
@@ -52,6 +53,9 @@ _KEPT = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        # Only a process of the command's own; other programs decide for themselves.
+        keep_freed_memory()
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
