@@ -19,8 +19,8 @@ _SETTINGS = (
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensors, in this process and in those that it starts.
 
-    By default, glibc returns the memory of each large tensor to the system as soon as it is freed, and the system clears
-    it page by page for the next one. In training on a CPU, that takes up to a third of the time.
+    By default, glibc returns the memory of each large tensor to the system as soon as it is freed, and the system
+    clears it page by page for the next one, which can take a third of the time of training on a CPU.
 
     Does nothing on systems without glibc, if the environment variable MIRROR_MODULES_KEEP_MEMORY is 0, or if the
     environment already sets the allocator.
