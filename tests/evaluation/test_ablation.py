@@ -18,8 +18,10 @@ from PIL import Image
 from mirror_modules.evaluation import grid, tables
 from mirror_modules.evaluation.ablation import PAIRS, Cell, ablate, ablation_cells
 from mirror_modules.evaluation.grid import Grid, GridCell, run_cell
+from mirror_modules.evaluation.samples import SHEET_ROWS
 from mirror_modules.evaluation.tables import as_markdown, bootstrap_interval, summarize, unrankable
 from mirror_modules.metrics import class_oracle
+from mirror_modules.pictures.grids import CAPTION_WIDTH
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
@@ -85,10 +87,11 @@ def out(finished_ablation, tmp_path):
 
 def test_the_fields_of_the_cells_match_their_names():
     cells = {cell.name: Recipe.from_dict(cell.fields, get_recipe("ablation")) for cell in ablation_cells()}
-    assert len(cells) == 18
+    assert len(cells) == 25
     for name, recipe in cells.items():
         assert recipe.glam.mismatched_pairs == ("no mismatched" not in name)
         assert recipe.model.attention == ("word" if "word" in name else "global-local")
+        assert (recipe.glam.matching_weight, recipe.glam.matching_ratio) == (0, 0.5 if "matching" in name else None)
         kind, number = name.split(" ")[-2:]
         weight, ratio = (float(number), None) if kind == "weight" else (None, float(number))
         assert (recipe.glam.redescription_weight, recipe.glam.redescription_ratio) == (weight, ratio)
@@ -166,6 +169,23 @@ def test_a_finished_cell_is_trained_further_for_more_steps(out, tmp_path, withou
         ablate(make_recipe(3), out, cells=CELLS[:1], seeds=(0,))
     assert json.loads((out / "config.json").read_text())["recipe"]["glam"]["steps"] == 5
     assert (out / "cells/weight-0/seed-0/result.json").exists()
+
+
+def test_the_sheet_has_a_row_per_caption_and_a_column_per_cell(out, without_processes):
+    with Image.open(out / "samples.png") as picture:
+        assert picture.height > SHEET_ROWS * CAPTION_WIDTH
+        assert picture.width > 2 * CAPTION_WIDTH
+    paths = [out / folder / "seed-0/samples.npz" for folder in ("shared", "cells/weight-0")]
+    real, generated = (np.load(path) for path in paths)
+    assert generated["captions"].tolist() == real["captions"].tolist()
+    assert (generated["images"] != real["images"]).any()
+    # A folder of an earlier version has none: the cell is measured again, but not trained.
+    paths[1].unlink()
+    log = (out / "cells/weight-0/seed-0/metrics.jsonl").read_bytes()
+    ablate(make_recipe(3), out, cells=CELLS[:1], seeds=(0,))
+    assert len(without_processes) == 1
+    assert paths[1].exists()
+    assert (out / "cells/weight-0/seed-0/metrics.jsonl").read_bytes() == log
 
 
 def test_a_cell_without_its_last_checkpoint_is_not_extended(out, without_processes):
@@ -398,7 +418,7 @@ def test_the_folders_of_the_paper_s_cells_keep_their_names():
     """Finished cells of earlier versions are reused."""
     folders = [grid_of(Path("out")).cell_folder(cell.name, 3).as_posix() for cell in ablation_cells()]
     assert folders[0] == "out/cells/word-attention-weight-0/seed-3"
-    assert folders[-1] == "out/cells/no-mismatched-pairs-ratio-0.25/seed-3"
+    assert folders[-1] == "out/cells/matching-ratio-0.5/seed-3"
     assert len(set(folders)) == 18
 
 

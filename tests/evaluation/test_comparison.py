@@ -14,6 +14,7 @@ from PIL import Image
 
 from mirror_modules.evaluation import comparison, grid
 from mirror_modules.evaluation.comparison import compare
+from mirror_modules.evaluation.samples import SHEET_ROWS
 from mirror_modules.models import ModelConfig, TextToImage
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
@@ -93,7 +94,7 @@ def test_all_systems_share_the_earlier_phases(tmp_path, without_processes):
     # Rows of captions; the real image, and a column per system.
     with Image.open(out / "samples.png") as picture:
         assert picture.size[0] == 7 * 128 + 6 * 12
-        assert picture.size[1] > comparison.SHEET_ROWS * 128
+        assert picture.size[1] > SHEET_ROWS * 128
 
 
 def test_finished_systems_are_reused_in_any_order(out, recipes, without_processes):
@@ -125,7 +126,7 @@ def test_samples_are_those_of_the_saved_model(out):
     with np.load(out / "cells/demo/seed-0/samples.npz") as samples, np.load(out / "shared/seed-0/samples.npz") as real:
         captions = samples["captions"].tolist()
         assert captions == real["captions"].tolist()
-        assert len(captions) == comparison.SHEET_ROWS
+        assert len(captions) == SHEET_ROWS
         generated = model.generate(captions, seed=list(range(len(captions))))
         difference = (generated.numpy() + 1) * 127.5 - np.moveaxis(samples["images"], 3, 1)
         assert abs(difference).max() <= 1

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mirror_modules._files import write_json, write_text
-from mirror_modules.evaluation.grid import Grid, GridCell, check_folders, check_name, check_seeds, collect, fill
+from mirror_modules.evaluation.grid import (
+    Grid,
+    GridCell,
+    check_folders,
+    check_name,
+    check_seeds,
+    collect,
+    draw_sheet,
+    fill,
+)
 from mirror_modules.evaluation.tables import as_markdown, draw
 from mirror_modules.models import MirrorGANConfig
 from mirror_modules.training.distributed import resolve_device
@@ -29,9 +38,23 @@ PAIRS = (
     *((f"no mismatched pairs, weight {weight}", f"weight {weight}") for weight in (0, 20)),
     *((f"ratio {ratio}", "weight 0") for ratio in ("0.1", "0.25", "0.5", "1")),
     ("ratio 0.25", "weight 1"),
-    ("word attention, ratio 0.25", "word attention, weight 0"),
     ("no mismatched pairs, ratio 0.25", "no mismatched pairs, weight 0"),
+    *((f"word attention, ratio {ratio}", "word attention, weight 0") for ratio in ("0.25", "0.5")),
+    *((f"ratio {ratio}", f"word attention, ratio {ratio}") for ratio in ("0.25", "0.5")),
+    *(
+        (f"{side}matching, ratio {ratio}", f"{side}matching, weight 0")
+        for side in ("", "word attention, ")
+        for ratio in ("0.25", "0.5")
+    ),
+    *(
+        (f"{side}matching, {setting}", f"{side}{setting}")
+        for side in ("", "word attention, ")
+        for setting in ("weight 0", "ratio 0.25", "ratio 0.5")
+    ),
+    *((f"matching, {each}", f"word attention, matching, {each}") for each in ("weight 0", "ratio 0.25", "ratio 0.5")),
 )
+# Gradient ratio of the matching loss in the cells that have it.
+MATCHING_RATIO = 0.5
 
 
 class Cell(NamedTuple):
@@ -45,10 +68,11 @@ class Cell(NamedTuple):
 
 
 def ablation_cells() -> list[Cell]:
-    """The paper's ablation (Sec. 4.2), with and without mismatched pairs, plus balanced gradients.
+    """The paper's ablation (Sec. 4.2), with and without mismatched pairs, plus balanced gradients and a matching loss.
 
-    Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; and balanced
-    gradients in place of a weight (see `AdversarialRecipe.redescription_ratio`).
+    Word attention alone or with sentence attention; weights of the redescription loss from 0 to 20; balanced gradients
+    in place of a weight (see `AdversarialRecipe.redescription_ratio`); and these with the matching loss of AttnGAN,
+    balanced with a ratio of 0.5 (see `AdversarialRecipe.matching_ratio`).
 
     Examples:
         >>> from mirror_modules.evaluation import ablation_cells
@@ -66,19 +90,31 @@ def ablation_cells() -> list[Cell]:
             for weight in (0.0, 1.0, 5.0, 10.0, 20.0)
         ]
     cells += [Cell(f"ratio {ratio:g}", _fields(None, ratio)) for ratio in (0.1, 0.25, 0.5, 1.0)]
-    return [
-        *cells,
-        Cell("word attention, ratio 0.25", _fields(None, 0.25, attention="word")),
-        Cell("no mismatched pairs, ratio 0.25", _fields(None, 0.25, mismatched=False)),
-    ]
+    cells += [Cell(f"word attention, ratio {ratio:g}", _fields(None, ratio, attention="word")) for ratio in (0.25, 0.5)]
+    cells.append(Cell("no mismatched pairs, ratio 0.25", _fields(None, 0.25, mismatched=False)))
+    for attention in ("word", "global-local"):
+        side = "word attention, " if attention == "word" else ""
+        cells.append(Cell(f"{side}matching, weight 0", _fields(0.0, attention=attention, matching=True)))
+        cells += [
+            Cell(f"{side}matching, ratio {ratio:g}", _fields(None, ratio, attention=attention, matching=True))
+            for ratio in (0.25, 0.5)
+        ]
+    return cells
 
 
 def _fields(
-    weight: float | None, ratio: float | None = None, *, mismatched: bool = True, attention: str = "global-local"
+    weight: float | None,
+    ratio: float | None = None,
+    *,
+    mismatched: bool = True,
+    attention: str = "global-local",
+    matching: bool = False,
 ) -> dict[str, Any]:
     glam: dict[str, Any] = {
         "redescription_weight": weight,
         "redescription_ratio": ratio,
+        "matching_weight": 0.0,
+        "matching_ratio": MATCHING_RATIO if matching else None,
         "mismatched_pairs": mismatched,
     }
     model = {"attention": attention}
@@ -99,7 +135,7 @@ def ablate(
     jobs: int = 1,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train and evaluate every cell with every seed; write ablation.json, ablation.md and ablation.png.
+    """Train and evaluate every cell with every seed; write ablation.json, .md and .png, and samples.png.
 
     Each cell is trained in a process of its own, which imports the main module again: call this function below
     `if __name__ == "__main__":` in a script.
@@ -145,6 +181,7 @@ def ablate(
     write_json(grid.out / "ablation.json", content)
     write_text(grid.out / "ablation.md", as_markdown(content))
     draw(content, grid.out / "ablation.png")
+    draw_sheet(grid, list(shown), seeds[0])
     return content
 
 

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from mirror_modules._files import read_json, write_json, write_text, write_whole
-from mirror_modules.data import to_bytes, to_float
+from mirror_modules._files import read_json, write_json, write_text
 from mirror_modules.evaluation.grid import (
-    BOUNDS,
-    REAL_RESULT,
     RESULT,
+    SAMPLES,
     Grid,
     GridCell,
     Trained,
@@ -29,16 +25,15 @@ from mirror_modules.evaluation.grid import (
     check_name,
     check_seeds,
     collect,
+    draw_sheet,
     fill,
 )
 from mirror_modules.evaluation.tables import as_markdown, draw, mean_and_deviation
 from mirror_modules.models import MirrorGANConfig, TextToImage
-from mirror_modules.pictures.grids import CAPTION_WIDTH, captioned_grid, write_png
 from mirror_modules.training.distributed import resolve_device
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
 from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, AdversarialRecipe, Recipe
-from mirror_modules.training.validation import generate_images, unseen_pairs
 
 # Fields in which the recipes must agree: data, phases before the generator, evaluation, and the engine, on which the
 # cost depends.
@@ -61,9 +56,7 @@ SHARED_SIZES = (
     "captioner_hidden_dim",
     "captioner_image_skip",
 )
-SAMPLES, COST = "samples.npz", "cost.json"
-# Captions on the sheet of samples.
-SHEET_ROWS = 6
+COST = "cost.json"
 # What is read from the log and the process, and what is counted in the model.
 MEASURED_COSTS = ("images_per_second", "peak_memory")
 COUNTED_COSTS = ("generator_parameters", "discriminator_parameters")
@@ -142,9 +135,8 @@ def compare(
         Path(out),
         shared,
         device,
-        record=_record,
+        record=_record_cost,
         files=(SAMPLES, COST, RESULT),
-        real_files=(SAMPLES, BOUNDS, REAL_RESULT),
     )
     for recipe in recipes:
         for seed in seeds:
@@ -163,8 +155,7 @@ def compare(
     write_json(grid.out / "comparison.json", content)
     write_text(grid.out / "comparison.md", f"{as_markdown(content)}\n{_cost_table(content)}")
     draw(content, grid.out / "comparison.png")
-    folders = [grid.shared_folder(seeds[0]), *(grid.cell_folder(name, seeds[0]) for name in names)]
-    _draw_samples([folder / SAMPLES for folder in folders], names, grid.out / "samples.png")
+    draw_sheet(grid, names, seeds[0])
     return content
 
 
@@ -238,29 +229,13 @@ def _check_first_stage(recipe: Recipe, run: RunFolder) -> None:
         )
 
 
-def _record(trained: Trained) -> None:
-    """Write the samples of a run, and for a cell what its training has cost.
-
-    The samples have the same captions for all runs of a seed, and the noise of image i has the same seed.
-    """
+def _record_cost(trained: Trained) -> None:
+    """Write what the training of a cell has cost."""
     cost = trained.run.path / COST
-    # Before images are generated. A process that has not trained the cell has not seen its peak.
-    memory = _peak_memory() if trained.is_new else None
-    if trained.model is not None and (trained.is_new or not cost.exists()):
+    if trained.is_new or not cost.exists():
+        # A process that has not trained the cell has not seen its peak.
+        memory = _peak_memory() if trained.is_new else None
         write_json(cost, {**_cost(trained.run, trained.model), "peak_memory": memory})
-    unseen = unseen_pairs(trained.splits, trained.recipe.model.max_words).spread(SHEET_ROWS)
-    images = torch.from_numpy(np.asarray(unseen.images))
-    if trained.model is not None:
-        location = unseen.location(trained.model)
-        images = to_bytes(
-            generate_images(trained.model, unseen.tokens, unseen.word_mask, trained.recipe.seed, location)
-        )
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, images=images.numpy(), captions=np.array(unseen.captions))
-
-    write_whole(trained.run.path / SAMPLES, write)
 
 
 def _cost(run: RunFolder, model: TextToImage) -> dict[str, Any]:
@@ -296,7 +271,7 @@ def _peak_memory() -> int | None:
 
 
 def _read_cost(path: Path) -> dict[str, Any]:
-    """Read what `_record` wrote to cost.json.
+    """Read what `_record_cost` wrote to cost.json.
 
     Raises:
         ValueError: The file holds something else.
@@ -348,34 +323,3 @@ def _cost_table(content: Mapping[str, Any]) -> str:
 
 def _in_units(figure: Mapping[str, Any], unit: float, digits: int) -> str:
     return mean_and_deviation(figure["mean"], figure["deviation"], unit, digits)
-
-
-def _draw_samples(files: Sequence[Path], names: Sequence[str], path: Path) -> None:
-    """A row per caption: the real image above its caption, and the image of each system above its name.
-
-    Args:
-        files: Samples of the real images, and of each system.
-        names: Names of the systems.
-        path: File to write.
-    """
-    samples = [_read_samples(file) for file in files]
-    captions = samples[0][1]
-    images = torch.stack([to_float(torch.from_numpy(each)) for each, _ in samples], dim=1).flatten(0, 1)
-    texts = [text for caption in captions for text in (caption, *names)]
-    scale = max(1, CAPTION_WIDTH // images.shape[3])
-    write_png(captioned_grid(images, texts, columns=len(samples), scale=scale), path)
-
-
-def _read_samples(path: Path) -> tuple[np.ndarray[Any, Any], list[str]]:
-    """The images (N, H, W, 3) and captions that `_record` wrote.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    try:
-        with np.load(path) as content:
-            return content["images"], content["captions"].tolist()
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); remove it and repeat the command, which generates these samples again."
-        ) from error

@@ -37,6 +37,7 @@ from mirror_modules.evaluation.retrieval import (
     ranked_splits,
     text_queries,
 )
+from mirror_modules.evaluation.samples import draw_samples, write_samples
 from mirror_modules.evaluation.tables import REAL, r_precision_name, summarize, unrankable
 from mirror_modules.models import TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights
@@ -54,7 +55,7 @@ from mirror_modules.training.validation import (
     word_accuracy,
 )
 
-RESULT, REAL_RESULT, BOUNDS = "result.json", "real.json", "bounds.json"
+RESULT, REAL_RESULT, BOUNDS, SAMPLES = "result.json", "real.json", "bounds.json", "samples.npz"
 
 
 class GridCell(NamedTuple):
@@ -67,13 +68,12 @@ class GridCell(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A cell with one seed, or the shared phases of a seed, ready to be measured."""
+    """A cell with one seed, ready to be measured."""
 
     run: RunFolder
     recipe: Recipe
-    splits: Splits
-    model: TextToImage | None
-    """Of the cell, in evaluation mode; None for the shared phases, which stand for the real images."""
+    model: TextToImage
+    """In evaluation mode."""
     is_new: bool
     """Whether this process has trained the cell, or else only measures it."""
 
@@ -89,10 +89,9 @@ class Grid:
         out: The folder.
         shared: Recipe of the shared phases: all of its phases but `glam`.
         device: "cpu" or "cuda".
-        record: Called before the metrics of a run are measured, with the run; writes further files into its folder. A
+        record: Called with each cell before its images are generated; writes further files into the cell's folder. A
             function of a module, because it is called in other processes.
-        files: Files that the folder of a finished cell has: those of `record`, and result.json.
-        real_files: The same for the shared phases.
+        files: Files that the folder of a finished cell has: those of `record`, its samples, and result.json.
     """
 
     command: str
@@ -102,8 +101,7 @@ class Grid:
     shared: Recipe
     device: str
     record: Callable[[Trained], None] | None = None
-    files: tuple[str, ...] = (RESULT,)
-    real_files: tuple[str, ...] = (REAL_RESULT, BOUNDS)
+    files: tuple[str, ...] = (SAMPLES, RESULT)
 
     @property
     def shared_phases(self) -> list[str]:
@@ -138,7 +136,7 @@ class Grid:
 
     def has_real(self, seed: int) -> bool:
         """Whether the shared phases of a seed are trained, and the real images measured."""
-        return all((self.shared_folder(seed) / name).exists() for name in self.real_files)
+        return all((self.shared_folder(seed) / name).exists() for name in (SAMPLES, BOUNDS, REAL_RESULT))
 
     def check_folder(self) -> None:
         """Require that the folder is new or empty, or holds a grid of this kind with the same shared recipe.
@@ -279,6 +277,12 @@ def collect(grid: Grid, names: Sequence[str], seeds: Sequence[int], pairs: Seque
     return content
 
 
+def draw_sheet(grid: Grid, names: Sequence[str], seed: int) -> None:
+    """Write samples.png: a few captions, and for each the real image and those of finished cells, of one seed."""
+    folders = [grid.shared_folder(seed), *(grid.cell_folder(name, seed) for name in names)]
+    draw_samples([folder / SAMPLES for folder in folders], names, grid.out / "samples.png")
+
+
 def run_cell(cell: GridCell, grid: Grid, seed: int) -> None:
     """Train one cell with one seed, measure it, and write the metrics to its result.json."""
     run, shared = RunFolder(grid.cell_folder(cell.name, seed)), RunFolder(grid.shared_folder(seed))
@@ -302,7 +306,8 @@ def run_cell(cell: GridCell, grid: Grid, seed: int) -> None:
     model = TextToImage.from_pretrained(run.model, device=grid.device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     if grid.record is not None:
-        grid.record(Trained(run, recipe, splits, model, is_new))
+        grid.record(Trained(run, recipe, model, is_new))
+    write_samples(run.path / SAMPLES, splits, recipe.model.max_words, model, seed)
     write_json(run.path / RESULT, measure(recipe, run, splits, grid.device, _attribute_classifier(grid), model))
 
 
@@ -316,8 +321,7 @@ def train_shared(grid: Grid, seed: int) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     train(recipe, run.path, phases=grid.shared_phases, device=device, resume=True)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
-    if grid.record is not None:
-        grid.record(Trained(run, recipe, splits, None, False))
+    write_samples(run.path / SAMPLES, splits, recipe.model.max_words, None, seed)
     found = {
         metric: {**bounds(split, candidates), **_measured_bounds(evaluator, split, candidates)}
         for metric, evaluator, split, candidates in _rankings(recipe, run, splits, device)
