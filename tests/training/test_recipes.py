@@ -161,7 +161,7 @@ def test_the_list_of_recipes_names_their_data_and_the_options_that_they_read():
     assert list(entries) == list(RECIPES)
     assert max(map(len, describe_recipes().splitlines())) <= 78
     whole = {name: " ".join(lines) for name, lines in entries.items()}
-    assert all("on two CPU cores" in text for text in whole.values())
+    assert all(text.split(" Reads ")[0].endswith(("on two CPU cores.", "for a GPU.")) for text in whole.values())
     read = {name: text.partition("Reads ")[2].rstrip(".").split(", ") for name, text in whole.items()}
     everything = ["--data.source", "--data", "--data.training-images", "--data.validation-images", "--data.min-count"]
     everything += ["--data.augment", "--data.on-error", "--data.long-captions", "--data.held-out-share"]

