@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mirror_modules._freezing import evaluating
 from mirror_modules.adversarial import AdversarialWeights
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
 from mirror_modules.models.config import ModelConfig, Weighting, halved_channels
-from mirror_modules.models.text_to_image import TextToImage, evaluating, register_system, samples_of
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.system import samples_of
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition
 from mirror_modules.stream import LatentSampler, LatentSamples, RedescriptionScore, append_end
 

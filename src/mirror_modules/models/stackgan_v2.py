@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
 from mirror_modules.models.config import ModelConfig, Weighting, halved_channels
-from mirror_modules.models.text_to_image import TextToImage, means_of, register_system
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.system import means_of
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition, ConditioningAugmentation
 
 
