@@ -1,5 +1,6 @@
 """Recordings of published networks in tests/parity: how they are read and compared."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -48,3 +49,35 @@ def assert_images_recorded(images, record, name, atol=1e-5):
     for part, values in parts.items():
         key = f"{name}_{part}"
         assert_recorded(values, record[key], atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def norm_after(name):
+    """The batch norm that follows the layer with this bias."""
+    layer, number = re.fullmatch(r"(.*?)(\d+)\.bias", name).groups()
+    return f"{layer.replace('conv', 'norm')}{number}" if "conv" in layer else f"{layer}{int(number) + 1}"
+
+
+def load_without_biases(module, state):
+    """Load a state whose layers before batch norms have biases, which ours do not.
+
+    Batch norm subtracts them: its recorded running mean is larger by the bias. Returns the biases by the name of their
+    norm.
+    """
+    state = dict(state)
+    biases = {name for name in state if name.endswith(".bias")} - set(module.state_dict())
+    shifts = {norm_after(name): state.pop(name) for name in biases}
+    for norm, bias in shifts.items():
+        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    return shifts
+
+
+def assert_statistics_recorded(module, recorded, shifts):
+    """Compare all running statistics with those of layers with biases, given what `load_without_biases` returned."""
+    buffers = dict(module.named_buffers())
+    assert set(recorded) == {name for name in buffers if "running" in name}
+    for name, values in recorded.items():
+        shift = shifts.get(name.removesuffix(".running_mean"), 0) if name.endswith("running_mean") else 0
+        assert_recorded(buffers[name] + shift, values, msg=lambda text, name=name: f"{name}: {text}")

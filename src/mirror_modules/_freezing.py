@@ -1,6 +1,9 @@
-"""Networks that stay frozen, whoever else owns them."""
+"""Networks that stay frozen, whoever else owns them, and modes that are restored."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -26,3 +29,15 @@ def is_frozen(module: nn.Module) -> bool:
     if any(parameter.requires_grad for parameter in module.parameters()):
         return False
     return all(layer.training == isinstance(layer, nn.RNNBase) for layer in module.modules())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, and restore the mode of each submodule on exit, so that frozen ones stay frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -3,19 +3,24 @@
 Recorded from GAWWN's layer lists, whose convolutions and linear layers have biases before a batch norm as well.
 """
 
-import re
-
 import pytest
 import torch
 
 from mirror_modules import AdversarialWeights, KeypointDiscriminator, KeypointImageDiscriminator, LocatedDiscriminator
 from mirror_modules.functional import discriminator_loss, generator_loss
-from tests.glam.test_keypoint_images import load_recorded as load_keypoints
-from tests.glam.test_keypoint_images import renamed as renamed_of_keypoints
 from tests.glam.test_keypoints import load_recorded as load_keypoint_generator
-from tests.glam.test_located import load_recorded as load_located
-from tests.glam.test_located import renamed as renamed_of_located
-from tests.recordings import MODES, PRECISIONS, assert_norm_recorded, assert_recorded, entries, image_batch, read
+from tests.glam.test_recorded_located import load_with_box, load_with_points, renamed_with_box, renamed_with_points
+from tests.recordings import (
+    MODES,
+    PRECISIONS,
+    assert_norm_recorded,
+    assert_recorded,
+    assert_statistics_recorded,
+    entries,
+    image_batch,
+    load_without_biases,
+    read,
+)
 
 PARTS = {
     "image": "trunk",
@@ -45,16 +50,7 @@ def renamed_of_points(name):
 def load(discriminator, record, rename):
     """Load a recorded discriminator, and return the biases that ours do not have, by the norm that subtracts them."""
     state = {rename(name): value for name, value in entries(record, "state/discriminator.").items()}
-    shifts = {}
-    for name in {name for name in state if name.endswith(".bias")} - set(discriminator.state_dict()):
-        layer, number = re.fullmatch(r"(.*\.)(\d+)\.bias", name).groups()
-        norm = f"{layer}{int(number) + 1}"
-        shifts[norm] = state.pop(name)
-        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - shifts[norm]
-    missing, unexpected = discriminator.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
-    return shifts
+    return load_without_biases(discriminator, state)
 
 
 def check_gradients(network, record, prefix, rename):
@@ -67,21 +63,17 @@ def check_gradients(network, record, prefix, rename):
 
 
 def check_statistics(network, record, prefix, rename, shifts):
-    buffers = dict(network.named_buffers())
     after = {rename(name): values for name, values in entries(record, prefix).items()}
-    assert set(after) == {name for name in buffers if "running" in name}
-    for name, values in after.items():
-        shift = shifts.get(name.removesuffix(".running_mean"), 0) if name.endswith("running_mean") else 0
-        assert_recorded(buffers[name] + shift, values, msg=lambda text, name=name: f"{name}: {text}")
+    assert_statistics_recorded(network, after, shifts)
 
 
 def load_boxes(record):
     sizes = {"channels": 3, "text_projection": 5, "text_map": "cropped"}
-    return LocatedDiscriminator(128, 12, **sizes), *load_located(record)
+    return LocatedDiscriminator(128, 12, **sizes), *load_with_box(record)
 
 
 def load_maps(record):
-    return KeypointImageDiscriminator(128, 12, point_count=5, channels=3, text_projection=5), *load_keypoints(record)
+    return KeypointImageDiscriminator(128, 12, point_count=5, channels=3, text_projection=5), *load_with_points(record)
 
 
 @PRECISIONS
@@ -89,8 +81,8 @@ def load_maps(record):
 @pytest.mark.parametrize(
     ("name", "place", "make", "renamed_of_generator"),
     [
-        ("gawwn_box_derived", "boxes", load_boxes, renamed_of_located),
-        ("gawwn_keypoints_derived", "maps", load_maps, renamed_of_keypoints),
+        ("gawwn_box_derived", "boxes", load_boxes, renamed_with_box),
+        ("gawwn_keypoints_derived", "maps", load_maps, renamed_with_points),
     ],
 )
 def test_gawwn(name, place, make, renamed_of_generator, mode, dtype):

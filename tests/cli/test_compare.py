@@ -4,7 +4,7 @@ import pytest
 
 from mirror_modules.cli.compare import SYSTEMS, CompareOptions
 from mirror_modules.evaluation import comparison
-from mirror_modules.models.text_to_image import _SYSTEMS
+from mirror_modules.models.registry import _SYSTEMS
 from mirror_modules.training.recipes import ADVERSARIAL_PHASES, RECIPES
 from tests.cli.commands import assert_rejected, flags, run
 

@@ -129,6 +129,22 @@ def test_noise_and_condition_influence_the_images_of_each_stage(changed):
     assert not any(torch.equal(*pair) for pair in zip(before, generator(*inputs).images))
 
 
+@pytest.mark.parametrize("active", [1, 2])
+def test_the_first_stages_alone_generate_the_same_images_and_train_alone(active):
+    generator, inputs = make().eval(), make_inputs()
+    whole = generator(*inputs).images
+    generator.active_stages = active
+    images = generator(*inputs).images
+    assert len(images) == active
+    for image, expected in zip(images, whole):
+        assert torch.equal(image, expected)
+    sum(image.square().mean() for image in images).backward()
+    trained = [generator.initial, *generator.refinements[: active - 1], *generator.heads[:active]]
+    has_gradient = {id(weight) for module in trained for weight in module.parameters()}
+    for name, weight in generator.named_parameters():
+        assert (weight.grad is not None) == (id(weight) in has_gradient), name
+
+
 def test_without_intermediate_images_the_finest_image_is_the_same():
     generator, finest_only, inputs = make().eval(), make(intermediate_images=False).eval(), make_inputs()
     state = {

@@ -8,9 +8,8 @@ from torch.testing import assert_close
 
 from mirror_modules import KeypointGenerator
 from mirror_modules.functional import complete_keypoints
-from tests.glam.test_located import norm_after
 from tests.norms import with_random_norms
-from tests.recordings import MODES, PRECISIONS, assert_recorded, entries, read
+from tests.recordings import MODES, PRECISIONS, assert_recorded, entries, load_without_biases, read
 
 B, K, Z, E, HIDDEN = 3, 2, 5, 7, 22
 
@@ -160,14 +159,7 @@ def load_recorded(record):
         part, rest = name.split(".", 1)
         state[f"{paths[part]}.{rest}"] = value
     generator = KeypointGenerator(5, 6, 12, hidden_dim=12)
-    biases = {name for name in state if name.endswith(".bias")} - set(generator.state_dict())
-    shifts = {norm_after(name): state.pop(name) for name in biases}
-    for norm, bias in shifts.items():
-        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
-    missing, unexpected = generator.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
-    return generator, shifts
+    return generator, load_without_biases(generator, state)
 
 
 @PRECISIONS

@@ -12,7 +12,8 @@ from mirror_modules import RedescriptionLoss, RedescriptionScore
 
 transformers = pytest.importorskip("transformers")
 
-from mirror_modules.interop import captioner_from, huggingface  # noqa: E402
+from mirror_modules.interop import captioner_from  # noqa: E402
+from mirror_modules.interop.huggingface.captioner import _FAMILIES  # noqa: E402
 from tests.interop.tiny import (  # noqa: E402
     MODELS,
     SIZE,
@@ -124,7 +125,7 @@ WITH_PLACEHOLDERS = pytest.mark.parametrize("kind", ["blip-2", "llava", "paligem
 def test_features_computed_apart_equal_the_whole_model(kind, monkeypatch):
     model, processor = make(kind)
     captioner = captioner_from(model, processor)
-    monkeypatch.delitem(huggingface._FAMILIES, kind)
+    monkeypatch.delitem(_FAMILIES, kind)
     whole = captioner_from(model, processor)
     images, (tokens, word_mask) = draw(2), captioner.encode(CAPTIONS)
     encoded = captioner.encode_images(images)

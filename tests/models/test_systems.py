@@ -1,15 +1,13 @@
-"""All systems: images, gradients, files, parameter counts of the published sizes, and the registry."""
+"""All systems: images, gradients, files, and parameter counts of the published sizes."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
-from mirror_modules.glam import DeconvolutionGenerator
 from mirror_modules.models import (
     PPGN,
     AttnGANConfig,
@@ -21,11 +19,10 @@ from mirror_modules.models import (
     TextToImage,
     build_model,
     get_system,
-    register_system,
     sample_latents,
-    text_to_image,
 )
-from mirror_modules.stem import Condition, SentenceProjection
+from mirror_modules.models.system import samples_of
+from mirror_modules.stem import Condition
 from mirror_modules.stream import append_end
 
 CAPTIONS = ["a red flower with five round petals", "blue petals", "a white flower"]
@@ -112,7 +109,7 @@ def test_images_give_every_generating_part_a_gradient(name):
     tokens, word_mask = VOCABULARY.encode(CAPTIONS)
     words, sentence = model.text_encoder(tokens, word_mask)
     conditions = model.conditions(sentence, torch.randn(3, model.config.condition_noise_dim))
-    samples = text_to_image.samples_of(conditions)
+    samples = samples_of(conditions)
     images = model.images(torch.randn(3, 3), samples, words, word_mask).images
     sum(image.square().sum() for image in images).backward()
     for part in model.generator_parts().values():
@@ -128,7 +125,7 @@ def test_discriminators_read_images_and_text_of_every_phase(name):
         words, sentence = view.text_encoder(tokens, word_mask)
         conditions = view.conditions(sentence, torch.randn(3, view.config.condition_noise_dim))
         text = view.discriminator_text(sentence, conditions)
-        images = view.images(torch.randn(3, 3), text_to_image.samples_of(conditions), words, word_mask).images
+        images = view.images(torch.randn(3, 3), samples_of(conditions), words, word_mask).images
         discriminators = view.discriminators(phase)
         resolutions = view.config.trained_resolutions(phase)
         assert tuple(each.resolution for each in discriminators) == resolutions
@@ -172,62 +169,27 @@ def test_a_config_without_a_system_is_that_of_a_mirrorgan(tmp_path):
         TextToImage.from_pretrained(tmp_path)
 
 
-@dataclass(frozen=True)
-class OwnConfig(ModelConfig):
-    """A system of the user's own."""
-
-    system = "own"
-    attends = False
-
-
-class Own(TextToImage):
-    """A system that defines the minimum."""
-
-    config_type = OwnConfig
-
-    def build(self, config):
-        self.conditioning = SentenceProjection(config.word_dim, config.condition_dim)
-        self.generator = DeconvolutionGenerator(
-            config.noise_dim, config.condition_dim, channels=config.channels, resolution=config.resolutions[0]
-        )
-
-    def conditions(self, sentence, noise):
-        return [self.conditioning(sentence)]
-
-    def images(self, noise, samples, words, word_mask=None, location=None, *, need_weights=False):
-        return self.generator(noise, samples[0])
-
-
-def test_a_system_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_to_image, "_SYSTEMS", dict(text_to_image._SYSTEMS))
-    model = Own(OwnConfig(**SIZES, channels=4, resolutions=(16,)), VOCABULARY).eval()
-    with pytest.raises(ValueError, match=r"unknown system 'own'; there are .*\. Import the module that registers it"):
-        build_model(model.config, VOCABULARY)
-    assert register_system(Own) is Own
-    assert register_system(Own) is Own
-    model.save_pretrained(tmp_path)
-    assert type(TextToImage.from_pretrained(tmp_path)) is Own
-
-    class Other(Own):
+def test_a_system_needs_its_methods():
+    class Empty(TextToImage):
         pass
 
-    with pytest.raises(ValueError, match=r"register_system: 'own' is the name of Own; give Other another one, in Own"):
-        register_system(Other)
-
-
-def test_a_system_needs_a_name_and_its_methods():
-    class Nameless(TextToImage):
-        pass
-
-    with pytest.raises(ValueError, match=r"register_system: ModelConfig\.system is empty; give the system a name"):
-        register_system(Nameless)
-    with pytest.raises(NotImplementedError, match=r"Nameless must define build\(config\)"):
-        Nameless(ModelConfig(captioner_backbone="conv"), VOCABULARY)
+    with pytest.raises(NotImplementedError, match=r"Empty must define build\(config\)"):
+        Empty(ModelConfig(captioner_backbone="conv"), VOCABULARY)
     model = make("attngan")
     with pytest.raises(NotImplementedError, match=r"AttnGAN must define conditions\(sentence, noise\)"):
         TextToImage.conditions(model, torch.zeros(1, 6), torch.zeros(1, 4))
     with pytest.raises(NotImplementedError, match=r"AttnGAN must define images\(noise, samples, words"):
         TextToImage.images(model, torch.zeros(1, 3), [], torch.zeros(1, 2, 6))
+
+
+def test_options_of_the_config_reach_the_parts():
+    model = make("mirrorgan", attention="word", sentence_bias=True, text_dropout=0.25, resolutions=(8,))
+    assert model.text_encoder.dropout.p == 0.25
+    assert model.generator.resolutions == (8,)
+    release = MirrorGAN(MirrorGANConfig.release(**SIZES, channels=2, resolutions=(4, 8)), VOCABULARY)
+    assert release.generator.refinements[0].attention.score_projection is not None
+    assert release.generator.refinements[0].attention.sentence_projection.bias is not None
+    assert model.captioner.vocabulary_size == model.text_encoder.vocabulary_size == len(VOCABULARY)
 
 
 def test_the_config_must_be_that_of_the_system():

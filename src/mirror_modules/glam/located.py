@@ -75,19 +75,13 @@ class LocatedGenerator(TypedCall, nn.Module):
         self.noise_local = nn.Linear(noise_dim, hidden_dim)
         self.placer = TextPlacer(MAP_SIZE)
         # Batch norm subtracts any bias of the convolution before it.
-        self.placed_text = nn.Sequential(
-            *_halving(hidden_dim, hidden_dim),
-            *_halving(hidden_dim, hidden_dim),
-            *_halving(hidden_dim, hidden_dim, stride=1, padding=0),
-        )
+        self.placed_text = _map_encoder(hidden_dim, hidden_dim, hidden_dim, hidden_dim)
         widths = (8 * channels, 4 * channels, 2 * channels)
         self.global_path = DeconvolutionStage(2 * hidden_dim, widths, bottlenecks=0)
         self.local_path = DeconvolutionStage(2 * hidden_dim, widths, bottlenecks=2, final_activation=False)
         joint = nn.Conv2d(4 * channels, 2 * channels, 3, padding=1, bias=False)
-        layers: list[nn.Module] = [joint, nn.BatchNorm2d(2 * channels), nn.ReLU()]
-        for before, after in itertools.pairwise((2 * channels, *upsampled)):
-            layers += [doubling(before, after), nn.BatchNorm2d(after), nn.ReLU()]
-        self.merge = nn.Sequential(*layers)
+        fused = (joint, nn.BatchNorm2d(2 * channels), nn.ReLU())
+        self.merge = nn.Sequential(*fused, *_doublings(2 * channels, *upsampled))
         self.head = doubling((2 * channels, *upsampled)[-1], 3, bias=True)
 
     def forward(self, noise: Tensor, condition: Tensor, box: Tensor) -> GeneratedImages:
@@ -183,18 +177,12 @@ class KeypointImageGenerator(TypedCall, nn.Module):
             nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim, bias=False), FeatureBatchNorm(hidden_dim), nn.ReLU())
             for _ in range(2)
         )
-        self.placed_points = nn.Sequential(
-            *_halving(point_count, channels),
-            *_halving(channels, 2 * channels),
-            *_halving(2 * channels, hidden_dim, stride=1, padding=0),
-        )
+        self.placed_points = _map_encoder(point_count, channels, 2 * channels, hidden_dim)
         self.global_path = DeconvolutionStage(2 * hidden_dim, (wide, 2 * channels, channels), bottlenecks=0)
         self.local_path = nn.Sequential(*_convolution(hidden_dim, wide), nn.ReLU())
-        layers: list[nn.Module] = [*_convolution(channels + wide + point_count, wide), nn.ReLU()]
-        layers += [*_convolution(wide, wide), Bottleneck(wide)]
-        for before, after in itertools.pairwise((wide, *upsampled)):
-            layers += [doubling(before, after), nn.BatchNorm2d(after), nn.ReLU()]
-        self.merge = nn.Sequential(*layers)
+        fused = (*_convolution(channels + wide + point_count, wide), nn.ReLU())
+        refined = (*_convolution(wide, wide), Bottleneck(wide))
+        self.merge = nn.Sequential(*fused, *refined, *_doublings(wide, *upsampled))
         self.head = doubling((wide, *upsampled)[-1], 3, bias=True)
 
     def forward(self, noise: Tensor, condition: Tensor, points: Tensor) -> GeneratedImages:
@@ -227,10 +215,23 @@ class KeypointImageGenerator(TypedCall, nn.Module):
         return GeneratedImages([images], [], [])
 
 
-def _halving(in_channels: int, out_channels: int, stride: int = 2, padding: int = 1) -> tuple[nn.Module, ...]:
-    """A 4x4 convolution with norm and ReLU; without padding and at stride 1, from 4 x 4 to one position."""
-    convolution = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=padding, bias=False)
-    return convolution, MapBatchNorm(out_channels), nn.ReLU()
+def _map_encoder(in_channels: int, *widths: int) -> nn.Sequential:
+    """A 16 x 16 map -> a single position, by a 4x4 convolution with norm and ReLU for each of three widths."""
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(itertools.pairwise((in_channels, *widths))):
+        # The first two halve the map; the last spans what is left, 4 x 4.
+        stride, padding = (2, 1) if i < 2 else (1, 0)
+        convolution = nn.Conv2d(before, after, 4, stride=stride, padding=padding, bias=False)
+        layers += [convolution, MapBatchNorm(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _doublings(*widths: int) -> list[nn.Module]:
+    """The doublings of the resolution from the first width to the last, each with norm and ReLU."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [doubling(before, after), nn.BatchNorm2d(after), nn.ReLU()]
+    return layers
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:

@@ -7,9 +7,10 @@ from mirror_modules.models.gan_int_cls import GANIntCLS, GANIntCLSConfig
 from mirror_modules.models.gawwn import GAWWN, GAWWNConfig
 from mirror_modules.models.mirrorgan import MirrorGAN, MirrorGANConfig
 from mirror_modules.models.ppgn import PPGN, PPGNConfig, sample_latents
+from mirror_modules.models.registry import build_model, get_system, register_system
 from mirror_modules.models.stackgan import StackGAN, StackGANConfig
 from mirror_modules.models.stackgan_v2 import StackGANv2, StackGANv2Config
-from mirror_modules.models.text_to_image import TextToImage, build_model, get_system, register_system
+from mirror_modules.models.text_to_image import TextToImage
 
 __all__ = [
     "GAWWN",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
 from mirror_modules.models.config import ModelConfig, Weighting
-from mirror_modules.models.text_to_image import TextToImage, register_system
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition, ConditioningAugmentation
 
 

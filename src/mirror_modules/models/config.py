@@ -139,21 +139,6 @@ def _check_fields(owner: str, fields: dict[str, Any], record: type) -> None:
             raise ValueError(f"{owner}: unknown field {name!r}{hint}")
 
 
-def halved_channels(owner: str, channels: int, stages: int) -> tuple[int, ...]:
-    """Channels of the stages of a generator, each of which has half of those of the stage before.
-
-    Raises:
-        ValueError: They cannot be halved as often.
-    """
-    check_positive(owner, channels=channels)
-    if channels % 2 ** (stages - 1):
-        raise ValueError(
-            f"{owner}: channels={channels} cannot be halved from stage to stage, of which there are {stages}; use a "
-            f"multiple of {2 ** (stages - 1)}."
-        )
-    return tuple(channels // 2**stage for stage in range(stages))
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes that all systems have; a dataclass with this base is the configuration of one system.
@@ -256,3 +241,32 @@ class ModelConfig:
         """
         _check_fields(cls.__name__, fields, cls)
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class NarrowingConfig(ModelConfig):
+    """Sizes of a cascade that narrows as it grows: each stage has half of the channels of the one before (StackGAN++).
+
+    Raises:
+        ValueError: `resolutions` is empty, or `channels` cannot be halved from stage to stage.
+    """
+
+    channels: int = 64
+    """Channels C of the first stage of the generator; each further stage has half of them."""
+    residual_blocks: int = 2
+    """Residual blocks of each refinement stage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner, stages = type(self).__name__, len(self.resolutions)
+        check_positive(owner, channels=self.channels)
+        if self.channels % 2 ** (stages - 1):
+            raise ValueError(
+                f"{owner}: channels={self.channels} cannot be halved from stage to stage, of which there are {stages}; "
+                f"use a multiple of {2 ** (stages - 1)}."
+            )
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of each stage of the generator."""
+        return tuple(self.channels // 2**stage for stage in range(len(self.resolutions)))

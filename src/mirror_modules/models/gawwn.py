@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mirror_modules.adversarial import KeypointImageDiscriminator, LocatedDiscriminator
 from mirror_modules.glam import GeneratedImages, KeypointImageGenerator, LocatedGenerator
 from mirror_modules.models.config import ModelConfig, Weighting
-from mirror_modules.models.text_to_image import TextToImage, register_system
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition
 
 # Height and width of the maps in which places are given.

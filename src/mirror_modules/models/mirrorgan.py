@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mirror_modules.glam import CascadedGenerator, GeneratedImages, GlobalLocalAttention
 from mirror_modules.models.config import ModelConfig
-from mirror_modules.models.text_to_image import TextToImage, register_system
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition, ConditioningAugmentation
 
 

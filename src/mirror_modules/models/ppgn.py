@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mirror_modules._freezing import evaluating
 from mirror_modules.adversarial import AdversarialWeights
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
-from mirror_modules.models.config import ModelConfig, Weighting, halved_channels
-from mirror_modules.models.text_to_image import TextToImage, evaluating, register_system, samples_of
+from mirror_modules.models.config import NarrowingConfig, Weighting
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.system import samples_of
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition
 from mirror_modules.stream import LatentSampler, LatentSamples, RedescriptionScore, append_end
 
 
 @dataclass(frozen=True)
-class PPGNConfig(ModelConfig):
+class PPGNConfig(NarrowingConfig):
     """Sizes and options of a `PPGN`; the default sizes are those of StackGAN++ without text.
 
     Raises:
@@ -32,25 +35,12 @@ class PPGNConfig(ModelConfig):
     system = "ppgn"
     attends = False
 
-    channels: int = 64
-    """Channels C of the first stage of the generator; each further stage has half of them."""
-    residual_blocks: int = 2
-    """Residual blocks of each refinement stage."""
     sampling_steps: int = 50
     """Updates of the latents for each image."""
     sampling_step_size: float = 0.2
     """Mean absolute change of a latent in the first update; it decreases linearly to 0."""
     prior_weight: float = 0.1
     """Weight of the pull to standard normal latents, where the gradient of the log likelihood of the caption has 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        halved_channels("PPGNConfig", self.channels, len(self.resolutions))
-
-    @property
-    def stage_channels(self) -> tuple[int, ...]:
-        """Channels of each stage of the generator."""
-        return halved_channels("PPGNConfig", self.channels, len(self.resolutions))
 
     @property
     def condition_noise_dim(self) -> int:

@@ -13,7 +13,9 @@ from typing_extensions import Self
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.glam import CascadedGenerator, GeneratedImages, ImageRefinementStage
 from mirror_modules.models.config import ModelConfig, Weighting
-from mirror_modules.models.text_to_image import TextToImage, means_of, register_system
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.system import means_of
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition, ConditioningAugmentation
 
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
-from mirror_modules.models.config import ModelConfig, Weighting, halved_channels
-from mirror_modules.models.text_to_image import TextToImage, means_of, register_system
+from mirror_modules.models.config import NarrowingConfig, Weighting
+from mirror_modules.models.registry import register_system
+from mirror_modules.models.system import means_of
+from mirror_modules.models.text_to_image import TextToImage
 from mirror_modules.stem import Condition, ConditioningAugmentation
 
 
 @dataclass(frozen=True)
-class StackGANv2Config(ModelConfig):
+class StackGANv2Config(NarrowingConfig):
     """Sizes of a `StackGANv2`; the default sizes are those published for birds.
 
     Raises:
@@ -34,19 +36,6 @@ class StackGANv2Config(ModelConfig):
     """Features D of a word and of the sentence."""
     condition_dim: int = 128
     """Features E of the condition."""
-    channels: int = 64
-    """Channels C of the first stage of the generator; each further stage has half of them."""
-    residual_blocks: int = 2
-    """Residual blocks of each refinement stage."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        halved_channels("StackGANv2Config", self.channels, len(self.resolutions))
-
-    @property
-    def stage_channels(self) -> tuple[int, ...]:
-        """Channels of each stage of the generator."""
-        return halved_channels("StackGANv2Config", self.channels, len(self.resolutions))
 
     def weighting(self, phase: str) -> Weighting:
         """All terms with weight 1, the realism of mismatched images among them."""

@@ -1,128 +1,31 @@
-"""What all text-to-image systems share: captions -> words, sentence -> conditions -> images, and back to captions."""
+"""What the user of a text-to-image system calls: captions and seeds -> images, images -> captions."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
 
-from mirror_modules._checks import check_choice, check_number, check_positive
-from mirror_modules._typing import TypedCall
-from mirror_modules.adversarial import PairedDiscriminator
-from mirror_modules.data.seeding import seeded
+from mirror_modules._checks import check_choice, check_positive
+from mirror_modules._freezing import evaluating
 from mirror_modules.glam import GeneratedImages
-from mirror_modules.models.config import ModelConfig
+from mirror_modules.models.noise import sample_noise, seeds_of
 from mirror_modules.models.pixels import OUTPUTS, from_model, to_model
-from mirror_modules.models.pretrained import CONFIG_FILE, load_weights, read_model_folder, save_model
-from mirror_modules.stem import Condition, ImageEncoder, TextEncoder, Vocabulary
-from mirror_modules.stream import Captioner, append_end, redescription_loss
+from mirror_modules.models.system import System, samples_of
+from mirror_modules.stream import append_end, redescription_loss
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Children of every system that phase `glam` does not train.
-FROZEN_PARTS = ("text_encoder", "captioner")
 
-System = TypeVar("System", bound="type[TextToImage]")
-_SYSTEMS: dict[str, type[TextToImage]] = {}
-
-
-def register_system(system: System) -> System:
-    """Register a system by the name in its configuration, so that recipes, files and the command line know it.
-
-    Use it as a decorator of the class.
-
-    Args:
-        system: The class, whose `config_type.system` is the name.
-
-    Returns:
-        The class itself.
-
-    Raises:
-        ValueError: The configuration has no name, or the name belongs to another system.
-
-    Examples:
-        >>> from dataclasses import dataclass
-        >>> from mirror_modules.models import AttnGAN, AttnGANConfig, get_system, register_system
-        >>> @dataclass(frozen=True)
-        ... class TwinConfig(AttnGANConfig):
-        ...     system = "twin"
-        >>> @register_system
-        ... class Twin(AttnGAN):
-        ...     config_type = TwinConfig
-        >>> get_system("twin").__name__
-        'Twin'
-    """
-    name = system.config_type.system
-    if not name:
-        raise ValueError(f"register_system: {system.config_type.__name__}.system is empty; give the system a name.")
-    # A class that is defined again, as in a notebook, replaces the earlier one.
-    if name in _SYSTEMS and _SYSTEMS[name].__qualname__ != system.__qualname__:
-        raise ValueError(
-            f"register_system: {name!r} is the name of {_SYSTEMS[name].__name__}; give {system.__name__} another "
-            f"one, in {system.config_type.__name__}.system."
-        )
-    _SYSTEMS[name] = system
-    return system
-
-
-def get_system(name: str) -> type[TextToImage]:
-    """A registered system.
-
-    Args:
-        name: "mirrorgan", "attngan" or another name in config.json.
-
-    Raises:
-        ValueError: No system of this name is registered.
-
-    Examples:
-        >>> from mirror_modules.models import get_system
-        >>> get_system("attngan").__name__
-        'AttnGAN'
-    """
-    if name not in _SYSTEMS:
-        close = get_close_matches(name, _SYSTEMS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Import the module that registers it."
-        raise ValueError(f"unknown system {name!r}; there are {', '.join(_SYSTEMS)}.{hint}")
-    return _SYSTEMS[name]
-
-
-def build_model(config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> TextToImage:
-    """Build the system of a configuration.
-
-    Args:
-        config: Sizes and options; its type determines the system.
-        vocabulary: See `TextToImage`.
-        pretrained: See `TextToImage`.
-
-    Raises:
-        ValueError: The system is not registered, or as in `TextToImage`.
-        FileNotFoundError: As in `TextToImage`.
-        ImportError: As in `TextToImage`.
-
-    Examples:
-        >>> from mirror_modules import MirrorGANConfig, Vocabulary
-        >>> from mirror_modules.models import build_model
-        >>> config = MirrorGANConfig(channels=4, resolutions=(8,), captioner_backbone="conv")
-        >>> type(build_model(config, Vocabulary.build(["a flower"]))).__name__
-        'MirrorGAN'
-    """
-    return get_system(config.system)(config, vocabulary, pretrained=pretrained)
-
-
-class TextToImage(TypedCall, nn.Module):
+class TextToImage(System):
     """Text encoder, conditions, generator and captioner, with the vocabulary they share: the base of all systems.
 
         words, sentence = text_encoder(caption),    s = conditions(sentence, noise'),    I = images(noise, s, words)
@@ -169,174 +72,6 @@ class TextToImage(TypedCall, nn.Module):
         >>> model.generate("a red flower", seed=0).shape
         torch.Size([1, 3, 16, 16])
     """
-
-    config_type: ClassVar[type[ModelConfig]] = ModelConfig
-    config: ModelConfig
-
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> None:
-        super().__init__()
-        owner = type(self).__name__
-        if not isinstance(config, self.config_type):
-            raise ValueError(f"{owner}: config must be a {self.config_type.__name__}, but it is {config!r}.")
-        self.config, self.vocabulary = config, vocabulary
-        self.text_encoder = TextEncoder(
-            len(vocabulary),
-            embedding_dim=config.embedding_dim,
-            feature_dim=config.word_dim,
-            dropout=config.text_dropout,
-        )
-        self.build(config)
-        backbone = config.captioner_backbone.build(load=pretrained)
-        if pretrained:
-            recorded = config.captioner_backbone.recorded(backbone)
-            self.config = dataclasses.replace(config, captioner_backbone=recorded)
-        self.captioner = Captioner(
-            ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
-            len(vocabulary),
-            embedding_dim=config.captioner_embedding_dim,
-            hidden_dim=config.captioner_hidden_dim,
-            image_skip=config.captioner_image_skip,
-        )
-
-    def build(self, config: Any) -> None:
-        """Build the parts that are this system's own, as attributes.
-
-        Args:
-            config: The configuration.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define build(config).")
-
-    def conditions(self, sentence: Tensor, noise: Tensor) -> list[Condition | Tensor]:
-        """Compute the conditions of the generator from the sentence.
-
-        Args:
-            sentence: Sentence features, (B, D).
-            noise: Standard normal, (B, config.condition_noise_dim).
-
-        Returns:
-            A `Condition` for each condition that is drawn from a distribution, whose KL divergence is trained; a tensor
-            (B, E) for one that is not.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define conditions(sentence, noise).")
-
-    def images(
-        self,
-        noise: Tensor,
-        samples: Sequence[Tensor],
-        words: Tensor,
-        word_mask: Tensor | None = None,
-        location: Tensor | None = None,
-        *,
-        need_weights: bool = False,
-    ) -> GeneratedImages:
-        """Generate images from noise and conditions.
-
-        Args:
-            noise: Standard normal, (B, config.noise_dim).
-            samples: A sample of each of `conditions`.
-            words: Word features, (B, L, D).
-            word_mask: True for a real word, (B, L); None if all are.
-            location: Where the subject shall be, (B, ...), in systems that take it.
-            need_weights: Also return the attention maps.
-
-        Returns:
-            Images in [-1, 1], coarse to fine, and the attention maps if requested.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define images(noise, samples, words, ...).")
-
-    def discriminators(self, phase: str = "glam") -> list[nn.Module]:
-        """New discriminators, coarse to fine, one for each of `config.trained_resolutions(phase)`.
-
-        Each has the methods of a `PairedDiscriminator`.
-
-        Args:
-            phase: Phase that trains the generator: one of `config.adversarial_phases`.
-        """
-        return [
-            PairedDiscriminator(
-                resolution,
-                self.config.word_dim,
-                channels=self.config.discriminator_channels,
-                normalization=self.config.discriminator_normalization,
-            )
-            for resolution in self.config.trained_resolutions(phase)
-        ]
-
-    def discriminator_text(self, sentence: Tensor, conditions: Sequence[Condition | Tensor]) -> Tensor:
-        """The features of the captions that discriminators read, (B, T): the sentence itself.
-
-        The generator's loss has a gradient with respect to them, unless they are detached.
-
-        Args:
-            sentence: Sentence features, (B, D).
-            conditions: The conditions of these sentences.
-        """
-        return sentence
-
-    def locate(self, boxes: Tensor | None, points: Tensor | None, count: int) -> Tensor | None:
-        """Where the subjects of a batch are, as `images` and the discriminators take it; None if they do not.
-
-        Args:
-            boxes: x, y, width and height of each as shares of the image, (B, 4), NaN where unknown; None if all are.
-            points: x, y and visibility of the key points of each, (B, K, 3); None if the data have none.
-            count: Number of images B.
-        """
-        return None
-
-    def trained_in(self, phase: str) -> Self:
-        """The system as one of its phases trains it: itself, or a view that shares its parts and draws fewer images.
-
-        Args:
-            phase: One of `config.adversarial_phases`.
-        """
-        return self
-
-    def generator_parts(self) -> dict[str, nn.Module]:
-        """The parts that generate, by name: all but text encoder and captioner."""
-        return {name: part for name, part in self.named_children() if name not in FROZEN_PARTS}
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.text_encoder.embedding.weight.device
-
-    def forward(
-        self,
-        tokens: Tensor,
-        word_mask: Tensor | None = None,
-        *,
-        noise: Tensor | None = None,
-        condition_noise: Tensor | None = None,
-        location: Tensor | None = None,
-        need_weights: bool = False,
-    ) -> GeneratedImages:
-        """Generate images from token ids.
-
-        Args:
-            tokens: Token ids, (B, L), as `Vocabulary.encode` returns them.
-            word_mask: True for a real word, (B, L); None if all are.
-            noise: Standard normal, (B, Z); sampled if None.
-            condition_noise: Standard normal noise of the conditions, (B, config.condition_noise_dim); sampled if None.
-            location: Where the subject shall be, (B, ...), in systems that take it.
-            need_weights: Also return the attention maps.
-
-        Returns:
-            Images in [-1, 1], coarse to fine, and the attention maps if requested.
-        """
-        self._check_location(location)
-        words, sentence = self.text_encoder(tokens, word_mask)
-
-        def sample(features: int) -> Tensor:
-            return torch.randn(len(tokens), features, device=words.device, dtype=words.dtype)
-
-        condition_noise = sample(self.config.condition_noise_dim) if condition_noise is None else condition_noise
-        conditions = self.conditions(sentence, condition_noise)
-        noise = sample(self.config.noise_dim) if noise is None else noise
-        return self.images(noise, samples_of(conditions), words, word_mask, location, need_weights=need_weights)
-
-    def _check_location(self, location: Tensor | None) -> None:
-        if location is not None and not self.config.takes_location:
-            raise ValueError(f"{type(self).__name__}: location has no effect on this system; leave it out.")
 
     @overload
     def generate(
@@ -471,9 +206,9 @@ class TextToImage(TypedCall, nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         if isinstance(seed, Sequence):
-            first = _seeds_of(owner, len(rows), seed)
+            first = seeds_of(owner, len(rows), seed)
         else:
-            first = _seeds_of(owner, len(rows) * best_of, seed)[::best_of]
+            first = seeds_of(owner, len(rows) * best_of, seed)[::best_of]
         best = torch.full((len(rows),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         for candidate in range(best_of):
@@ -651,15 +386,7 @@ class TextToImage(TypedCall, nn.Module):
         self, owner: str, count: int, seed: int | Sequence[int] | None, truncation: float | None
     ) -> tuple[Tensor, Tensor]:
         sizes = [self.config.noise_dim, self.config.condition_noise_dim]
-        if seed is None:
-            fresh = torch.Generator()
-            fresh.seed()
-            rows = torch.randn(count, sum(sizes), generator=fresh)
-        else:
-            seeds = _seeds_of(owner, count, seed)
-            rows = torch.stack([torch.randn(sum(sizes), generator=seeded(each)) for each in seeds])
-        if truncation is not None:
-            rows = _truncated(owner, rows, truncation)
+        rows = sample_noise(owner, count, sum(sizes), seed, truncation)
         noise, condition_noise = rows.to(self.text_encoder.embedding.weight).split(sizes, dim=1)
         return noise, condition_noise
 
@@ -694,106 +421,9 @@ class TextToImage(TypedCall, nn.Module):
             )
         return self.vocabulary.decode(tokens)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.
-
-        Raises:
-            OSError: A file cannot be written.
-        """
-        save_model(self, self.config, self.vocabulary, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load a model that `save_pretrained` wrote; the result is in evaluation mode.
-
-        `TextToImage.from_pretrained` opens the folder of any registered system, that of a subclass only its own.
-
-        Args:
-            folder: A folder with config.json, vocabulary.json and model.safetensors.
-            device: Device of the weights.
-
-        Raises:
-            FileNotFoundError: The folder or one of its files is missing.
-            ValueError: The folder holds another system or one that is not registered, a file is damaged, or the weights
-                do not fit the configuration or the vocabulary.
-        """
-        saved = read_model_folder(folder)
-        path = Path(folder) / CONFIG_FILE
-        try:
-            system = get_system(saved.system)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        if not issubclass(system, cls):
-            raise ValueError(
-                f"{cls.__name__}.from_pretrained: {folder} holds a model of the system {saved.system!r}; use "
-                f"{system.__name__}.from_pretrained, or TextToImage.from_pretrained for any system."
-            )
-        try:
-            # The weights of the backbone are in the folder, too.
-            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, pretrained=False)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a valid model configuration: {error}") from error
-        load_weights(model, saved.weights)
-        return model.to(device).eval()
-
-
-def samples_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
-    """The sample of each condition."""
-    return [each.sample if isinstance(each, Condition) else each for each in conditions]
-
-
-def means_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
-    """The mean of each condition; one that is not drawn is its own mean."""
-    return [each.mean if isinstance(each, Condition) else each for each in conditions]
-
 
 def _as_list(owner: str, captions: Any) -> list[str]:
     listed = [captions] if isinstance(captions, str) else captions
     if not isinstance(listed, Sequence) or not all(isinstance(caption, str) for caption in listed):
         raise ValueError(f"{owner}: captions must be one string or a list of strings, but they are {captions!r}.")
     return list(listed)
-
-
-def _seeds_of(owner: str, count: int, seed: int | Sequence[int]) -> list[int]:
-    """The seed of each image."""
-    if hasattr(seed, "__index__"):
-        first = _check_seed(owner, seed)
-        return [first + i for i in range(count)]
-    if isinstance(seed, str) or not hasattr(seed, "__len__") or len(seed) != count:
-        raise ValueError(
-            f"{owner}: seed must be a whole number from 0 to 2**63 - 1, or one for each of the {count} images, but it "
-            f"is {seed!r}."
-        )
-    return [_check_seed(owner, each) for each in seed]
-
-
-def _check_seed(owner: str, seed: Any) -> int:
-    """The seed as an int, from a whole number of any type."""
-    if not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**63:
-        raise ValueError(f"{owner}: seed must be a whole number from 0 to 2**63 - 1, but it is {seed!r}.")
-    return operator.index(seed)
-
-
-def _truncated(owner: str, normal: Tensor, bound: float) -> Tensor:
-    """Map standard normal values to a standard normal truncated to [-bound, bound], by their quantiles.
-
-    The map is monotonic and tends to the identity for large bounds, so that a seed keeps its image.
-    """
-    check_number(owner, truncation=bound)
-    if bound <= 0:
-        raise ValueError(f"{owner}: truncation must be above 0, but it is {bound!r}.")
-    low = torch.special.ndtr(torch.tensor(-float(bound), dtype=torch.float64))
-    quantiles = low + torch.special.ndtr(normal.double()) * (1 - 2 * low)
-    return torch.special.ndtri(quantiles).clamp(-bound, bound).to(normal.dtype)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and restore the mode of each submodule on exit, so that frozen ones stay frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from mirror_modules._files import write_whole
-from mirror_modules._freezing import freeze
+from mirror_modules._freezing import evaluating, freeze
 from mirror_modules.data.seeding import seeded
 from mirror_modules.models import EncoderPair, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights, save_weights
-from mirror_modules.models.text_to_image import evaluating
 from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
 from mirror_modules.training.distributed import ProcessGroup, count_cores, cpu_threads, process_group

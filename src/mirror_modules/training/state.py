@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mirror_modules.adversarial import PairedLogits, r1_penalty
 from mirror_modules.glam import CascadedGenerator
 from mirror_modules.models import EncoderPair, TextToImage
-from mirror_modules.models.text_to_image import samples_of
+from mirror_modules.models.system import samples_of
 from mirror_modules.stem import Condition
 from mirror_modules.stream import RedescriptionLoss
 from mirror_modules.training.distributed import SINGLE_PROCESS, ProcessGroup

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirror_modules._freezing import evaluating
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import to_float
 from mirror_modules.data.seeding import seeded
@@ -17,7 +18,6 @@ from mirror_modules.glam import GeneratedImages
 from mirror_modules.metrics import r_precision
 from mirror_modules.metrics.r_precision import RPrecision
 from mirror_modules.models import EncoderPair, TextToImage
-from mirror_modules.models.text_to_image import evaluating
 from mirror_modules.stream import Captioner, append_end, image_information, redescription_loss
 from mirror_modules.training.batches import Splits, unseen_captions
 from mirror_modules.training.state import AdversarialState

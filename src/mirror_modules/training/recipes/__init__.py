@@ -1,24 +1,20 @@
 """Recipes: everything that determines the result of a run, by name."""
 
+from mirror_modules.training.recipes.data import DataRecipe
 from mirror_modules.training.recipes.named import ablation, demo, flowers_64, flowers_128, flowers_256, photos_64
-from mirror_modules.training.recipes.records import (
+from mirror_modules.training.recipes.phases import (
     ADVERSARIAL_PHASES,
     ALL_PHASES,
     PHASES,
     PRETRAINING,
     AdversarialRecipe,
     CaptionerRecipe,
-    DataRecipe,
-    EngineRecipe,
-    EvaluationRecipe,
     EvaluatorRecipe,
-    LoggingRecipe,
     MatchingRecipe,
     PhaseRecipe,
     PretrainingRecipe,
-    Recipe,
-    differences,
 )
+from mirror_modules.training.recipes.recipe import Recipe, differences
 from mirror_modules.training.recipes.registry import (
     RECIPES,
     describe_recipes,
@@ -26,6 +22,7 @@ from mirror_modules.training.recipes.registry import (
     get_recipe,
     load_recipe,
 )
+from mirror_modules.training.recipes.settings import EngineRecipe, EvaluationRecipe, LoggingRecipe
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
     gan_int_cls_demo,

@@ -1,4 +1,4 @@
-"""Frozen records from JSON fields: overriding some of them, type checks with clear errors, comparison."""
+"""The fields of frozen records: marks, checks with clear errors, values from JSON, comparison."""
 
 from __future__ import annotations
 
@@ -7,6 +7,46 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mirror_modules._checks import check_number
+
+
+def harmless(default: Any) -> Any:
+    """A field that may change when a run is resumed, because it does not affect the result of a step."""
+    return dataclasses.field(default=default, metadata={"harmless": True})
+
+
+def check_has_effect(owner: str, record: Any, name: str, condition: str) -> None:
+    """Require the default of a field that is not read under a condition."""
+    default = next(each.default for each in dataclasses.fields(record) if each.name == name)
+    value = getattr(record, name)
+    if value != default:
+        raise ValueError(
+            f"{owner}: {name}={value!r} has no effect with {condition}; leave {name} at {default!r}, or change the "
+            "latter."
+        )
+
+
+def check_above_zero(owner: str, record: Any, *names: str) -> None:
+    """Require numbers above 0, or None."""
+    for name in names:
+        value = getattr(record, name)
+        if value is None:
+            continue
+        check_number(owner, **{name: value})
+        if value <= 0:
+            raise ValueError(f"{owner}: {name} must be above 0, but it is {value!r}.")
+
+
+def check_not_negative(owner: str, record: Any, *names: str) -> None:
+    """Require numbers of 0 or more, or None."""
+    for name in names:
+        value = getattr(record, name)
+        if value is None:
+            continue
+        check_number(owner, **{name: value})
+        if value < 0:
+            raise ValueError(f"{owner}: {name} must be 0 or more, but it is {value!r}.")
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from mirror_modules.models import BackboneConfig, MirrorGANConfig
-from mirror_modules.training.recipes.records import (
+from mirror_modules.training.recipes.data import DataRecipe
+from mirror_modules.training.recipes.phases import (
     AdversarialRecipe,
     CaptionerRecipe,
-    DataRecipe,
-    EngineRecipe,
     EvaluatorRecipe,
-    LoggingRecipe,
     MatchingRecipe,
     PretrainingRecipe,
-    Recipe,
 )
+from mirror_modules.training.recipes.recipe import Recipe
+from mirror_modules.training.recipes.settings import EngineRecipe, LoggingRecipe
 
 
 def demo() -> Recipe:

@@ -11,13 +11,10 @@ from pathlib import Path
 
 from mirror_modules._files import read_json
 from mirror_modules.models import BackboneConfig
+from mirror_modules.training.recipes.data import NOT_READ_FOR_DRAWN_FLOWERS, READ_FOR_DRAWN_FLOWERS_ALONE
 from mirror_modules.training.recipes.named import ablation, demo, flowers_64, flowers_128, flowers_256, photos_64
-from mirror_modules.training.recipes.records import (
-    NOT_READ_FOR_DRAWN_FLOWERS,
-    READ_FOR_DRAWN_FLOWERS_ALONE,
-    EvaluatorRecipe,
-    Recipe,
-)
+from mirror_modules.training.recipes.phases import EvaluatorRecipe
+from mirror_modules.training.recipes.recipe import Recipe
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
     gan_int_cls_demo,

@@ -16,7 +16,8 @@ from mirror_modules.models import (
     StackGANv2Config,
 )
 from mirror_modules.training.recipes.named import demo
-from mirror_modules.training.recipes.records import AdversarialRecipe, Recipe
+from mirror_modules.training.recipes.phases import AdversarialRecipe
+from mirror_modules.training.recipes.recipe import Recipe
 
 
 def gan_int_cls_demo() -> Recipe:

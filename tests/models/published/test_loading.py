@@ -1,10 +1,7 @@
 """Published checkpoints load into our modules, whose outputs equal those recorded in tests/parity."""
 
 import json
-import pickle
-import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +14,7 @@ from mirror_modules.glam import CascadedGenerator, GlobalLocalAttention, WordAtt
 from mirror_modules.models.published import (
     convert_attention,
     convert_captioner,
-    convert_conditioning,
-    convert_discriminator,
     convert_generator,
-    load_published,
     load_published_captioner,
     load_published_discriminator,
     load_published_generator,
@@ -29,13 +23,12 @@ from mirror_modules.models.published import (
 )
 from mirror_modules.stem import ImageFeatures, TextFeatures, kl_divergence, matching_loss, word_region_attention
 from mirror_modules.stream import Captioner, redescription_loss
+from tests.recordings import PARITY, PRECISIONS, entries, read
 
-PARITY = Path(__file__).parents[1] / "parity"
 LAYOUTS = json.loads((PARITY / "published_layouts.json").read_text())
 # Relative where values exceed 1. In float64, what remains is the rounding of the recorded float32, equal on every
 # processor: this compares the mathematics. In float32, kernels for different instruction sets differ by some roundings.
 assert_equal = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
-PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +39,8 @@ def no_gradients():
 
 def recorded(name, dtype=torch.float32):
     """The published state, and the recorded inputs and outputs, with floats in the given precision."""
-    with np.load(PARITY / f"{name}.npz") as file:
-        tensors = {key: torch.from_numpy(file[key]) for key in file}
-    state = {key.removeprefix("state/"): tensor for key, tensor in tensors.items() if key.startswith("state/")}
+    tensors = read(name)
+    state = entries(tensors, "state/")
     record = {key: tensor for key, tensor in tensors.items() if not key.startswith("state/")}
     return state, {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in record.items()}
 
@@ -344,19 +336,6 @@ def test_converted_states_fit_modules_built_directly():
     generator.load_state_dict(convert_generator(layout("mirrorgan_bird_generator")))
 
 
-def test_counters_are_kept_or_start_at_zero():
-    state = {"img_code_s32_1.1.running_var": torch.ones(3)}
-    assert convert_discriminator(state)["trunk.15.num_batches_tracked"].equal(torch.tensor(0))
-    state["img_code_s32_1.1.num_batches_tracked"] = torch.tensor(41)
-    assert convert_discriminator(state)["trunk.15.num_batches_tracked"].equal(torch.tensor(41))
-
-
-def test_a_generator_state_holds_two_parts():
-    state, _ = recorded("generator")
-    assert sorted(convert_conditioning(state)) == ["linear.bias", "linear.weight"]
-    assert not any("ca_net" in name or name.startswith("linear") for name in convert_generator(state))
-
-
 # States that do not fit
 
 
@@ -416,113 +395,6 @@ def test_a_state_of_another_part_is_refused(load, missing):
         load({"features.0.weight": torch.ones(2, 3)})
 
 
-def test_two_tensors_of_one_name_are_refused():
-    with pytest.raises(ValueError, match=re.escape("'img_net.img.0.weight' is unexpected")):
-        convert_generator({"img_net1.img.0.weight": torch.ones(2), "img_net.img.0.weight": torch.ones(2)})
-
-
-def test_a_number_below_the_first_is_refused():
-    with pytest.raises(ValueError, match=re.escape("convert_captioner: 'cnn.resnet.3.weight' is unexpected")):
-        convert_captioner({"resnet.3.weight": torch.ones(2)}, {})
-
-
 def test_another_resnet_is_refused():
     with torch.device("meta"), pytest.raises(ValueError, match=r"'cnn\.resnet\.4\.0\.conv1\.weight' is .* does not"):
         load_published_captioner(layout("caption_cnn"), layout("caption_rnn"), backbone="resnet18")
-
-
-# Files
-
-
-class OldTensor:
-    """Pickles like a tensor of torch before 0.4: without `requires_grad`."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __reduce__(self):
-        sizes = (self.tensor.size(), self.tensor.stride())
-        return torch._utils._rebuild_tensor, (self.tensor._typed_storage(), 0, *sizes)
-
-
-@pytest.mark.parametrize("era", ["today", "before 1.6", "before 0.4"])
-def test_files_of_every_torch_version_are_loaded(tmp_path, era):
-    state, _ = recorded("text_encoder")
-    saved = {name: OldTensor(tensor) for name, tensor in state.items()} if era == "before 0.4" else state
-    torch.save(saved, tmp_path / "text_encoder.pth", _use_new_zipfile_serialization=era == "today")
-    loaded = load_published(tmp_path / "text_encoder.pth")
-    assert loaded.keys() == state.keys()
-    assert all(loaded[name].equal(state[name]) for name in state)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"netG\.pth does not exist; expected a published \.pth file"):
-        load_published(tmp_path / "netG.pth")
-
-
-def test_damaged_files_are_refused(tmp_path):
-    path = tmp_path / "netG.pth"
-    torch.save({"weight": torch.ones(1000)}, path)
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
-        load_published(path)
-
-
-@pytest.mark.parametrize(
-    ("write", "reason"),
-    [
-        (lambda path: torch.save(nn.Linear(2, 3), path), r"it refers to torch\.nn\.modules\.linear\.Linear"),
-        (lambda path: torch.save({"weight": np.ones(3)}, path), r"it refers to numpy\."),
-        (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 3)), path), r"Cannot use .* TorchScript archives"),
-        (lambda path: path.write_text("<html>Download quota exceeded</html>"), r"Weights only load failed"),
-        (lambda path: path.write_bytes(b""), r"EOFError"),
-    ],
-)
-def test_the_reason_has_no_color_codes_and_no_advice_to_load_unsafely(tmp_path, write, reason):
-    write(tmp_path / "netG.pth")
-    with pytest.raises(ValueError, match=rf"more than tensors \({reason}[^()]*\); download it again\.$") as caught:
-        load_published(tmp_path / "netG.pth")
-    assert str(caught.value).isprintable()
-    assert "False" not in str(caught.value)
-    assert "safe_globals" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "entry"),
-    [
-        ({"state_dict": {"weight": torch.ones(2)}, "epoch": 600}, "'state_dict': dict"),
-        ({"weight": torch.ones(2), "epoch": 600}, "'epoch': int"),
-        ({3: torch.ones(2)}, "3: Tensor"),
-    ],
-)
-def test_the_first_entry_that_is_no_named_tensor_is_shown(tmp_path, content, entry):
-    torch.save(content, tmp_path / "netG.pth")
-    with pytest.raises(
-        ValueError, match=f"holds a dict, expected a dict of tensors .* but it contains {entry}; if one"
-    ):
-        load_published(tmp_path / "netG.pth")
-
-
-class Trap:
-    def __reduce__(self):
-        return print, ("code in a file was executed",)
-
-
-def test_code_in_a_file_is_not_executed(tmp_path, capsys):
-    path = tmp_path / "netG.pth"
-    path.write_bytes(pickle.dumps(Trap(), protocol=2))
-    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
-        load_published(path)
-    torch.save({"weight": Trap()}, path)
-    with pytest.raises(ValueError, match=r"netG\.pth is damaged, or holds more than tensors"):
-        load_published(path)
-    assert "executed" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"), [([torch.ones(2)], "list"), ({"epoch": 600}, "dict"), (torch.ones(2), "Tensor")]
-)
-def test_files_of_other_content_are_refused(tmp_path, content, kind):
-    torch.save(content, tmp_path / "netG.pth")
-    with pytest.raises(ValueError, match=f"holds a {kind}, expected a dict of tensors"):
-        load_published(tmp_path / "netG.pth")

@@ -1,0 +1,251 @@
+"""What a text-to-image system is made of, and how its parts meet: token ids -> conditions -> images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from mirror_modules._typing import TypedCall
+from mirror_modules.adversarial import PairedDiscriminator
+from mirror_modules.glam import GeneratedImages
+from mirror_modules.models.config import ModelConfig
+from mirror_modules.models.pretrained import CONFIG_FILE, load_weights, read_model_folder, save_model
+from mirror_modules.models.registry import get_system
+from mirror_modules.stem import Condition, ImageEncoder, TextEncoder, Vocabulary
+from mirror_modules.stream import Captioner
+
+# Children of every system that phase `glam` does not train.
+FROZEN_PARTS = ("text_encoder", "captioner")
+
+
+class System(TypedCall, nn.Module):
+    """The parts of a system, what it defines of its own, and its files.
+
+    The base of `TextToImage`, which adds captions as strings, seeds and pictures; see there for arguments and errors.
+    """
+
+    config_type: ClassVar[type[ModelConfig]] = ModelConfig
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        if not isinstance(config, self.config_type):
+            raise ValueError(f"{owner}: config must be a {self.config_type.__name__}, but it is {config!r}.")
+        self.config, self.vocabulary = config, vocabulary
+        self.text_encoder = TextEncoder(
+            len(vocabulary),
+            embedding_dim=config.embedding_dim,
+            feature_dim=config.word_dim,
+            dropout=config.text_dropout,
+        )
+        self.build(config)
+        backbone = config.captioner_backbone.build(load=pretrained)
+        if pretrained:
+            recorded = config.captioner_backbone.recorded(backbone)
+            self.config = dataclasses.replace(config, captioner_backbone=recorded)
+        self.captioner = Captioner(
+            ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
+            len(vocabulary),
+            embedding_dim=config.captioner_embedding_dim,
+            hidden_dim=config.captioner_hidden_dim,
+            image_skip=config.captioner_image_skip,
+        )
+
+    def build(self, config: Any) -> None:
+        """Build the parts that are this system's own, as attributes.
+
+        Args:
+            config: The configuration.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build(config).")
+
+    def conditions(self, sentence: Tensor, noise: Tensor) -> list[Condition | Tensor]:
+        """Compute the conditions of the generator from the sentence.
+
+        Args:
+            sentence: Sentence features, (B, D).
+            noise: Standard normal, (B, config.condition_noise_dim).
+
+        Returns:
+            A `Condition` for each condition that is drawn from a distribution, whose KL divergence is trained; a tensor
+            (B, E) for one that is not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define conditions(sentence, noise).")
+
+    def images(
+        self,
+        noise: Tensor,
+        samples: Sequence[Tensor],
+        words: Tensor,
+        word_mask: Tensor | None = None,
+        location: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> GeneratedImages:
+        """Generate images from noise and conditions.
+
+        Args:
+            noise: Standard normal, (B, config.noise_dim).
+            samples: A sample of each of `conditions`.
+            words: Word features, (B, L, D).
+            word_mask: True for a real word, (B, L); None if all are.
+            location: Where the subject shall be, (B, ...), in systems that take it.
+            need_weights: Also return the attention maps.
+
+        Returns:
+            Images in [-1, 1], coarse to fine, and the attention maps if requested.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define images(noise, samples, words, ...).")
+
+    def discriminators(self, phase: str = "glam") -> list[nn.Module]:
+        """New discriminators, coarse to fine, one for each of `config.trained_resolutions(phase)`.
+
+        Each has the methods of a `PairedDiscriminator`.
+
+        Args:
+            phase: Phase that trains the generator: one of `config.adversarial_phases`.
+        """
+        return [
+            PairedDiscriminator(
+                resolution,
+                self.config.word_dim,
+                channels=self.config.discriminator_channels,
+                normalization=self.config.discriminator_normalization,
+            )
+            for resolution in self.config.trained_resolutions(phase)
+        ]
+
+    def discriminator_text(self, sentence: Tensor, conditions: Sequence[Condition | Tensor]) -> Tensor:
+        """The features of the captions that discriminators read, (B, T): the sentence itself.
+
+        The generator's loss has a gradient with respect to them, unless they are detached.
+
+        Args:
+            sentence: Sentence features, (B, D).
+            conditions: The conditions of these sentences.
+        """
+        return sentence
+
+    def locate(self, boxes: Tensor | None, points: Tensor | None, count: int) -> Tensor | None:
+        """Where the subjects of a batch are, as `images` and the discriminators take it; None if they do not.
+
+        Args:
+            boxes: x, y, width and height of each as shares of the image, (B, 4), NaN where unknown; None if all are.
+            points: x, y and visibility of the key points of each, (B, K, 3); None if the data have none.
+            count: Number of images B.
+        """
+        return None
+
+    def trained_in(self, phase: str) -> Self:
+        """The system as one of its phases trains it: itself, or a view that shares its parts and draws fewer images.
+
+        Args:
+            phase: One of `config.adversarial_phases`.
+        """
+        return self
+
+    def generator_parts(self) -> dict[str, nn.Module]:
+        """The parts that generate, by name: all but text encoder and captioner."""
+        return {name: part for name, part in self.named_children() if name not in FROZEN_PARTS}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.text_encoder.embedding.weight.device
+
+    def forward(
+        self,
+        tokens: Tensor,
+        word_mask: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        condition_noise: Tensor | None = None,
+        location: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> GeneratedImages:
+        """Generate images from token ids.
+
+        Args:
+            tokens: Token ids, (B, L), as `Vocabulary.encode` returns them.
+            word_mask: True for a real word, (B, L); None if all are.
+            noise: Standard normal, (B, Z); sampled if None.
+            condition_noise: Standard normal noise of the conditions, (B, config.condition_noise_dim); sampled if None.
+            location: Where the subject shall be, (B, ...), in systems that take it.
+            need_weights: Also return the attention maps.
+
+        Returns:
+            Images in [-1, 1], coarse to fine, and the attention maps if requested.
+        """
+        self._check_location(location)
+        words, sentence = self.text_encoder(tokens, word_mask)
+
+        def sample(features: int) -> Tensor:
+            return torch.randn(len(tokens), features, device=words.device, dtype=words.dtype)
+
+        condition_noise = sample(self.config.condition_noise_dim) if condition_noise is None else condition_noise
+        conditions = self.conditions(sentence, condition_noise)
+        noise = sample(self.config.noise_dim) if noise is None else noise
+        return self.images(noise, samples_of(conditions), words, word_mask, location, need_weights=need_weights)
+
+    def _check_location(self, location: Tensor | None) -> None:
+        if location is not None and not self.config.takes_location:
+            raise ValueError(f"{type(self).__name__}: location has no effect on this system; leave it out.")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        save_model(self, self.config, self.vocabulary, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Load a model that `save_pretrained` wrote; the result is in evaluation mode.
+
+        `TextToImage.from_pretrained` opens the folder of any registered system, that of a subclass only its own.
+
+        Args:
+            folder: A folder with config.json, vocabulary.json and model.safetensors.
+            device: Device of the weights.
+
+        Raises:
+            FileNotFoundError: The folder or one of its files is missing.
+            ValueError: The folder holds another system or one that is not registered, a file is damaged, or the weights
+                do not fit the configuration or the vocabulary.
+        """
+        saved = read_model_folder(folder)
+        path = Path(folder) / CONFIG_FILE
+        try:
+            system = get_system(saved.system)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not issubclass(system, cls):
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {folder} holds a model of the system {saved.system!r}; use "
+                f"{system.__name__}.from_pretrained, or TextToImage.from_pretrained for any system."
+            )
+        try:
+            # The weights of the backbone are in the folder, too.
+            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, pretrained=False)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid model configuration: {error}") from error
+        load_weights(model, saved.weights)
+        return model.to(device).eval()
+
+
+def samples_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
+    """The sample of each condition."""
+    return [each.sample if isinstance(each, Condition) else each for each in conditions]
+
+
+def means_of(conditions: Sequence[Condition | Tensor]) -> list[Tensor]:
+    """The mean of each condition; one that is not drawn is its own mean."""
+    return [each.mean if isinstance(each, Condition) else each for each in conditions]
