@@ -31,6 +31,7 @@ class PPGNConfig(ModelConfig):
 
     system = "ppgn"
     attends = False
+    samples_with_captioner = True
 
     channels: int = 64
     """Channels C of the first stage of the generator; each further stage has half of them."""

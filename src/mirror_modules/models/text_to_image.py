@@ -136,6 +136,8 @@ class TextToImage(TypedCall, nn.Module):
         config: Sizes and options.
         vocabulary: Words that the text encoder and the captioner share.
         pretrained: Load the weights that `config.captioner_backbone` names; False leaves that to `load_state_dict`.
+        only: "images" leaves out the captioner, unless images are generated with it (`config.samples_with_captioner`);
+            "captions" leaves out all parts but the captioner. None builds all parts.
 
     Raises:
         ValueError: The config holds sizes that do not fit together, an unknown option, or is that of another system; or
@@ -173,26 +175,47 @@ class TextToImage(TypedCall, nn.Module):
     config_type: ClassVar[type[ModelConfig]] = ModelConfig
     config: ModelConfig
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> None:
+    only: Literal["images", "captions"] | None = None
+    """What the model was built for; None for all."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        *,
+        pretrained: bool = True,
+        only: Literal["images", "captions"] | None = None,
+    ) -> None:
         super().__init__()
         owner = type(self).__name__
+        if only is not None:
+            check_choice(owner, "only", only, ("images", "captions"))
         if not isinstance(config, self.config_type):
             raise ValueError(f"{owner}: config must be a {self.config_type.__name__}, but it is {config!r}.")
-        self.config, self.vocabulary = config, vocabulary
+        self.config, self.vocabulary, self.only = config, vocabulary, only
+        if only != "captions":
+            self._build_generator(config)
+        if only != "images" or config.samples_with_captioner:
+            self._build_captioner(config, pretrained)
+
+    def _build_generator(self, config: ModelConfig) -> None:
+        """Text encoder, conditions and generator."""
         self.text_encoder = TextEncoder(
-            len(vocabulary),
+            len(self.vocabulary),
             embedding_dim=config.embedding_dim,
             feature_dim=config.word_dim,
             dropout=config.text_dropout,
         )
         self.build(config)
+
+    def _build_captioner(self, config: ModelConfig, pretrained: bool) -> None:
         backbone = config.captioner_backbone.build(load=pretrained)
         if pretrained:
             recorded = config.captioner_backbone.recorded(backbone)
             self.config = dataclasses.replace(config, captioner_backbone=recorded)
         self.captioner = Captioner(
             ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
-            len(vocabulary),
+            len(self.vocabulary),
             embedding_dim=config.captioner_embedding_dim,
             hidden_dim=config.captioner_hidden_dim,
             image_skip=config.captioner_image_skip,
@@ -295,10 +318,18 @@ class TextToImage(TypedCall, nn.Module):
         """The parts that generate, by name: all but text encoder and captioner."""
         return {name: part for name, part in self.named_children() if name not in FROZEN_PARTS}
 
+    def _require(self, owner: str, *uses: str) -> None:
+        """Check that the parts for "images" or "captions" were built."""
+        if self.only is not None and uses != (self.only,):
+            raise ValueError(
+                f"{owner}: it needs the parts for {' and '.join(uses)}, but the model was loaded with "
+                f"only={self.only!r}; leave `only` out."
+            )
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.text_encoder.embedding.weight.device
+        return next(self.parameters()).device
 
     def forward(
         self,
@@ -413,7 +444,8 @@ class TextToImage(TypedCall, nn.Module):
             "pil": N RGB images.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         stage = self._stage_of(f"{type(self).__name__}.generate", output, resolution)
         check_positive(f"{type(self).__name__}.generate", best_of=best_of)
@@ -462,6 +494,7 @@ class TextToImage(TypedCall, nn.Module):
             ValueError: As in `generate`.
         """
         owner = f"{type(self).__name__}.best_seeds"
+        self._require(owner, "images", "captions")
         check_positive(owner, best_of=best_of, images_per_caption=images_per_caption)
         listed = _as_list(owner, captions)
         rows = [caption for caption in listed for _ in range(images_per_caption)]
@@ -513,9 +546,11 @@ class TextToImage(TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         owner = f"{type(self).__name__}.generate"
+        self._require(owner, "images")
         check_positive(owner, images_per_caption=images_per_caption)
         captions = _as_list(owner, captions)
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
@@ -609,9 +644,11 @@ class TextToImage(TypedCall, nn.Module):
             `steps` images, as `generate` returns them.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         owner = f"{type(self).__name__}.interpolate"
+        self._require(owner, "images")
         check_positive(owner, steps=steps)
         if steps < 2:
             raise ValueError(f"{owner}: steps must be at least 2, the images of both captions, but it is {steps}.")
@@ -683,9 +720,11 @@ class TextToImage(TypedCall, nn.Module):
 
         Raises:
             ValueError: `images` are none of the above or out of range, a file cannot be read as an image, or
-                `beam_width` is not positive.
+                `beam_width` is not positive, or the model was loaded with only="images".
         """
-        pixels = to_model(f"{type(self).__name__}.describe", images, self.config.resolutions[-1])
+        owner = f"{type(self).__name__}.describe"
+        self._require(owner, "captions")
+        pixels = to_model(owner, images, self.config.resolutions[-1])
         with evaluating(self):
             tokens = self.captioner.describe(
                 pixels.to(self.device, self.captioner.output.weight.dtype),
@@ -698,12 +737,20 @@ class TextToImage(TypedCall, nn.Module):
         """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.
 
         Raises:
+            ValueError: The model was loaded with `only`.
             OSError: A file cannot be written.
         """
+        self._require(f"{type(self).__name__}.save_pretrained", "images", "captions")
         save_model(self, self.config, self.vocabulary, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        only: Literal["images", "captions"] | None = None,
+    ) -> Self:
         """Load a model that `save_pretrained` wrote; the result is in evaluation mode.
 
         `TextToImage.from_pretrained` opens the folder of any registered system, that of a subclass only its own.
@@ -711,6 +758,8 @@ class TextToImage(TypedCall, nn.Module):
         Args:
             folder: A folder with config.json, vocabulary.json and model.safetensors.
             device: Device of the weights.
+            only: "images" reads and builds what `generate` needs, which is all parts but the captioner in most systems;
+                "captions" what `describe` needs, the captioner. None loads all parts.
 
         Raises:
             FileNotFoundError: The folder or one of its files is missing.
@@ -730,10 +779,11 @@ class TextToImage(TypedCall, nn.Module):
             )
         try:
             # The weights of the backbone are in the folder, too.
-            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, pretrained=False)
+            options: dict[str, Any] = {"pretrained": False} if only is None else {"pretrained": False, "only": only}
+            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, **options)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid model configuration: {error}") from error
-        load_weights(model, saved.weights)
+        load_weights(model, saved.weights, parts=None if only is None else tuple(dict(model.named_children())))
         return model.to(device).eval()
 
 
