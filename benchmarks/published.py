@@ -6,6 +6,7 @@ gradients. They differ in the computation:
 - word attention: positions become rows (B * N, L) through transposed copies; in a training step, the caption masks are
   repeated in an order that assigns masks of other captions to rows (hidden if all captions have equal lengths);
 - sentence attention: the sentence is repeated over all positions;
+- doubling of maps: nearest-neighbor upsampling, and a 3x3 convolution of the larger map (`use_published_convolutions`);
 - similarity of regions and words: a loop over captions, each cut to its real words and repeated for all images;
 - discriminators: a probability from each head, each loss term separately, with cross entropy on probabilities;
 - mismatched pairs: each real image except the last with the next caption;
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules import GlobalLocalAttention, GlobalLocalContext, MirrorGAN, PairedDiscriminator
-from mirror_modules.glam.stages import RefinementStage
+from mirror_modules.glam.stages import DoublingConv2d, RefinementStage, UpBlock
 
 if TYPE_CHECKING:  # the operations are also measured without the packages for training
     from mirror_modules.data.in_memory import CaptionBatch
@@ -151,6 +152,22 @@ def use_published_attention(model: MirrorGAN) -> MirrorGAN:
         )
         published.load_state_dict(ours.state_dict())
         stage.attention = published
+    return model
+
+
+class PublishedDoubling(DoublingConv2d):
+    """`DoublingConv2d` in the published formulation, with the same parameter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(input, scale_factor=2.0, mode="nearest"), self.weight, padding=1)
+
+
+def use_published_convolutions(model: MirrorGAN) -> MirrorGAN:
+    """Replace each doubling convolution of the generator by `PublishedDoubling` with the same weights."""
+    for block in [part for part in model.generator.modules() if isinstance(part, UpBlock)]:
+        published = PublishedDoubling(block.conv.in_channels, block.conv.out_channels)
+        published.load_state_dict(block.conv.state_dict())
+        block.conv = published
     return model
 
 

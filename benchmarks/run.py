@@ -1,6 +1,7 @@
-"""`python benchmarks/run.py [attention | similarity | step | demo | all]`: measure and append to `results/`.
+"""`python benchmarks/run.py [attention | similarity | sample | step | demo | all]`: measure and append to `results/`.
 
-The operations need only torch and einops; `step` and `demo` also need the packages for training.
+The operations need only torch and einops; `step` and `demo` also need the packages for training, and `sample` for the
+start of the command.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Before torch is imported, so that the import counts toward the time budget.
 STARTED = time.monotonic()
 OPERATIONS = {"attention": "global_local_attention", "similarity": "word_region_similarity"}
+SAMPLE = "sample"
 TRAINING = ("step", "demo")
 BUDGET_ON_GPU = 500.0
 SIZES_OF_STEP = ("batch", "words", "word_dim", "channels", "discriminator_channels", "resolutions")
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    selected = [*OPERATIONS, *TRAINING] if options.what == "all" else [options.what]
+    selected = [*OPERATIONS, SAMPLE, *TRAINING] if options.what == "all" else [options.what]
     if options.device == "cuda":
         if options.what in TRAINING:
             parser.error(f"{options.what!r} is measured on a CPU only")
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.what in TRAINING and options.quick:
         parser.error(f"--quick: {options.what!r} has no small shape; give it small sizes")
-    if options.device == "cuda" or options.quick:
+    if options.what == "all" and (options.device == "cuda" or options.quick):
         selected = [name for name in selected if name in OPERATIONS]
 
     from benchmarks._measure import BusyError
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if operations:
             wrong = measure_operations(operations, options)
         for name in selected:
-            if name in TRAINING:
+            if name == SAMPLE:
+                measure_sampling(options)
+            elif name in TRAINING:
                 measure_training(name, options)
     except BusyError as error:
         raise SystemExit(
@@ -93,6 +97,21 @@ def measure_operations(names: list[str], options: argparse.Namespace) -> list[st
     return _operation.measure([_operation.find(name) for name in names], settings)
 
 
+def measure_sampling(options: argparse.Namespace) -> None:
+    """Measure the generator, and the start of `mirror-modules generate`."""
+    from benchmarks import sample
+
+    records = sample.measure(
+        sample.QUICK if options.quick else sample.Sizes(),
+        2 if options.quick else options.rounds,
+        threads=options.threads,
+        quiet=math.inf if options.quick else options.quiet,
+        device=options.device,
+        starts=1 if options.quick else sample.STARTS,
+    )
+    finish(SAMPLE, records, None if options.no_record or options.quick else options.results)
+
+
 def measure_training(name: str, options: argparse.Namespace) -> None:
     """Measure a training step."""
     record, common = not options.no_record, {"threads": options.threads, "quiet": options.quiet}
@@ -114,13 +133,16 @@ def measure_training(name: str, options: argparse.Namespace) -> None:
 
 
 def finish(name: str, records: list[Record], results: Path | None) -> None:
-    """Print records of training steps and append them to the results."""
+    """Print records of training steps or of sampling, and append them to the results."""
     from benchmarks import _record
 
     for entry in records:
         low, high = entry.spread
         memory = "?" if entry.peak_memory_mib is None else f"{entry.peak_memory_mib:.0f}"
-        print(f"{entry.op}, {entry.impl}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB")
+        title = f"{entry.op}, {entry.impl}" + (f", batch {entry.shape['batch']}" if entry.op == "sampling" else "")
+        print(f"{title}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB")
+        if entry.op == "sampling" and entry.quantity == "ms":
+            print(f"    {1000 * entry.shape['batch'] / entry.median:,.0f} images/s")
         if entry.others is not None:
             print(f"    other programs used up to {entry.others:.1%} of the processors during the measurement")
         for part, share in sorted(entry.shares.items(), key=lambda item: -item[1]):
@@ -143,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["all", *OPERATIONS, *TRAINING],
+        choices=["all", *OPERATIONS, SAMPLE, *TRAINING],
         default="all",
         help="'all' by default; on a GPU and with --quick, 'all' means the operations",
     )
@@ -170,7 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"start no new measurement after this time ({BUDGET_ON_GPU:.0f} on a GPU, no limit on a CPU)",
     )
-    operations.add_argument("--quick", action="store_true", help="smoke test with a small shape; nothing is recorded")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smoke test of the operations or of 'sample' with a small shape; nothing is recorded",
+    )
     for name in ("shapes", "dtypes", "impls"):
         operations.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help="measure only these")
     demo = parser.add_argument_group("'demo'")

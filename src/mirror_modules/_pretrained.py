@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import Self
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 class FromModelFolder:
     """A part of a system such as `MirrorGAN` that can be loaded alone from the folder of a saved model."""
+
+    needed_for: ClassVar[Literal["images", "captions"]] = "images"
+    """Whether the part generates images, or captions them."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
@@ -30,7 +33,7 @@ class FromModelFolder:
         # The only import that climbs, made when it is called: a model is built from the parts.
         from mirror_modules.models import TextToImage
 
-        model = TextToImage.from_pretrained(folder, device=device)
+        model = TextToImage.from_pretrained(folder, device=device, only=cls.needed_for)
         for part in model.children():
             if isinstance(part, cls):
                 return part

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("benchmarks", reason="run pytest as `python -m pytest` from the root")
 from benchmarks import step
-from benchmarks.published import PublishedAttention, published_step
+from benchmarks.published import PublishedAttention, PublishedDoubling, published_step
 from mirror_modules import GlobalLocalAttention
 from mirror_modules.adversarial.pairing import Mismatch
+from mirror_modules.glam.stages import DoublingConv2d
 from mirror_modules.training.step import adversarial_step
 
 SIZES = step.Sizes(batch=3, words=7, word_dim=10, channels=3, discriminator_channels=2, resolutions=(8, 16, 64))
@@ -40,12 +41,16 @@ def one_step(impl):
     return run(), state, before
 
 
-@pytest.mark.parametrize("impl", [step.PUBLISHED, step.PUBLISHED_HELD])
+@pytest.mark.parametrize("impl", [step.PUBLISHED, step.PUBLISHED_HELD, step.PUBLISHED_CONVOLUTIONS])
 @pytest.mark.usefixtures("with_the_next_caption")
 def test_a_published_step_equals_our_step(impl):
     ours, our_state, our_weights = one_step(step.OURS)
     published, published_state, published_weights = one_step(impl)
     assert all(isinstance(s.attention, PublishedAttention) for s in published_state.model.generator.refinements)
+    doublings = [part for part in published_state.model.modules() if isinstance(part, DoublingConv2d)]
+    own = impl == step.PUBLISHED_CONVOLUTIONS
+    assert doublings
+    assert all(isinstance(part, PublishedDoubling) == own for part in doublings)
     ours = ours.losses
     torch.testing.assert_close(our_weights, published_weights, rtol=0, atol=0)
     adversarial = {f"{part}_{size}" for part in ("discriminator", "generator") for size in SIZES.resolutions}

@@ -65,7 +65,7 @@ def test_help_needs_no_torch_and_works_from_any_folder(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for option in ("{all,attention,similarity,step,demo}", "--device", "--budget", "--results", "--quick"):
+    for option in ("{all,attention,similarity,sample,step,demo}", "--device", "--budget", "--results", "--quick"):
         assert option in done.stdout
 
 
@@ -114,6 +114,7 @@ def test_a_budget_ends_the_run(tiny, tmp_path, capsys):
 def test_a_gpu_has_a_time_budget_and_no_training_steps(device, budget, monkeypatch):
     measured = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "measure_sampling", lambda options: measured.append("sample"))
     monkeypatch.setattr(run, "measure_training", lambda name, options: measured.append(name))
     monkeypatch.setattr(
         _operation, "measure", lambda operations, settings: measured.append((operations, settings)) or []
@@ -122,7 +123,7 @@ def test_a_gpu_has_a_time_budget_and_no_training_steps(device, budget, monkeypat
     (operations, settings), *training = measured
     assert [operation.name for operation in operations] == ["global_local_attention", "word_region_similarity"]
     assert settings.deadline == run.STARTED + budget
-    assert training == ([] if device == "cuda" else ["step", "demo"])
+    assert training == ([] if device == "cuda" else ["sample", "step", "demo"])
 
 
 @pytest.mark.parametrize(

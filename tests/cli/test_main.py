@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mirror_modules
+from mirror_modules.cli.evaluation import EvaluateOptions
 from mirror_modules.cli.images import DescribeOptions, GenerateOptions
-from mirror_modules.cli.training import AblateOptions, EvaluateOptions, TrainOptions
+from mirror_modules.cli.training import AblateOptions, TrainOptions
 from mirror_modules.models import TextToImage
 from mirror_modules.training.recipes import ablation, demo
 from tests.cli.commands import CAPTION, assert_rejected, flags, run
@@ -85,9 +86,37 @@ def test_the_version_is_printed(capsys):
     assert run(capsys, "--version") == (0, f"mirror-modules {mirror_modules.__version__}\n", "")
 
 
-def test_help_and_version_do_not_import_torch():
+WITHOUT_TORCH = (
+    "",
+    "data",
+    "data inspect",
+    "data prepare",
+    "generate",
+    "describe",
+    "evaluate",
+    "compare",
+    "study",
+)
+
+
+@pytest.mark.parametrize("command", WITHOUT_TORCH)
+def test_help_does_not_import_torch(command):
+    """Importing torch takes ten times as long as everything else."""
     program = (
         "import sys\nfrom mirror_modules.cli import main\n"
-        "main(['--help']), main(['--version'])\nsys.exit('torch' in sys.modules)"
+        f"try:\n    main([*{command.split()!r}, '--help'])\nexcept SystemExit:\n    pass\n"
+        "main(['--version'])\nsys.exit(sorted({'torch', 'numpy'} & set(sys.modules)) or 0)"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: mirror-modules" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(("generate", "model"), "there is no caption"), (("describe", "model"), "there is no image")]
+)
+def test_errors_in_options_do_not_import_torch(words, message):
+    program = f"import sys\nfrom mirror_modules.cli import main\nmain({words!r})\nsys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert message in done.stderr

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mirror_modules import GlobalLocalAttention, WordAttention
+from mirror_modules.glam import stages
 from mirror_modules.glam.stages import (
     DoublingConv2d,
     ImageHead,
@@ -17,11 +18,14 @@ from mirror_modules.glam.stages import (
     RefinementStage,
     ResidualBlock,
     UpBlock,
+    doubling_kernel,
     gate,
+    sums_weights,
 )
 
 B, L, C, H, W = 2, 7, 3, 5, 2
 Z, D, E = 11, 13, 17
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 ACTIVATIONS = pytest.mark.parametrize("activation", ["glu", "relu"])
 
 
@@ -83,8 +87,37 @@ def test_the_gradient_of_the_gate_is_channels_last():
     assert gradients[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("batch", "height", "width"), [(B, H, W), (1, 1, 1), (3, 1, 7)])
+def upsample_then_convolve(features, weight):
+    return F.conv2d(F.interpolate(features, scale_factor=2.0, mode="nearest"), weight, padding=1)
+
+
+# Maps of both forms: few positions, and at least 256 in one map or in the batch.
+SUMMED = [(1, 16, 17), (9, 5, 7), (257, 1, 1)]
+UPSAMPLED = [(B, H, W), (1, 1, 1), (3, 1, 7), (1, 15, 17)]
+
+
+def test_large_maps_and_batches_take_the_summed_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(stages, "doubling_kernel", lambda weight: calls.append(weight) or doubling_kernel(weight))
+    conv = DoublingConv2d(C, 4)
+    for shape, is_summed in [(each, True) for each in SUMMED] + [(each, False) for each in UPSAMPLED]:
+        calls.clear()
+        conv(torch.randn(shape[0], C, *shape[1:]))
+        assert bool(calls) == is_summed, shape
+    assert (sums_weights(255), sums_weights(256)) == (False, True)
+
+
+def test_doubling_kernel_matches_the_loops():
+    weight = torch.randn(5, C, 3, 3)
+    expected = torch.zeros(C, 5, 4, 4)
+    # A pixel of the small map is at (1, 1), (1, 2), (2, 1) and (2, 2) of the kernel's window of the large map.
+    for o, i, y, x, copy_y, copy_x in product(range(5), range(C), range(3), range(3), range(2), range(2)):
+        expected[i, o, 2 - y + copy_y, 2 - x + copy_x] += weight[o, i, y, x]
+    assert_close(doubling_kernel(weight), expected)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("batch", "height", "width"), UPSAMPLED + SUMMED)
 def test_doubling_convolution_equals_upsampling_then_convolution_up_to_second_derivatives(batch, height, width, layout):
     conv = DoublingConv2d(C, 4).double().to(memory_format=layout)
     features = torch.randn(batch, C, height, width).double().to(memory_format=layout).requires_grad_()
@@ -95,9 +128,58 @@ def test_doubling_convolution_equals_upsampling_then_convolution_up_to_second_de
         second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (features, conv.weight))
         return [result, *first, *second]
 
-    doubled = F.interpolate(features, scale_factor=2.0, mode="nearest")
-    expected = derivatives(F.conv2d(doubled, conv.weight, padding=1))
+    expected = derivatives(upsample_then_convolve(features, conv.weight))
     assert_close(derivatives(conv(features)), expected, atol=1e-10, rtol=1e-10)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", [UPSAMPLED[0], SUMMED[0]])
+def test_the_weights_determine_the_layout_of_a_doubled_map(shape, layout):
+    conv = DoublingConv2d(C, 4).to(memory_format=layout)
+    assert conv(torch.randn(shape[0], C, *shape[1:])).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_doubling_convolution_under_autocast_is_as_exact_as_upsampling_then_convolution(dtype):
+    conv, features = DoublingConv2d(13, 7), torch.randn(2, 13, 17, 11)
+    exact = upsample_then_convolve(features.double(), conv.weight.double())
+    with torch.autocast("cpu", dtype):
+        ours, plain = conv(features), upsample_then_convolve(features, conv.weight)
+    assert ours.dtype == plain.dtype == dtype
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("shape", [UPSAMPLED[0], SUMMED[0]])
+def test_a_doubling_convolution_follows_its_weights(shape):
+    """However they change, since the sum of weights could be kept from an earlier call."""
+    conv, features = DoublingConv2d(C, 4), torch.randn(shape[0], C, *shape[1:])
+
+    def changed(weight):
+        with torch.no_grad():
+            yield conv.weight.mul_(2)
+            yield conv.weight.data.add_(1)
+            conv.weight.data = torch.randn_like(conv.weight)
+            yield conv.weight
+            yield conv.load_state_dict({"weight": weight})
+            yield conv.requires_grad_(False)
+            yield conv.weight.copy_(2 * weight)
+
+    with torch.no_grad():
+        conv(features)
+        for _ in changed(torch.randn_like(conv.weight)):
+            assert_close(conv(features), upsample_then_convolve(features, conv.weight), atol=1e-5, rtol=1e-5)
+        other = torch.randn_like(conv.weight)
+        replaced = torch.func.functional_call(conv, {"weight": other}, features)
+        assert_close(replaced, upsample_then_convolve(features, other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_doubling_convolution_compiles_into_one_graph(size):
+    conv = DoublingConv2d(C, 4)
+    graph = torch.compile(conv, fullgraph=True, backend="eager", dynamic=True)
+    for batch in (3, 67):
+        features = torch.randn(batch, C, size, size)
+        assert_close(graph(features), conv(features), atol=1e-5, rtol=1e-5)
 
 
 @ACTIVATIONS

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -22,6 +24,7 @@ from mirror_modules import (
     TextEncoder,
     Vocabulary,
 )
+from mirror_modules.models import PPGN, PPGNConfig, TextToImage, pretrained
 from mirror_modules.models.pretrained import load_weights, save_weights
 
 CAPTIONS = ["a red flower", "blue petals"]
@@ -90,6 +93,91 @@ def test_a_model_with_pretrained_backbone_is_loaded_without_its_file(tmp_path, r
     assert not any(parameter.requires_grad for parameter in loaded.captioner.image_encoder.parameters())
     with pytest.raises(FileNotFoundError, match=r"weights='.*backbone\.pth' do not exist"):
         MirrorGAN(model.config, model.vocabulary)
+
+
+def test_a_model_for_images_alone_generates_them_without_building_or_reading_the_captioner(folder, monkeypatch):
+    whole, names = MirrorGAN.from_pretrained(folder), []
+    monkeypatch.setattr(BackboneConfig, "build", lambda *_, **__: pytest.fail("the captioner's backbone was built"))
+    monkeypatch.setattr(pretrained, "_safetensors", lambda: RecordingSafetensors(names))
+    model = MirrorGAN.from_pretrained(folder, only="images")
+    assert set(names) == {name for name in whole.state_dict() if not name.startswith("captioner.")}
+    assert dict(model.named_children()).keys() == {"text_encoder", "conditioning", "generator"}
+    assert not model.training
+    assert model.config == whole.config
+    assert_close(model.generate(CAPTIONS, seed=1), whole.generate(CAPTIONS, seed=1), atol=0, rtol=0)
+    assert_close(model.interpolate(*CAPTIONS, seed=1), whole.interpolate(*CAPTIONS, seed=1), atol=0, rtol=0)
+
+
+def test_a_model_for_captions_alone_describes_images_without_building_or_reading_the_generator(folder, monkeypatch):
+    whole, names = MirrorGAN.from_pretrained(folder), []
+    monkeypatch.setattr(MirrorGAN, "build", lambda *_: pytest.fail("the generator was built"))
+    monkeypatch.setattr(pretrained, "_safetensors", lambda: RecordingSafetensors(names))
+    model = TextToImage.from_pretrained(folder, only="captions")
+    assert set(names) == {name for name in whole.state_dict() if name.startswith("captioner.")}
+    assert list(dict(model.named_children())) == ["captioner"]
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    assert model.describe(images) == whole.describe(images)
+    assert model.device == torch.device("cpu")
+
+
+class RecordingSafetensors:
+    """safetensors, with a record of the tensors that are read."""
+
+    def __init__(self, names):
+        self.names = names
+
+    @contextmanager
+    def safe_open(self, path, framework):
+        with safetensors.safe_open(path, framework) as file:
+            yield SimpleNamespace(
+                keys=file.keys, get_tensor=lambda name: self.names.append(name) or file.get_tensor(name)
+            )
+
+
+@pytest.mark.parametrize(
+    ("only", "call", "message"),
+    [
+        ("images", lambda model: model.describe(torch.zeros(1, 3, 8, 8)), "describe: it needs the parts for captions"),
+        ("images", lambda model: model.best_seeds(CAPTIONS, 2), "best_seeds: it needs the parts for images and capt"),
+        (
+            "images",
+            lambda model: model.generate(CAPTIONS, best_of=2),
+            "was loaded with only='images'; leave `only` out",
+        ),
+        ("captions", lambda model: model.generate(CAPTIONS), "generate: it needs the parts for images, but the model"),
+        ("captions", lambda model: model.interpolate(*CAPTIONS), "interpolate: it needs the parts for images"),
+        ("images", lambda model: model.save_pretrained("new"), "save_pretrained: it needs the parts for images and"),
+    ],
+)
+def test_a_part_that_was_not_loaded_is_named(folder, monkeypatch, tmp_path, only, call, message):
+    monkeypatch.chdir(tmp_path)
+    model = MirrorGAN.from_pretrained(folder, only=only)
+    with pytest.raises(ValueError, match=rf"^MirrorGAN\.{message}|{message}"):
+        call(model)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_use_is_rejected(folder):
+    with pytest.raises(ValueError, match=r"only must be one of 'images', 'captions', but it is 'text'"):
+        MirrorGAN.from_pretrained(folder, only="text")
+
+
+def test_missing_weights_of_a_part_are_found_although_others_are_not_read(folder):
+    path = folder / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    del state["generator.initial.linear.weight"]
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(ValueError, match=r"1 tensors are missing \(such as generator\.initial\.linear\.weight\)"):
+        MirrorGAN.from_pretrained(folder, only="images")
+    assert MirrorGAN.from_pretrained(folder, only="captions").only == "captions"
+
+
+def test_a_system_that_samples_with_its_captioner_keeps_it(tmp_path):
+    changes = {name: value for name, value in SMALL.items() if name != "condition_dim"}
+    config = PPGNConfig(**{**changes, "channels": 4, "resolutions": (8, 16)}, sampling_steps=2)
+    PPGN(config, Vocabulary.build(CAPTIONS)).save_pretrained(tmp_path)
+    model, whole = PPGN.from_pretrained(tmp_path, only="images"), PPGN.from_pretrained(tmp_path)
+    assert_close(model.generate(CAPTIONS, seed=1), whole.generate(CAPTIONS, seed=1), atol=0, rtol=0)
 
 
 def test_a_config_with_the_bare_name_of_a_backbone_is_read(folder):

@@ -29,13 +29,13 @@ usage: mirror-modules COMMAND ...
 
 `mirror-modules COMMAND --help` lists every option with its default; `mirror-modules --version` prints the version."""
 
-# Module and function of each command; imported on use, because most of them import torch.
+# Module and function of each command; imported on use.
 COMMANDS = {
     "train": ("training", "train"),
     "recipes": ("training", "recipes"),
     "generate": ("images", "generate"),
     "describe": ("images", "describe"),
-    "evaluate": ("training", "evaluate"),
+    "evaluate": ("evaluation", "evaluate"),
     "data": ("data", "data"),
     "ablate": ("training", "ablate"),
     "compare": ("compare", "compare"),

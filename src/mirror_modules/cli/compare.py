@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirror_modules.cli.parsing import Device, device_of, parse
-from mirror_modules.training.recipes import ADVERSARIAL_PHASES, Recipe, get_recipe
+
+if TYPE_CHECKING:
+    from mirror_modules.training.recipes import Recipe
 
 # The recipes of the paper's seven systems, at the size of demo.
 SYSTEMS = (
@@ -50,6 +52,8 @@ class CompareOptions:
 
     def resolve(self) -> list[Recipe]:
         """The recipes with --scatter, --steps and --threads."""
+        from mirror_modules.training.recipes import get_recipe
+
         recipes = [get_recipe(name) for name in self.systems or SYSTEMS]
         if self.scatter:
             recipes = [replace(recipe, data=replace(recipe.data, scatter=True)) for recipe in recipes]
@@ -81,6 +85,8 @@ def compare(arguments: list[str]) -> None:
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with these steps in each phase; those that train the generator divide them as they did before."""
+    from mirror_modules.training.recipes import ADVERSARIAL_PHASES
+
     changes: dict[str, Any] = {}
     of_generator = [phase for phase in recipe.phases if phase in ADVERSARIAL_PHASES]
     before, rest = sum(recipe.phase(phase).steps for phase in of_generator), steps

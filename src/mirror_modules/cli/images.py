@@ -7,19 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from mirror_modules.cli.parsing import Device, check_out, device_of, parse, read_captions
-from mirror_modules.cli.places import read_location
-from mirror_modules.data import DamagedSample
-from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
-from mirror_modules.data.readers.names import is_hidden
-from mirror_modules.models import TextToImage
-from mirror_modules.pictures.grids import captioned_grid, grid
-from mirror_modules.pictures.saving import numbered, save_images
-from mirror_modules.stem.vocabulary import split_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mirror_modules.models import TextToImage
 
 # Images per batch: the memory does not grow with their number.
 BATCH = 32
@@ -74,7 +69,14 @@ def generate(arguments: list[str]) -> None:
         name = "--no-captions" if options.no_captions else "--scale"
         raise ValueError(f"{name} needs --grid: without it, each image is written as it is.")
     check_out(options.out)
-    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device))
+    from mirror_modules.cli.places import read_location
+    from mirror_modules.models import TextToImage
+    from mirror_modules.pictures.saving import numbered, save_images
+    from mirror_modules.stem.vocabulary import split_words
+
+    # The captioner, which may be larger than the generator, only chooses between candidates.
+    only: Literal["images"] | None = "images" if options.best_of == 1 else None
+    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device), only=only)
     location = read_location(model, options.box, options.points)
     rows = [caption for caption in captions for _ in range(options.images)]
     # Encoding all captions first finds the errors of each before an image is written, and warns once.
@@ -87,7 +89,7 @@ def generate(arguments: list[str]) -> None:
         seeds = _best_seeds(model, options, rows, location)
     batches = _batches(model, options, rows, seeds, location)
     if options.grid:
-        _write_grid(options, rows, torch.cat(list(batches)))
+        _write_grid(options, rows, list(batches))
         return
     files = iter([options.out] if len(rows) == 1 else numbered(options.out, len(rows)))
     images = (image for batch in batches for image in batch)
@@ -157,7 +159,13 @@ def _batches(
             yield images.cpu()
 
 
-def _write_grid(options: GenerateOptions, captions: list[str], images: Tensor) -> None:
+def _write_grid(options: GenerateOptions, captions: list[str], batches: list[Tensor]) -> None:
+    import torch
+
+    from mirror_modules.pictures.grids import captioned_grid, grid
+    from mirror_modules.pictures.saving import save_images
+
+    images = torch.cat(batches)
     columns, scale = min(len(images), GRID_COLUMNS), 4 if options.scale is None else options.scale
     if options.no_captions:
         picture = grid(images, columns=columns, scale=scale)
@@ -186,8 +194,11 @@ def describe(arguments: list[str]) -> None:
     options: DescribeOptions = parse(DescribeOptions, arguments, "describe", positional=("model_dir", "images"))
     if not options.images:
         raise ValueError("there is no image; add at least one file or folder after the model's folder.")
+    from mirror_modules.data import DamagedSample
+    from mirror_modules.models import TextToImage
+
     files = [file for path in options.images for file in _image_files(path)]
-    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device))
+    model = TextToImage.from_pretrained(options.model_dir, device=device_of(options.device), only="captions")
     failures = []
     for file in files:
         try:
@@ -205,6 +216,9 @@ def _image_files(path: Path) -> list[Path]:
     """A file itself, or the images of a folder in alphabetical order."""
     if not path.is_dir():
         return [path]
+    from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
+    from mirror_modules.data.readers.names import is_hidden
+
     files = [
         file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name)
     ]

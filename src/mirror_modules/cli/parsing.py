@@ -1,4 +1,8 @@
-"""Options from command-line words, with errors before the work begins."""
+"""Options from command-line words, with errors before the work begins.
+
+Nothing here or in the modules of the commands imports torch before the words are parsed, where the options do not need
+it: `--help` and errors in options are then shown several times as fast.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
-
-from mirror_modules.pictures.saving import check_image_name
-from mirror_modules.training.recipes import Recipe
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -49,7 +50,7 @@ def parse(
             options.__annotations__[name] = Annotated[hint, tyro.conf.FlagCreatePairsOff]
     keywords = {} if default is None else {"default": default, "config": (tyro.conf.AvoidSubcommands,)}
     if default is not None:
-        options.__annotations__["recipe"] = Annotated[Recipe, tyro.conf.arg(name="")]
+        options.__annotations__["recipe"] = Annotated[type(default.recipe), tyro.conf.arg(name="")]
     return tyro.cli(options, args=arguments, prog=f"mirror-modules {command}", description=description, **keywords)
 
 
@@ -92,6 +93,9 @@ def check_out(path: Path) -> None:
     """Require that a picture can be written to this file; called before the work, which may take long."""
     if path.is_dir():
         raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'picture.png'}.")
+    # Imports torch.
+    from mirror_modules.pictures.saving import check_image_name
+
     check_image_name("--out", path)
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

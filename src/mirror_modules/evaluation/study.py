@@ -288,7 +288,7 @@ def _images_of(folder: Path, captions: Sequence[str], seeds: Sequence[int], devi
 
 
 def _generate(folder: Path, captions: Sequence[str], seeds: Sequence[int], device: str) -> list[Pixels]:
-    model = TextToImage.from_pretrained(folder, device=device)
+    model = TextToImage.from_pretrained(folder, device=device, only="images")
     # Encoding all captions first warns once of unknown words.
     model.vocabulary.encode(captions, max_words=model.config.max_words)
     images: list[Pixels] = []

@@ -145,10 +145,11 @@ class ModelConfig:
 
     Class attributes describe the system, for its training:
 
-        system               name of the system in config.json
-        adversarial_phases   phases that train the generator, in order
-        attends              whether the generator reads the words, or only the sentence
-        takes_location       whether generator and discriminators read a location of the subject
+        system                   name of the system in config.json
+        adversarial_phases       phases that train the generator, in order
+        attends                  whether the generator reads the words, or only the sentence
+        takes_location           whether generator and discriminators read a location of the subject
+        samples_with_captioner   whether images are generated with the captioner
 
     Raises:
         ValueError: `resolutions` is empty.
@@ -168,6 +169,7 @@ class ModelConfig:
     adversarial_phases: ClassVar[tuple[str, ...]] = ("glam",)
     attends: ClassVar[bool] = True
     takes_location: ClassVar[bool] = False
+    samples_with_captioner: ClassVar[bool] = False
 
     embedding_dim: int = 300
     """Features of a word embedding in the text encoder."""

@@ -34,6 +34,7 @@ class PPGNConfig(NarrowingConfig):
 
     system = "ppgn"
     attends = False
+    samples_with_captioner = True
 
     sampling_steps: int = 50
     """Updates of the latents for each image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,13 @@ def save_weights(module: nn.Module, path: Path) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, *, parts: Sequence[str] | None = None) -> None:
     """Load the state of a Module from a safetensors file; on any error the Module is unchanged.
+
+    Args:
+        module: Receives the state.
+        path: The file.
+        parts: Children whose tensors are read; those of others, which the module lacks, are not. None reads all.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -40,7 +46,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected the weights of a {type(module).__name__}.")
     try:
-        state = _safetensors().torch.load_file(str(path))
+        with _safetensors().safe_open(str(path), framework="pt") as file:
+            names = [name for name in file.keys() if parts is None or name.partition(".")[0] in parts]  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in names}
     except Exception as error:
         raise ValueError(f"{path} is damaged, or not a safetensors file ({error}); save the model again.") from error
     check_state(type(module).__name__, module, state, str(path))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from mirror_modules._checks import check_choice
 from mirror_modules._typing import TypedCall
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.glam import GeneratedImages
@@ -33,26 +34,47 @@ class System(TypedCall, nn.Module):
     config_type: ClassVar[type[ModelConfig]] = ModelConfig
     config: ModelConfig
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool = True) -> None:
+    only: Literal["images", "captions"] | None = None
+    """What the model was built for; None for all."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        *,
+        pretrained: bool = True,
+        only: Literal["images", "captions"] | None = None,
+    ) -> None:
         super().__init__()
         owner = type(self).__name__
+        if only is not None:
+            check_choice(owner, "only", only, ("images", "captions"))
         if not isinstance(config, self.config_type):
             raise ValueError(f"{owner}: config must be a {self.config_type.__name__}, but it is {config!r}.")
-        self.config, self.vocabulary = config, vocabulary
+        self.config, self.vocabulary, self.only = config, vocabulary, only
+        if only != "captions":
+            self._build_generator(config)
+        if only != "images" or config.samples_with_captioner:
+            self._build_captioner(config, pretrained)
+
+    def _build_generator(self, config: ModelConfig) -> None:
+        """Text encoder, conditions and generator."""
         self.text_encoder = TextEncoder(
-            len(vocabulary),
+            len(self.vocabulary),
             embedding_dim=config.embedding_dim,
             feature_dim=config.word_dim,
             dropout=config.text_dropout,
         )
         self.build(config)
+
+    def _build_captioner(self, config: ModelConfig, pretrained: bool) -> None:
         backbone = config.captioner_backbone.build(load=pretrained)
         if pretrained:
             recorded = config.captioner_backbone.recorded(backbone)
             self.config = dataclasses.replace(config, captioner_backbone=recorded)
         self.captioner = Captioner(
             ImageEncoder(backbone, config.word_dim) if config.captioner_projection else backbone,
-            len(vocabulary),
+            len(self.vocabulary),
             embedding_dim=config.captioner_embedding_dim,
             hidden_dim=config.captioner_hidden_dim,
             image_skip=config.captioner_image_skip,
@@ -155,10 +177,18 @@ class System(TypedCall, nn.Module):
         """The parts that generate, by name: all but text encoder and captioner."""
         return {name: part for name, part in self.named_children() if name not in FROZEN_PARTS}
 
+    def _require(self, owner: str, *uses: str) -> None:
+        """Check that the parts for "images" or "captions" were built."""
+        if self.only is not None and uses != (self.only,):
+            raise ValueError(
+                f"{owner}: it needs the parts for {' and '.join(uses)}, but the model was loaded with "
+                f"only={self.only!r}; leave `only` out."
+            )
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.text_encoder.embedding.weight.device
+        return next(self.parameters()).device
 
     def forward(
         self,
@@ -202,12 +232,20 @@ class System(TypedCall, nn.Module):
         """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.
 
         Raises:
+            ValueError: The model was loaded with `only`.
             OSError: A file cannot be written.
         """
+        self._require(f"{type(self).__name__}.save_pretrained", "images", "captions")
         save_model(self, self.config, self.vocabulary, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        only: Literal["images", "captions"] | None = None,
+    ) -> Self:
         """Load a model that `save_pretrained` wrote; the result is in evaluation mode.
 
         `TextToImage.from_pretrained` opens the folder of any registered system, that of a subclass only its own.
@@ -215,6 +253,8 @@ class System(TypedCall, nn.Module):
         Args:
             folder: A folder with config.json, vocabulary.json and model.safetensors.
             device: Device of the weights.
+            only: "images" reads and builds what `generate` needs, which is all parts but the captioner in most systems;
+                "captions" what `describe` needs, the captioner. None loads all parts.
 
         Raises:
             FileNotFoundError: The folder or one of its files is missing.
@@ -234,10 +274,11 @@ class System(TypedCall, nn.Module):
             )
         try:
             # The weights of the backbone are in the folder, too.
-            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, pretrained=False)
+            options: dict[str, Any] = {"pretrained": False} if only is None else {"pretrained": False, "only": only}
+            model = system(system.config_type.from_dict(saved.config), saved.vocabulary, **options)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid model configuration: {error}") from error
-        load_weights(model, saved.weights)
+        load_weights(model, saved.weights, parts=None if only is None else tuple(dict(model.named_children())))
         return model.to(device).eval()
 
 

@@ -39,6 +39,8 @@ class TextToImage(System):
         config: Sizes and options.
         vocabulary: Words that the text encoder and the captioner share.
         pretrained: Load the weights that `config.captioner_backbone` names; False leaves that to `load_state_dict`.
+        only: "images" leaves out the captioner, unless images are generated with it (`config.samples_with_captioner`);
+            "captions" leaves out all parts but the captioner. None builds all parts.
 
     Raises:
         ValueError: The config holds sizes that do not fit together, an unknown option, or is that of another system; or
@@ -148,7 +150,8 @@ class TextToImage(System):
             "pil": N RGB images.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         stage = self._stage_of(f"{type(self).__name__}.generate", output, resolution)
         check_positive(f"{type(self).__name__}.generate", best_of=best_of)
@@ -197,6 +200,7 @@ class TextToImage(System):
             ValueError: As in `generate`.
         """
         owner = f"{type(self).__name__}.best_seeds"
+        self._require(owner, "images", "captions")
         check_positive(owner, best_of=best_of, images_per_caption=images_per_caption)
         listed = _as_list(owner, captions)
         rows = [caption for caption in listed for _ in range(images_per_caption)]
@@ -248,9 +252,11 @@ class TextToImage(System):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         owner = f"{type(self).__name__}.generate"
+        self._require(owner, "images")
         check_positive(owner, images_per_caption=images_per_caption)
         captions = _as_list(owner, captions)
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
@@ -344,9 +350,11 @@ class TextToImage(System):
             `steps` images, as `generate` returns them.
 
         Raises:
-            ValueError: A caption has no word, or an argument is out of range.
+            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
+                for it.
         """
         owner = f"{type(self).__name__}.interpolate"
+        self._require(owner, "images")
         check_positive(owner, steps=steps)
         if steps < 2:
             raise ValueError(f"{owner}: steps must be at least 2, the images of both captions, but it is {steps}.")
@@ -410,9 +418,11 @@ class TextToImage(System):
 
         Raises:
             ValueError: `images` are none of the above or out of range, a file cannot be read as an image, or
-                `beam_width` is not positive.
+                `beam_width` is not positive, or the model was loaded with only="images".
         """
-        pixels = to_model(f"{type(self).__name__}.describe", images, self.config.resolutions[-1])
+        owner = f"{type(self).__name__}.describe"
+        self._require(owner, "captions")
+        pixels = to_model(owner, images, self.config.resolutions[-1])
         with evaluating(self):
             tokens = self.captioner.describe(
                 pixels.to(self.device, self.captioner.output.weight.dtype),

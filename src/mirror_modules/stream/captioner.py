@@ -85,6 +85,8 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
         torch.Size([2, 6])
     """
 
+    needed_for = "captions"
+
     def __init__(
         self,
         image_encoder: nn.Module,
