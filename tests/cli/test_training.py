@@ -118,6 +118,19 @@ def test_whether_a_classifier_is_trained(capsys, monkeypatch, tmp_path, words, e
     assert_rejected(run(capsys, "evaluate", tmp_path, *both), "exclude each other; give one of them")
 
 
+def test_clip_is_handed_on(capsys, monkeypatch, tmp_path):
+    given = []
+
+    def evaluate(*_, clip, **__):
+        given.append(clip)
+        raise ValueError("not evaluated")
+
+    monkeypatch.setattr("mirror_modules.evaluation.evaluation.evaluate", evaluate)
+    assert_rejected(run(capsys, "evaluate", tmp_path), "not evaluated")
+    assert_rejected(run(capsys, "evaluate", tmp_path, "--clip", "somebody/clip"), "not evaluated")
+    assert given == [None, "somebody/clip"]
+
+
 def test_missing_metrics_and_skipped_samples_are_reported(capsys, monkeypatch, tmp_path):
     metrics = {
         "candidates": 5,
@@ -230,6 +243,12 @@ def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, t
                 "diversity_standard_error": 0.004145,
             }
         },
+        "further_extractors": [
+            {
+                "extractor": "network without classes",
+                "features": {"real": {"distance_images": 7, "frechet_distance": 1.5, "kernel_distance": 0.25}},
+            }
+        ],
     }
     monkeypatch.setattr("mirror_modules.evaluation.evaluation.evaluate", lambda *_, **__: metrics)
     lines = run(capsys, "evaluate", tmp_path)[1].splitlines()
@@ -240,7 +259,12 @@ def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, t
         ["all", "50.0%", "75.0%"],
     ]
     figures = "FID 12.3, KID 0.0123 ± 0.001, Inception Score 3.46 ± 0.05, diversity 0.568 ± 0.004 (1,234 images)"
-    assert lines[start + 5] == f"  generated  {figures}"
+    assert lines[start + 4 : start + 8] == [
+        "Features of the extractor: small network",
+        f"  generated  {figures}",
+        "Features of the extractor: network without classes",
+        "  real       FID 1.5, KID 0.25 (7 images)",
+    ]
 
 
 def test_evaluators_that_cannot_rank_are_printed(capsys, monkeypatch, tmp_path):
@@ -264,6 +288,14 @@ def test_evaluators_that_cannot_rank_are_printed(capsys, monkeypatch, tmp_path):
         "second evaluator, validation, all captions 5.0% 9.0% - 9.8% 1.0% cannot rank",
         "second evaluator, held out, other classes 5.0% 25.0% 30.0% - 1.0%",
     ]
+    assert not any("CLIPScore" in line for line in lines)
+    scores = {name: {"mean": mean, "standard_error": 0.05} for name, mean in (("generated", 23.456), ("real", 31.0))}
+    metrics["evaluators"]["clip"] = {"description": "CLIP", "held_out": {**result["held_out"], "clip_score": scores}}
+    lines = run(capsys, "evaluate", tmp_path)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("CLIPScore, 100 times the cosine of an image"))
+    assert " ".join(lines[start - 1].split()) == "clip, held out, other classes 5.0% 25.0% 30.0% - 1.0%"
+    assert lines[start + 1] == "  held out    23.46 ± 0.05  31.00 ± 0.05"
+    del metrics["evaluators"]["clip"]
     # A single figure is in the table above already.
     del metrics["evaluators"]["second_evaluator"]["held_out"]
     metrics["cannot_rank"] = False

@@ -19,9 +19,15 @@ from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import to_float
 from mirror_modules.evaluation import attributes, evaluation, retrieval
 from mirror_modules.evaluation.attributes import fit_attribute_classifier
-from mirror_modules.evaluation.evaluation import _cases, _diversity, _feature_metrics, evaluate
+from mirror_modules.evaluation.evaluation import (
+    _cases,
+    _feature_metrics,
+    _images_of_the_same_caption,
+    evaluate,
+)
 from mirror_modules.evaluation.extractors import Extractor
 from mirror_modules.metrics import (
+    diversity,
     expected_hits,
     frechet_distance,
     inception_score,
@@ -375,14 +381,15 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
     assert splits.training.images.shape[1] == 19
     real = to_float(splits.validation.images)
     images, batches = {"generated": -real, "real": real}, []
+    same_caption = torch.randn(20, 3, 16, 16)
 
     def mean_colors(batch):
         batches.append(batch)
         return batch.mean(dim=(2, 3))
 
     extractor = Extractor("means", mean_colors, lambda batch: batch.mean(dim=(2, 3)), slice(None, None, 4))
-    metrics = _feature_metrics(extractor, splits.training.images, images, seed=0)
-    reference, generated, held_out = batches
+    metrics = _feature_metrics(extractor, splits.training.images, images, same_caption, seed=0)
+    reference, generated, held_out, of_two_captions = batches
     assert torch.equal(reference, real)
     expected = [to_float(torch.from_numpy(shrink(image.numpy(), 16))[None]) for image in splits.training.images[::4]]
     assert sorted(held_out.flatten(1).tolist()) == sorted(torch.cat(expected).flatten(1).tolist())
@@ -397,6 +404,14 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
     assert metrics["real"]["kernel_distance_standard_error"] == kernel.standard_error > 0
     score = inception_score(real.mean((2, 3)), splits=10, generator=torch.Generator().manual_seed(0))
     assert metrics["real"]["inception_score"] == score.mean
+    assert torch.equal(of_two_captions, same_caption)
+    spread = diversity(same_caption.mean((2, 3)).unflatten(0, (2, 10)))
+    assert metrics["generated"]["diversity"] == spread.mean
+    assert "diversity" not in metrics["real"]
+    # A network without classes has no Inception Score.
+    without = _feature_metrics(extractor._replace(logits=None), splits.training.images, images, same_caption, seed=0)
+    for name, figures in metrics.items():
+        assert without[name] == {key: value for key, value in figures.items() if "inception" not in key}
 
 
 def test_changed_training_captions_are_refused(run_copy, monkeypatch):
@@ -431,6 +446,55 @@ def test_metrics_without_a_classifier_are_listed_and_the_others_measured(run_cop
     assert metrics["features"]["real"]["distance_images"] == 31
 
 
+@pytest.mark.parametrize(
+    ("is_synthetic", "options", "measured"),
+    [
+        (False, {}, ["first", "second"]),
+        (False, {"inception": True}, ["inception"]),
+        (False, {"fit_classifier": True}, []),
+        (False, {"fit_classifier": False}, []),
+        (True, {}, ["first", "second"]),
+        (True, {"fit_classifier": True}, ["convolutional network trained on drawn flowers"]),
+        (True, {"fit_classifier": True, "inception": True}, ["inception"]),
+    ],
+)
+def test_which_networks_measure_distances(run_copy, monkeypatch, without_report, is_synthetic, options, measured):
+    """Pretrained backbones of the evaluators by default, at a resolution without a classifier; others if asked for."""
+
+    def extractor(name, shift):
+        return Extractor(name, lambda batch: batch.mean((2, 3)) + shift, None)
+
+    make_quick_classifiers(monkeypatch)
+    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: is_synthetic)
+    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: extractor("inception", 0))
+    monkeypatch.setattr(
+        evaluation, "backbone_extractors", lambda *_: [extractor("first", 0), extractor("second", torch.arange(3) ** 2)]
+    )
+    metrics = evaluate(run_copy.path, **options)
+    found = [each for each in [metrics, *metrics.get("further_extractors", [])] if "features" in each]
+    assert len(found) == len(measured)
+    assert all(each["extractor"].startswith(name) for each, name in zip(found, measured))
+    assert ("classifier" in metrics.get("attributes", {}).get("real", {})) == (
+        is_synthetic and "fit_classifier" in options
+    )
+    if len(found) == 2:
+        assert set(found[1]) == {"extractor", "features"}
+        first, second = (each["features"]["generated"] for each in found)
+        assert first["frechet_distance"] == pytest.approx(second["frechet_distance"])
+        assert first["diversity"] != second["diversity"]
+    assert evaluate(run_copy.path, **options) == metrics
+
+
+def test_a_later_evaluation_does_not_depend_on_a_saved_class_classifier(run_copy, monkeypatch, without_report):
+    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
+    means = Extractor("means", lambda batch: batch.mean((2, 3)), None)
+    monkeypatch.setattr(evaluation, "backbone_extractors", lambda *_: [means])
+    monkeypatch.setattr(evaluation, "fit_class_extractor", None)
+    (run_copy.path / "classifiers").mkdir()
+    (run_copy.path / "classifiers" / "classes.safetensors").touch()
+    assert evaluate(run_copy.path)["extractor"] == "means"
+
+
 def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch):
     splits = load_splits(tiny_recipe.data, tiny_recipe.model, tiny_recipe.seed)
     unseen = unseen_pairs(splits, tiny_recipe.model.max_words)
@@ -443,10 +507,11 @@ def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch)
 
     monkeypatch.setattr(evaluation, "generate_images", generate)
     monkeypatch.setattr(evaluation, "DIVERSE_CAPTIONS", 3)
-    pixels = Extractor("pixels", lambda batch: batch.flatten(1), lambda batch: batch.flatten(1))
     # Images differ between captions, but not within a caption.
     model = SimpleNamespace(locate=lambda boxes, points, count: None)
-    assert _diversity(pixels, model, unseen, seed=0).mean < 1e-9
+    images = _images_of_the_same_caption(model, unseen, seed=0)
+    assert diversity(images.flatten(1).unflatten(0, (3, 10))).mean < 1e-9
+    assert not torch.equal(images[0], images[10])
     assert batches[0][::10].tolist() == unseen.tokens[[0, 10, 20]].tolist()
 
 

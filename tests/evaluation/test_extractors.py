@@ -1,12 +1,24 @@
-"""The class classifier and Inception v3 as extractors."""
+"""The evaluators' backbones, the class classifier and Inception v3 as extractors."""
+
+import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mirror_modules import BackboneConfig, MirrorGANConfig
 from mirror_modules.data import CaptionedImage, InMemoryCaptions, to_float
 from mirror_modules.evaluation import extractors
-from mirror_modules.evaluation.extractors import fit_class_extractor
+from mirror_modules.evaluation.evaluation import evaluate
+from mirror_modules.evaluation.extractors import backbone_extractors, fit_class_extractor
+from mirror_modules.evaluation.retrieval import Evaluator
+from mirror_modules.models import EncoderPair
+from mirror_modules.stem import ConvBackbone
 from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.loop import train
+from mirror_modules.training.recipes import DataRecipe, EvaluatorRecipe
+from tests.layouts import make_flowers
 
 COLORS = {3: (230, 20, 20), 8: (20, 230, 20), 11: (20, 20, 230)}
 
@@ -128,3 +140,100 @@ def test_failed_download_of_inception_names_the_place_of_its_weights(monkeypatch
         OSError, match=r"no route to host\); put https://.*inception_v3.*pth into .*checkpoints, or use"
     ):
         extractors.inception_extractor()
+
+
+def make_evaluators(tiny_recipe, first, second, **model):
+    """Evaluators with these configs of their backbones, which are small networks in fact, and their recipe."""
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        model=dataclasses.replace(tiny_recipe.model, **model),
+        evaluator=EvaluatorRecipe(backbone=first),
+        second_evaluator=EvaluatorRecipe(backbone=second),
+    )
+    config = MirrorGANConfig(word_dim=10, image_backbone="conv")
+    pairs = [EncoderPair(config, 11, backbone=ConvBackbone(channels)).eval() for channels in (3, 5)]
+    return [Evaluator("evaluator", "", pairs[0]), Evaluator("second_evaluator", "", pairs[1])], recipe
+
+
+def test_the_features_are_those_of_the_backbones_before_the_projection(tiny_recipe):
+    lite1, lite2 = (BackboneConfig(f"efficientnet_lite{i}", "package", input_size=192, layer=-1) for i in (1, 2))
+    evaluators, recipe = make_evaluators(tiny_recipe, lite1, lite2)
+    found = backbone_extractors(evaluators, recipe)
+    assert [each.name for each in found] == [
+        "EfficientNet-Lite1 (ImageNet; package weights), 192 px",
+        "EfficientNet-Lite2 (ImageNet; package weights), 192 px",
+    ]
+    images = torch.rand(117, 3, 16, 16) * 2 - 1
+    for each, evaluator in zip(found, evaluators):
+        assert each.logits is None
+        assert each.held_out == slice(None)
+        features = each.features(images)
+        assert not features.requires_grad
+        torch.testing.assert_close(features, evaluator.pair.image_encoder.backbone(images).image)
+
+
+LITE1 = BackboneConfig("efficientnet_lite1", "package")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        # The layer concerns the regions.
+        (LITE1, dataclasses.replace(LITE1, layer=-1), ["EfficientNet-Lite1 (ImageNet; package weights)"]),
+        (
+            LITE1,
+            dataclasses.replace(LITE1, input_size=64),
+            ["EfficientNet-Lite1 (ImageNet; package weights)", "EfficientNet-Lite1 (ImageNet; package weights), 64 px"],
+        ),
+        # Trained by the run, from scratch or further.
+        (BackboneConfig("conv"), dataclasses.replace(LITE1, trainable=True), []),
+        (BackboneConfig("conv"), BackboneConfig("resnet18", "DEFAULT"), ["resnet18 (weights 'DEFAULT')"]),
+        (
+            LITE1,
+            BackboneConfig("conv", "my.pth"),
+            ["EfficientNet-Lite1 (ImageNet; package weights)", "conv (weights 'my.pth')"],
+        ),
+        (BackboneConfig("conv", trainable=False), BackboneConfig("conv"), []),
+    ],
+)
+def test_pretrained_backbones_count_once(tiny_recipe, first, second, names):
+    assert [each.name for each in backbone_extractors(*make_evaluators(tiny_recipe, first, second))] == names
+
+
+@pytest.mark.parametrize("place", ["image_backbone", "captioner_backbone"])
+def test_a_backbone_that_the_generator_was_trained_with_says_so(tiny_recipe, place):
+    other = dataclasses.replace(LITE1, input_size=32)
+    evaluators, recipe = make_evaluators(tiny_recipe, BackboneConfig("conv"), LITE1, **{place: other})
+    (extractor,) = backbone_extractors(evaluators, recipe)
+    assert extractor.name.endswith("(ImageNet; package weights), which the training of the generator used too")
+
+
+def test_a_run_with_pretrained_evaluators_is_measured_on_their_features(tiny_recipe, tmp_path):
+    """Nothing is trained, and no classifier is saved."""
+    timm = pytest.importorskip("timm")
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_efficientnet").state_dict(), weights)
+    backbone = partial(BackboneConfig, "timm:test_efficientnet", str(weights))
+    evaluators = [dataclasses.replace(tiny_recipe.evaluator, steps=2, backbone=backbone(size)) for size in (32, 24)]
+    root = make_flowers(tmp_path / "data", training=41, validation=13)
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        data=DataRecipe("oxford-flowers", str(root), None, None, held_out_share=0.3),
+        evaluator=evaluators[0],
+        second_evaluator=evaluators[1],
+    )
+    folder = train(recipe, tmp_path / "run")
+    metrics = evaluate(folder.path)
+    (second,) = metrics["further_extractors"]
+    name = f"timm:test_efficientnet (weights {str(weights)!r})"
+    assert [metrics["extractor"], second["extractor"]] == [f"{name}, 32 px", f"{name}, 24 px"]
+    for figures in (metrics["features"], second["features"]):
+        assert figures["real"]["distance_images"] == figures["generated"]["distance_images"] == 13
+        assert figures["generated"]["frechet_distance"] > 0
+        assert 0 < figures["generated"]["diversity"] < 2
+        assert "inception_score" not in figures["generated"]
+    assert metrics["features"]["real"] != second["features"]["real"]
+    assert not (folder.path / "classifiers").exists()
+    page = folder.report.read_text(encoding="utf-8")
+    assert page.count("<b>Extractor:</b> timm:test_efficientnet") == 2
+    assert "features" not in evaluate(folder.path, fit_classifier=False)

@@ -315,6 +315,29 @@ def test_evaluators_that_can_rank_have_no_warning(folder):
     assert "annot rank these images" not in page.text
 
 
+def test_clip_has_its_score_among_the_ranks_of_its_table(folder):
+    score = {"generated": {"mean": 23.456, "standard_error": 0.0512}, "real": {"mean": 30.0, "standard_error": 0.25}}
+    figures = FULL["evaluators"]["second_evaluator"]
+    clip = {"description": "<CLIP>", "held_out": {**figures["held_out"], "clip_score": score}}
+    page = write(folder, {**FULL, "evaluators": {"second_evaluator": figures, "clip": clip}})
+    assert "CLIP: <CLIP>. Images Candidates" in page.text
+    row = "Held-out images of training classes, 513 images CLIPScore 23.46 ± 0.05 30.00 ± 0.25 – – – –"
+    assert page.text.count(row) == page.text.count("CLIPScore, in place of a ranking, is 100 times the cosine") == 1
+    assert "CLIPScore" not in write(folder).text
+
+
+def test_each_extractor_has_a_table(folder):
+    further = {"generated": {"distance_images": 7, "frechet_distance": 55.5}, "real": {"frechet_distance": 4.5}}
+    page = write(folder, {**FULL, "further_extractors": [{"extractor": "<other> network", "features": further}]})
+    assert "FID and KID compare 1000 generated images with" in page.text
+    first, second = page.text.split("Extractor: network of the test. Metric Generated Real images ")[1].split(
+        " Extractor: <other> network. Metric Generated Real images "
+    )
+    assert first.startswith("Fréchet distance (FID) 33.2 1 Kernel")
+    assert second.startswith("Fréchet distance (FID) 55.5 4.5 Training phases")
+    assert "Further extractors" not in page.text
+
+
 def test_metrics_have_few_digits_and_words_as_names(full_page):
     assert "Fréchet distance (FID) 33.2 1" in full_page.text
     assert "Kernel distance (KID) -0.0044 ± 0.0012 0" in full_page.text

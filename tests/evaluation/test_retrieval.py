@@ -15,6 +15,7 @@ from mirror_modules.evaluation.retrieval import (
     bounds,
     candidate_sets,
     cannot_rank,
+    encoded_by,
     measure_retrieval,
     own_class,
     ranked_splits,
@@ -101,6 +102,92 @@ def test_a_run_on_photographs_is_evaluated_on_unseen_and_on_training_classes(flo
             measured = held_out[name][source]
             assert (measured["top1"], measured["top3"]) == pytest.approx((expected.top1, expected.top3))
             assert measured["standard_errors"] == pytest.approx(expected.standard_errors)
+
+
+def test_clip_is_a_further_evaluator(flowers_run, tmp_path):
+    """It reads the captions as written, where other evaluators read at most `max_words` words of the vocabulary."""
+    tiny = pytest.importorskip("tests.interop.tiny")
+    folder, recipe = flowers_run
+    without = evaluate(folder.path)
+    metrics = evaluate(folder.path, clip=tiny.save_clip(tmp_path / "clip"))
+    clip = metrics["evaluators"].pop("clip")
+    assert metrics == without
+    assert "no phase trained them" in clip["description"]
+    assert str(tmp_path / "clip") in clip["description"]
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    model, tokenizer, image_processor = tiny.clip()
+    assert set(clip) == {"description", "validation", "held_out"}
+    for split in ranked_splits(splits, recipe.model.max_words):
+        measured, reference = clip[split.name], without["evaluators"]["evaluator"][split.name]
+        assert set(measured) == {*reference, "clip_score"}
+        pixels = image_processor(images=list(split.unseen.images.permute(0, 3, 1, 2)), return_tensors="pt")
+        with torch.no_grad():
+            images = model.get_image_features(**pixels).pooler_output
+            sentences, others = [], []
+            for row, caption in zip(split.unseen.image_rows.tolist(), split.unseen.captions):
+                own, *rest = (
+                    model.get_text_features(input_ids=tokenizer(each, return_tensors="pt")["input_ids"]).pooler_output[
+                        0
+                    ]
+                    for each in (caption, *(each for each in split.captions.captions[row] if each != caption))
+                )
+                sentences.append(own)
+                others.append(sum(each / each.norm() for each in rest))
+        for candidates in candidate_sets(split.unseen.class_ids, recipe.evaluation.candidates):
+            if candidates.size < 2:
+                continue
+            figures = measured[candidates.name]
+            for name in ("candidates", "chance", "class_oracle"):
+                assert figures.get(name) == reference[candidates.name].get(name)
+            for source, features in (("real", images), ("text_ceiling", torch.stack(others))):
+                expected = r_precision_folds(
+                    features,
+                    torch.stack(sentences),
+                    candidates.class_ids,
+                    candidates=candidates.size,
+                    folds=len(features) // 2,
+                    generator=torch.Generator().manual_seed(recipe.seed),
+                )
+                assert figures[source]["top1"] == pytest.approx(expected.top1)
+        scores = [
+            100 * max(float(torch.cosine_similarity(image, sentence, dim=0)), 0)
+            for image, sentence in zip(images, sentences)
+        ]
+        error = np.std(scores, ddof=1) / len(scores) ** 0.5
+        real = measured["clip_score"]["real"]
+        assert (real["mean"], real["standard_error"]) == pytest.approx((np.mean(scores), error), rel=1e-3)
+        assert list(measured["clip_score"]) == ["generated", "real", "shuffled"]
+        assert len({each["mean"] for each in measured["clip_score"].values()}) == 3
+    page = folder.report.read_text(encoding="utf-8")
+    assert "<b>CLIP:</b> the pretrained encoders of" in page
+    assert "<td>CLIPScore</td>" in page
+
+
+def test_captions_are_encoded_as_written():
+    class Letters:
+        def encode(self, captions):
+            longest = max(map(len, captions))
+            tokens = torch.tensor([[ord(letter) for letter in each.ljust(longest)] for each in captions])
+            return tokens, tokens != ord(" ")
+
+    split = make_split([i % 3 for i in range(N)])
+    written = make_captions(
+        [[f"W{i}!", f"w{i}," + "x" * i, "a 2nd?"] for i in range(N)], [0] * N, split.captions.vocabulary
+    )
+    split = split._replace(
+        captions=written, unseen=split.unseen._replace(captions=[each[1] for each in written.captions])
+    )
+    encoded = encoded_by(Letters(), split)
+    for tokens, captions in (
+        (encoded.unseen.tokens, split.unseen.captions),
+        (encoded.captions.tokens[::3], [f"W{i}!" for i in range(N)]),
+    ):
+        assert ["".join(map(chr, row)).strip() for row in tokens.tolist()] == captions
+    assert encoded.unseen.word_mask.sum(1).tolist() == [len(each) for each in split.unseen.captions]
+    # The split itself keeps its tokens.
+    assert split.captions.tokens is written.tokens
+    assert written.tokens.shape[1] == split.unseen.tokens.shape[1]
+    assert encoded.captions.images is written.images
 
 
 def test_splits_without_held_out_images_are_validation_only(tiny_recipe):

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -10,7 +10,9 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessor,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionConfig,
     GemmaTokenizerFast,
     GitConfig,
@@ -25,7 +27,9 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    SiglipConfig,
     SiglipImageProcessor,
+    SiglipModel,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -181,3 +185,35 @@ def make(name):
             # Larger than the usual initialization, so that every input matters.
             parameter.normal_(std=0.3)
     return model.eval(), processor
+
+
+def clip(kind="clip"):
+    """A model of CLIP or SigLIP with its tokenizer, whose words are letters, and its image processor."""
+    # CLIP takes the word of the largest id for the end if the id of the end is 2.
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "-", "</s>", *"abcdefghijklmnopqrstuvwxyz"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+    text = TEXT | {"vocab_size": len(vocabulary), "max_position_embeddings": 67, "eos_token_id": 3, "pad_token_id": 3}
+    if kind == "siglip":
+        config = SiglipConfig(text_config=text | {"projection_size": 16}, vision_config=VISION)
+        model, images = SiglipModel(config), image_processor(SiglipImageProcessor)
+    else:
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=11))
+        images = image_processor(CLIPImageProcessor)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+        if kind == "clip":
+            # Otherwise the cosines of images and captions are negative, and their CLIPScore is 0.
+            model.text_projection.weight.neg_()
+    return model.eval(), tokenizer, images
+
+
+def save_clip(folder, kind="clip"):
+    """A checkpoint as published."""
+    for part in clip(kind):
+        part.save_pretrained(folder)
+    return folder

@@ -22,11 +22,15 @@ class EvaluateOptions:
     """Threads on a CPU; torch's default is the number of cores."""
     fit_classifier: bool = False
     """Train the classifier for FID, KID, Inception Score, diversity and attribute accuracy, once per run; on drawn
-    flowers this is the default, and the classifier is kept for other runs."""
+    flowers this is the default, and the classifier is kept for other runs. On photographs, the default are the
+    pretrained backbones of the run's evaluators, if it has any."""
     no_fit_classifier: bool = False
-    """Do without these metrics on drawn flowers, too."""
+    """Do without these metrics."""
     inception: bool = False
     """Use torchvision's Inception v3 for FID, KID, Inception Score and diversity; its weights are downloaded."""
+    clip: str | None = None
+    """Also rank the captions with CLIP or SigLIP: a folder with the model, its tokenizer and its image processor, or a
+    name on the Hugging Face Hub, from which it is downloaded."""
 
     def fits_classifier(self) -> bool | None:
         """The value of --fit-classifier or --no-fit-classifier; None without either."""
@@ -37,15 +41,16 @@ class EvaluateOptions:
 
 def evaluate(arguments: list[str]) -> None:
     """Run `mirror-modules evaluate`."""
-    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate", positional=("run_dir",))
     from mirror_modules.evaluation.evaluation import evaluate
 
+    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate", positional=("run_dir",))
     metrics = evaluate(
         options.run_dir,
         device=device_of(options.device),
         threads=options.threads,
         fit_classifier=options.fits_classifier(),
         inception=options.inception,
+        clip=options.clip,
     )
     print_metrics(metrics)
     print(f"Open {options.run_dir / 'report.html'}")
@@ -59,6 +64,8 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     if metrics["cannot_rank"]:
         print(f"R-precision cannot rank these images: {'; '.join(metrics['reasons'])}.")
     _print_evaluators(metrics["evaluators"])
+    if "clip" in metrics["evaluators"]:
+        _print_clip_scores(metrics["evaluators"]["clip"])
     print("Word accuracy of the captioner:")
     for name, value in metrics["word_accuracy"].items():
         print(f"  {name:<10} {value:6.1%}")
@@ -73,10 +80,11 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         _print_attributes(
             {name: each[method] for name, each in metrics.get("attributes", {}).items() if method in each}, title
         )
-    if "features" in metrics:
-        print(f"Features of a {metrics['extractor']}:")
-        for name, figures in metrics["features"].items():
-            print(f"  {name:<10} {_feature_figures(figures)}")
+    for each in [metrics, *metrics.get("further_extractors", [])]:
+        if "features" in each:
+            print(f"Features of the extractor: {each['extractor']}")
+            for name, figures in each["features"].items():
+                print(f"  {name:<10} {_feature_figures(figures)}")
     if "not_measured" in metrics:
         print(f"Without the metrics of --fit-classifier: {metrics['not_measured']}")
     if any(metrics["skipped"].values()):
@@ -103,6 +111,15 @@ def _print_evaluators(evaluators: Mapping[str, Any]) -> None:
         print(f"  {title:<43}{shown}{'  cannot rank' if figures['cannot_rank'] else ''}")
 
 
+def _print_clip_scores(evaluator: Mapping[str, Any]) -> None:
+    """A row for each split."""
+    print("CLIPScore, 100 times the cosine of an image and its caption: generated / real / shuffled:")
+    for split in (each for each in ("validation", "held_out") if each in evaluator):
+        scores = evaluator[split]["clip_score"].values()
+        shown = "".join(f" {each['mean']:6.2f} ± {each['standard_error']:.2f}" for each in scores)
+        print(f"  {split.replace('_', ' '):<10}{shown}")
+
+
 def _print_attributes(accuracy: Mapping[str, Any], title: str) -> None:
     """A row for each attribute, a column for each kind of image."""
     if not accuracy:
@@ -119,8 +136,10 @@ def _feature_figures(figures: Mapping[str, float]) -> str:
     parts = [
         f"FID {figures['frechet_distance']:.3g}",
         f"KID {figures['kernel_distance']:.3g}" + ("" if kernel_error is None else f" ± {kernel_error:.1g}"),
-        f"Inception Score {figures['inception_score']:.3g} ± {figures['inception_score_deviation']:.1g}",
     ]
+    if "inception_score" in figures:
+        score, deviation = figures["inception_score"], figures["inception_score_deviation"]
+        parts.append(f"Inception Score {score:.3g} ± {deviation:.1g}")
     if "diversity" in figures:
         parts.append(f"diversity {figures['diversity']:.3g} ± {figures['diversity_standard_error']:.1g}")
     return ", ".join(parts) + f" ({figures['distance_images']:,} images)"

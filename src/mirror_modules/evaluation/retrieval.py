@@ -7,6 +7,7 @@ same image, and with the reasons, if there are any, for which it cannot rank ima
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mirror_modules.data import InMemoryCaptions
-from mirror_modules.metrics import class_oracle, expected_hits, other_captions, r_precision_folds
-from mirror_modules.models.encoder_pair import EncoderPair
+from mirror_modules.interop.clip import ClipEncoders, load_clip
+from mirror_modules.interop.text_encoders import TextEncoderAdapter
+from mirror_modules.metrics import class_oracle, clip_score, expected_hits, other_captions, r_precision_folds
 from mirror_modules.training.batches import Splits, has_classes, unseen_captions
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import Recipe
-from mirror_modules.training.validation import Unseen, image_features, sentence_features, unseen_pairs
+from mirror_modules.training.validation import Encoders, Unseen, image_features, sentence_features, unseen_pairs
 
 FOLDS = 10
 # A figure is within the error of another up to this many standard errors: about 95 %.
@@ -33,10 +35,10 @@ class Evaluator(NamedTuple):
     """Encoders that rank captions."""
 
     phase: str
-    """The phase that trained them: "evaluator" or "second_evaluator"."""
+    """The phase that trained them, "evaluator" or "second_evaluator"; or "clip", which no phase trained."""
     description: str
     """The encoders and what they were trained on."""
-    pair: EncoderPair
+    pair: Encoders
     """In evaluation mode."""
 
 
@@ -78,12 +80,26 @@ def _describe(recipe: Recipe, phase: str) -> str:
     )
 
 
+def load_clip_evaluator(checkpoint: str, device: str) -> Evaluator:
+    """Load a checkpoint of CLIP or SigLIP, a folder or a name, as an evaluator; for errors, see `load_clip`."""
+    description = f"the pretrained encoders of {checkpoint}, with their own tokenizer; no phase trained them"
+    return Evaluator("clip", description, load_clip(checkpoint, device=device))
+
+
 def ranked_splits(splits: Splits, max_words: int) -> list[RankedSplit]:
     """The validation split, and the held-out images if there are at least two with an unseen caption."""
     ranked = [RankedSplit("validation", splits.validation, unseen_pairs(splits, max_words))]
     if splits.held_out is not None and len(unseen_captions(splits, splits.held_out)) >= 2:
         ranked.append(RankedSplit("held_out", splits.held_out, unseen_pairs(splits, max_words, held_out=True)))
     return ranked
+
+
+def encoded_by(text_encoder: TextEncoderAdapter, split: RankedSplit) -> RankedSplit:
+    """The split with its captions, as written, encoded by the tokenizer of another text encoder."""
+    captions, unseen = copy.copy(split.captions), split.unseen
+    captions.tokens, captions.word_mask = text_encoder.encode([each for listed in captions.captions for each in listed])
+    tokens, word_mask = captions.tokens[unseen.caption_rows], captions.word_mask[unseen.caption_rows]
+    return split._replace(captions=captions, unseen=unseen._replace(tokens=tokens, word_mask=word_mask))
 
 
 def candidate_sets(class_ids: Tensor, requested: int) -> list[Candidates]:
@@ -101,7 +117,7 @@ def candidate_sets(class_ids: Tensor, requested: int) -> list[Candidates]:
     return found
 
 
-def text_queries(pair: EncoderPair, split: RankedSplit) -> Tensor | None:
+def text_queries(pair: Encoders, split: RankedSplit) -> Tensor | None:
     """For each image the mean sentence feature of the captions that it has besides its own, (N, D).
 
     None if an image has a single caption.
@@ -204,14 +220,23 @@ def measure_retrieval(
         seed: Seed of the candidates and folds, which are the same for all sources.
 
     Returns:
-        "images", "classes" and "own_class" if there are any, and for each set of candidates its field of
-        evaluation.json.
+        "images", "classes" and "own_class" if there are any, "clip_score" of CLIP, and for each set of candidates its
+        field of evaluation.json.
     """
+    pair = evaluator.pair
+    if isinstance(pair, ClipEncoders):
+        split = encoded_by(pair.text_encoder, split)
     unseen = split.unseen
-    features = {name: image_features(evaluator.pair, batch) for name, batch in images.items()}
-    sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
-    queries = text_queries(evaluator.pair, split)
+    features = {name: image_features(pair, batch) for name, batch in images.items()}
+    sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
+    queries = text_queries(pair, split)
     result: dict[str, Any] = {"images": len(unseen.captions)}
+    if isinstance(pair, ClipEncoders):
+        scores = {name: clip_score(each, sentences) for name, each in features.items()}
+        result["clip_score"] = {
+            name: {"mean": float(each.mean()), "standard_error": float(each.std(correction=1)) / len(each) ** 0.5}
+            for name, each in scores.items()
+        }
     within: dict[str, OwnClass] = {}
     if has_classes(unseen.class_ids):
         result["classes"] = len(unseen.class_ids.unique())

@@ -15,6 +15,7 @@ from mirror_modules._tiles import in_chunks
 from mirror_modules.data import to_float
 from mirror_modules.data.seeding import seeded
 from mirror_modules.glam import GeneratedImages
+from mirror_modules.interop.clip import ClipEncoders
 from mirror_modules.metrics import r_precision
 from mirror_modules.metrics.r_precision import RPrecision
 from mirror_modules.models import EncoderPair, TextToImage
@@ -22,6 +23,8 @@ from mirror_modules.stream import Captioner, append_end, image_information, rede
 from mirror_modules.training.batches import Splits, unseen_captions
 from mirror_modules.training.state import AdversarialState
 
+Encoders = EncoderPair | ClipEncoders
+"""Encoders of images and captions with a common feature space."""
 # Images processed at a time.
 CHUNK = 100
 # Number of images on a sheet of samples.
@@ -88,16 +91,16 @@ def unseen_pairs(splits: Splits, max_words: int, *, held_out: bool = False) -> U
 
 
 @torch.no_grad()
-def image_features(pair: EncoderPair, images: Tensor) -> Tensor:
+def image_features(pair: Encoders, images: Tensor) -> Tensor:
     """Global features (N, D) of images, on the CPU: floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
-    device = pair.text_encoder.embedding.weight.device
+    device = next(pair.text_encoder.parameters()).device
     return in_chunks(lambda chunk: pair.image_encoder(_as_floats(chunk).to(device)).image.cpu(), images, size=CHUNK)
 
 
 @torch.no_grad()
-def sentence_features(pair: EncoderPair, tokens: Tensor, word_mask: Tensor) -> Tensor:
-    """Sentence features (N, D), on the CPU."""
-    device = pair.text_encoder.embedding.weight.device
+def sentence_features(pair: Encoders, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    """Sentence features (N, D) of captions, encoded as `pair` takes them, on the CPU."""
+    device = next(pair.text_encoder.parameters()).device
 
     def encode(tokens: Tensor, word_mask: Tensor) -> Tensor:
         return pair.text_encoder(tokens.to(device), word_mask.to(device)).sentence.cpu()
