@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from mirror_modules._checks import at_least_float32, check_positive, shape_of
 Function = Callable[..., tuple[Tensor, ...]]
 Inputs = tuple[Any, ...]
 """Tensors, or None for an optional input that is absent."""
+Derivative = Callable[..., tuple[Any, ...]]
+"""Takes the inputs and, as `gradients`, those of the results or None; returns the gradients of the inputs."""
 EVERYTHING = slice(None)
 ELEMENTS_ON_A_GPU = 2**25
 """Default size of a tile on a GPU, where kernel launches cost more than memory."""
@@ -53,7 +56,11 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int) -> T
 
 
 def recomputed_in_tiles(
-    function: Function, inputs: Inputs, divide: Callable[[], list[Tile]], whole: tuple[int | None, ...]
+    function: Function,
+    inputs: Inputs,
+    divide: Callable[[], list[Tile]],
+    whole: tuple[int | None, ...],
+    derivative: Derivative | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute `function(*inputs)` one tile at a time, with the intermediate results of a single tile in memory.
 
@@ -69,10 +76,12 @@ def recomputed_in_tiles(
         inputs: Its arguments.
         divide: Returns the tiles.
         whole: Leading sizes shared by all results; None for an axis that is not divided.
+        derivative: Computes the first derivative of a tile in place of autograd, or None. Second derivatives are those
+            of `function`.
     """
     if torch.compiler.is_compiling() or is_transformed() or len(tiles := divide()) <= 1:
         return without_autocast(function, inputs)
-    return _Recomputed.apply(function, tiles, whole, *inputs)
+    return _Recomputed.apply(function, derivative, tiles, whole, *inputs)
 
 
 def is_transformed() -> bool:
@@ -85,9 +94,14 @@ def is_transformed() -> bool:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Function, tiles: list[Tile], whole: tuple[int | None, ...], *inputs: Tensor | None
+        ctx: Any,
+        function: Function,
+        derivative: Derivative | None,
+        tiles: list[Tile],
+        whole: tuple[int | None, ...],
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.function, ctx.tiles = function, tiles
+        ctx.function, ctx.derivative, ctx.tiles = function, derivative, tiles
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         results: tuple[Tensor, ...] = ()
@@ -102,7 +116,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Inputs = ctx.saved_tensors
-        needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
+        needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[4:]) if is_needed]
         results: list[Any] = [None] * len(inputs)
         if torch.is_grad_enabled():
             # Differentiate with respect to views: if one input was computed from another, the graph between them must
@@ -110,7 +124,7 @@ class _Recomputed(torch.autograd.Function):
             views = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
             for index, result in zip(needed, _differentiate(ctx.function, views, needed, gradients, create_graph=True)):
                 results[index] = result
-            return None, None, None, *results
+            return None, None, None, None, *results
 
         # Tiles with distinct parts of an input write its gradient; tiles that share a part accumulate.
         is_partitioned = {}
@@ -122,19 +136,25 @@ class _Recomputed(torch.autograd.Function):
             else:
                 results[index] = torch.zeros_like(at_least_float32(tensor))
         for tile in ctx.tiles:
-            leaves = tuple(
-                None if tensor is None else tensor.detach().requires_grad_(index in needed)
-                for index, tensor in enumerate(_select(inputs, tile))
-            )
+            tile_inputs = _select(inputs, tile)
             tile_gradients = [None if gradient is None else gradient[tile.result] for gradient in gradients]
-            for index, part in zip(needed, _differentiate(ctx.function, leaves, needed, tile_gradients)):
+            if ctx.derivative is not None:
+                of_inputs = without_autocast(partial(ctx.derivative, gradients=tile_gradients), tile_inputs)
+                parts = tuple(of_inputs[index] for index in needed)
+            else:
+                leaves = tuple(
+                    None if tensor is None else tensor.detach().requires_grad_(index in needed)
+                    for index, tensor in enumerate(tile_inputs)
+                )
+                parts = _differentiate(ctx.function, leaves, needed, tile_gradients)
+            for index, part in zip(needed, parts):
                 if is_partitioned[index]:
                     results[index][tile.inputs[index]] = part
                 else:
                     results[index][tile.inputs[index]] += part
         for index in needed:
             results[index] = results[index].to(inputs[index].dtype)
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 def _select(inputs: Inputs, tile: Tile) -> Inputs:

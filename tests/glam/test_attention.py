@@ -512,6 +512,28 @@ def test_first_and_second_derivatives_of_tiles():
     assert gradgradcheck(both, inputs)
 
 
+@pytest.mark.parametrize("real_words", [None, (11, 4), (0, 11)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_the_derivative_equals_that_of_autograd(monkeypatch, which, dtype, real_words):
+    # As on a GPU, where a caption without words has a context of zero.
+    monkeypatch.setattr(attention, "is_unchecked", lambda word_mask: True)
+    mask = None if real_words is None else mask_of(*real_words)
+    drawn = torch.randn(B, C, H, W).to(dtype), torch.randn(B, L, C).to(dtype), torch.randn(B, C).to(dtype)
+    if mask is not None:
+        drawn = drawn[0], drawn[1] * mask.unsqueeze(2), drawn[2]
+    gradients = [torch.randn(B, C, H, W).to(dtype) if given else None for given in which]
+    leaves = [tensor.double().requires_grad_() for tensor in drawn]
+    contexts = (
+        attention._word_attention(*leaves[:2], mask)[0],
+        attention._sentence_attention(leaves[0], leaves[2], None, "channels")[0],
+    )
+    total = sum((part * given.double()).sum() for part, given in zip(contexts, gradients) if given is not None)
+    expected = torch.autograd.grad(total, leaves, materialize_grads=True)
+    result = attention._attention_derivative(*drawn, mask, None, gradients=gradients)
+    assert_close(tuple(part.double() for part in result[:3]), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("one_row_at_a_time")
 def test_gradients_of_one_context_alone():
     inputs = random_leaf(B, C, H, W), random_leaf(B, L, C), random_leaf(B, C)

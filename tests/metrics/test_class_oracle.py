@@ -1,6 +1,5 @@
 """The class-only oracle against simulated draws, an enumeration of all draws, and one-hot classes as features."""
 
-import importlib
 from itertools import combinations
 
 import pytest
@@ -77,14 +76,6 @@ def test_known_values():
     few = class_oracle(torch.arange(30_011) % 3000)
     assert bool(few.isfinite().all())
     assert 0.8 < float(few.mean()) < 1
-
-
-@pytest.mark.parametrize("block", [1, 200])
-def test_the_block_size_has_no_influence(monkeypatch, block):
-    class_ids = torch.arange(97) % 7
-    expected = class_oracle(class_ids, candidates=11)
-    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.class_oracle"), "LARGEST_BLOCK", block)
-    torch.testing.assert_close(class_oracle(class_ids, candidates=11), expected)
 
 
 @pytest.mark.parametrize(

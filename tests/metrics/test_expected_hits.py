@@ -70,15 +70,17 @@ def test_the_block_size_has_no_influence(monkeypatch, block):
 
 
 def test_at_most_one_block_of_scores_is_in_memory(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.expected_hits"), "LARGEST_BLOCK", 200)
-    sizes, isclose = [], torch.isclose
+    module = importlib.import_module("mirror_modules.metrics.expected_hits")
+    monkeypatch.setattr(module, "LARGEST_BLOCK", 200)
+    sizes, excluded_captions = [], module.excluded_captions
 
-    def record(scores, own, **options):
-        sizes.append(scores.numel())
-        return isclose(scores, own, **options)
+    def record(*arguments):
+        sizes.append(excluded_captions(*arguments).numel())
+        return excluded_captions(*arguments)
 
-    monkeypatch.setattr(torch, "isclose", record)
+    monkeypatch.setattr(module, "excluded_captions", record)
     expected_hits(torch.randn(97, 5), torch.randn(97, 5), candidates=11)
+    assert sum(sizes) == 97 * 97
     assert max(sizes) <= 200
 
 

@@ -1,5 +1,7 @@
 """The Fréchet distance against closed forms and torchmetrics, including rank-deficient covariances."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,40 @@ def test_features_with_little_variance_keep_their_precision():
     features = torch.randn(N, D, dtype=torch.float64)
     expected = frechet_distance(features, 3 * features)
     assert frechet_distance(1e6 + features, 1e6 + 3 * features) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 30, 2**22])
+def test_the_block_size_has_no_influence(monkeypatch, block):
+    a, b = torch.randn(101, D) + 3, torch.randn(53, D) @ torch.randn(D, D)
+    expected = frechet_distance(a, b)
+    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.frechet_distance"), "LARGEST_BLOCK", block)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 67])
+def test_any_number_of_features_matches_the_definition(size):
+    a, b = torch.randn(101, size, dtype=torch.float64), torch.randn(97, size, dtype=torch.float64) + 1
+    copy = a.clone()
+    root_a, root_b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    shared = torch.linalg.svdvals(root_a @ root_b.mT).sum()
+    mean = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    expected = mean + root_a.square().sum() + root_b.square().sum() - 2 * shared
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+    assert torch.equal(a, copy)
+
+
+def test_features_without_variance_in_some_directions_match_the_formula():
+    # Constant features, repeated features, and a mixture of a few: the covariances are singular despite many images.
+    a, b = torch.randn(101, 17, dtype=torch.float64), torch.randn(97, 17, dtype=torch.float64)
+    constant = a * (torch.arange(17) % 3 > 0)
+    repeated = a[:, torch.arange(17) // 2]
+    mixed = a[:, :3] @ torch.randn(3, 17, dtype=torch.float64)
+    for singular in (constant, repeated, mixed):
+        root_a, root_b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (singular, b))
+        shared = torch.linalg.svdvals(root_a @ root_b.mT).sum()
+        mean = (singular.mean(dim=0) - b.mean(dim=0)).square().sum()
+        expected = mean + root_a.square().sum() + root_b.square().sum() - 2 * shared
+        assert frechet_distance(singular, b) == pytest.approx(float(expected), rel=1e-10)
 
 
 class GivenFeatures(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror_modules.functional import r_precision, r_precision_folds
+from mirror_modules.functional import expected_hits, r_precision, r_precision_folds
+from mirror_modules.metrics._candidates import draw_captions
 
 N, D = 13, 5
 
@@ -88,12 +89,46 @@ def test_captions_of_the_same_image_are_never_candidates():
     assert r_precision(features, features, photographs, image_ids=torch.arange(N), candidates=8).top1 == 1.0
 
 
+@pytest.mark.parametrize("candidates", [4, 11, 80])  # few of the captions, and many
 @pytest.mark.parametrize("block", [1, 100, 2**24])
-def test_the_block_size_has_no_influence_on_the_draw(monkeypatch, block):
+def test_the_block_size_has_no_influence_on_the_draw(monkeypatch, block, candidates):
     images, sentences, classes = torch.randn(101, D), torch.randn(101, D), torch.arange(101) % 7
-    expected = r_precision(images, sentences, classes, candidates=11, generator=seeded())
-    monkeypatch.setattr(importlib.import_module("mirror_modules.metrics.r_precision"), "LARGEST_BLOCK", block)
-    assert r_precision(images, sentences, classes, candidates=11, generator=seeded()) == expected
+    expected = r_precision(images, sentences, classes, candidates=candidates, generator=seeded())
+    module = importlib.import_module("mirror_modules.metrics.r_precision")
+    monkeypatch.setattr(module, "LARGEST_BLOCK", block)
+    monkeypatch.setattr(module, "CACHED", block)
+    assert r_precision(images, sentences, classes, candidates=candidates, generator=seeded()) == expected
+
+
+@pytest.mark.parametrize("distinct", [101, 7])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_matches_the_loops_over_few_of_the_captions(monkeypatch, grouped, distinct):
+    images = torch.randn(101, D)
+    sentences = (images + torch.randn(101, D))[torch.arange(101) % distinct]
+    ids = (torch.arange(101) % 5, torch.arange(101) // 2) if grouped else (None, None)
+    module = importlib.import_module("mirror_modules.metrics.r_precision")
+    drawn = []
+
+    def record(*arguments):
+        drawn.append(draw_captions(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "draw_captions", record)
+    result = r_precision(images, sentences, ids[0], image_ids=ids[1], candidates=4, generator=seeded())
+    assert list(result) == pytest.approx(expected_of(images, sentences, drawn[0].tolist()), abs=1e-9)
+
+
+def test_few_and_many_candidates_have_the_same_expectation(monkeypatch):
+    images = torch.randn(997, D, generator=seeded())
+    sentences = images + torch.randn(997, D, generator=seeded(1))
+    module = importlib.import_module("mirror_modules.metrics.r_precision")
+    few = r_precision(images, sentences, candidates=50, generator=seeded())
+    monkeypatch.setattr(module, "_score_few", module._score_many)
+    many = r_precision(images, sentences, candidates=50, generator=seeded())
+    assert few.top1 != many.top1  # other draws
+    expected = expected_hits(images, sentences, candidates=50)
+    for result in (few, many):
+        assert result.top1 == pytest.approx(float(expected.mean()), abs=4 * result.standard_error)
 
 
 def test_identical_features_are_always_retrieved():

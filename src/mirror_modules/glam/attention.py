@@ -6,6 +6,7 @@ N = H * W.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -128,24 +129,27 @@ def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -
     """Evaluate the equations. Words are zero at padding, or its scores could outweigh the mask, or be NaN."""
     height = features.shape[2]
     # In float32, because scores beyond 65504 would overflow float16.
-    features_BCN, wide_words = at_least_float32(rearrange(features, "b c h w -> b c (h w)")), at_least_float32(words)
-    if word_mask is None:
-        scores_BLN = wide_words @ features_BCN
-    else:
-        # The lowest finite number rather than -inf: a caption of padding alone gives no NaN. baddbmm adds it within the
-        # matrix product, which saves a pass over the scores.
-        lowest = torch.finfo(wide_words.dtype).min
-        padding_BL = torch.zeros_like(word_mask, dtype=wide_words.dtype).masked_fill(~word_mask, lowest)
-        scores_BLN = torch.baddbmm(padding_BL.unsqueeze(2), wide_words, features_BCN)
-    weights_BLN = torch.softmax(scores_BLN, dim=1).to(words.dtype)
-    if word_mask is not None and is_unchecked(word_mask):
-        # The check did not read the mask here; the weights of a caption without a real word become zero.
-        weights_BLN = weights_BLN * word_mask.unsqueeze(2)
+    features_BCN = at_least_float32(rearrange(features, "b c h w -> b c (h w)"))
+    weights_BLN = _word_weights(features_BCN, at_least_float32(words), word_mask).to(words.dtype)
     context_BCN = words.mT @ weights_BLN
     return (
         rearrange(context_BCN, "b c (h w) -> b c h w", h=height),
         rearrange(weights_BLN, "b l (h w) -> b l h w", h=height),
     )
+
+
+def _word_weights(features_BCN: Tensor, words: Tensor, word_mask: Tensor | None) -> Tensor:
+    if word_mask is None:
+        return torch.softmax(words @ features_BCN, dim=1)
+    # The lowest finite number rather than -inf: a caption of padding alone gives no NaN. baddbmm adds it within the
+    # matrix product, which saves a pass over the scores.
+    lowest = torch.finfo(words.dtype).min
+    padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
+    weights_BLN = torch.softmax(torch.baddbmm(padding_BL.unsqueeze(2), words, features_BCN), dim=1)
+    if is_unchecked(word_mask):
+        # The check did not read the mask here; the weights of a caption without a real word become zero.
+        weights_BLN = weights_BLN * word_mask.unsqueeze(2)
+    return weights_BLN
 
 
 def sentence_attention(
@@ -205,6 +209,40 @@ def _sentence_attention(
         weights_BCHW = weights_BCN.unflatten(2, features.shape[2:])
         context_BCHW = sentence_BC11 * weights_BCHW * weights_BCN.shape[2]
     return context_BCHW.to(dtype), weights_BCHW.to(dtype)
+
+
+def _attention_derivative(
+    features: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    word_mask: Tensor | None,
+    _: None,
+    *,
+    gradients: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Compute the gradients of features f, words w and sentence s from those of the two contexts, G and K.
+
+        df = w^T dS + s o dT                with the weights P of the words and Q of the channels,
+        dw = P G^T + dS f^T                 dS = softmax'(P, w G),  dT = softmax'(Q, s o K),
+        ds = sum_n ( K o Q + f o dT )       softmax'(p, g) = p o ( g - sum p o g )
+
+    This is the case without attention maps, without a score matrix and with the softmax over channels.
+    """
+    dtype = at_least_float32(features).dtype
+    f, w, s = features.flatten(2).to(dtype), words.to(dtype), sentence.unsqueeze(2).to(dtype)
+    G, K = (None if gradient is None else gradient.flatten(2).to(dtype) for gradient in gradients)
+    df, dw, ds = torch.zeros_like(f), torch.zeros_like(w), torch.zeros_like(s)
+    if G is not None:
+        P = _word_weights(f, w, word_mask)
+        dS = torch._softmax_backward_data(w @ G, P, 1, dtype)
+        df.baddbmm_(w.mT, dS)
+        dw.baddbmm_(P, G.mT).baddbmm_(dS, f.mT)
+    if K is not None:
+        Q = torch.softmax(f * s, dim=1)
+        dT = torch._softmax_backward_data(s * K, Q, 1, dtype)
+        df.addcmul_(dT, s)
+        ds = torch.linalg.vecdot(K, Q).add_(torch.linalg.vecdot(f, dT))
+    return df.view_as(features), dw, ds.view_as(sentence), None, None
 
 
 def global_local_attention(
@@ -283,7 +321,8 @@ def global_local_attention(
 
         inputs = features, words, sentence, word_mask, score_matrix
         whole = features.shape[0], None, features.shape[2]
-        results = recomputed_in_tiles(attend, inputs, divide, whole)
+        is_plain = not need_weights and score_matrix is None and sentence_axis == "channels"
+        results = recomputed_in_tiles(attend, inputs, divide, whole, _attention_derivative if is_plain else None)
     maps = results[2:] if need_weights else (None, None)
     return GlobalLocalContext(results[0], results[1], *maps)
 

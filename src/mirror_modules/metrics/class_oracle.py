@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_positive, check_tensors, shape_of
+from mirror_modules.metrics._candidates import check_ids, count_drawable
 from mirror_modules.metrics.expected_hits import log_choose
-from mirror_modules.metrics.r_precision import LARGEST_BLOCK, check_ids, excluded_captions
 
 
 @torch.no_grad()
@@ -52,13 +52,8 @@ def class_oracle(class_ids: Tensor, image_ids: Tensor | None = None, *, candidat
     count = len(class_ids)
     check_ids(owner, count, image_ids=image_ids)
     check_positive(owner, candidates=candidates)
-    class_ids = class_ids.cpu()
-    pairs = []
-    for rows in torch.arange(count).split(max(1, LARGEST_BLOCK // max(count, 1))):
-        drawable = ~excluded_captions(rows, count, None, image_ids)
-        of_class = drawable & (class_ids[rows].unsqueeze(1) == class_ids)
-        pairs.append(torch.stack((drawable.sum(1), of_class.sum(1))).double())
-    others, same = torch.cat(pairs, dim=1) if pairs else torch.zeros(2, 0)
+    others = count_drawable(count, None, image_ids).double()
+    same = others - count_drawable(count, class_ids, image_ids)
     drawn = candidates - 1
     if drawn < 1 or count == 0 or drawn > int(others.min()):
         most = int(others.min()) + 1 if count else 0

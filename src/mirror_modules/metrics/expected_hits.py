@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_positive
-from mirror_modules.metrics._features import check_pairs, directions
-from mirror_modules.metrics.r_precision import LARGEST_BLOCK, check_ids, excluded_captions
+from mirror_modules.metrics._candidates import TIED, check_ids, count_drawable, excluded_captions
+from mirror_modules.metrics._features import LARGEST_BLOCK, all_directions, check_pairs, directions
 
 
 @torch.no_grad()
@@ -59,16 +59,15 @@ def expected_hits(
     check_ids(owner, len(images), class_ids=class_ids, image_ids=image_ids)
     check_positive(owner, candidates=candidates)
     counts = []
-    image_directions, sentence_directions = directions(images), directions(sentences)
-    for rows in torch.arange(len(images), device=images.device).split(max(1, LARGEST_BLOCK // len(images))):
-        similarity = image_directions[rows] @ sentence_directions.mT
-        own = similarity.gather(1, rows.unsqueeze(1))
-        drawable = ~excluded_captions(rows, len(images), class_ids, image_ids)
-        # Equal captions have equal features, but a matrix product may round their scores differently.
-        tied = torch.isclose(similarity, own, rtol=0.0, atol=1e-9)
-        better = (similarity > own) & ~tied
-        counts.append(torch.stack([(each & drawable).sum(1) for each in (better, tied, drawable)]).cpu())
-    better, ties, others = torch.cat(counts, dim=1)
+    sentence_directions = all_directions(sentences)
+    every_row = torch.arange(len(images), device=images.device)
+    for rows in every_row.split(max(1, LARGEST_BLOCK // len(images))):
+        margins = directions(images[rows]) @ sentence_directions.mT
+        margins -= margins.gather(1, rows.unsqueeze(1))
+        margins.masked_fill_(excluded_captions(rows, every_row, class_ids, image_ids), float("-inf"))
+        counts.append(torch.stack([(margins > TIED).sum(dim=1), (margins >= -TIED).sum(dim=1)]).cpu())
+    better, at_least = torch.cat(counts, dim=1)
+    ties, others = at_least - better, count_drawable(len(images), class_ids, image_ids)
     drawn, fewest = candidates - 1, int(others.min())
     if not 1 <= drawn <= fewest:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import shape_of
-from mirror_modules.metrics._features import check_measurable
+from mirror_modules.metrics._features import LARGEST_BLOCK, check_measurable
 
 
 @torch.no_grad()
@@ -15,10 +15,11 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
         distance = |mean_a - mean_b|^2 + tr( S_a + S_b - 2 (S_a S_b)^(1/2) )
 
-    For centered features A and B, divided by sqrt(N - 1) and sqrt(M - 1), S_a = A^T A, S_b = B^T B, and the trace of
-    the root is the sum of the singular values of A B^T. The computation therefore needs neither the inverse of a
-    covariance nor the square root of an eigenvalue that is a rounding error, and is stable with fewer images than
-    features, although the estimate is then poor.
+    With S_a = A^T A and S_b = B^T B, the trace of the root is the sum of the singular values of A B^T. The computation
+    therefore needs neither the inverse of a covariance nor the square root of an eigenvalue that is a rounding error,
+    and is stable with fewer images than features, although the estimate is then poor. A and B are the centered
+    features, divided by sqrt(N - 1) and sqrt(M - 1); of a set with more images than features, a root of the covariance,
+    of which eigenvalues below D * 2^-52 of the largest count as 0. All of it is computed in float64.
 
     Args:
         features_a: Features of one set of images, (N, D).
@@ -55,8 +56,23 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the mean (D,) and some R with at most D rows and R^T R = covariance, in float64."""
-    features = features.double()
-    mean = features.mean(dim=0)
-    root = (features - mean) / (len(features) - 1) ** 0.5
-    # The R of a QR decomposition has the same R^T R, and its size does not grow with the number of images.
-    return mean, torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
+    count, size = features.shape
+    if count <= size:
+        features = features.double()
+        mean = features.mean(dim=0)
+        return mean, (features - mean) / (count - 1) ** 0.5
+    # Not `features.mean(dtype=torch.float64)`, which converts all features at once on a CPU.
+    blocks = features.split(max(1, LARGEST_BLOCK // size))
+    mean = torch.stack([block.sum(dim=0, dtype=torch.float64) for block in blocks]).sum(dim=0) / count
+    covariance = features.new_zeros(size, size, dtype=torch.float64)
+    columns = max(1, size // 8)
+    for block in blocks:
+        centered = block - mean
+        # The matrix is symmetric: only blocks that touch its upper triangle are computed.
+        for start in range(0, size, columns):
+            stop = start + columns
+            covariance[:stop, start:stop].addmm_(centered[:, :stop].mT, centered[:, start:stop])
+    values, vectors = torch.linalg.eigh(covariance / (count - 1), UPLO="U")
+    # The root of a rounding error would be large.
+    is_kept = values > size * torch.finfo(torch.float64).eps * values[-1]
+    return mean, values[is_kept].sqrt().unsqueeze(1) * vectors[:, is_kept].mT

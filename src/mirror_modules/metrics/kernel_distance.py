@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_choice, check_positive, shape_of
-from mirror_modules.metrics._features import check_above_zero, check_generator, check_measurable
-from mirror_modules.metrics.r_precision import LARGEST_BLOCK
+from mirror_modules.metrics._features import LARGEST_BLOCK, check_above_zero, check_generator, check_measurable
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -110,9 +109,7 @@ def kernel_distance(
     check_positive(owner, subsets=subsets)
     check_generator(owner, generator)
     if subset_size is None:
-        a, b = features_a.double(), features_b.double()
-        rows = max(1, LARGEST_BLOCK // max(len(a), len(b)))
-        distance, error = _discrepancy_with_error(a, b, function, estimate, rows)
+        distance, error = _discrepancy(features_a, features_b, function, estimate)
         return KernelDistance(scale * distance, 0.0, None if error is None else scale * error)
     check_positive(owner, subset_size=subset_size)
     if subset_size < 2:
@@ -123,22 +120,13 @@ def kernel_distance(
             f"{owner}: subset_size={subset_size} exceeds the {smaller} images of the smaller set; pass more images, or "
             "lower it."
         )
-    distances = torch.stack(
-        [
-            _discrepancy(
-                _draw(features_a, subset_size, generator),
-                _draw(features_b, subset_size, generator),
-                function,
-                estimate,
-            )
-            for _ in range(subsets)
-        ]
-    )
+    drawn = ([_draw(features, subset_size, generator) for features in (features_a, features_b)] for _ in range(subsets))
+    distances = torch.tensor([_discrepancy(a, b, function, estimate)[0] for a, b in drawn], dtype=torch.float64)
     return KernelDistance(scale * float(distances.mean()), scale * float(distances.std(correction=0)))
 
 
 def _polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.mT / x.shape[1] + 1) ** 3
+    return (x @ y.mT).div_(x.shape[1]).add_(1).pow_(3)
 
 
 def _rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
@@ -154,30 +142,18 @@ def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Ten
     return features[drawn.to(features.device)].double()
 
 
-def _discrepancy(a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"]) -> Tensor:
-    """Compute the squared discrepancy of two subsets."""
-    same_a, same_b, between = kernel(a, a), kernel(b, b), kernel(a, b).mean()
-    if estimate == "biased":
-        return (same_a.mean() + same_b.mean() - 2 * between).clamp(min=0.0)
-    # Pairs of an image with itself would bias the estimate upwards.
-    means = [
-        (values.sum() - values.diagonal().sum()) / (len(values) * (len(values) - 1)) for values in (same_a, same_b)
-    ]
-    return means[0] + means[1] - 2 * between
-
-
-def _discrepancy_with_error(
-    a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"], rows: int
+def _discrepancy(
+    a: Tensor, b: Tensor, kernel: Kernel, estimate: Literal["unbiased", "biased"]
 ) -> tuple[float, float | None]:
-    """Compute the squared discrepancy and its jackknife error from blocks of at most `rows` rows of each kernel matrix.
+    """Compute the squared discrepancy, and its jackknife error if both sets have at least three images.
 
     Sums of rows and columns suffice: the estimate without an image lacks its row and column.
     """
     biased = estimate == "biased"
-    between_a, between_b, _ = _kernel_sums(a, b, kernel, rows)
+    between_a, between_b = _sums_between(a, b, kernel)
     distance, variance = -2 * float(between_a.sum()) / (len(a) * len(b)), 0.0
     for x, between, other in ((a, between_a, len(b)), (b, between_b, len(a))):
-        sums, _, diagonal = _kernel_sums(x, x, kernel, rows)
+        sums, diagonal = _sums_within(x, kernel)
         if not biased:
             # Pairs of an image with itself would bias the estimate upwards.
             sums, diagonal = sums - diagonal, torch.zeros_like(diagonal)
@@ -192,12 +168,30 @@ def _discrepancy_with_error(
     return max(distance, 0.0) if biased else distance, None if math.isnan(variance) else math.sqrt(variance)
 
 
-def _kernel_sums(x: Tensor, y: Tensor, kernel: Kernel, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute sum_j k(x_i, y_j) for each i, sum_i k(x_i, y_j) for each j, and the diagonal k(x_i, y_i)."""
-    over_y, over_x, diagonal = [], torch.zeros(len(y), dtype=y.dtype, device=y.device), []
-    for start in range(0, len(x), rows):
-        values = kernel(x[start : start + rows], y)
-        over_y.append(values.sum(dim=1))
-        over_x += values.sum(dim=0)
-        diagonal.append(values.diagonal(offset=min(start, len(y))))
-    return torch.cat(over_y), over_x, torch.cat(diagonal)
+def _sums_between(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Compute sum_j k(x_i, y_j) for each i, and sum_i k(x_i, y_j) for each j, in float64, tile by tile."""
+    over_y, over_x = (features.new_zeros(len(features), dtype=torch.float64) for features in (x, y))
+    size = math.isqrt(LARGEST_BLOCK)
+    for rows, row_sums in zip(x.split(size), over_y.split(size)):
+        for columns, column_sums in zip(y.split(size), over_x.split(size)):
+            values = kernel(rows.double(), columns.double())
+            row_sums += values.sum(dim=1)
+            column_sums += values.sum(dim=0)
+    return over_y, over_x
+
+
+def _sums_within(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Compute sum_j k(x_i, x_j) for each i, and the diagonal k(x_i, x_i), from the tiles on and above the diagonal."""
+    sums, diagonal = x.new_zeros(2, len(x), dtype=torch.float64)
+    # Small tiles leave out most of the matrix below the diagonal; smaller ones are slower.
+    size = max(1, min(len(x) // 6, math.isqrt(LARGEST_BLOCK)))
+    tiles = list(zip(x.split(size), sums.split(size), diagonal.split(size)))
+    for i, (rows, row_sums, row_diagonal) in enumerate(tiles):
+        for columns, column_sums, _ in tiles[i + 1 :]:
+            values = kernel(rows.double(), columns.double())
+            row_sums += values.sum(dim=1)
+            column_sums += values.sum(dim=0)
+        values = kernel(rows.double(), rows.double())
+        row_sums += values.sum(dim=1)
+        row_diagonal.copy_(values.diagonal())
+    return sums, diagonal

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_positive, check_tensors, shape_of
-from mirror_modules.metrics._features import check_generator, check_pairs, directions
+from mirror_modules._checks import check_positive
+from mirror_modules.metrics._candidates import TIED, check_ids, count_drawable, draw_captions, excluded_captions
+from mirror_modules.metrics._features import LARGEST_BLOCK, all_directions, check_generator, check_pairs, directions
 
-# Scores in memory at a time: those of 30,000 images with 30,000 captions would need 7 GB at once.
-LARGEST_BLOCK = 2**24
+CACHED = 2**20
+"""Elements of gathered features at a time: about what a cache holds."""
 
 
 class RPrecision(NamedTuple):
@@ -160,52 +162,60 @@ def _hits(
     check_positive(owner, candidates=candidates)
     if candidates < 2:
         raise ValueError(f"{owner}: candidates must be at least 2, but it is {candidates}.")
-    blocks = torch.arange(count, device=images.device).split(max(1, LARGEST_BLOCK // count))
-    most_excluded = max(int(excluded_captions(rows, count, class_ids, image_ids).sum(dim=1).max()) for rows in blocks)
-    fewest = count - most_excluded
-    if fewest < candidates - 1:
+    drawn, fewest = candidates - 1, int(count_drawable(count, class_ids, image_ids).min())
+    if fewest < drawn:
         raise ValueError(
-            f"{owner}: candidates={candidates} needs {candidates - 1} mismatched captions for each image, but one "
+            f"{owner}: candidates={candidates} needs {drawn} mismatched captions for each image, but one "
             f"of the {count} images has {fewest}; evaluate more captions, or lower candidates."
         )
-    device = images.device if generator is None else generator.device
-    image_directions, sentence_directions = directions(images), directions(sentences)
+    # Few of many captions: only their scores are computed. Otherwise one matrix product for all captions is faster, and
+    # too many draws would be rejected.
+    score = _score_few if 8 * drawn <= fewest - count // 2 else _score_many
     hits = []
-    for rows in blocks:
-        # The largest of independent uniform keys are a draw without replacement.
-        keys = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
-        keys.masked_fill_(excluded_captions(rows, count, class_ids, image_ids), float("-inf"))
-        drawn = keys.topk(candidates - 1, dim=1).indices
-        similarity = image_directions[rows] @ sentence_directions.mT
-        own_score = similarity.gather(1, rows.unsqueeze(1))
-        others = similarity.gather(1, drawn)
-        # Equal captions have equal features, but a matrix product may round their scores differently.
-        tied = torch.isclose(others, own_score, rtol=0.0, atol=1e-9)
-        better = ((others > own_score) & ~tied).sum(dim=1)
-        ties = tied.sum(dim=1)
+    for scores in score(images, sentences, class_ids, image_ids, drawn, generator):
+        margins = scores[:, 1:] - scores[:, :1]
+        better = (margins > TIED).sum(dim=1)
+        ties = (margins >= -TIED).sum(dim=1) - better
         hits.append(torch.stack([((k - better).double() / (1 + ties)).clamp(0.0, 1.0) for k in (1, 2, 3)], dim=1))
     return torch.cat(hits)
 
 
-def check_ids(owner: str, count: int, **ids: Tensor | None) -> None:
-    """Require one id per image, (N,), where ids are given.
+def _score_few(
+    images: Tensor,
+    sentences: Tensor,
+    class_ids: Tensor | None,
+    image_ids: Tensor | None,
+    drawn: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """Cosines of each image with its own caption, then with `drawn` others, in blocks of images: (R, 1 + drawn)."""
+    rows = torch.arange(len(images), device=images.device if generator is None else generator.device)
+    captions = draw_captions(drawn, rows, class_ids, image_ids, generator)
+    ranked = torch.cat((rows.int().unsqueeze(1), captions), dim=1).to(images.device)
+    sentence_directions = all_directions(sentences)
+    size = max(1, CACHED // (ranked.shape[1] * images.shape[1]))
+    for image_block, ranked_block in zip(images.split(size), ranked.split(size)):
+        # Faster than indexing with two axes.
+        gathered = sentence_directions.index_select(0, ranked_block.flatten()).unflatten(0, ranked_block.shape)
+        yield (gathered @ directions(image_block).unsqueeze(2)).squeeze(2)
 
-    Raises:
-        ValueError: Not a tensor, or another shape.
-    """
-    for name, values in ids.items():
-        if values is None:
-            continue
-        check_tensors(owner, **{name: values})
-        if values.shape != (count,):
-            raise ValueError(f"{owner}: {name} must be ({count},), one per image, but are {shape_of(values)}.")
 
-
-def excluded_captions(rows: Tensor, count: int, class_ids: Tensor | None, image_ids: Tensor | None) -> Tensor:
-    """Mark the captions that may not be candidates of the images in `rows`: (R, N)."""
-    excluded = rows.unsqueeze(1) == torch.arange(count, device=rows.device)
-    for ids in (class_ids, image_ids):
-        if ids is not None:
-            ids = ids.to(rows.device)
-            excluded = excluded | (ids[rows].unsqueeze(1) == ids)
-    return excluded
+def _score_many(
+    images: Tensor,
+    sentences: Tensor,
+    class_ids: Tensor | None,
+    image_ids: Tensor | None,
+    drawn: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """The same from the cosines with all captions."""
+    count = len(images)
+    device = images.device if generator is None else generator.device
+    every_row = torch.arange(count, device=images.device)
+    sentence_directions = all_directions(sentences)
+    for rows in every_row.split(max(1, LARGEST_BLOCK // count)):
+        # The largest of independent uniform keys are a draw without replacement.
+        keys = torch.rand(len(rows), count, generator=generator, device=device).to(images.device)
+        keys.masked_fill_(excluded_captions(rows, every_row, class_ids, image_ids), float("-inf"))
+        ranked = torch.cat((rows.unsqueeze(1), keys.topk(drawn, dim=1).indices), dim=1)
+        yield (directions(images[rows]) @ sentence_directions.mT).gather(1, ranked)
