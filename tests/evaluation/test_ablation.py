@@ -419,7 +419,7 @@ def test_the_folders_of_the_paper_s_cells_keep_their_names():
     folders = [grid_of(Path("out")).cell_folder(cell.name, 3).as_posix() for cell in ablation_cells()]
     assert folders[0] == "out/cells/word-attention-weight-0/seed-3"
     assert folders[-1] == "out/cells/matching-ratio-0.5/seed-3"
-    assert len(set(folders)) == 18
+    assert len(set(folders)) == 25
 
 
 def test_the_start_and_the_end_of_each_process_are_printed(capfd):

@@ -104,6 +104,22 @@ def test_the_finest_stage_does_not_train_in_the_coarse_steps(vocabulary, tiny_re
     assert [images.shape[2] for images in generate(state, part).images] == [8, 16]
 
 
+@pytest.mark.parametrize(("input_size", "seen"), [(None, 16), (32, 8)])
+def test_frozen_networks_see_coarse_images_at_the_size_that_they_learned_from(
+    vocabulary, tiny_recipe, input_size, seen
+):
+    glam = dataclasses.replace(tiny_recipe.glam, steps=8, coarse_steps=2, matching_ratio=0.5)
+    backbone = BackboneConfig("conv", input_size=input_size)
+    model = dataclasses.replace(tiny_recipe.model, captioner_backbone=backbone, image_backbone=backbone)
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam, model=model))
+    sizes = []
+    for network in (state.redescription, state.matching):
+        network.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[2:]))
+    losses = adversarial_step(state, make_batch(vocabulary), glam).losses
+    assert {"redescription", "matching"} <= losses.keys()
+    assert sizes == [(seen, seen)] * 2
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_second_images_of_captions_enter_the_loss_of_diversity_alone(vocabulary, tiny_recipe, parts):
     glam = dataclasses.replace(tiny_recipe.glam, diversity_ratio=0.3, accumulate=parts)

@@ -41,9 +41,10 @@ class EvaluateOptions:
 
 def evaluate(arguments: list[str]) -> None:
     """Run `mirror-modules evaluate`."""
+    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate", positional=("run_dir",))
+    # Imported here because it imports torch, which takes a second.
     from mirror_modules.evaluation.evaluation import evaluate
 
-    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate", positional=("run_dir",))
     metrics = evaluate(
         options.run_dir,
         device=device_of(options.device),

@@ -433,9 +433,6 @@ def _check_feasible(run: Run, plan: Plan) -> None:
         for phase in sizes.adversarial_phases:
             model.trained_in(phase).discriminators(phase)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
-        if recipe.glam.coarse_steps > 0:
-            # What the losses of the generator see in the first steps.
-            images = torch.zeros(2, 3, sizes.resolutions[-2], sizes.resolutions[-2])
         for phase in (phase for phase in recipe.phases if phase not in ("stream", *ADVERSARIAL_PHASES)):
             backbone = recipe.backbone(phase)
             EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules.adversarial import (
@@ -20,6 +21,7 @@ from mirror_modules.adversarial import (
 from mirror_modules.adversarial.losses import WEIGHTINGS
 from mirror_modules.data import CaptionBatch, image_pyramid
 from mirror_modules.glam import color_consistency_loss
+from mirror_modules.models import ModelConfig
 from mirror_modules.stem import TextFeatures, interpolate_sentences, kl_divergence
 from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
@@ -168,7 +170,7 @@ def generator_terms(
                 terms[f"interpolation_{discriminator.resolution}"] = loss = generator_loss(of_mixtures, **options)
                 total = total + recipe.interpolation_weight * loss
         if state.redescription is not None:
-            described = first_rows(for_captioner, rows)
+            described = as_learned(first_rows(for_captioner, rows), state.model.config, "captioner_backbone")
             redescription = state.redescription(described, *append_end(part.tokens, part.word_mask))
             # The parts of a batch have different numbers of words to average over.
             share = part.word_weight if recipe.redescription_reduction == "word" else 1.0
@@ -177,8 +179,9 @@ def generator_terms(
             weight = 1.0 if recipe.redescription_weight is None else recipe.redescription_weight
             total = total + weight * terms["redescription"]
         if state.matching is not None:
+            encoded = as_learned(first_rows(for_encoder, rows), state.model.config, "image_backbone")
             captions = TextFeatures(part.words, part.sentence)
-            terms["matching"] = state.matching(first_rows(for_encoder, rows), captions, part.word_mask, part.class_ids)
+            terms["matching"] = state.matching(encoded, captions, part.word_mask, part.class_ids)
             total = total + (1.0 if recipe.matching_ratio else recipe.matching_weight) * terms["matching"]
     if recipe.diversity_ratio is not None and len(for_diversity) > rows:
         images, others = for_diversity.split([rows, len(for_diversity) - rows])
@@ -189,6 +192,14 @@ def generator_terms(
         terms["color"] = torch.stack([color_consistency_loss(fine, coarse) for coarse, fine in pairs]).sum()
         total = total + recipe.color_weight * terms["color"]
     return {**terms, "generator_total": total}
+
+
+def as_learned(images: Tensor, config: ModelConfig, backbone: str) -> Tensor:
+    """Images of a coarse stage at the size from which the network has learned, unless it resizes its input itself."""
+    size = config.resolutions[-1]
+    if images.shape[2] == size or getattr(config, backbone).input_size is not None:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear")
 
 
 def balance(images: Tensor, recipe: AdversarialRecipe) -> list[Tensor]:
