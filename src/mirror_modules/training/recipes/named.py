@@ -101,7 +101,7 @@ def flowers_64() -> Recipe:
             image_backbone=lite0,
             # Redescription needs a gradient at the images that hardly changes with them. That of a pretrained network
             # does, and a small captioner that learns with its network reads as much from a photograph.
-            captioner_backbone=BackboneConfig("conv"),
+            captioner_backbone=BackboneConfig("conv", input_size=32),
             captioner_projection=False,
             captioner_embedding_dim=256,
             captioner_hidden_dim=384,
