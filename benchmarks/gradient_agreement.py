@@ -25,6 +25,7 @@ from mirror_modules.models import build_model
 from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.step import as_learned
 from mirror_modules.training.validation import unseen_pairs
 
 # 2.5 and 13 of 256 levels of gray.
@@ -53,7 +54,8 @@ def main() -> None:
         images = F.interpolate(to_float(unseen.images), size=size, mode="bilinear", antialias=True)
 
         def loss(chunk: Tensor, rows: slice) -> Tensor:
-            return redescription(chunk, tokens[rows], word_mask[rows])
+            seen = as_learned(chunk, recipe.model, "captioner_backbone")
+            return redescription(seen, tokens[rows], word_mask[rows])
 
         cosines = [f"{agreement(loss, images, deviation):.2f}" for deviation in DEVIATIONS]
         print(f"| {size} | {' | '.join(cosines)} | {coarse_share(gradients(loss, images)):.2f} |")

@@ -49,7 +49,7 @@ def test_without_it_each_block_is_cleared_again() -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [{"MIRROR_MODULES_KEEP_MEMORY": "0"}, {"MALLOC_TOP_PAD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}],
+    [{"MIRROR_MODULES_KEEP_MEMORY": "0"}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}],
 )
 def test_the_environment_turns_it_off(environment: dict[str, str]) -> None:
     kept, *faults = run(**environment)
@@ -64,11 +64,12 @@ def test_the_command_keeps_memory_but_a_call_of_main_does_not() -> None:
     assert run(setup=program.format(arguments="['--version']") + after)[2] == "None"
 
 
-def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     from mirror_modules.cli import memory
 
     def missing(name: str) -> str:
-        raise ValueError(name)
+        raise error(name)
 
     monkeypatch.setattr(os, "confstr", missing)
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)

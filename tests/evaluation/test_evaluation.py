@@ -295,6 +295,8 @@ def test_a_requested_classifier_is_trained_once_and_named(run_copy, monkeypatch)
         assert text in page
     assert evaluate(run_copy.path) == metrics
     assert len(trained) == 1
+    # One that an earlier call has saved is not used either.
+    assert "features" not in evaluate(run_copy.path, fit_classifier=False)
 
 
 def test_a_classifier_is_trained_by_default_for_drawn_flowers_that_it_can_classify(
@@ -310,6 +312,8 @@ def test_a_classifier_is_trained_by_default_for_drawn_flowers_that_it_can_classi
     assert set(metrics["attributes"]["generated"]["classifier"]) == {*ATTRIBUTES, "all"}
     assert evaluate(run_copy.path) == metrics
     assert len(trained) == 1
+    # One that an earlier call has saved is not used either.
+    assert "features" not in evaluate(run_copy.path, fit_classifier=False)
 
 
 def test_photographs_get_a_classifier_on_request_only(run_copy, monkeypatch, without_report):

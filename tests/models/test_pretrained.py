@@ -146,6 +146,11 @@ class RecordingSafetensors:
         ),
         ("captions", lambda model: model.generate(CAPTIONS), "generate: it needs the parts for images, but the model"),
         ("captions", lambda model: model.interpolate(*CAPTIONS), "interpolate: it needs the parts for images"),
+        (
+            "captions",
+            lambda model: model(torch.ones(1, 2, dtype=torch.long)),
+            "MirrorGAN: it needs the parts for images",
+        ),
         ("images", lambda model: model.save_pretrained("new"), "save_pretrained: it needs the parts for images and"),
     ],
 )
@@ -158,8 +163,24 @@ def test_a_part_that_was_not_loaded_is_named(folder, monkeypatch, tmp_path, only
 
 
 def test_an_unknown_use_is_rejected(folder):
-    with pytest.raises(ValueError, match=r"only must be one of 'images', 'captions', but it is 'text'"):
+    with pytest.raises(
+        ValueError, match=r"^MirrorGAN\.from_pretrained: only must be one of 'images', 'captions', but it is 'text'"
+    ):
         MirrorGAN.from_pretrained(folder, only="text")
+
+
+def test_a_parameter_of_the_system_itself_is_read(folder, monkeypatch):
+    built = MirrorGAN.build
+
+    def build(self, config):
+        built(self, config)
+        self.scale = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(MirrorGAN, "build", build)
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file({**safetensors.torch.load_file(path), "scale": torch.tensor([1.0, 2.0, 3.0])}, path)
+    assert MirrorGAN.from_pretrained(folder, only="images").scale.tolist() == [1, 2, 3]
+    assert not hasattr(MirrorGAN.from_pretrained(folder, only="captions"), "scale")
 
 
 def test_missing_weights_of_a_part_are_found_although_others_are_not_read(folder):

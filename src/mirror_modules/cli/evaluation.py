@@ -22,8 +22,8 @@ class EvaluateOptions:
     """Threads on a CPU; torch's default is the number of cores."""
     fit_classifier: bool = False
     """Train the classifier for FID, KID, Inception Score, diversity and attribute accuracy, once per run; on drawn
-    flowers this is the default, and the classifier is kept for other runs. On photographs, the default are the
-    pretrained backbones of the run's evaluators, if it has any."""
+    flowers this is the default, and the classifier is kept for other runs. On photographs, the pretrained
+    backbones of the run's evaluators are the default, if it has any."""
     no_fit_classifier: bool = False
     """Do without these metrics."""
     inception: bool = False

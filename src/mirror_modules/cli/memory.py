@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether freed memory is kept.
     """
-    chosen = any(name in os.environ for name, _, _ in _SETTINGS) or "GLIBC_TUNABLES" in os.environ
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if os.environ.get(SWITCH) == "0" or chosen or not _is_glibc():
         return False
     library = ctypes.CDLL(None)
@@ -42,5 +42,5 @@ def keep_freed_memory() -> bool:
 def _is_glibc() -> bool:
     try:
         return os.confstr("CS_GNU_LIBC_VERSION") is not None
-    except (AttributeError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return False

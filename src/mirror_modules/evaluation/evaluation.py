@@ -118,7 +118,7 @@ def evaluate(
             accuracy, and save it in the folder; later calls reuse it. If the data do not allow one, the reason is
             stored as `not_measured`. None trains one for drawn flowers of at least 32 pixels, below which it is not
             accurate enough, and otherwise takes the evaluators' pretrained backbones. That of drawn flowers is also
-            kept in the user's cache for other runs. False trains none and takes no backbone.
+            kept in the user's cache for other runs. False measures with neither a classifier nor a backbone.
         inception: Use torchvision's Inception v3 for FID, KID, Inception Score and diversity instead.
         clip: A checkpoint of CLIP or SigLIP, as a folder or as a name on the Hugging Face Hub, from which it is
             downloaded. It becomes a further evaluator, "clip" in `evaluators`, which also has the CLIPScore.
@@ -131,7 +131,7 @@ def evaluate(
         FileNotFoundError: The folder is not a run, or a phase is missing.
         ValueError: A file is damaged, fewer than two captions are unseen, the training captions have changed since the
             run, the generator has diverged, `clip` is another model, or an argument is out of range.
-        OSError: The weights of Inception or the checkpoint `clip` are neither there nor downloadable.
+        OSError: The weights of Inception or the checkpoint `clip` are neither on disk nor downloadable.
         ImportError: `clip` is given and transformers is missing.
 
     Examples:
@@ -276,6 +276,8 @@ def _choose_networks(
         extractors = backbone_extractors(evaluators, recipe)
     if extractors and not is_synthetic:
         # A class classifier would serve only as an extractor.
+        return EvaluationNetworks(extractors)
+    if fit_classifier is False:
         return EvaluationNetworks(extractors)
     networks = load_evaluation_networks(folder, recipe, splits, fits if fit_classifier is None else fit_classifier)
     return networks._replace(extractors=extractors) if extractors else networks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +31,13 @@ def save_weights(module: nn.Module, path: Path) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def load_weights(module: nn.Module, path: Path, *, parts: Sequence[str] | None = None) -> None:
+def load_weights(module: nn.Module, path: Path, *, parts: Collection[str] | None = None) -> None:
     """Load the state of a Module from a safetensors file; on any error the Module is unchanged.
 
     Args:
         module: Receives the state.
         path: The file.
-        parts: Children whose tensors are read; those of others, which the module lacks, are not. None reads all.
+        parts: First components of the names of the tensors that are read, such as "generator"; None reads all.
 
     Raises:
         FileNotFoundError: The file does not exist.

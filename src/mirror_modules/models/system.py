@@ -213,6 +213,7 @@ class System(TypedCall, nn.Module):
         Returns:
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
         """
+        self._require(type(self).__name__, "images")
         self._check_location(location)
         words, sentence = self.text_encoder(tokens, word_mask)
 
@@ -261,6 +262,8 @@ class System(TypedCall, nn.Module):
             ValueError: The folder holds another system or one that is not registered, a file is damaged, or the weights
                 do not fit the configuration or the vocabulary.
         """
+        if only is not None:
+            check_choice(f"{cls.__name__}.from_pretrained", "only", only, ("images", "captions"))
         saved = read_model_folder(folder)
         path = Path(folder) / CONFIG_FILE
         try:
@@ -278,7 +281,8 @@ class System(TypedCall, nn.Module):
             model = system(system.config_type.from_dict(saved.config), saved.vocabulary, **options)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid model configuration: {error}") from error
-        load_weights(model, saved.weights, parts=None if only is None else tuple(dict(model.named_children())))
+        parts = None if only is None else {name.partition(".")[0] for name in model.state_dict()}
+        load_weights(model, saved.weights, parts=parts)
         return model.to(device).eval()
 
 

@@ -99,8 +99,8 @@ def flowers_64() -> Recipe:
             text_dropout=0.5,
             discriminator_channels=32,
             image_backbone=lite0,
-            # Redescription needs a gradient at the images that hardly changes with them. That of a pretrained network
-            # does, and a small captioner that learns with its network reads as much from a photograph.
+            # Redescription needs a gradient that hardly changes with small changes of the image. That of a pretrained
+            # network changes much; a small captioner trained end to end reads as much from a photograph.
             captioner_backbone=BackboneConfig("conv", input_size=32),
             captioner_projection=False,
             captioner_embedding_dim=256,
