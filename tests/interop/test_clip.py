@@ -51,14 +51,14 @@ def test_a_folder_is_never_looked_up_on_the_hub(checkpoint, monkeypatch, is_fold
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", look_up)
     name = str(checkpoint) if is_folder else "somebody/clip"
-    with pytest.raises(OSError, match=rf"^--clip {name} cannot be loaded \(stopped here\); give a folder with"):
+    with pytest.raises(OSError, match=rf"^clip={name} cannot be loaded \(stopped here\); give a folder with"):
         load_clip(name)
     assert asked == [(name, is_folder)]
 
 
 def test_a_missing_package_is_named(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"--clip .*clip needs transformers: pip install 'mirror-modules\[hf\]'"):
+    with pytest.raises(ImportError, match=r"clip=.*clip needs transformers: pip install 'mirror-modules\[hf\]'"):
         load_clip(str(checkpoint))
 
 
@@ -66,17 +66,17 @@ def test_models_of_other_types_are_refused(tmp_path):
     """BLIP has the same parts as CLIP, but these have not learned to be compared in every checkpoint."""
     model, _ = tiny.make("blip")
     model.save_pretrained(tmp_path / "blip")
-    with pytest.raises(ValueError, match=r"--clip .*blip is a model of type 'blip', but only 'clip' and 'siglip' comp"):
+    with pytest.raises(ValueError, match=r"clip=.*blip is a model of type 'blip', but only 'clip' and 'siglip' comp"):
         load_clip(str(tmp_path / "blip"))
 
 
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        (["*"], ValueError, r"--clip .*copy cannot be loaded \(.*; give a folder with a model of CLIP or SigLIP, its"),
-        (["model.safetensors"], OSError, r"--clip .*copy cannot be loaded \(.*model\.safetensors"),
-        (["tokenizer*"], ValueError, r"--clip .*copy has a tokenizer of 2 tokens for a model of 30; add the files"),
-        (["*processor*"], OSError, r"--clip .*copy cannot be loaded \(.*image processor"),
+        (["*"], ValueError, r"clip=.*copy cannot be loaded \(.*; give a folder with a model of CLIP or SigLIP, its"),
+        (["model.safetensors"], OSError, r"clip=.*copy cannot be loaded \(.*model\.safetensors"),
+        (["tokenizer*"], ValueError, r"clip=.*copy has a tokenizer of 2 tokens for a model of 30; add the files"),
+        (["*processor*"], OSError, r"clip=.*copy cannot be loaded \(.*image processor"),
     ],
 )
 def test_missing_files_are_reported(checkpoint, tmp_path, files, error, message):
@@ -92,10 +92,10 @@ def test_damaged_and_missing_weights_are_reported(checkpoint, tmp_path):
     weights = folder / "model.safetensors"
     only_images = {name: each for name, each in load_file(weights).items() if not name.startswith("text_model")}
     save_file(only_images, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"--clip .*copy lacks \d+ weights of a CLIPModel, such as 'text_model\."):
+    with pytest.raises(ValueError, match=r"clip=.*copy lacks \d+ weights of a CLIPModel, such as 'text_model\."):
         load_clip(str(folder))
     weights.write_bytes(b"\xff" * 99)
-    with pytest.raises(ValueError, match=r"--clip .*copy cannot be loaded"):
+    with pytest.raises(ValueError, match=r"clip=.*copy cannot be loaded"):
         load_clip(str(folder))
 
 
@@ -104,5 +104,5 @@ def test_an_image_processor_of_another_model_is_reported(checkpoint, tmp_path):
     (file,) = folder.glob("*processor*")
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"height": 40, "width": 40}}
     file.write_text(json.dumps(settings | {"crop_size": {"height": 40, "width": 40}}))
-    with pytest.raises(ValueError, match=r"--clip .*copy cannot be loaded \(.* CLIPModel failed on \(2, 3, 40, 40\)"):
+    with pytest.raises(ValueError, match=r"clip=.*copy cannot be loaded \(.* CLIPModel failed on \(2, 3, 40, 40\)"):
         load_clip(str(folder))

@@ -44,13 +44,13 @@ def load_clip(checkpoint: str, *, device: str = "cpu") -> ClipEncoders:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"--clip {checkpoint} needs transformers: pip install 'mirror-modules[hf]'") from error
+        raise ImportError(f"clip={checkpoint} needs transformers: pip install 'mirror-modules[hf]'") from error
     options = {"local_files_only": Path(checkpoint).is_dir()}
     with _errors_of(checkpoint):
         kind = transformers.AutoConfig.from_pretrained(checkpoint, **options).model_type
     if kind not in COMPARED:
         raise ValueError(
-            f"--clip {checkpoint} is a model of type {kind!r}, but only {' and '.join(map(repr, COMPARED))} compare an "
+            f"clip={checkpoint} is a model of type {kind!r}, but only {' and '.join(map(repr, COMPARED))} compare an "
             "image with a caption by the cosine of their features; name a checkpoint of one of these."
         )
     with _errors_of(checkpoint):
@@ -62,12 +62,12 @@ def load_clip(checkpoint: str, *, device: str = "cpu") -> ClipEncoders:
     # transformers initializes missing weights at random, and makes an empty tokenizer if its files are missing.
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
-            f"--clip {checkpoint} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]!r}; "
+            f"clip={checkpoint} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]!r}; "
             "name a checkpoint with both its image and its text tower."
         )
     if 2 * len(tokenizer) < (size := model.config.text_config.vocab_size):
         raise ValueError(
-            f"--clip {checkpoint} has a tokenizer of {len(tokenizer)} tokens for a model of {size}; add the files of "
+            f"clip={checkpoint} has a tokenizer of {len(tokenizer)} tokens for a model of {size}; add the files of "
             "the tokenizer, which its save_pretrained writes."
         )
     with _errors_of(checkpoint):
@@ -79,13 +79,15 @@ def load_clip(checkpoint: str, *, device: str = "cpu") -> ClipEncoders:
 
 @contextmanager
 def _errors_of(checkpoint: str) -> Iterator[None]:
-    """Name the option and the checkpoint in the errors of transformers and of the adapters."""
+    """Name the argument and the checkpoint in the errors of transformers and of the adapters."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         # A damaged or foreign file may raise any exception, and those of the Hub are built from other arguments.
         kind = next((kind for kind in (ImportError, OSError) if isinstance(error, kind)), ValueError)
         raise kind(
-            f"--clip {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}); give a folder with a model "
+            f"clip={checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}); give a folder with a model "
             "of CLIP or SigLIP, its tokenizer and its image processor, or the name of one on the Hugging Face Hub."
         ) from error
