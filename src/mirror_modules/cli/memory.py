@@ -31,12 +31,12 @@ def keep_freed_memory() -> bool:
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if os.environ.get(SWITCH) == "0" or chosen or not _is_glibc():
         return False
-    library = ctypes.CDLL(None)
+    library, kept = ctypes.CDLL(None), True
     for name, parameter, value in _SETTINGS:
-        library.mallopt(parameter, value)
+        kept &= bool(library.mallopt(parameter, value))
         # Processes that this one starts read the variables. They are of type size_t, so that -1 is their largest value.
         os.environ[name] = str(value % 2**64)
-    return True
+    return kept
 
 
 def _is_glibc() -> bool:

@@ -274,10 +274,8 @@ def _choose_networks(
         extractors = [inception_extractor(device=device)]
     elif fit_classifier is None and not fits:
         extractors = backbone_extractors(evaluators, recipe)
-    if extractors and not is_synthetic:
+    if fit_classifier is False or (extractors and not is_synthetic):
         # A class classifier would serve only as an extractor.
-        return EvaluationNetworks(extractors)
-    if fit_classifier is False:
         return EvaluationNetworks(extractors)
     networks = load_evaluation_networks(folder, recipe, splits, fits if fit_classifier is None else fit_classifier)
     return networks._replace(extractors=extractors) if extractors else networks

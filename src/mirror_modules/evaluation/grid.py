@@ -364,9 +364,9 @@ def measure(
     captioner = build_model(recipe.model, splits.vocabulary).captioner
     load_weights(captioner, folder.weights("stream"))
     images: dict[str, Tensor] = {}
+    # By evaluator and split: all sets of candidates are ranked by the same features.
+    features: dict[tuple[str, str], Tensor] = {}
     metrics: dict[str, list[float]] = {}
-    # Of the evaluator and split before: two sets of candidates are ranked by the same features.
-    of, features = ("", ""), torch.empty(0)
     for metric, evaluator, split, candidates in _rankings(recipe, folder, splits, device):
         unseen = split.unseen
         if split.name not in images:
@@ -375,10 +375,11 @@ def measure(
                 if model is None
                 else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed, unseen.location(model))
             )
-        if of != (evaluator.phase, split.name):
-            of, features = (evaluator.phase, split.name), image_features(evaluator.pair, images[split.name])
+        key = evaluator.phase, split.name
+        if key not in features:
+            features[key] = image_features(evaluator.pair, images[split.name])
         sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
-        metrics[metric] = expected_precision(features, sentences, candidates).tolist()
+        metrics[metric] = expected_precision(features[key], sentences, candidates).tolist()
     unseen, validation = unseen_pairs(splits, recipe.model.max_words), images["validation"]
     predicted = word_accuracy(captioner.to(device).eval(), validation, unseen.tokens, unseen.word_mask)
     metrics["words"] = [predicted.accuracy]
