@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mirror_modules.data import CaptionBatch, RepeatableBatches
 from mirror_modules.models import MirrorGANConfig, ModelConfig
+from mirror_modules.stem import Vocabulary
+from mirror_modules.training.batches import load_splits, to_device
 from mirror_modules.training.recipes import DataRecipe, EvaluationRecipe, LoggingRecipe, Recipe, get_recipe
 
 TINY_SIZES: dict[str, dict[str, Any]] = {
@@ -55,6 +60,13 @@ def make_tiny_recipe(name: str = "demo") -> Recipe:
         logging=LoggingRecipe(every=1, samples_every=2),
         **phases,
     )
+
+
+def drawn_batch(recipe: Recipe) -> tuple[Vocabulary, CaptionBatch]:
+    """The vocabulary of a recipe's drawn flowers, and the first batch of its phase `glam`."""
+    splits = load_splits(recipe.data, recipe.model, recipe.seed)
+    batches = RepeatableBatches(splits.training, recipe.glam.batch_size, recipe.seed)
+    return splits.vocabulary, to_device(batches[0], torch.device("cpu"))
 
 
 LOG = [
