@@ -82,7 +82,7 @@ SIZES = {
     "one position": ({"h": 1, "w": 1}, (2, 11)),
     "one row": ({"h": 1}, (2, 11)),
     "one column": ({"w": 1}, (2, 11)),
-    "several chunks of words": ({"c": 130, "l": 150, "h": 3}, (150, 40)),
+    "several chunks of words": ({"c": 130, "l": 70, "h": 3}, (70, 40)),
     "several spans and tiles": ({"h": 17, "w": 31}, (11, 4)),
 }
 
@@ -111,7 +111,7 @@ def test_lengths_of_captions(device, length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype):
     assert_within_budget(draw(device, c=24, mask=mask_of(11, 4), dtype=dtype))
-    assert_within_budget(draw(device, c=130, l=150, mask=mask_of(150, 40, length=150), dtype=dtype))
+    assert_within_budget(draw(device, c=130, l=70, mask=mask_of(70, 40, length=70), dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -140,6 +140,18 @@ def test_any_layout(device, case):
     plain = Inputs(features.detach().contiguous().requires_grad_(), *given[1:])
     for kernel, definition in zip(everything(inputs, "triton"), everything(plain, "torch")):
         assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_configuration_covers_all_channels_words_and_positions(direction, dtype):
+    for channels in range(1, 257):
+        for length in (1, 16, 17, 64, 129, 256):
+            sizes = attention.configuration(direction, channels, length, dtype)
+            assert max(15, sizes["BLOCK_C"] / 2) < max(16, channels) <= sizes["BLOCK_C"]
+            assert sizes["BLOCK_L"] * (sizes["CHUNKS"] - 1) < length <= sizes["BLOCK_L"] * sizes["CHUNKS"]
+            # A backward program processes whole tiles, so that no position belongs to two programs.
+            assert attention.SMALLEST_SPAN % sizes["BLOCK_N"] == 0
 
 
 def test_channels_last_and_channels_first_are_not_copied(device):
@@ -188,7 +200,7 @@ def test_extreme_scores(device, scale):
 
 
 @pytest.mark.parametrize("garbage", [1e30, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("sizes", [{}, {"c": 130, "l": 150, "h": 3}])
+@pytest.mark.parametrize("sizes", [{}, {"c": 130, "l": 70, "h": 3}])
 def test_padding_has_no_influence_at_all(device, sizes, garbage):
     length = sizes.get("l", L)
     inputs = draw(device, **sizes, mask=mask_of(length, 4, length=length), dtype=torch.float32)

@@ -35,10 +35,6 @@ OBSTACLES = {
     "another accelerator": (facts(Machine("mps")), "on 'mps'"),
     "no Triton": (facts(Machine("cuda", (9, 0), has_triton=False)), r"Triton is not installed \(pip install triton"),
     "an old GPU": (facts(Machine("cuda", (7, 5), has_triton=True)), r"capability 7\.5, and the kernel needs 8\.0"),
-    "a small chip": (
-        facts(Machine("cuda", (8, 6), 99 * 1024, has_triton=True), torch.float32, channels=65),
-        "65 channels in float32, and the kernel takes 64 on a device with 99 KiB of shared memory",
-    ),
     "bfloat16 interpreted": (facts(Machine("cpu", has_triton=True, interprets=True)), "computes bfloat16 incorrectly"),
     "float64": (facts(H100, torch.float64), "the inputs are float64, and the kernel takes float32, float16"),
     "mixed": (facts(H100, torch.float32, torch.float16), "the inputs mix float16 and float32; convert them to one"),

@@ -5,7 +5,7 @@ Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Trito
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +17,59 @@ from mirror_modules.kernels._launch import (
     on_device_of,
     refuse_second_derivative,
 )
-from mirror_modules.kernels.choice import AMPLE_SHARED_MEMORY, machine_of
 
-LARGEST_WORDS = 2**15
-"""Maximum bytes of a chunk of words in a program, padding included; half of that on GPUs with less shared memory than
-`AMPLE_SHARED_MEMORY`."""
-PROGRAMS = 1024
+PROGRAMS = 2048
 """Target number of programs of a backward pass, given enough positions: several per multiprocessor of a large GPU."""
 SMALLEST_SPAN = 256
 """Minimum number of positions per program of the backward pass: a multiple of every tile size."""
-LARGEST_IEEE = 64
-"""Maximum number of padded channels for which float32 matrix products run without tensor cores. With more, such a
-product holds whole rows in registers and spills them; three tf32 products keep the accuracy of float32 without
-spilling."""
+
+
+class Tile(NamedTuple):
+    """What a program keeps on chip at a time, and the number of its warps."""
+
+    positions: int
+    words: int
+    """Longer captions are processed in chunks of this many words."""
+    warps: int
+    registers: int | None = None
+    """Maximum registers per thread; None leaves it to the compiler, which now and then spills to fit more programs."""
+
+
+TILES = {
+    ("forward", 2): {
+        16: Tile(128, 128, 4),
+        32: Tile(64, 128, 4),
+        64: Tile(32, 128, 4),
+        128: Tile(32, 128, 8),
+        256: Tile(16, 64, 8),
+    },
+    ("forward", 4): {
+        16: Tile(32, 32, 4),
+        32: Tile(16, 32, 4),
+        64: Tile(16, 32, 4),
+        128: Tile(16, 16, 8, registers=255),
+        256: Tile(16, 16, 8),
+    },
+    ("backward", 2): {
+        16: Tile(16, 64, 4),
+        32: Tile(16, 64, 4),
+        64: Tile(16, 64, 8),
+        128: Tile(16, 64, 8),
+        256: Tile(16, 32, 8),
+    },
+    ("backward", 4): {
+        16: Tile(16, 32, 4),
+        32: Tile(16, 32, 8),
+        64: Tile(16, 32, 8),
+        128: Tile(16, 16, 8, registers=255),
+        256: Tile(16, 16, 8),
+    },
+}
+"""The tile for a direction and a number of bytes, by padded channels. None spills registers to memory, on any GPU.
+
+16 positions are the rows of one tensor core instruction. With more, Triton gives each warp its own rows and a copy of
+all words, and the backward pass of 32 channels in bfloat16 takes 163 registers instead of 80.
+"""
 OPERATOR = "mirror_modules::global_local_attention"
 
 
@@ -58,12 +98,12 @@ def global_local_attention(
         strides += _by_position(context)[1:]
     text_inputs = words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)
     with on_device_of(features):
-        attention_triton.launch(
-            attention_triton.forward_kernel,
-            attention_triton.tuned_forward_kernel,
-            lambda meta: (-(-positions // meta["BLOCK_N"]) * batch,),
-            (features, *text_inputs, *results, positions, channels, length, *strides),
-            {"HAS_MASK": word_mask is not None, "NEED_WEIGHTS": need_weights, **_constants(features, length)},
+        constants = _constants("forward", features, length)
+        attention_triton.forward_kernel[(-(-positions // constants["BLOCK_N"]) * batch,)](
+            *(features, *text_inputs, *results, positions, channels, length, *strides),
+            HAS_MASK=word_mask is not None,
+            NEED_WEIGHTS=need_weights,
+            **constants,
         )
     return results
 
@@ -113,24 +153,17 @@ def global_local_attention_backward(
     weights_gradients = word_weights_gradient, sentence_weights_gradient
     maps = [_by_position(tensor) for tensor in (features, word_gradient, sentence_gradient, features_result)]
     with on_device_of(features):
-        attention_triton.launch(
-            attention_triton.backward_kernel,
-            attention_triton.tuned_backward_kernel,
-            (spans * batch,),
-            (
-                *(maps[0][0], words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)),
-                *(maps[1][0], maps[2][0]),
-                *(None if gradient is None else gradient.contiguous() for gradient in weights_gradients),
-                *(features_result, words_result, sentence_result),
-                *(batch, positions, channels, length, span),
-                *(stride for _, *strides in maps for stride in strides),
-            ),
-            {
-                "HAS_MASK": word_mask is not None,
-                "HAS_WORD_MAPS": word_weights_gradient is not None,
-                "HAS_SENTENCE_MAPS": sentence_weights_gradient is not None,
-                **_constants(features, length),
-            },
+        attention_triton.backward_kernel[(spans * batch,)](
+            *(maps[0][0], words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)),
+            *(maps[1][0], maps[2][0]),
+            *(None if gradient is None else gradient.contiguous() for gradient in weights_gradients),
+            *(features_result, words_result, sentence_result),
+            *(batch, positions, channels, length, span),
+            *(stride for _, *strides in maps for stride in strides),
+            HAS_MASK=word_mask is not None,
+            HAS_WORD_MAPS=word_weights_gradient is not None,
+            HAS_SENTENCE_MAPS=sentence_weights_gradient is not None,
+            **_constants("backward", features, length),
         )
     return features_result, words_result.sum(dim=0).to(words.dtype), sentence_result.sum(dim=0).to(sentence.dtype)
 
@@ -179,20 +212,40 @@ def _as_bytes(word_mask: Tensor | None) -> Tensor | None:
     return None if word_mask is None else word_mask.contiguous().view(torch.uint8)
 
 
-def _constants(features: Tensor, length: int) -> dict[str, Any]:
-    """Block sizes, at least 16 by 16 for the tensor cores, and the precision of matrix products."""
-    block_c = max(16, next_power_of_2(features.shape[1]))
-    shared_memory = machine_of(features.device).shared_memory
-    is_small = shared_memory is not None and shared_memory < AMPLE_SHARED_MEMORY
-    largest_words = LARGEST_WORDS // 2 if is_small else LARGEST_WORDS
-    block_l = max(16, min(next_power_of_2(length), 128, largest_words // (block_c * features.element_size())))
-    precision = float32_precision()
-    if precision == "ieee" and block_c > LARGEST_IEEE:
-        precision = "tf32x3"
+def _constants(direction: str, features: Tensor, length: int) -> dict[str, Any]:
+    configured = configuration(direction, features.shape[1], length, features.dtype)
+    return {"ACCUMULATE": accumulator(features.dtype), "PRECISION": float32_precision(), **configured}
+
+
+def configuration(direction: str, channels: int, length: int, dtype: torch.dtype) -> dict[str, int | None]:
+    """Block sizes, at least 16 by 16 for the tensor cores, and the number of warps.
+
+    They depend on nothing else: all ranks of a training choose the same, a second run sums in the same order, and a
+    CUDA graph may capture the first call.
+
+    Args:
+        direction: "forward" or "backward".
+        channels: Channels of the features, at most 256.
+        length: Words of a caption, padding included.
+        dtype: Dtype of the features.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.kernels.attention import configuration
+        >>> sizes = configuration("backward", channels=24, length=18, dtype=torch.bfloat16)
+        >>> [sizes[name] for name in ("BLOCK_N", "BLOCK_C", "BLOCK_L", "CHUNKS", "num_warps")]
+        [16, 32, 32, 1, 4]
+    """
+    block_c = max(16, next_power_of_2(channels))
+    # Tiles of 8 byte numbers do not matter: only the interpreter accepts those.
+    tile = TILES[direction, min(dtype.itemsize, 4)][block_c]
+    block_l = max(16, min(next_power_of_2(length), tile.words))
     return {
-        "ACCUMULATE": accumulator(features.dtype),
-        "PRECISION": precision,
         "BLOCK_C": block_c,
         "BLOCK_L": block_l,
         "CHUNKS": -(-length // block_l),
+        "BLOCK_N": tile.positions,
+        "num_warps": tile.warps,
+        "num_stages": 1,
+        "maxnreg": tile.registers,
     }

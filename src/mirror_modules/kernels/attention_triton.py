@@ -13,9 +13,6 @@ the masks `channel < C` and `word < L` exclude the padding.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
@@ -270,41 +267,3 @@ def backward_kernel(
         inside = (word[:, None] < L) & (channel[None, :] < C)
         tl.store(words_result + word[:, None] * C + channel[None, :], words_sum_LC, mask=inside)
     tl.store(sentence_result + (part * B + b) * C + channel, sentence_sum_C, mask=channel < C)
-
-
-TILES = [(16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 4), (128, 8)]
-"""Candidates: positions per tile, and warps of a program."""
-
-
-def fitting_tiles(block_c: int, element_size: int) -> list[tuple[int, int]]:
-    """Tiles neither too small to be efficient nor too large for the registers, in order of registers per thread."""
-    bytes_per_thread = {tile: tile[0] * block_c * element_size // (32 * tile[1]) for tile in TILES}
-    return sorted((tile for tile in TILES if 16 <= bytes_per_thread[tile] <= 64), key=bytes_per_thread.__getitem__)
-
-
-def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    tiles = fitting_tiles({**arguments, **constants}["BLOCK_C"], arguments["features"].element_size())
-    return [config for config in configs if (config.kwargs["BLOCK_N"], config.num_warps) in tiles]
-
-
-# Keyed by padded sizes and layout: another batch size, resolution or caption length does not trigger a new tuning.
-_tune = triton.autotune(
-    configs=[triton.Config({"BLOCK_N": positions}, num_warps=warps, num_stages=2) for positions, warps in TILES],
-    key=["BLOCK_C", "BLOCK_L", "CHUNKS", "PRECISION", "feature_n"],
-    prune_configs_by={"early_config_prune": _fitting},
-)
-tuned_forward_kernel, tuned_backward_kernel = _tune(forward_kernel), _tune(backward_kernel)
-
-
-def launch(kernel: Any, tuned: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Launch a kernel with the fastest tile, or with a tile that depends on the sizes alone.
-
-    A backward pass accumulates its sums tile by tile, so that their last bits depend on the tile, and the fastest tile
-    may differ between runs: with torch's deterministic algorithms nothing is tuned, nor in the interpreter.
-    """
-    if torch.are_deterministic_algorithms_enabled() or not arguments[0].is_cuda:
-        tiles = fitting_tiles(constants["BLOCK_C"], min(4, arguments[0].element_size()))
-        positions, warps = tiles[len(tiles) // 2]
-        kernel[grid](*arguments, **constants, BLOCK_N=positions, num_warps=warps, num_stages=1)
-    else:
-        tuned[grid](*arguments, **constants)

@@ -20,10 +20,6 @@ LARGEST = {
 
 LARGEST_GAMMA = 8
 """Largest |gamma_attention| for which the smallest share of a region, exp(-|gamma|), is a normal number of float16."""
-AMPLE_SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory per program on data center GPUs; consumer GPUs have less."""
-LARGEST_ON_SMALL_CHIPS = 64
-"""Maximum number of float32 channels in `global_local_attention` on GPUs without `AMPLE_SHARED_MEMORY`."""
 
 
 class Machine(NamedTuple):
@@ -33,8 +29,6 @@ class Machine(NamedTuple):
     """Device type: "cpu", "cuda", ..."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability, such as (9, 0); None on other devices."""
-    shared_memory: int | None = None
-    """Bytes of shared memory per program; None if unknown."""
     has_triton: bool = False
     """Whether Triton is installed; checked only if a kernel could run on the device."""
     interprets: bool = False
@@ -137,12 +131,6 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
     for name, size in facts.sizes.items():
         if not 1 <= size <= LARGEST[operation][name]:
             return f"there are {size} {name}, and the kernel takes 1 to {LARGEST[operation][name]}"
-    wide = facts.dtypes[0] == torch.float32 and facts.sizes.get("channels", 0) > LARGEST_ON_SMALL_CHIPS
-    if wide and machine.shared_memory is not None and machine.shared_memory < AMPLE_SHARED_MEMORY:
-        return (
-            f"there are {facts.sizes['channels']} channels in float32, and the kernel takes {LARGEST_ON_SMALL_CHIPS} "
-            f"on a device with {machine.shared_memory // 1024} KiB of shared memory"
-        )
     if facts.options:
         return f"only impl='torch' supports {' and '.join(facts.options)}"
     return None
@@ -155,7 +143,7 @@ def machine_of(device: torch.device) -> Machine:
         >>> import torch
         >>> from mirror_modules.kernels import machine_of
         >>> machine_of(torch.device("meta"))
-        Machine(device='meta', capability=None, shared_memory=None, has_triton=False, interprets=False)
+        Machine(device='meta', capability=None, has_triton=False, interprets=False)
     """
     interprets = device.type in ("cpu", "cuda") and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interprets:
@@ -163,11 +151,4 @@ def machine_of(device: torch.device) -> Machine:
     has_triton = importlib.util.find_spec("triton") is not None
     if device.type != "cuda":
         return Machine(device.type, has_triton=has_triton, interprets=interprets)
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(
-        device.type,
-        (properties.major, properties.minor),
-        getattr(properties, "shared_memory_per_block_optin", None),
-        has_triton,
-        interprets,
-    )
+    return Machine(device.type, torch.cuda.get_device_capability(device), has_triton, interprets)
