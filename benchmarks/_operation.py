@@ -64,11 +64,13 @@ class Operation:
     """In order of importance."""
     quick: Shape
     """A small shape for smoke tests."""
+    tiny: Shape
+    """A shape for the interpreter, which takes milliseconds for each block of a kernel."""
     make_inputs: Callable[[dict[str, int], torch.dtype, torch.device], Inputs]
     definition: Implementation
     """A direct transcription of the equations."""
     implementations: Callable[[str], dict[str, Implementation]]
-    """The implementations for "cpu" or "cuda", by name; compiled ones are compiled again for each shape."""
+    """The implementations for "cpu", "cuda" or "interpreter" by name; compiled ones are compiled again per shape."""
     checked: int
     """Number of samples to compare with the definition."""
     block: Callable[[Tensor], tuple[Tensor, ...]]
@@ -86,7 +88,7 @@ class Settings:
     """Options of a measurement."""
 
     device: str
-    """ "cpu" or "cuda"."""
+    """ "cpu", "cuda", or "interpreter" for the kernels on a CPU."""
     results: Path | None = None
     """Folder of the files to append records to; None only prints them."""
     rounds: int = 6
@@ -193,12 +195,16 @@ def measure(operations: Sequence[Operation], settings: Settings) -> list[str]:
 def cells_of(operations: Sequence[Operation], settings: Settings) -> Iterator[Cell]:
     """The cells that the settings select, by precision, then by importance of the shape."""
     dtypes = CUDA_DTYPES if settings.device == "cuda" else CPU_DTYPES
-    lists = [[operation.quick] if settings.quick else operation.shapes for operation in operations]
+    lists: list[Sequence[Shape]] = [operation.shapes for operation in operations]
+    if settings.quick:
+        lists = [[operation.tiny if settings.device == "interpreter" else operation.quick] for operation in operations]
     for dtype in settings.dtypes or dtypes:
         for rank in range(max(map(len, lists))):
             for operation, shapes in zip(operations, lists):
                 shape = shapes[rank] if rank < len(shapes) else None
-                if shape is not None and settings.device in shape.devices and is_selected(shape.name, settings.shapes):
+                if shape is None or not is_selected(shape.name, settings.shapes):
+                    continue
+                if settings.quick or settings.device in shape.devices:
                     yield Cell(operation, shape, dtype)
 
 
@@ -229,7 +235,7 @@ def measure_cell(cell: Cell, settings: Settings, rates: Rates) -> list[str]:
             memory = _memory_on_cpu(cell, impl, settings)
             output_gradients, error, allowed = compare(operation, implementation, inputs, expected)
             if error <= allowed:
-                rounded = (_significant(error, 3), _significant(allowed, 3))
+                rounded = (_record.significant(error, 3), _record.significant(allowed, 3))
                 contenders[impl] = Contender(implementation, output_gradients, *rounded, memory)
             else:
                 wrong.append(f"{cell}, {impl}")
@@ -285,8 +291,8 @@ def measure_direction(
             shape={"name": cell.shape.name, **cell.shape.sizes},
             dtype=cell.dtype,
             quantity=quantity,
-            median=_significant(statistics.median(rounds), 5),
-            spread=(_significant(min(rounds), 5), _significant(max(rounds), 5)),
+            median=_record.significant(statistics.median(rounds), 5),
+            spread=(_record.significant(min(rounds), 5), _record.significant(max(rounds), 5)),
             rounds=len(rounds),
             peak_memory_mib=memory[impl].call,
             process_memory_mib=memory[impl].process,
@@ -421,7 +427,7 @@ def memory_here(name: str, shape: str, impl: str, dtype: str, threads: int) -> d
     """Peak memory of an implementation on a CPU in each direction, measured in this process."""
     torch.set_num_threads(threads)
     operation = find(name)
-    sizes = next(known.sizes for known in (*operation.shapes, operation.quick) if known.name == shape)
+    sizes = next(known.sizes for known in (*operation.shapes, operation.quick, operation.tiny) if known.name == shape)
     inputs = operation.make_inputs(sizes, getattr(torch, dtype), torch.device("cpu"))
     implementation = operation.implementations("cpu")[impl]
     with torch.no_grad():
@@ -477,10 +483,6 @@ def _free() -> None:
 
 def _nan_is_infinite(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _significant(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def _log(line: str) -> None:

@@ -95,7 +95,7 @@ class Record:
 def environment(device: str = "cpu") -> dict[str, Any]:
     """The fields of a `Record` that describe the machine, the versions and the time of the measurement."""
     return {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
@@ -124,6 +124,11 @@ def read(path: Path) -> list[Record]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, line {number}, is not a record: {error}") from error
     return records
+
+
+def significant(value: float, digits: int) -> float:
+    """Round to a number of significant digits."""
+    return float(f"{value:.{digits}g}")
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ Neither side includes the captioner, which would be the same network on both, no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules import GlobalLocalAttention, GlobalLocalContext, MirrorGAN, PairedDiscriminator
+from mirror_modules._checks import at_least_float32
 from mirror_modules.glam.stages import DoublingConv2d, RefinementStage, UpBlock
 
 if TYPE_CHECKING:  # the operations are also measured without the packages for training
@@ -174,7 +176,7 @@ def use_published_convolutions(model: MirrorGAN) -> MirrorGAN:
 def realism(discriminator: PairedDiscriminator, features: Tensor) -> Tensor:
     """Probability that an image is real, (B,)."""
     head = discriminator.realism_head
-    return torch.sigmoid(F.conv2d(features, head.weight, head.bias)).view(-1)
+    return _probability(F.conv2d(features, head.weight, head.bias))
 
 
 def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def consistency(discriminator: PairedDiscriminator, features: Tensor, sentence: 
     convolution, norm, activation = discriminator.joint
     joint = F.conv2d(torch.cat((features, sentence_map), dim=1), convolution.weight, padding=1)
     head = discriminator.consistency_head
-    return torch.sigmoid(F.conv2d(activation(norm(joint)), head.weight, head.bias)).view(-1)
+    return _probability(F.conv2d(activation(norm(joint)), head.weight, head.bias))
 
 
 def published_discriminator_loss(
@@ -199,26 +201,44 @@ def published_discriminator_loss(
     return (realistic_real + consistent_real) / 2 + (realistic_fake + consistent_fake + consistent_wrong) / 3
 
 
-def published_step(
-    state: AdversarialState, batch: CaptionBatch, recipe: AdversarialRecipe, *, hold_discriminators: bool = False
-) -> dict[str, Tensor]:
-    """Train discriminators and generator on one batch, with the noise of `adversarial_step`; returns the losses."""
-    from mirror_modules.data.transforms import image_pyramid
+def published_generator_loss(discriminator: PairedDiscriminator, image: Tensor, sentence: Tensor) -> Tensor:
+    """Sum of the two terms with target 1."""
+    features = discriminator.features(image)
+    return _accept(realism(discriminator, features)) + _accept(consistency(discriminator, features, sentence))
 
-    model, config = state.model, state.model.config
+
+def published_step(
+    state: AdversarialState,
+    batch: CaptionBatch,
+    recipe: AdversarialRecipe,
+    *,
+    hold_discriminators: bool = False,
+    discriminator_loss: Callable[..., Tensor] = published_discriminator_loss,
+    generator_loss: Callable[..., Tensor] = published_generator_loss,
+) -> dict[str, Tensor]:
+    """Train discriminators and generator on one batch, with the noise of `adversarial_step`; returns the losses.
+
+    `discriminator_loss` and `generator_loss` are the functions of these names above, or the same ones compiled.
+    """
+    from mirror_modules.data.transforms import image_pyramid
+    from mirror_modules.training.network import autocast
+
+    model, config, device = state.model, state.model.config, state.group.device
     losses: dict[str, Tensor] = {}
     real_images = image_pyramid(batch.images, config.resolutions)
     with torch.no_grad():
         words, sentence = model.text_encoder(batch.tokens, batch.word_mask)
-    noise = torch.randn(len(words), config.noise_dim, generator=state.random)
-    condition_noise = torch.randn(len(words), config.condition_dim, generator=state.random)
-    condition = model.conditioning(sentence, noise=condition_noise)
-    images = model.generator(noise, condition.sample, words, batch.word_mask).images
+    noise = state.draw(len(words), config.noise_dim).to(words.dtype)
+    condition_noise = state.draw(len(words), config.condition_dim).to(words.dtype)
+    with autocast(state.engine, device):
+        condition = model.conditioning(sentence, noise=condition_noise)
+        images = model.generator(noise, condition.sample, words, batch.word_mask).images
 
     optimizers = [network.optimizer for network in state.discriminators]
     for discriminator, optimizer, real, image in zip(state.paired_discriminators, optimizers, real_images, images):
         optimizer.zero_grad()
-        loss = published_discriminator_loss(discriminator, real, image.detach(), sentence)
+        with autocast(state.engine, device):
+            loss = discriminator_loss(discriminator, real, image.detach(), sentence)
         loss.backward()
         optimizer.step()
         losses[f"discriminator_{real.shape[2]}"] = loss.detach()
@@ -226,13 +246,13 @@ def published_step(
     for discriminator in state.paired_discriminators:
         discriminator.requires_grad_(not hold_discriminators)
     state.generator.optimizer.zero_grad()
-    total = torch.zeros(())
+    total = torch.zeros((), device=device)
     for discriminator, image in zip(state.paired_discriminators, images):
-        features = discriminator.features(image)
-        loss = _accept(realism(discriminator, features)) + _accept(consistency(discriminator, features, sentence))
+        with autocast(state.engine, device):
+            loss = generator_loss(discriminator, image, sentence)
         losses[f"generator_{image.shape[2]}"] = loss.detach()
         total = total + loss
-    mean, log_variance = condition.mean, condition.log_variance
+    mean, log_variance = (at_least_float32(each) for each in (condition.mean, condition.log_variance))
     kl = -0.5 * torch.mean(1 + log_variance - mean.pow(2) - log_variance.exp())
     losses["kl"] = kl.detach()
     total = total + recipe.kl_weight * kl
@@ -248,9 +268,20 @@ def published_step(
     return losses
 
 
+def _probability(logits: Tensor) -> Tensor:
+    # In bfloat16, a probability from 0.998 on rounds to 1, whose logarithm has no gradient.
+    return torch.sigmoid(at_least_float32(logits)).view(-1)
+
+
 def _accept(probabilities: Tensor) -> Tensor:
-    return F.binary_cross_entropy(probabilities, torch.ones_like(probabilities))
+    return _cross_entropy(probabilities, torch.ones_like(probabilities))
 
 
 def _reject(probabilities: Tensor) -> Tensor:
-    return F.binary_cross_entropy(probabilities, torch.zeros_like(probabilities))
+    return _cross_entropy(probabilities, torch.zeros_like(probabilities))
+
+
+def _cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
+    # On a GPU, autocast refuses cross entropy on probabilities, whatever their precision.
+    with torch.autocast(probabilities.device.type, enabled=False):
+        return F.binary_cross_entropy(probabilities, targets)

@@ -81,7 +81,7 @@ def implementations(device: str) -> dict[str, Implementation]:
     plain = partial(ours, impl="torch")
     loop = partial(published, copies=False)
     known: dict[str, Implementation] = {"published": published, "loop": loop, "torch": plain}
-    if device == "cuda":
+    if device != "cpu":
         known["triton"] = partial(ours, impl="triton")
     return known | {"compiled": torch.compile(plain, fullgraph=True, dynamic=False)}
 
@@ -119,6 +119,7 @@ OPERATION = Operation(
     name="word_region_similarity",
     shapes=SHAPES,
     quick=_shape(5, "cpu", "cuda", name="quick", regions=49, features=64),
+    tiny=_shape(2, "cpu", "cuda", name="tiny", regions=7, words=3, features=5),
     make_inputs=make_inputs,
     definition=definition,
     implementations=implementations,

@@ -14,21 +14,16 @@ from benchmarks import _operation, run, word_region_similarity
 from benchmarks._operation import Shape
 
 ROOT = Path(__file__).parents[2]
-NOTHING_BUT_TORCH = """
+WITH_FEW_PACKAGES = """
 import runpy
 import sys
 
 import torch
 
-MISSING = {"pytest", "matplotlib", "tqdm", "tyro", "torchvision", "PIL", "safetensors", "jinja2"}
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in MISSING:
-            raise ImportError(f"{name} is refused here")
-
-sys.meta_path.insert(0, Refuse())
-sys.argv = ["run.py", "all", "--quick", "--impls", "published", "torch", "--threads", "1"]
+_, missing, *words = sys.argv
+# As if they were not installed, for imports and for `importlib.util.find_spec`.
+sys.modules.update(dict.fromkeys(missing.split()))
+sys.argv = ["run.py", *words, "--threads", "1"]
 del sys.path[0]  # the root, which a script does not have
 runpy.run_path("benchmarks/run.py", run_name="__main__")
 """
@@ -69,9 +64,10 @@ def test_help_needs_no_torch_and_works_from_any_folder(tmp_path):
         assert option in done.stdout
 
 
-def test_the_operations_need_only_torch_and_einops():
+def run_with_few_packages(missing, *words):
+    """Run the command line in a fresh process in which these packages cannot be imported; returns what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", NOTHING_BUT_TORCH],
+        [sys.executable, "-c", WITH_FEW_PACKAGES, missing, *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -80,8 +76,32 @@ def test_the_operations_need_only_torch_and_einops():
         env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_operations_need_only_torch_and_einops():
+    missing = "pytest matplotlib tqdm tyro torchvision PIL safetensors jinja2"
+    printed = run_with_few_packages(missing, "all", "--quick", "--impls", "published", "torch")
     for op in run.OPERATIONS.values():
-        assert f"{op}, quick, float32, both" in done.stdout
+        assert f"{op}, quick, float32, both" in printed
+
+
+def test_the_interpreter_runs_the_kernels():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    printed = run_with_few_packages("", "all", "--device", "interpreter", "--impls", "published", "triton")
+    for op in run.OPERATIONS.values():
+        for direction in _operation.DIRECTIONS:
+            assert f"{op}, tiny, float32, {direction:8}  triton " in printed
+    assert "skipped" not in printed
+
+
+@pytest.mark.parametrize("what", ["step", "sample"])
+def test_models_need_no_packages_of_the_command_line(what):
+    missing = (
+        "tyro tqdm webdataset tensorboard matplotlib jinja2 timm transformers diffusers pytest pytest_markdown_docs"
+    )
+    printed = run_with_few_packages(missing, what, "--device", "interpreter")
+    assert "Error" not in printed
 
 
 def test_records_go_to_the_results_folder(tiny, tmp_path):
@@ -129,9 +149,12 @@ def test_a_gpu_has_a_time_budget_and_no_training_steps(device, budget, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["step", "--device", "cuda"], "'step' is measured on a CPU only"),
+        (["demo", "--device", "cuda"], "'demo' is measured on a CPU only"),
         (["demo", "--quick"], "'demo' has no small shape"),
         (["attention", "--device", "cuda"], "torch finds no GPU here"),
+        (["attention", "--shapes", "headline", "b48"], "--shapes: unknown b48; known are headline, paper128"),
+        (["step", "--device", "cpu", "--impls", "our"], "--impls: unknown our; known are ours, published"),
+        (["all", "--quick", "--dtypes", "float8"], "--dtypes: unknown float8; known are bfloat16, float32, float16"),
     ],
 )
 def test_unsupported_combinations_are_refused(words, message, capsys, monkeypatch):
