@@ -109,7 +109,7 @@ def flowers_64() -> Recipe:
         ),
         stem=MatchingRecipe(steps=600, batch_size=64, learning_rate=2e-3, word_pairs=32),
         stream=CaptionerRecipe(steps=1600, learning_rate=2e-3, train_backbone=True),
-        glam=dataclasses.replace(base.glam, steps=3200, coarse_steps=2400, kl_weight=0.02),
+        glam=dataclasses.replace(base.glam, steps=3200, coarse_steps=2400, redescription_ratio=1.0, kl_weight=0.02),
         evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=others[0]),
         # Of another backbone: a difference that both see is not an artifact of one.
         second_evaluator=EvaluatorRecipe(steps=1200, learning_rate=2e-3, backbone=others[1]),
