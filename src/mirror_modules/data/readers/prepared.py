@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,44 @@ FORMAT = 1
 # Of a folder with boxes or key points, which earlier versions would ignore.
 LOCATED_FORMAT = 2
 REMEDY = "remove the folder and prepare it again with `mirror-modules data prepare`"
+
+
+class MappedImages:
+    """Rows of images in one or more memory-mapped files, read when they are indexed.
+
+    Like a tensor of bytes (N, H, W, 3) on the CPU, of which it has the operations below.
+
+    Args:
+        files: The images of each file, (N_k, H, W, 3), all of one size.
+        rows: The rows to keep, counted through all files; None keeps all.
+    """
+
+    def __init__(self, files: Sequence[Tensor], rows: Sequence[int] | None = None) -> None:
+        self._files, self._ends = files, list(accumulate(map(len, files)))
+        self._rows = torch.arange(self._ends[-1]) if rows is None else torch.tensor(rows, dtype=torch.long)
+        self.shape = torch.Size((len(self._rows), *files[0].shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """A single image, which is not copied, or a copy of the images at a slice or at rows (B,)."""
+        if isinstance(index, int):
+            return self._image(int(self._rows[index]))
+        rows = self._rows[index].tolist()
+        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            images[i] = self._image(row)
+        return images
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Copies of consecutive chunks of `size` images, the last of which may be shorter."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def _image(self, row: int) -> Tensor:
+        file = bisect_right(self._ends, row)
+        return self._files[file][row - self._ends[file]]  # a negative index, from the end of the file
 
 
 class PreparedCaptions(CaptionedFiles):
@@ -67,18 +105,22 @@ class PreparedCaptions(CaptionedFiles):
     def __init__(self, root: str | Path, *, split: str = "train", resolution: int = 64, on_error: str = "stop") -> None:
         super().__init__(root, split, resolution, on_error)
 
-    def stored_images(self) -> Tensor | None:
-        """All images as stored on disk, (N, H, W, 3): memory-mapped, not copied, and read-only.
+    def stored_images(self, rows: Sequence[int] | None = None) -> Tensor | MappedImages | None:
+        """Images as stored on disk, (N, H, W, 3): memory-mapped, not copied, and read-only.
+
+        Args:
+            rows: The images; None for all.
 
         Returns:
-            None if they are in several files or must be resized.
+            A tensor if all images are in a single file; None if they must be resized.
         """
-        if len(self._shards) > 1 or self._stored_resolution != self.resolution:
+        if self._stored_resolution != self.resolution:
             return None
         with warnings.catch_warnings():
             # torch warns that the array is read-only. A writable (copy-on-write) map would have to fit into memory.
             warnings.simplefilter("ignore", UserWarning)
-            return torch.from_numpy(self._shards[0])
+            files = [torch.from_numpy(shard) for shard in self._shards]
+        return files[0] if rows is None and len(files) == 1 else MappedImages(files, rows)
 
     def stored_size(self, index: int) -> tuple[int, int]:
         """Width and height of the images in the folder."""
