@@ -63,7 +63,7 @@ def in_chunks(function: Callable[..., Rows], *tensors: Tensor, size: int) -> Row
 def _concatenated(parts: Sequence[Rows]) -> Any:
     first = parts[0]
     if isinstance(first, dict):
-        return {key: _concatenated([part[key] for part in parts]) for key in first}  # type: ignore[call-overload]
+        return {key: _concatenated([part[key] for part in parts]) for key in first}
     return torch.cat(parts) if isinstance(first, Tensor) else [row for part in parts for row in part]  # type: ignore
 
 

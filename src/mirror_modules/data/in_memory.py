@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.readers.damage import DamagedSample, ErrorReport
-from mirror_modules.data.readers.prepared import MappedImages, PreparedCaptions
+from mirror_modules.data.readers.prepared import PreparedCaptions
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages, KeyPoint, SubjectBox
 from mirror_modules.stem.vocabulary import Vocabulary
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mirror_modules._checks import at_least_float32, check_images, check_positive, shape_of
 
 if TYPE_CHECKING:
-    from mirror_modules.data.readers.prepared import MappedImages
+    from mirror_modules.data.mapped_images import MappedImages
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mirror_modules._checks import check_positive
 from mirror_modules._files import write_json
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data.flowers.colors import measured_box
-from mirror_modules.data.readers.prepared import MappedImages
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.transforms import to_bytes, to_float
 from mirror_modules.evaluation.attributes import (
     CHUNK,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mirror_modules._files import locked, write_whole
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import CaptionBatch, InMemoryCaptions, RepeatableBatches, to_float
-from mirror_modules.data.readers.prepared import MappedImages
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 from mirror_modules.interop.backbones import checksum

@@ -14,7 +14,7 @@ from torch import Tensor
 from mirror_modules._freezing import evaluating
 from mirror_modules._tiles import Rows, in_chunks
 from mirror_modules.data import to_float
-from mirror_modules.data.readers.prepared import MappedImages
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.seeding import seeded
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.interop.clip import ClipEncoders

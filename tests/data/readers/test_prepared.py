@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from mirror_modules.data import InMemoryCaptions, PreparedCaptions, RepeatableBatches, open_captions, prepare_captions
 from mirror_modules.data.inspection import inspect_split
-from mirror_modules.data.readers.prepared import MappedImages
+from mirror_modules.data.mapped_images import MappedImages
 from tests.layouts import make_flowers, same_samples
 
 pytest.importorskip("PIL.Image")
