@@ -293,7 +293,7 @@ def _key(encoder: nn.Module, captions: InMemoryCaptions, views: Views, name: str
     """Name of a cache: another one for other weights, images or views."""
     digest = hashlib.sha256(f"{name} {encoder} {checksum(encoder)} {views.resolution} {views.per_image}".encode())
     for images in captions.images.split(4096):
-        digest.update(images.contiguous().numpy())
+        digest.update(images.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
