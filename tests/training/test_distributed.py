@@ -543,7 +543,8 @@ def test_flags_are_reduced_and_objects_broadcast(steps):
 def collectives(monkeypatch):
     """A group of two ranks whose other rank returns what it receives, and the calls of its collective operations."""
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
-    # It has collectives of its own.
+    # Both have collectives of their own, those of DistributedDataParallel in C++.
+    monkeypatch.setattr(ProcessGroup, "wrap", lambda group, module, unused: module)
     monkeypatch.setattr("mirror_modules.training.network.synchronize_batch_norm", lambda module, device: module)
     default, calls = torch.get_default_dtype(), []
     torch.set_default_dtype(torch.float64)
@@ -559,7 +560,6 @@ def collectives(monkeypatch):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_collectives_of_a_generator_step_do_not_depend_on_stages_or_parts(collectives, tiny_recipe, accumulate):
-    """DistributedDataParallel reduces gradients besides, in C++."""
     group, calls = collectives
     options = {"normalization": "spectral", "class_ids": ALL_DIFFER, "evaluating": True}
     train_generator(group, tiny_recipe, **options, accumulate=accumulate)
