@@ -31,6 +31,18 @@ def test_gradients_flow_through_chunks():
     assert_close(gradient, 2 * rows)
 
 
+def test_lists_and_dictionaries_are_concatenated_by_key():
+    def measure(rows):
+        return {"double": 2 * rows, "names": [str(row) for row in rows.tolist()], "inner": {0: [rows.sum()], 1: -rows}}
+
+    rows = torch.arange(N)
+    result = in_chunks(measure, rows, size=3)
+    assert result["double"].tolist() == (2 * rows).tolist()
+    assert result["names"] == list("0123456")
+    assert result["inner"][0] == [3, 12, 6]
+    assert result["inner"][1].tolist() == (-rows).tolist()
+
+
 def test_no_rows_keep_the_shape_of_the_result():
     assert in_chunks(lambda rows: rows.mean(dim=1), torch.zeros(0, D), size=3).shape == (0,)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ Derivative = Callable[..., tuple[Any, ...]]
 EVERYTHING = slice(None)
 ELEMENTS_ON_A_GPU = 2**25
 """Default size of a tile on a GPU, where kernel launches cost more than memory."""
+Rows = TypeVar("Rows", Tensor, list[Any], dict[str, Any])
+"""Results with one row per input row: a tensor, a list, or a dictionary of these."""
 
 
 class Tile(NamedTuple):
@@ -30,11 +32,12 @@ class Tile(NamedTuple):
     """One index per input; unused where the input is None."""
 
 
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int) -> Tensor:
+def in_chunks(function: Callable[..., Rows], *tensors: Tensor, size: int) -> Rows:
     """Apply a function to consecutive chunks of rows and concatenate the results along the first axis.
 
     Args:
-        function: Takes as many tensors as are given and returns one; rows must not depend on each other.
+        function: Takes as many tensors as are given and returns a tensor, a list, or a dictionary of these, nested or
+            not, with a row for each of theirs; rows must not depend on each other.
         *tensors: At least one; equally long along the first axis.
         size: Rows per chunk; the last chunk may be shorter.
 
@@ -47,12 +50,21 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int) -> T
     Examples:
         >>> in_chunks(lambda a, b: a + b, torch.arange(5), torch.arange(5), size=2)
         tensor([0, 2, 4, 6, 8])
+        >>> in_chunks(lambda a: {"square": a * a, "text": [str(i) for i in a.tolist()]}, torch.arange(3), size=2)
+        {'square': tensor([0, 1, 4]), 'text': ['0', '1', '2']}
     """
     check_positive("in_chunks", size=size)
     if len({len(tensor) for tensor in tensors}) != 1:
         listed = ", ".join(map(shape_of, tensors)) or "none"
         raise ValueError(f"in_chunks: give one or more tensors of equal length; they are {listed}.")
-    return torch.cat([function(*rows) for rows in zip(*(tensor.split(size) for tensor in tensors))])
+    return _concatenated([function(*rows) for rows in zip(*(tensor.split(size) for tensor in tensors))])
+
+
+def _concatenated(parts: Sequence[Rows]) -> Any:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: _concatenated([part[key] for part in parts]) for key in first}
+    return torch.cat(parts) if isinstance(first, Tensor) else [row for part in parts for row in part]  # type: ignore
 
 
 def recomputed_in_tiles(

@@ -12,6 +12,7 @@ from mirror_modules.evaluation.attributes import (
     attribute_accuracy,
     fit_attribute_classifier,
     measure_attributes,
+    predict_attributes,
 )
 from mirror_modules.training.errors import TrainingError
 
@@ -56,9 +57,10 @@ def test_errors(named, message):
 
 def test_measured_colors_match_the_own_caption_only(flowers):
     images, samples = flowers
-    own = measure_attributes(images, [sample.captions[0] for sample in samples], None)
+    predicted = predict_attributes(images, None)
+    own = measure_attributes(predicted, [sample.captions[0] for sample in samples])
     assert own["measured_colors"]["all"]["share"] == 1
-    other = measure_attributes(images, [sample.captions[0] for sample in samples[1:] + samples[:1]], None)
+    other = measure_attributes(predicted, [sample.captions[0] for sample in samples[1:] + samples[:1]])
     assert other["measured_colors"]["all"]["share"] < 0.6
     assert set(own) == {"measured_colors"}
 
@@ -71,7 +73,7 @@ def test_the_classifier_predicts_a_value_of_each_attribute(flowers):
     assert all(set(values) <= set(ATTRIBUTES[name]) for name, values in predicted.items())
     alone = classifier.predict(images[3:4])
     assert {name: values[3:4] for name, values in predicted.items()} == alone
-    accuracy = measure_attributes(images, [sample.captions[0] for sample in samples], classifier)
+    accuracy = measure_attributes(predict_attributes(images, classifier), [sample.captions[0] for sample in samples])
     named = sum(len(attributes_named(sample.captions[0])) for sample in samples)
     assert accuracy["classifier"]["all"]["named"] == named
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from mirror_modules.evaluation import attributes, evaluation, retrieval
 from mirror_modules.evaluation.attributes import fit_attribute_classifier
 from mirror_modules.evaluation.evaluation import (
     _cases,
+    _extract,
     _feature_metrics,
     _images_of_the_same_caption,
     evaluate,
@@ -33,12 +35,20 @@ from mirror_modules.metrics import (
     inception_score,
     kernel_distance,
     r_precision_folds,
+    redescription_quality,
 )
 from mirror_modules.stem.vocabulary import split_words
 from mirror_modules.training.batches import load_splits, unseen_captions
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
-from mirror_modules.training.validation import derangement, unseen_pairs, word_accuracy
+from mirror_modules.training.validation import (
+    Unseen,
+    WordAccuracy,
+    derangement,
+    mean_image_information,
+    predict_words,
+    unseen_pairs,
+)
 
 
 @pytest.fixture
@@ -219,7 +229,8 @@ def test_word_accuracy_matches_a_loop_over_words(run_copy, tiny_recipe):
             for word, prediction in zip(words, logits[0]):
                 correct += int(prediction.argmax()) == word
                 count += 1
-        assert word_accuracy(model.captioner, images, tokens, word_mask).accuracy == pytest.approx(correct / count)
+        predicted = predict_words(model.captioner, images, tokens, word_mask)
+    assert WordAccuracy.of(predicted).accuracy == pytest.approx(correct / count)
 
 
 def test_a_run_without_a_log_is_evaluated_without_curves_and_speed(run_copy):
@@ -392,15 +403,14 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
         return batch.mean(dim=(2, 3))
 
     extractor = Extractor("means", mean_colors, lambda batch: batch.mean(dim=(2, 3)), slice(None, None, 4))
-    metrics = _feature_metrics(extractor, splits.training.images, images, same_caption, seed=0)
-    reference, generated, held_out, of_two_captions = batches
-    assert torch.equal(reference, real)
+    extracted = {name: _extract(extractor, batch) for name, batch in images.items()}
+    batches.clear()
+    metrics = _feature_metrics(extractor, splits.training.images, extracted, same_caption, seed=0)
+    held_out, of_two_captions = batches
     expected = [to_float(torch.from_numpy(shrink(image.numpy(), 16))[None]) for image in splits.training.images[::4]]
     assert sorted(held_out.flatten(1).tolist()) == sorted(torch.cat(expected).flatten(1).tolist())
     # The same number of each, because distances of fewer images are larger.
-    assert len(generated) == len(held_out) == metrics["real"]["distance_images"] == 11
-    all_generated = images["generated"].flatten(1).tolist()
-    assert all(image in all_generated for image in generated.flatten(1).tolist())
+    assert len(held_out) == metrics["real"]["distance_images"] == metrics["generated"]["distance_images"] == 11
     assert metrics["real"]["frechet_distance"] == frechet_distance(held_out.mean((2, 3)), real.mean((2, 3)))
     # The complete sets: subsets of all images would be the same images ten times.
     kernel = kernel_distance(held_out.mean((2, 3)), real.mean((2, 3)), subset_size=None)
@@ -413,7 +423,9 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
     assert metrics["generated"]["diversity"] == spread.mean
     assert "diversity" not in metrics["real"]
     # A network without classes has no Inception Score.
-    without = _feature_metrics(extractor._replace(logits=None), splits.training.images, images, same_caption, seed=0)
+    extractor = extractor._replace(logits=None)
+    extracted = {name: _extract(extractor, batch) for name, batch in images.items()}
+    without = _feature_metrics(extractor, splits.training.images, extracted, same_caption, seed=0)
     for name, figures in metrics.items():
         assert without[name] == {key: value for key, value in figures.items() if "inception" not in key}
 
@@ -531,16 +543,77 @@ def test_the_report_shows_captions_spread_over_the_split(run_copy, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:unknown words")
 def test_evaluated_images_can_be_generated_again(run_copy, tiny_recipe, monkeypatch, without_report):
-    model, images = MirrorGAN.from_pretrained(run_copy.model), []
-    monkeypatch.setattr(evaluation, "image_features", lambda pair, batch: (images.append(batch), batch.flatten(1))[1])
-    monkeypatch.setattr(evaluation, "sentence_features", lambda pair, tokens, mask: torch.ones(31, 3 * 16 * 16))
+    model, chunks = MirrorGAN.from_pretrained(run_copy.model), []
+    measure = evaluation.image_features
+    monkeypatch.setattr(
+        evaluation, "image_features", lambda pair, batch: (chunks.append(batch), measure(pair, batch))[1]
+    )
     monkeypatch.setattr("mirror_modules.training.validation.CHUNK", 7)
     evaluate(run_copy.path)
+    assert [len(chunk) for chunk in chunks] == [7, 7, 7, 7, 3] * 2
+    images = torch.cat(chunks[:5]), torch.cat(chunks[5:])
     captions = [caption for _, caption in unseen_captions(load_splits(tiny_recipe.data, tiny_recipe.model, 0))]
     again = model.generate(captions, seed=tiny_recipe.seed)
     torch.testing.assert_close(images[0], again, rtol=0, atol=1e-5)
     alone = model.generate(captions[13], seed=tiny_recipe.seed + 13)
     torch.testing.assert_close(images[0][13:14], alone, rtol=0, atol=1e-5)
+    splits = load_splits(tiny_recipe.data, tiny_recipe.model, 0)
+    rows = [image for image, _ in unseen_captions(splits)]
+    assert torch.equal(images[1], to_float(splits.validation.images[rows]))
+
+
+def test_evaluation_keeps_the_images_of_a_single_chunk(run_copy, monkeypatch, without_report):
+    """And its metrics do not depend on the chunks."""
+    means = Extractor("means", lambda batch: batch.mean((2, 3)), lambda batch: batch.mean((2, 3)))
+    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: means)
+    whole = evaluate(run_copy.path, inception=True)
+    generate, images = evaluation.generate_images, []
+
+    def generate_and_follow(*arguments):
+        # The images of cases, which come last, stay for the report.
+        alive = [each for each in images[:6] if each() is not None]
+        assert not alive, "the images of an earlier chunk are still in memory"
+        batch = generate(*arguments)
+        images.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(evaluation, "generate_images", generate_and_follow)
+    monkeypatch.setattr("mirror_modules.training.validation.CHUNK", 7)
+    in_chunks = evaluate(run_copy.path, inception=True)
+    # Five chunks, images of the same caption, and the best and the worst case.
+    assert len(images) == 5 + 1 + 2
+    assert in_chunks["features"]["generated"] == pytest.approx(whole["features"]["generated"], rel=1e-3)
+    for name in ("r_precision", "attributes", "word_accuracy", "redescription"):
+        assert in_chunks[name] == whole[name]
+    assert in_chunks["image_information"] == pytest.approx(whole["image_information"], rel=1e-3, abs=1e-6)
+
+
+def test_shuffled_images_are_generated_images_with_other_captions(run_copy, tiny_recipe, without_report):
+    """Each of their metrics is that of the images in another order, computed here one image at a time."""
+    metrics = evaluate(run_copy.path)
+    model = MirrorGAN.from_pretrained(run_copy.model)
+    unseen = unseen_pairs(load_splits(tiny_recipe.data, tiny_recipe.model, 0), tiny_recipe.model.max_words)
+    images = evaluation.generate_images(model, unseen.tokens, unseen.word_mask, tiny_recipe.seed)
+    order = derangement(31, tiny_recipe.seed)
+    likelihood = {}
+    for distance in (1, 2):
+        images = images[order]
+        predicted = torch.cat(
+            [
+                predict_words(model.captioner, images[i : i + 1], unseen.tokens[i : i + 1], unseen.word_mask[i : i + 1])
+                for i in range(31)
+            ]
+        )
+        likelihood[distance] = predicted[:, 1]
+        if distance == 1:
+            assert metrics["word_accuracy"]["shuffled"] == pytest.approx(
+                float(predicted[:, 0].sum() / predicted[:, 2].sum())
+            )
+            descriptions = [model.describe(image)[0] for image in images.split(1)]
+            quality = redescription_quality(descriptions, unseen.captions)._asdict()
+            assert metrics["redescription"]["shuffled"] == quality
+    own, other = (WordAccuracy(0.0, 0.0, likelihood[d], unseen.word_mask.sum(1) + 1) for d in (1, 2))
+    assert metrics["image_information"]["shuffled"] == pytest.approx(mean_image_information(own, other), abs=1e-6)
 
 
 def test_a_diverged_generator_is_refused(run_copy):
@@ -563,10 +636,13 @@ def test_a_config_with_malformed_versions_is_damaged(run_copy):
 
 def test_best_and_worst_cases_are_the_extremes_of_the_precision():
     precision = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
-    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
-    real = torch.zeros(5, 4, 4, 3, dtype=torch.uint8)
-    cases = _cases(precision, list("abcde"), images, real)
+    rows = torch.arange(5)
+    # Of a split of eight images, those at rows 7, 6 and so on.
+    real = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 4, 4, 3)
+    unseen = Unseen(list("abcde"), real, rows, rows, rows, 7 - rows, rows)
+    cases = _cases(precision, unseen, lambda part, rows: rows.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).float())
     assert [case.caption for case in cases["best"]] == ["c", "e"]
     assert [case.caption for case in cases["worst"]] == ["b", "d"]
     assert float(cases["best"][1].generated.mean()) == 4
+    assert torch.equal(cases["best"][1].real, to_float(real[3:4])[0])
     assert cases["worst"][1].precision == 0.25

@@ -248,11 +248,10 @@ def test_an_evaluator_that_knows_the_class_alone_cannot_rank(monkeypatch):
     classes = [i % 4 for i in range(200)]
     split = make_split(classes)
     one_hot = torch.nn.functional.one_hot(torch.tensor(classes)).double()
-    monkeypatch.setattr("mirror_modules.evaluation.retrieval.image_features", lambda pair, batch: one_hot)
     monkeypatch.setattr("mirror_modules.evaluation.retrieval.sentence_features", lambda *_: one_hot)
     monkeypatch.setattr("mirror_modules.evaluation.retrieval.text_queries", lambda *_: None)
-    images = dict.fromkeys(("generated", "real", "shuffled"), torch.zeros(200))
-    result = measure_retrieval(Evaluator("evaluator", "", None), split, images, 100, seed=0)
+    features = dict.fromkeys(("generated", "real", "shuffled"), one_hot)
+    result = measure_retrieval(Evaluator("evaluator", "", None), split, features, 100, seed=0)
     every, others = result["all_captions"], result["other_classes"]
     assert every["real"]["top1"] == pytest.approx(every["class_oracle"], abs=0.01)
     assert every["cannot_rank"] is True

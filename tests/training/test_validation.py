@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,18 +12,22 @@ from safetensors.torch import load_file
 from mirror_modules import MirrorGAN
 from mirror_modules.metrics import r_precision
 from mirror_modules.models.encoder_pair import EncoderPair
-from mirror_modules.training import loop
+from mirror_modules.training import loop, validation
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import load_pair, train
 from mirror_modules.training.state import start
 from mirror_modules.training.validation import (
+    Rotation,
     Unseen,
+    WordAccuracy,
+    derangement,
     draw_samples,
+    mean_image_information,
     measure_captioner,
-    measure_image_information,
+    measure_generator,
     measure_pair,
+    predict_words,
     unseen_pairs,
-    word_accuracy,
 )
 
 
@@ -69,7 +74,9 @@ def test_spread_selects_evenly_spaced_pairs():
     unseen = Unseen([f"caption {i}" for i in range(11)], *[rows] * 6)
     few = unseen.spread(4)
     assert few.captions == ["caption 0", "caption 2", "caption 5", "caption 8"]
-    assert all(tensor.tolist() == [0, 2, 5, 8] for tensor in few[1:7])
+    assert all(tensor.tolist() == [0, 2, 5, 8] for tensor in few[2:7])
+    assert few.split_images is rows
+    assert few.images.tolist() == [0, 2, 5, 8]
     assert few.boxes is few.points is None
     located = unseen._replace(boxes=torch.rand(11, 4))
     assert torch.equal(located.spread(4).boxes, located.boxes[[0, 2, 5, 8]])
@@ -143,11 +150,56 @@ def test_image_information_is_the_mean_log_ratio_to_another_image():
     # Each image gets another one's caption, in a cycle of three: one of these pairs still matches, the other two lower
     # the log-probability of the word by log 7. The end token, one of two tokens per caption, is never predicted.
     expected = 2 / 3 * math.log(7) / 2
-    captioner = PixelCaptioner()
+    captioner, others = PixelCaptioner(), derangement(3, 0)
     for given, information in ((images, expected), (images[:1].expand(3, -1, -1, -1), 0)):
-        own = word_accuracy(captioner, given, tokens, mask)
-        measured = measure_image_information(captioner, given, tokens, mask, own, 0)
-        assert measured == pytest.approx(information, rel=1e-5, abs=1e-6)
+        own, other = (WordAccuracy.of(predict_words(captioner, each, tokens, mask)) for each in (given, given[others]))
+        assert mean_image_information(own, other) == pytest.approx(information, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_captions_meet_the_images_of_their_neighbors_in_a_rotation(count, monkeypatch):
+    """Chunks of images give the result of each caption with its image, and with those at distances 1 and 2."""
+    monkeypatch.setattr(validation, "CHUNK", 3)
+    tokens = torch.randint(2, 4, (count, 5))
+    mask = torch.arange(5) < torch.randint(1, 6, (count, 1))
+    pixels = torch.randint(0, 4, (count, 2, 2, 3), dtype=torch.uint8)
+    rows = torch.arange(count)
+    unseen = Unseen([str(i) for i in range(count)], pixels, tokens, mask, rows, rows, rows)
+    captioner, rotation = PixelCaptioner(), Rotation(unseen, seed=5)
+    predicted = unseen.in_chunks(lambda part, rows: rotation.predict(captioner, part.images, rows))
+    assert predicted.shape == (count, 3, 3)
+    next_image = derangement(count, 5)
+    for distance in range(3):
+        image_of = list(range(count))
+        for _ in range(distance):
+            image_of = [int(next_image[image]) for image in image_of]
+        expected = WordAccuracy.of(predict_words(captioner, pixels[image_of], tokens, mask))
+        result = rotation.accuracy(predicted, distance)
+        assert (result.accuracy, result.cross_entropy) == pytest.approx((expected.accuracy, expected.cross_entropy))
+        torch.testing.assert_close(result.log_likelihood, expected.log_likelihood)
+        assert torch.equal(result.word_count, mask.sum(dim=1) + 1.0)
+
+
+def test_validation_keeps_the_images_of_a_single_chunk(tiny_run, tiny_recipe, splits, monkeypatch):
+    """And its metrics do not depend on the chunks."""
+    model, unseen = MirrorGAN.from_pretrained(tiny_run.model), unseen_pairs(splits, tiny_recipe.model.max_words)
+    pair = load_pair(tiny_run, "stem", tiny_recipe, splits)
+    state = start(model, tiny_recipe, torch.Generator())
+    generate, chunks = validation.generate_images, []
+
+    def generate_and_follow(*arguments):
+        assert not any(image() is not None for image in chunks), "the images of an earlier chunk are still in memory"
+        images = generate(*arguments)
+        chunks.append(weakref.ref(images))
+        return images
+
+    whole = measure_generator(state, pair, unseen, 11, 3), measure_captioner(model.captioner, unseen, 3)
+    monkeypatch.setattr(validation, "generate_images", generate_and_follow)
+    monkeypatch.setattr(validation, "CHUNK", 7)
+    in_chunks = measure_generator(state, pair, unseen, 11, 3), measure_captioner(model.captioner, unseen, 3)
+    assert len(chunks) == 5
+    for expected, measured in zip(whole, in_chunks):
+        assert measured == pytest.approx(expected, rel=1e-4)
 
 
 def test_model_selection_uses_the_encoders_of_stem(tiny_recipe, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ class PrepareOptions:
     on_error: Literal["stop", "skip"] = "stop"
     """Whether a damaged file ends the command, or is skipped and listed as long as at most 5 % are damaged."""
     shard_size: int = 2000
-    """Images per file; a split in a single file is memory-mapped instead of copied."""
+    """Images per file."""
 
 
 def data(arguments: list[str]) -> None:

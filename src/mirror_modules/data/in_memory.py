@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from mirror_modules._checks import check_choice, check_positive
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.readers.damage import DamagedSample, ErrorReport
 from mirror_modules.data.readers.prepared import PreparedCaptions
 from mirror_modules.data.sample import CaptionedImage, CaptionedImages, KeyPoint, SubjectBox
@@ -47,8 +49,9 @@ class CaptionBatch(NamedTuple):
 class InMemoryCaptions:
     """A data set held in memory: each image is decoded or drawn once, each caption encoded once.
 
-    Images of `PreparedCaptions` that are stored in a single file, at the requested resolution, are not copied: they
-    stay on disk, memory-mapped, and `images` is then read-only.
+    Images of `PreparedCaptions`, or of a `torch.utils.data.Subset` of it, that are stored at the requested resolution
+    are not copied: they stay on disk, memory-mapped, and `images` is then read-only. It is a tensor if it has all
+    images of a single file; otherwise, its rows are read when `images` is indexed.
 
     Args:
         dataset: The samples; all images must have one size, and each needs at least one caption.
@@ -78,7 +81,7 @@ class InMemoryCaptions:
         ([4, 0], [21, 2])
     """
 
-    images: Tensor
+    images: Tensor | MappedImages
     """Bytes, (N, H, W, 3)."""
     class_ids: Tensor
     """Class of each image, (N,)."""
@@ -131,11 +134,13 @@ class InMemoryCaptions:
     def _load(self, dataset: CaptionedImages, progress: Callable[[int, int], None] | None, report: ErrorReport) -> None:
         """Load all samples; damaged ones are skipped, and the rows stay contiguous."""
         owner, size, damaged = "InMemoryCaptions", len(dataset), 0
-        self._mapped: PreparedCaptions | None = None
+        # The data set whose images are memory-mapped, and the rows of it; None for all.
+        self._mapped: tuple[PreparedCaptions, Sequence[int] | None] | None = None
         if size == 0:
             raise ValueError(f"{owner}: the data set is empty; it needs at least one sample.")
-        if isinstance(dataset, PreparedCaptions) and (stored := dataset.stored_images()) is not None:
-            self._map(dataset, stored, progress)
+        whole, rows = (dataset.dataset, dataset.indices) if isinstance(dataset, Subset) else (dataset, None)
+        if isinstance(whole, PreparedCaptions) and (stored := whole.stored_images(rows)) is not None:
+            self._map(whole, rows, stored, progress)
             return
         class_ids: list[int] = []
         locations: list[tuple[SubjectBox | None, tuple[KeyPoint, ...] | None]] = []
@@ -150,14 +155,14 @@ class InMemoryCaptions:
                 _check_sample(owner, i, sample)
                 kept = len(self.captions)
                 if kept == 0:
-                    self.images = torch.empty((size, *sample.image.shape), dtype=torch.uint8)
-                if sample.image.shape != self.images.shape[1:]:
+                    images = torch.empty((size, *sample.image.shape), dtype=torch.uint8)
+                if sample.image.shape != images.shape[1:]:
                     raise ValueError(
-                        f"{owner}: image {i} is {sample.image.shape}, but the first is "
-                        f"{tuple(self.images.shape[1:])}; all must have the same size."
+                        f"{owner}: image {i} is {sample.image.shape}, but the first is {tuple(images.shape[1:])}; all "
+                        "must have the same size."
                     )
                 # torch rejects the negative strides of a flipped array.
-                self.images[kept] = torch.from_numpy(np.ascontiguousarray(sample.image))
+                images[kept] = torch.from_numpy(np.ascontiguousarray(sample.image))
                 class_ids.append(int(sample.class_id))
                 self.attributes.append(sample.attributes)
                 self.captions.append(tuple(sample.captions))
@@ -169,7 +174,7 @@ class InMemoryCaptions:
                 progress(i + 1, size)
         if not self.captions:
             raise ValueError(f"{owner}: none of the {size} samples can be read: {report.listing()}.")
-        self.images = self.images[: len(self.captions)]
+        self.images = images[: len(self.captions)]
         self.class_ids = torch.tensor(class_ids)
         self._locate(locations)
 
@@ -193,17 +198,24 @@ class InMemoryCaptions:
             rows = [hidden if points is None else tuple(map(tuple, points)) for _, points in locations]
             self.points = torch.tensor(rows, dtype=torch.float32)
 
-    def _map(self, dataset: PreparedCaptions, images: Tensor, progress: Callable[[int, int], None] | None) -> None:
+    def _map(
+        self,
+        dataset: PreparedCaptions,
+        rows: Sequence[int] | None,
+        images: Tensor | MappedImages,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         """Load the captions; the images stay memory-mapped."""
-        self.images, self._mapped = images, dataset
-        self.class_ids = torch.tensor([entry.class_id for entry in dataset.entries])
-        self.captions = [entry.captions for entry in dataset.entries]
-        self.attributes = [{} for _ in dataset.entries]
+        self.images, self._mapped = images, (dataset, rows)
+        rows = range(len(dataset)) if rows is None else rows
+        self.class_ids = torch.tensor([dataset.entries[i].class_id for i in rows])
+        self.captions = [dataset.entries[i].captions for i in rows]
+        self.attributes = [{} for _ in rows]
         self.point_names = dataset.point_names
-        self._locate([dataset.location(i) for i in range(len(dataset))])
-        for i in range(len(dataset)):
+        self._locate([dataset.location(i) for i in rows])
+        for i in range(len(rows)):
             if progress is not None:
-                progress(i + 1, len(dataset))
+                progress(i + 1, len(rows))
 
     def _encode_long(self, captions: list[str], max_words: int) -> dict[int, Tensor]:
         """All tokens of the captions of more than `max_words` words, by row."""
@@ -223,7 +235,8 @@ class InMemoryCaptions:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self._mapped is not None and (images := self._mapped.stored_images()) is not None:
+        dataset, rows = (None, None) if self._mapped is None else self._mapped
+        if dataset is not None and (images := dataset.stored_images(rows)) is not None:
             self.images = images
 
     def batch(
@@ -244,7 +257,7 @@ class InMemoryCaptions:
         word_mask = self.word_mask[rows]
         longest = int(word_mask.sum(dim=1).max()) if words is None else words
         return CaptionBatch(
-            images=self.images[indices] if with_images else self.images[indices, :0, :0],
+            images=self.images[indices] if with_images else torch.empty(len(indices), 0, 0, 3, dtype=torch.uint8),
             tokens=self.tokens[rows, :longest],
             word_mask=word_mask[:, :longest],
             class_ids=self.class_ids[indices],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._checks import at_least_float32, check_images, check_positive, shape_of
+
+if TYPE_CHECKING:
+    from mirror_modules.data.mapped_images import MappedImages
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -122,12 +125,12 @@ def draw_crops(batch: int, height: int, width: int, resolution: int, generator: 
     )
 
 
-def crop_flip(images: Tensor, rows: Tensor, resolution: int, crops: Crops) -> Tensor:
+def crop_flip(images: Tensor | MappedImages, rows: Tensor, resolution: int, crops: Crops) -> Tensor:
     """Crop one square from each of the images (N, H, W, 3) at `rows` (B,): bytes (B, resolution, resolution, 3)."""
-    squares = images.new_empty(len(rows), resolution, resolution, 3)
+    squares = images[:0].new_empty(len(rows), resolution, resolution, 3)
     # A loop over images: gathering whole images first and their pixels second takes several times as long.
     for i, (row, top, left, mirrored) in enumerate(zip(rows.tolist(), *(part[:, 0].tolist() for part in crops))):
-        square = images[row, top : top + resolution, left : left + resolution]
+        square = images[row][top : top + resolution, left : left + resolution]
         squares[i] = square.flip(1) if mirrored else square
     return squares
 

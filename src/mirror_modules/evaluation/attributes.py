@@ -134,22 +134,28 @@ def attribute_accuracy(
     return {name: _accuracy(matches) for name, matches in correct.items()}
 
 
-def measure_attributes(
-    images: Tensor, captions: Sequence[str], classifier: AttributeClassifier | None
-) -> dict[str, object]:
-    """Attribute accuracy of images (N, 3, H, W) in [-1, 1], by measured colors and by an attribute classifier.
+def predict_attributes(images: Tensor, classifier: AttributeClassifier | None) -> dict[str, dict[str, list[str]]]:
+    """Attributes of images (N, 3, H, W) in [-1, 1], by measured colors and by an attribute classifier.
 
     Returns:
-        The results of `attribute_accuracy` as nested dictionaries for JSON: "measured_colors", and "classifier" unless
-        the classifier is None.
+        By method, "measured_colors" and, unless it is None, "classifier": for each attribute, its value in each image.
+    """
+    predicted = {"measured_colors": measured_colors(to_bytes(images))}
+    return predicted if classifier is None else {**predicted, "classifier": classifier.predict(images)}
+
+
+def measure_attributes(
+    predicted: Mapping[str, Mapping[str, Sequence[str]]], captions: Sequence[str]
+) -> dict[str, object]:
+    """Attribute accuracy of images, by each method of `predict_attributes`.
+
+    Returns:
+        The results of `attribute_accuracy` as nested dictionaries for JSON.
     """
     named = [attributes_named(caption) for caption in captions]
-    result = {"measured_colors": attribute_accuracy(measured_colors(to_bytes(images)), named)}
-    if classifier is not None:
-        result["classifier"] = attribute_accuracy(classifier.predict(images), named)
     return {
-        method: {name: accuracy._asdict() for name, accuracy in accuracies.items()}
-        for method, accuracies in result.items()
+        method: {name: accuracy._asdict() for name, accuracy in attribute_accuracy(values, named).items()}
+        for method, values in predicted.items()
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mirror_modules._checks import check_positive
 from mirror_modules._files import write_json
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data.flowers.colors import measured_box
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.transforms import to_bytes, to_float
 from mirror_modules.evaluation.attributes import (
     CHUNK,
@@ -22,6 +24,7 @@ from mirror_modules.evaluation.attributes import (
     centered,
     fit_attribute_classifier,
     measure_attributes,
+    predict_attributes,
 )
 from mirror_modules.evaluation.extractors import (
     Extractor,
@@ -56,13 +59,13 @@ from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
 from mirror_modules.training.recipes import Recipe
 from mirror_modules.training.validation import (
+    Rotation,
     Unseen,
     derangement,
     generate_images,
     image_features,
-    measure_image_information,
+    mean_image_information,
     sentence_features,
-    word_accuracy,
 )
 
 # Parts of the images over which the Inception Score is averaged.
@@ -189,73 +192,152 @@ def _evaluate(
     networks = _choose_networks(folder, recipe, splits, evaluators, device, fit_classifier, inception)
 
     ranked = ranked_splits(splits, recipe.model.max_words)
-    images_of = {split.name: _images(model, split.unseen, recipe.seed) for split in ranked}
-    unseen, images = ranked[0].unseen, images_of["validation"]
-    if not all(bool(each["generated"].isfinite().all()) for each in images_of.values()):
-        raise ValueError(
-            f"the generator in {folder.model} generates images with NaN or infinite values, which cannot be evaluated: "
-            "its training has diverged. Train phase 'glam' again, for instance with a lower learning rate."
-        )
+    unseen = ranked[0].unseen
+    ranking = [*evaluators, *pretrained]
+    generated = partial(_generated, folder.model, model, recipe.seed)
+    rotation = Rotation(unseen, recipe.seed)
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        return {each.phase: image_features(each.pair, images) for each in ranking}
+
+    def measure(images: Tensor, part: Unseen, rows: Tensor, distances: int) -> dict[str, Any]:
+        found = {
+            "encoded": encode(images),
+            "predicted": rotation.predict(model.captioner, images, rows, distances),
+            "descriptions": model.describe(images),
+            "extracted": {i: _extract(extractor, images) for i, extractor in enumerate(networks.extractors)},
+            **_measure_boxes(images, part, recipe),
+        }
+        if splits.validation.attributes[0]:
+            found["attributes"] = _attributes(images, part.boxes if recipe.data.scatter else None, networks)
+            if recipe.data.scatter and unseen.boxes is not None:
+                # Shuffled images are searched for the flower where their caption has it.
+                boxes = unseen.boxes[rotation.caption_of[1][rows]]
+                found["shuffled_attributes"] = _attributes(images, boxes, networks)
+        return found
+
+    # Every image is read or generated once, for all networks, and only what they compute is kept.
+    results = {
+        "generated": unseen.in_chunks(lambda part, rows: measure(generated(part, rows), part, rows, 3)),
+        "real": unseen.in_chunks(lambda part, rows: measure(to_float(part.images), part, rows, 2)),
+    }
+    predicted = {name: each.pop("predicted") for name, each in results.items()}
+    # Shuffled images are at distance 1 of their captions; the other image of each caption is one step further.
+    words = {
+        "generated": [rotation.accuracy(predicted["generated"], distance) for distance in (0, 1)],
+        "real": [rotation.accuracy(predicted["real"], distance) for distance in (0, 1)],
+        "shuffled": [rotation.accuracy(predicted["generated"], distance) for distance in (1, 2)],
+    }
+    results = _with_shuffled(results, rotation.image_of[1])
+    if "shuffled_attributes" in results["shuffled"]:
+        results["shuffled"]["attributes"] = results["shuffled"]["shuffled_attributes"]
+    encoded = {"validation": {name: each["encoded"] for name, each in results.items()}}
+    for split in ranked[1:]:
+        of_split = {
+            "generated": split.unseen.in_chunks(lambda part, rows: encode(generated(part, rows))),
+            "real": split.unseen.in_chunks(lambda part, rows: encode(to_float(part.images))),
+        }
+        encoded[split.name] = _with_shuffled(of_split, derangement(len(split.unseen.captions), recipe.seed))
     measured: dict[str, dict[str, Any]] = {
         evaluator.phase: {
             "description": evaluator.description,
             **{
                 split.name: measure_retrieval(
-                    evaluator, split, images_of[split.name], recipe.evaluation.candidates, recipe.seed
+                    evaluator,
+                    split,
+                    {name: features[evaluator.phase] for name, features in encoded[split.name].items()},
+                    recipe.evaluation.candidates,
+                    recipe.seed,
                 )
                 for split in ranked
             },
         }
-        for evaluator in [*evaluators, *pretrained]
+        for evaluator in ranking
     }
     first = measured[evaluators[0].phase]
     standard = first["validation"]["all_captions"]
-    predicted = {
-        name: word_accuracy(model.captioner, batch, unseen.tokens, unseen.word_mask) for name, batch in images.items()
-    }
     evaluation = {
-        "r_precision": {name: standard[name] for name in images},
+        "r_precision": {name: standard[name] for name in results},
         "chance": standard["chance"],
         "cannot_rank": standard["cannot_rank"],
         "reasons": standard["reasons"],
-        "word_accuracy": {name: each.accuracy for name, each in predicted.items()},
-        "image_information": {
-            name: measure_image_information(
-                model.captioner, batch, unseen.tokens, unseen.word_mask, predicted[name], recipe.seed
-            )
-            for name, batch in images.items()
-        },
+        "word_accuracy": {name: own.accuracy for name, (own, _) in words.items()},
+        "image_information": {name: mean_image_information(own, other) for name, (own, other) in words.items()},
         "redescription": {
-            name: redescription_quality(model.describe(batch), unseen.captions)._asdict()
-            for name, batch in images.items()
+            name: redescription_quality(each["descriptions"], unseen.captions)._asdict()
+            for name, each in results.items()
         },
         "images": len(unseen.captions),
         "candidates": candidates,
         "evaluator": first["description"],
         "evaluators": measured,
         "skipped": dict(splits.skipped),
-        **_network_metrics(networks, model, splits, unseen, images, recipe.seed, scattered=recipe.data.scatter),
-        **_place_metrics(recipe, unseen, images),
+        **_network_metrics(networks, model, splits, unseen, results, recipe.seed),
+        **_place_metrics(unseen, results),
         **speed,
     }
-    pair = evaluators[0].pair
-    features, sentences = (
-        image_features(pair, images["generated"]),
-        sentence_features(pair, unseen.tokens, unseen.word_mask),
-    )
+    sentences = sentence_features(evaluators[0].pair, unseen.tokens, unseen.word_mask)
+    features = encoded["validation"]["generated"][evaluators[0].phase]
     precision = expected_hits(features, sentences, candidates=candidates)
-    cases = _cases(precision, unseen.captions, images["generated"], unseen.images)
+    cases = _cases(precision, unseen, generated)
     write_json(folder.evaluation, evaluation)
     write_report(folder, recipe, _showcase(model, unseen, recipe, cases), evaluation)
     return evaluation
 
 
-def _images(model: TextToImage, unseen: Unseen, seed: int) -> dict[str, Tensor]:
-    """Generated, real and shuffled images of captions."""
-    generated = generate_images(model, unseen.tokens, unseen.word_mask, seed, unseen.location(model))
-    # Pair every image with the caption of another image, at random: neighbors in a data set often share a class.
-    others = derangement(len(generated), seed)
-    return {"generated": generated, "real": to_float(unseen.images), "shuffled": generated[others]}
+def _generated(path: Path, model: TextToImage, seed: int, part: Unseen, rows: Tensor) -> Tensor:
+    """The images (B, 3, H, W) that the model, stored at `path`, generates from captions.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    images = generate_images(model, part.tokens, part.word_mask, seed, part.location(model), rows)
+    if not bool(images.isfinite().all()):
+        raise ValueError(
+            f"the generator in {path} generates images with NaN or infinite values, which cannot be evaluated: its "
+            "training has diverged. Train phase 'glam' again, for instance with a lower learning rate."
+        )
+    return images
+
+
+def _extract(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
+    """Features of images, and class logits if the extractor has any."""
+    logits = {} if extractor.logits is None else {"logits": extractor.logits(images)}
+    return {"features": extractor.features(images), **logits}
+
+
+def _measure_boxes(images: Tensor, part: Unseen, recipe: Recipe) -> dict[str, Tensor]:
+    """The boxes of drawn flowers, where boxes differ or a system takes them."""
+    takes_place = recipe.data.scatter or recipe.model.takes_location
+    if not _is_synthetic(recipe) or part.boxes is None or not takes_place:
+        return {}
+    return {"boxes": measured_box(to_bytes(images))}
+
+
+def _attributes(images: Tensor, boxes: Tensor | None, networks: EvaluationNetworks) -> dict[str, dict[str, list[str]]]:
+    """Attributes of drawn flowers; the colors are measured without a network.
+
+    Of scattered flowers, with the boxes, these are the only attributes: the classifier has seen flowers in the middle
+    alone.
+    """
+    if boxes is None:
+        return predict_attributes(images, networks.classifier)
+    return predict_attributes(centered(images, boxes), None)
+
+
+def _with_shuffled(results: dict[str, dict[str, Any]], order: Tensor) -> dict[str, dict[str, Any]]:
+    """Add the results of shuffled images: those of other generated images, at random.
+
+    Neighbors in a data set often share a class.
+    """
+    return {**results, "shuffled": _in_order(results["generated"], order)}
+
+
+def _in_order(results: Any, rows: Tensor) -> Any:
+    """The rows of tensors, of lists, or of dictionaries of these, in another order."""
+    if isinstance(results, dict):
+        return {key: _in_order(each, rows) for key, each in results.items()}
+    return results[rows] if isinstance(results, Tensor) else [results[row] for row in rows.tolist()]
 
 
 def _choose_networks(
@@ -296,13 +378,13 @@ def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, 
         return EvaluationNetworks(missing=str(error))
 
 
-def _place_metrics(recipe: Recipe, unseen: Unseen, images: dict[str, Tensor]) -> dict[str, Any]:
-    """Overlap of drawn flowers with the boxes of their captions' images, where boxes differ or a system takes them."""
-    if not _is_synthetic(recipe) or unseen.boxes is None or not (recipe.data.scatter or recipe.model.takes_location):
+def _place_metrics(unseen: Unseen, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Overlap of drawn flowers with the boxes of their captions' images, where boxes were measured."""
+    if unseen.boxes is None or "boxes" not in results["real"]:
         return {}
     overlaps = {}
-    for name, batch in images.items():
-        overlap = box_overlap(measured_box(to_bytes(batch)), unseen.boxes)
+    for name, each in results.items():
+        overlap = box_overlap(each["boxes"], unseen.boxes)
         error = float(overlap.std() / len(overlap) ** 0.5)
         overlaps[name] = {"mean": float(overlap.mean()), "standard_error": error}
     return {"box_overlap": overlaps}
@@ -317,23 +399,14 @@ def _network_metrics(
     model: TextToImage,
     splits: Splits,
     unseen: Unseen,
-    images: dict[str, Tensor],
+    results: Mapping[str, Mapping[str, Any]],
     seed: int,
-    *,
-    scattered: bool = False,
 ) -> dict[str, Any]:
-    """Metrics that need the evaluation networks; the colors of synthetic flowers are measured without one.
-
-    Of scattered flowers, these are the only attributes: the classifier has seen flowers in the middle alone.
-    """
+    """Metrics of what the evaluation networks have computed, and of measured attributes."""
     metrics: dict[str, Any] = {}
-    if splits.validation.attributes[0]:
-        boxes = unseen.boxes if scattered else None
+    if "attributes" in results["real"]:
         metrics["attributes"] = {
-            name: measure_attributes(batch, unseen.captions, networks.classifier)
-            if boxes is None
-            else measure_attributes(centered(batch, boxes), unseen.captions, None)
-            for name, batch in images.items()
+            name: measure_attributes(each["attributes"], unseen.captions) for name, each in results.items()
         }
     if networks.missing:
         metrics["not_measured"] = networks.missing
@@ -342,36 +415,47 @@ def _network_metrics(
         first, *further = (
             {
                 "extractor": extractor.name,
-                "features": _feature_metrics(extractor, splits.training.images, images, same_caption, seed),
+                "features": _feature_metrics(
+                    extractor,
+                    splits.training.images,
+                    {name: results[name]["extracted"][i] for name in ("generated", "real")},
+                    same_caption,
+                    seed,
+                ),
             }
-            for extractor in networks.extractors
+            for i, extractor in enumerate(networks.extractors)
         )
         metrics |= {**first, **({"further_extractors": further} if further else {})}
     return metrics
 
 
 def _feature_metrics(
-    extractor: Extractor, training: Tensor, images: dict[str, Tensor], same_caption: Tensor, seed: int
+    extractor: Extractor,
+    training: Tensor | MappedImages,
+    extracted: Mapping[str, Mapping[str, Tensor]],
+    same_caption: Tensor,
+    seed: int,
 ) -> dict[str, dict[str, float]]:
     """FID and KID with the validation images as reference, and Inception Score, for generated and for real images.
 
-    Those of generated images include the diversity of `same_caption`, from `_images_of_the_same_caption`.
+    `extracted` has what `_extract` returns of generated and of real images. The metrics of generated images include the
+    diversity of the images `same_caption`, from `_images_of_the_same_caption`.
 
     The real baseline compares validation images with training images held out from the extractor, resized to match.
     Distances are biased upward for few images, so both sides of the comparison use the same number of them.
     """
     random = torch.Generator().manual_seed(seed)
-    reference = extractor.features(images["real"])
+    reference = extracted["real"]["features"]
     real_rows = torch.arange(len(training))[extractor.held_out]
     real_rows = real_rows[torch.randperm(len(real_rows), generator=random)[: len(reference)]]
     generated_rows = torch.randperm(len(reference), generator=random)[: len(real_rows)]
-    resolution = images["real"].shape[2]
+    resolution = same_caption.shape[2]
 
     def real_features(rows: Tensor) -> Tensor:
         return extractor.features(to_float(at_resolution(training[rows], resolution)))
 
     compared = {
-        "generated": extractor.features(images["generated"][generated_rows]),
+        "generated": extracted["generated"]["features"][generated_rows],
         "real": in_chunks(real_features, real_rows, size=CHUNK),
     }
     metrics: dict[str, dict[str, float]] = {}
@@ -384,8 +468,7 @@ def _feature_metrics(
             "kernel_distance": kernel.mean,
             **({} if kernel.standard_error is None else {"kernel_distance_standard_error": kernel.standard_error}),
         }
-        if extractor.logits is not None:
-            logits = extractor.logits(images[name])
+        if (logits := extracted[name].get("logits")) is not None:
             random = torch.Generator().manual_seed(seed)
             score = inception_score(logits, splits=min(SCORE_SPLITS, len(logits) // 2), generator=random)
             metrics[name] |= {"inception_score": score.mean, "inception_score_deviation": score.standard_deviation}
@@ -406,15 +489,16 @@ def _images_of_the_same_caption(model: TextToImage, unseen: Unseen, seed: int) -
     return generate_images(model, tokens, word_mask, seed, location)
 
 
-def _cases(precision: Tensor, captions: list[str], generated: Tensor, real: Tensor) -> dict[str, list[Case]]:
-    """The captions whose images have the highest and the lowest expected top-1 precision."""
+def _cases(precision: Tensor, unseen: Unseen, generated: Callable[[Unseen, Tensor], Tensor]) -> dict[str, list[Case]]:
+    """The captions whose images have the highest and the lowest expected top-1 precision; `generated` makes them."""
     order = precision.argsort(descending=True, stable=True).tolist()
     count = min(CASES, len(order) // 2)
-    rows = {"best": order[:count], "worst": order[::-1][:count]}
-    return {
-        name: [Case(captions[i], generated[i], to_float(real[i : i + 1])[0], float(precision[i])) for i in indices]
-        for name, indices in rows.items()
-    }
+    cases = {}
+    for name, rows in {"best": order[:count], "worst": order[::-1][:count]}.items():
+        part = unseen.select(rows)
+        columns = part.captions, generated(part, torch.tensor(rows)), to_float(part.images), precision[rows].tolist()
+        cases[name] = [Case(*each) for each in zip(*columns)]
+    return cases
 
 
 def _showcase(model: TextToImage, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:

@@ -203,7 +203,11 @@ def fit_class_extractor(
         path.parent.mkdir(exist_ok=True)
         save_weights(classifier, path)
     classifier.eval()
-    logits = _in_chunks(lambda chunk: classifier(to_float(at_resolution(chunk, resolution))), captions.images[held_out])
+
+    def classify(rows: Tensor) -> Tensor:
+        return classifier(to_float(at_resolution(captions.images[rows], resolution)))
+
+    logits = _in_chunks(classify, torch.arange(len(captions))[held_out])
     accuracy = float((logits.argmax(1) == class_ids[held_out]).float().mean())
     return Extractor(
         f"convolutional network trained on the {len(classes)} training classes, with an accuracy of {accuracy:.1%} on "

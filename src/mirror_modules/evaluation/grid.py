@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mirror_modules._checks import check_positive
 from mirror_modules._files import file_name, read_json, write_json, write_whole
-from mirror_modules.data import attributes_named, measured_colors, to_bytes, to_float
-from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
+from mirror_modules.data import attributes_named, to_float
+from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier, predict_attributes
 from mirror_modules.evaluation.processes import in_processes
 from mirror_modules.evaluation.retrieval import (
     Candidates,
@@ -48,11 +48,12 @@ from mirror_modules.training.loop import train
 from mirror_modules.training.plan import make_plan
 from mirror_modules.training.recipes import Recipe, differences
 from mirror_modules.training.validation import (
+    Unseen,
+    WordAccuracy,
     generate_images,
     image_features,
+    predict_words,
     sentence_features,
-    unseen_pairs,
-    word_accuracy,
 )
 
 RESULT, REAL_RESULT, BOUNDS, SAMPLES = "result.json", "real.json", "bounds.json", "samples.npz"
@@ -363,30 +364,40 @@ def measure(
     """
     captioner = build_model(recipe.model, splits.vocabulary).captioner
     load_weights(captioner, folder.weights("stream"))
-    images: dict[str, Tensor] = {}
-    # By evaluator and split: all sets of candidates are ranked by the same features.
-    features: dict[tuple[str, str], Tensor] = {}
+    captioner.to(device).eval()
+    rankings = _rankings(recipe, folder, splits, device)
+    pairs = {evaluator.phase: evaluator.pair for _, evaluator, _, _ in rankings}
+
+    def measure_images(part: Unseen, rows: Tensor, *, features_only: bool) -> dict[str, Any]:
+        images = (
+            to_float(part.images)
+            if model is None
+            else generate_images(model, part.tokens, part.word_mask, recipe.seed, part.location(model), rows)
+        )
+        features = {phase: image_features(pair, images) for phase, pair in pairs.items()}
+        if features_only:
+            return {"features": features}
+        predicted = predict_words(captioner, images, part.tokens, part.word_mask)
+        attributes = {} if classifier is None else predict_attributes(images, classifier)
+        return {"features": features, "predicted": predicted, **attributes}
+
+    # By split: all sets of candidates are ranked by the same features.
+    unseen = {split.name: split.unseen for _, _, split, _ in rankings}
+    measured = {
+        name: each.in_chunks(partial(measure_images, features_only=name != "validation"))
+        for name, each in unseen.items()
+    }
     metrics: dict[str, list[float]] = {}
-    for metric, evaluator, split, candidates in _rankings(recipe, folder, splits, device):
-        unseen = split.unseen
-        if split.name not in images:
-            images[split.name] = (
-                to_float(unseen.images)
-                if model is None
-                else generate_images(model, unseen.tokens, unseen.word_mask, recipe.seed, unseen.location(model))
-            )
-        key = evaluator.phase, split.name
-        if key not in features:
-            features[key] = image_features(evaluator.pair, images[split.name])
-        sentences = sentence_features(evaluator.pair, unseen.tokens, unseen.word_mask)
-        metrics[metric] = expected_precision(features[key], sentences, candidates).tolist()
-    unseen, validation = unseen_pairs(splits, recipe.model.max_words), images["validation"]
-    predicted = word_accuracy(captioner.to(device).eval(), validation, unseen.tokens, unseen.word_mask)
-    metrics["words"] = [predicted.accuracy]
+    for metric, evaluator, split, candidates in rankings:
+        sentences = sentence_features(evaluator.pair, split.unseen.tokens, split.unseen.word_mask)
+        features = measured[split.name]["features"][evaluator.phase]
+        metrics[metric] = expected_precision(features, sentences, candidates).tolist()
+    validation = measured["validation"]
+    metrics["words"] = [WordAccuracy.of(validation["predicted"]).accuracy]
     if classifier is not None:
-        named = [attributes_named(caption) for caption in unseen.captions]
-        metrics["attributes"] = _shares_correct(classifier.predict(validation), named)
-        metrics["colors"] = _shares_correct(measured_colors(to_bytes(validation)), named)
+        named = [attributes_named(caption) for caption in unseen["validation"].captions]
+        metrics["attributes"] = _shares_correct(validation["classifier"], named)
+        metrics["colors"] = _shares_correct(validation["measured_colors"], named)
     return metrics
 
 
@@ -413,7 +424,8 @@ def _measured_bounds(evaluator: Evaluator, split: RankedSplit, candidates: Candi
         precision = expected_precision(queries, sentences.to(queries.dtype), candidates)
         found["text_ceiling"] = float(precision.mean())
     if candidates.class_ids is None and has_classes(unseen.class_ids):
-        within = own_class(image_features(evaluator.pair, to_float(unseen.images)), sentences, unseen.class_ids)
+        features = unseen.in_chunks(lambda part, rows: image_features(evaluator.pair, part.images))
+        within = own_class(features, sentences, unseen.class_ids)
         found |= {"own_class": within.share, "own_class_error": within.standard_error}
     return found
 

@@ -22,7 +22,7 @@ from mirror_modules.training.batches import Splits, has_classes, unseen_captions
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair
 from mirror_modules.training.recipes import Recipe
-from mirror_modules.training.validation import Encoders, Unseen, image_features, sentence_features, unseen_pairs
+from mirror_modules.training.validation import Encoders, Unseen, sentence_features, unseen_pairs
 
 FOLDS = 10
 # A figure is within the error of another up to this many standard errors: about 95 %.
@@ -208,14 +208,15 @@ def cannot_rank(
 
 
 def measure_retrieval(
-    evaluator: Evaluator, split: RankedSplit, images: Mapping[str, Tensor], requested: int, seed: int
+    evaluator: Evaluator, split: RankedSplit, features: Mapping[str, Tensor], requested: int, seed: int
 ) -> dict[str, Any]:
     """R-precision of each source of images, with its bounds, for each set of candidates.
 
     Args:
         evaluator: Ranks the captions.
         split: The captions.
-        images: Images of the captions by source: "generated", "real" and "shuffled", each (N, 3, H, W) in [-1, 1].
+        features: The evaluator's features of the images of the captions by source: "generated", "real" and "shuffled",
+            each (N, D).
         requested: Captions that each image ranks, including its own.
         seed: Seed of the candidates and folds, which are the same for all sources.
 
@@ -227,7 +228,6 @@ def measure_retrieval(
     if isinstance(pair, ClipEncoders):
         split = encoded_by(pair.text_encoder, split)
     unseen = split.unseen
-    features = {name: image_features(pair, batch) for name, batch in images.items()}
     sentences = sentence_features(pair, unseen.tokens, unseen.word_mask)
     queries = text_queries(pair, split)
     result: dict[str, Any] = {"images": len(unseen.captions)}

@@ -179,7 +179,6 @@ def _load(
     available = range(len(dataset)) if rows is None else rows
     count = len(available) if limit is None else min(limit, len(available))
     selected: Any = dataset
-    # A whole data set is passed unwrapped: a prepared one is then memory-mapped and not copied.
     if count < len(dataset):
         # Evenly spaced, so that a subset of a data set sorted by class still has all classes.
         selected = torch.utils.data.Subset(selected, [available[i * len(available) // count] for i in range(count)])
@@ -307,9 +306,9 @@ def announce_candidates(requested: int, usable: int) -> None:
         )
 
 
-def _token_rows(captions: InMemoryCaptions) -> Iterator[list[tuple[int, ...]]]:
-    """The tokens of all captions of each image, without padding."""
+def _token_rows(captions: InMemoryCaptions) -> Iterator[list[bytes]]:
+    """The tokens of all captions of each image, without padding: as bytes, which are far smaller than Python's ints."""
     lengths = captions.word_mask.sum(dim=1).tolist()
-    rows = (tuple(row[:length]) for row, length in zip(captions.tokens.tolist(), lengths))
+    rows = (row[:length].tobytes() for row, length in zip(captions.tokens.int().numpy(), lengths))
     for count in captions.caption_counts.tolist():
         yield list(islice(rows, count))

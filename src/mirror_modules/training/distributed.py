@@ -65,20 +65,24 @@ class ProcessGroup:
             return self.all_gather(rows.to(torch.uint8)).bool()
         return cast(Tensor, _AllGather.apply(rows, self.rank, self.world_size))
 
-    def mean_weights(self, counts: Tensor) -> Tensor:
+    def mean_weights(self, counts: Tensor, total: Tensor | None = None) -> Tensor:
         """Weights that turn the means over parts of a batch into the mean over the whole batch.
 
         Args:
             counts: Number of values in each of this rank's P parts, (P,).
+            total: Number of values in all parts of all ranks, a scalar; None adds it up over the ranks.
 
         Returns:
             Weights (P,) on this rank's device, 1 if all parts of all ranks are equally large: the average of
             weight * mean over all parts and ranks is the mean over all values.
         """
         counts = counts.to(self.device, torch.float32, non_blocking=True)
-        total = counts.sum()
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        if total is not None:
+            total = total.to(counts, non_blocking=True)
+        else:
+            total = counts.sum()
+            if self.world_size > 1:
+                dist.all_reduce(total)
         return counts * (len(counts) * self.world_size) / total.clamp(min=1)
 
     def all(self, flag: Tensor) -> Tensor:

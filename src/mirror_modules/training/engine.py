@@ -145,6 +145,7 @@ class PhaseRun:
         self.source = make_batches(run, phase, recipe, views)
         self.checkpoints = Checkpoints(run.folder.checkpoints, phase, self.engine.checkpoints_kept)
         self.best: dict[str, Any] = {}
+        self._change_of_ranks = ""
         device = self.group.device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.consecutive = torch.zeros((), dtype=torch.long, device=device)
@@ -170,7 +171,7 @@ class PhaseRun:
             if self.source.batch_size < self.recipe.batch_size:
                 self.log.info(f"batch size reduced to {self.source.batch_size}: there are too few training images")
             if newest is not None:
-                self.log.info(f"continues after step {self.step} of {self.steps}, from {newest}")
+                self.log.info(f"continues after step {self.step} of {self.steps}, from {newest}{self._change_of_ranks}")
             self._stack = stack.pop_all()
         return self
 
@@ -302,13 +303,17 @@ class PhaseRun:
                 f"{path} is not a checkpoint of phase {self.phase!r} of this run "
                 f"({' '.join(str(error).split())[:300]}); remove it, and continue from the checkpoint before it."
             ) from error
-        if len(ranks) != self.group.world_size:
-            raise TrainingError(
-                f"{path} was written by {len(ranks)} processes, but this run has {self.group.world_size}: resume with "
-                "the same number."
-            )
         self.state.load_state_dict(content["state"])
-        _set_random_state(ranks[self.group.rank], self.group.device)
+        if len(ranks) == self.group.world_size:
+            _set_random_state(ranks[self.group.rank], self.group.device)
+        else:
+            # Networks and batches are those of all ranks; only dropout draws from the random states of single ranks.
+            self._change_of_ranks = (
+                f"; it was written by {len(ranks)} processes and this run has {self.group.world_size}, so dropout is "
+                "seeded anew"
+            )
+            numbers = DROPOUT, ALL_PHASES.index(self.phase), self.group.rank, log["step"]
+            torch.manual_seed(seeded(self.run.recipe.seed, *numbers).initial_seed())
         self.best = content["best"]
         self.skipped.fill_(content["skipped"][0])
         self.consecutive.fill_(content["skipped"][1])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mirror_modules._files import locked, write_whole
 from mirror_modules._tiles import in_chunks
 from mirror_modules.data import CaptionBatch, InMemoryCaptions, RepeatableBatches, to_float
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import Crops, crop_flip, draw_crops
 from mirror_modules.interop.backbones import checksum
@@ -109,7 +110,7 @@ class Views(NamedTuple):
         generator = torch.Generator().manual_seed(0)
         return cls(resolution, draw_crops(count * crops, height, width, resolution, generator), 2 * crops)
 
-    def pixels(self, images: Tensor, rows: Tensor) -> Tensor:
+    def pixels(self, images: Tensor | MappedImages, rows: Tensor) -> Tensor:
         """All views of the images (N, H, W, 3) at `rows` (B,), in order: bytes (B * per_image, h, w, 3)."""
         if self.crops is None:
             return images[rows]
@@ -292,7 +293,7 @@ def _key(encoder: nn.Module, captions: InMemoryCaptions, views: Views, name: str
     """Name of a cache: another one for other weights, images or views."""
     digest = hashlib.sha256(f"{name} {encoder} {checksum(encoder)} {views.resolution} {views.per_image}".encode())
     for images in captions.images.split(4096):
-        digest.update(images.contiguous().numpy())
+        digest.update(images.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -68,13 +68,22 @@ class TrainedNetwork:
         Returns:
             The gradient norm before clipping, and whether everything was finite.
         """
+        norm, is_finite = self.clip_gradients(loss)
+        finite = self.group.all(torch.stack([is_finite, *finite_before]).all())
+        self.update_weights(finite)
+        return norm, finite
+
+    def clip_gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradient of a loss; returns its norm before, and whether loss and norm are finite on this rank."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        flags = [torch.isfinite(norm), torch.isfinite(loss.detach()), *finite_before]
-        finite = self.group.all(torch.stack(flags).all())
+        return norm.detach(), torch.isfinite(norm) & torch.isfinite(loss.detach())
+
+    def update_weights(self, finite: Tensor) -> None:
+        """Update the weights by clipped gradients, unless a loss or gradient was not finite on some rank."""
         # Fused optimizers read this flag on the device, where `GradScaler.step` would synchronize.
         self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -83,7 +92,6 @@ class TrainedNetwork:
             self.scaler.update()
         if self.schedule is not None:
             self.schedule.step()
-        return norm.detach(), finite
 
     def accumulation(self, last: bool) -> AbstractContextManager[None]:
         """Context for forward and backward of one part of a batch; ranks average gradients with the last part only."""

@@ -137,18 +137,19 @@ def matching_terms(
         group: The process group.
         pairs: The pairs of each rank in the word-region terms.
     """
-
-    def classes(rows: slice) -> Tensor:
-        return group.all_gather(class_ids[rows]).to(group.device, non_blocking=True)
-
+    all_classes = group.all_gather(class_ids)
     similarity = image_sentence_similarity(image.image, group.all_gather(text.sentence))
-    by_sentence = contrastive_terms(group.all_gather(similarity), classes(slice(None)), gamma_loss=recipe.gamma_loss)
+    classes = all_classes.to(group.device, non_blocking=True)
+    by_sentence = contrastive_terms(group.all_gather(similarity), classes, gamma_loss=recipe.gamma_loss)
     losses = dict(zip(("caption_by_sentence", "image_by_sentence"), by_sentence))
     total = torch.stack(by_sentence).sum()
     if recipe.word_weight > 0:
         words, mask = group.all_gather(text.words[pairs]), group.all_gather(word_mask[pairs])
         similarity = word_region_similarity(image.regions[pairs], words, mask)
-        by_words = contrastive_terms(group.all_gather(similarity), classes(pairs), gamma_loss=recipe.gamma_loss)
+        # Of each rank the classes of the same rows; ranks have equally many.
+        classes = all_classes.unflatten(0, (group.world_size, -1))[:, pairs].flatten()
+        classes = classes.to(group.device, non_blocking=True)
+        by_words = contrastive_terms(group.all_gather(similarity), classes, gamma_loss=recipe.gamma_loss)
         losses |= zip(("caption_by_words", "image_by_words"), by_words)
         total = total + recipe.word_weight * torch.stack(by_words).sum()
     return losses, total

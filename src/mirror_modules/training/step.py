@@ -89,7 +89,8 @@ def update_discriminators(
     # The partner of a row may be in another part or on another rank.
     all_texts = state.group.all_gather(torch.cat(texts))
     losses: dict[str, Tensor] = {}
-    for i, (network, resolution) in enumerate(zip(state.discriminators[: state.stages], state.resolutions)):
+    networks, flags = state.discriminators[: state.stages], []
+    for i, (network, resolution) in enumerate(zip(networks, state.resolutions)):
         network.optimizer.zero_grad()
         loss = torch.zeros((), device=state.group.device)
         for part, text, fake in zip(parts, texts, generated):
@@ -114,11 +115,16 @@ def update_discriminators(
                 part_loss = adversarial + recipe.r1_every * recipe.r1_weight * outputs.penalty
                 network.backward(part_loss / len(parts))
             loss += part_loss.detach() / len(parts)
-        norm, is_finite = network.optimizer_step(loss)
-        finite.append(is_finite)
+        norm, is_finite = network.clip_gradients(loss)
+        flags.append(is_finite)
         losses[f"discriminator_{resolution}"] = loss
         losses[f"discriminator_gradient_norm_{resolution}"] = norm
         losses |= {f"{name}_{resolution}": accuracy for name, accuracy in accuracies(outputs).items()}
+    # The flags of all discriminators are reduced together, so their updates wait for the last one.
+    flags = list(state.group.all(torch.stack(flags)))
+    for network, is_finite in zip(networks, flags):
+        network.update_weights(is_finite)
+    finite += flags
     return losses
 
 
@@ -255,6 +261,7 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     noise, condition_noise = state.draw(count, config.noise_dim), state.draw(count, config.condition_noise_dim)
     partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
     has_mismatched = recipe.mismatched_pairs and bool(valid.any())
+    pairs_of_batch = valid.sum() if has_mismatched else torch.tensor(0)
     partner, valid = group.local_rows(partner), group.local_rows(valid)
     real = image_pyramid(batch.images, state.resolutions)
     location = state.model.locate(batch.boxes, batch.points, count)
@@ -265,7 +272,8 @@ def divide(state: AdversarialState, batch: CaptionBatch, recipe: AdversarialReci
     # Each caption's end token counts as a word.
     words_of_part = torch.stack([batch.word_mask[rows].sum() + rows.stop - rows.start for rows in slices])
     pairs_of_part = torch.tensor([0 if rows is None else len(rows) for rows in mismatched_of_part])
-    word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part)
+    # Every rank has drawn the pairs of the whole batch, so their number needs no reduction.
+    word_weights, pair_weights = group.mean_weights(words_of_part), group.mean_weights(pairs_of_part, pairs_of_batch)
     # Further images draw their noise after all others.
     share = 2 if recipe.interpolation_weight > 0 else SHARE_OF_PAIRS
     has_further = recipe.interpolation_weight > 0 or recipe.diversity_ratio is not None

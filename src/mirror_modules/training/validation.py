@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._freezing import evaluating
-from mirror_modules._tiles import in_chunks
+from mirror_modules._tiles import Rows, in_chunks
 from mirror_modules.data import to_float
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.seeding import seeded
 from mirror_modules.glam import GeneratedImages
 from mirror_modules.interop.clip import ClipEncoders
@@ -35,8 +37,8 @@ class Unseen(NamedTuple):
     """Images of a split, each with a caption that no training image has."""
 
     captions: list[str]
-    images: Tensor
-    """Bytes (N, H, W, 3)."""
+    split_images: Tensor | MappedImages
+    """Bytes of all images of the split, (M, H, W, 3): not copied, and memory-mapped if they are in the split."""
     tokens: Tensor
     word_mask: Tensor
     class_ids: Tensor
@@ -50,13 +52,34 @@ class Unseen(NamedTuple):
     points: Tensor | None = None
     """Key points of each image, (N, K, 3); None if the split has none."""
 
+    @property
+    def images(self) -> Tensor:
+        """Bytes (N, H, W, 3): a copy, so where there are many, use `in_chunks`."""
+        return self.split_images[self.image_rows]
+
+    def select(self, rows: Sequence[int]) -> Unseen:
+        """The pairs of these rows."""
+        captions, images, *tensors = self
+        selected = (None if tensor is None else tensor[rows] for tensor in tensors)
+        return Unseen([captions[i] for i in rows], images, *selected)  # type: ignore[arg-type]
+
     def spread(self, count: int) -> Unseen:
         """At most `count` of the pairs, evenly spaced: neighbors in a data set often share a class."""
         total = len(self.captions)
         count = min(count, total)
-        rows = [i * total // count for i in range(count)]
-        tensors = (None if tensor is None else tensor[rows] for tensor in self[1:])
-        return Unseen([self.captions[i] for i in rows], *tensors)  # type: ignore[arg-type]
+        return self.select([i * total // count for i in range(count)])
+
+    def in_chunks(self, function: Callable[[Unseen, Tensor], Rows]) -> Rows:
+        """Apply a function to consecutive chunks of the pairs, so that images of a single chunk are in memory.
+
+        Args:
+            function: Takes pairs and their rows (B,), and returns what `in_chunks` concatenates.
+        """
+
+        def apply(rows: Tensor) -> Rows:
+            return function(self.select(rows.tolist()), rows)
+
+        return in_chunks(apply, torch.arange(len(self.captions)), size=CHUNK)
 
     def location(self, model: TextToImage) -> Tensor | None:
         """Where the subjects are, as the model takes it; None if it does not."""
@@ -79,7 +102,7 @@ def unseen_pairs(splits: Splits, max_words: int, *, held_out: bool = False) -> U
     choices = torch.tensor([split.captions[image].index(caption) for image, caption in unseen])
     return Unseen(
         captions,
-        split.images[images],
+        split.images,
         tokens,
         word_mask,
         split.class_ids[images],
@@ -110,16 +133,21 @@ def sentence_features(pair: Encoders, tokens: Tensor, word_mask: Tensor) -> Tens
 
 @torch.no_grad()
 def generate_images(
-    model: TextToImage, tokens: Tensor, word_mask: Tensor, seed: int, location: Tensor | None = None
+    model: TextToImage,
+    tokens: Tensor,
+    word_mask: Tensor,
+    seed: int,
+    location: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The finest images (N, 3, H, W) of captions, on the CPU.
 
-    Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone.
+    Image n has the seed `seed + n`: `model.generate(caption, seed=seed + n)` generates it alone. `rows` holds the n of
+    each caption, (N,); None counts from 0.
     """
     sizes = [model.config.noise_dim, model.config.condition_noise_dim]
 
-    def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor) -> Tensor:
-        place = None if location is None else location[rows].to(model.device)
+    def generate(tokens: Tensor, word_mask: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         drawn = torch.stack([torch.randn(sum(sizes), generator=seeded(seed + row)) for row in rows.tolist()])
         noise, condition_noise = drawn.to(model.device).split(sizes, dim=1)
         generated = model(
@@ -127,11 +155,12 @@ def generate_images(
             word_mask.to(model.device),
             noise=noise,
             condition_noise=condition_noise,
-            location=place,
+            location=None if location is None else location[places].to(model.device),
         )
         return generated.images[-1].cpu()
 
-    return in_chunks(generate, tokens, word_mask, torch.arange(len(tokens)), size=CHUNK)
+    places = torch.arange(len(tokens))
+    return in_chunks(generate, tokens, word_mask, places if rows is None else rows, places, size=CHUNK)
 
 
 class WordAccuracy(NamedTuple):
@@ -146,40 +175,71 @@ class WordAccuracy(NamedTuple):
     word_count: Tensor
     """Tokens of each caption, (N,)."""
 
+    @classmethod
+    def of(cls, predicted: Tensor) -> WordAccuracy:
+        """Summarize the results (N, 3) of `predict_words`."""
+        correct, log_likelihood, count = predicted.unbind(dim=1)
+        entropy = -float((log_likelihood * count).sum() / count.sum())
+        return cls(float(correct.sum()) / float(count.sum()), entropy, log_likelihood, count)
+
 
 @torch.no_grad()
-def word_accuracy(captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor) -> WordAccuracy:
-    """Accuracy and cross entropy of a captioner's next-token predictions."""
+def predict_words(captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+    """For each caption: tokens predicted correctly, log-likelihood in nats per token, number of tokens, (N, 3)."""
     device = captioner.embedding.weight.device
-    tokens, word_mask = append_end(tokens, word_mask)
-    correct, losses = 0.0, []
-    for image_chunk, token_chunk, mask_chunk in zip(*(rows.split(CHUNK) for rows in (images, tokens, word_mask))):
-        logits = captioner(_as_floats(image_chunk).to(device), token_chunk.to(device), mask_chunk.to(device)).cpu()
-        correct += float(((logits.argmax(dim=2) == token_chunk) & mask_chunk).sum())
-        losses.append(redescription_loss(logits, token_chunk, mask_chunk, reduction="none"))
-    of_caption, count = torch.cat(losses), word_mask.sum(dim=1)
-    entropy = float((of_caption * count).sum() / count.sum())
-    return WordAccuracy(correct / float(count.sum()), entropy, -of_caption, count)
+
+    def predict(images: Tensor, tokens: Tensor, word_mask: Tensor) -> Tensor:
+        logits = captioner(_as_floats(images).to(device), tokens.to(device), word_mask.to(device)).cpu()
+        correct = ((logits.argmax(dim=2) == tokens) & word_mask).sum(dim=1)
+        loss = redescription_loss(logits, tokens, word_mask, reduction="none")
+        return torch.stack((correct.to(loss), -loss, word_mask.sum(dim=1).to(loss)), dim=1)
+
+    return in_chunks(predict, images, *append_end(tokens, word_mask), size=CHUNK)
 
 
-def measure_image_information(
-    captioner: Captioner, images: Tensor, tokens: Tensor, word_mask: Tensor, own: WordAccuracy, seed: int
-) -> float:
-    """The mean over all tokens of `functional.image_information`, with another image of the split for each caption.
+class Rotation:
+    """Pairs every caption with images of other captions, the next and the next but one in a random cycle of all.
+
+    `image_of[d]` has the image of each caption at distance d, (N,): at 0 its own. `caption_of[d]` is its inverse, since
+    images are met a chunk at a time.
 
     Args:
-        captioner: In evaluation mode.
-        images: At least two images.
-        tokens: Their captions, (N, L).
-        word_mask: True for a real word, (N, L).
-        own: Likelihoods given their own images, from `word_accuracy`.
-        seed: Seed of the assignment of other images to captions.
+        unseen: At least two pairs.
+        seed: Seed of the cycle.
     """
-    # The inverse permutation: images in the order of this seed's derangement must not meet their own captions again.
-    others = derangement(len(images), seed).argsort()
-    prior = torch.empty_like(own.log_likelihood)
-    prior[others] = word_accuracy(captioner, images, tokens[others], word_mask[others]).log_likelihood
-    information = image_information(own.log_likelihood, prior)
+
+    def __init__(self, unseen: Unseen, seed: int) -> None:
+        following = derangement(len(unseen.captions), seed)
+        self.tokens, self.word_mask = unseen.tokens, unseen.word_mask
+        self.image_of = (torch.arange(len(following)), following, following[following])
+        self.caption_of = tuple(order.argsort() for order in self.image_of)
+
+    def predict(self, captioner: Captioner, images: Tensor, rows: Tensor, distances: int = 3) -> Tensor:
+        """`predict_words` of images and their captions at distances 0, 1, ...: (B, distances, 3).
+
+        Args:
+            captioner: In evaluation mode.
+            images: Floats (B, 3, H, W) in [-1, 1], or bytes (B, H, W, 3).
+            rows: Their rows, (B,).
+            distances: Number of captions for each image, at most 3.
+        """
+        captions = [caption_of[rows] for caption_of in self.caption_of[:distances]]
+        predicted = [predict_words(captioner, images, self.tokens[each], self.word_mask[each]) for each in captions]
+        return torch.stack(predicted, dim=1)
+
+    def accuracy(self, predicted: Tensor, distance: int) -> WordAccuracy:
+        """The captions with the images at a distance, from the results of `predict` for all images, (N, D, 3)."""
+        return WordAccuracy.of(predicted[self.image_of[distance], distance])
+
+
+def mean_image_information(own: WordAccuracy, other: WordAccuracy) -> float:
+    """The mean over all tokens of `functional.image_information`.
+
+    Args:
+        own: Captions given the images that they are about.
+        other: The same captions, each given another image.
+    """
+    information = image_information(own.log_likelihood, other.log_likelihood)
     return float((information * own.word_count).sum() / own.word_count.sum())
 
 
@@ -194,16 +254,18 @@ def derangement(count: int, seed: int) -> Tensor:
 def measure_pair(pair: EncoderPair, unseen: Unseen, candidates: int, seed: int) -> dict[str, float]:
     """R-precision of real images by the encoder pair in training."""
     with evaluating(pair):
-        result = _precision(pair, unseen.images, unseen, candidates, seed)
+        features = unseen.in_chunks(lambda part, rows: image_features(pair, part.images))
+        result = _precision(pair, features, unseen, candidates, seed)
     return {"r_precision": result.top1}
 
 
 def measure_captioner(captioner: Captioner, unseen: Unseen, seed: int) -> dict[str, float]:
     """Cross entropy, word accuracy and image information of a captioner on real images."""
-    pairs = unseen.images, unseen.tokens, unseen.word_mask
+    rotation = Rotation(unseen, seed)
     with evaluating(captioner):
-        own = word_accuracy(captioner, *pairs)
-        information = measure_image_information(captioner, *pairs, own, seed)
+        predicted = unseen.in_chunks(lambda part, rows: rotation.predict(captioner, part.images, rows, distances=2))
+    own, other = rotation.accuracy(predicted, 0), rotation.accuracy(predicted, 1)
+    information = mean_image_information(own, other)
     return {"cross_entropy": own.cross_entropy, "word_accuracy": own.accuracy, "image_information": information}
 
 
@@ -215,14 +277,19 @@ def measure_generator(
     The encoders of phase `evaluator` are not used here: they must not select the model that they evaluate.
     """
     model = averaged_model(state)
-    with evaluating(model):
-        images = generate_images(model, unseen.tokens, unseen.word_mask, seed, unseen.location(model))
+
+    def measure(part: Unseen, rows: Tensor) -> dict[str, Tensor]:
+        images = generate_images(model, part.tokens, part.word_mask, seed, part.location(model), rows)
         if images.shape[2] != (size := model.config.resolutions[-1]):
             # Of a first stage; the networks have learned from images of the full size.
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        result = _precision(pair, images, unseen, candidates, seed)
-        entropy = word_accuracy(model.captioner, images, unseen.tokens, unseen.word_mask).cross_entropy
-    return {"r_precision": result.top1, "redescription": entropy}
+        predicted = predict_words(model.captioner, images, part.tokens, part.word_mask)
+        return {"features": image_features(pair, images), "predicted": predicted}
+
+    with evaluating(model):
+        measured = unseen.in_chunks(measure)
+        result = _precision(pair, measured["features"], unseen, candidates, seed)
+    return {"r_precision": result.top1, "redescription": WordAccuracy.of(measured["predicted"]).cross_entropy}
 
 
 def averaged_model(state: AdversarialState) -> TextToImage:
@@ -253,9 +320,9 @@ def _as_floats(images: Tensor) -> Tensor:
     return to_float(images) if images.dtype == torch.uint8 else images
 
 
-def _precision(pair: EncoderPair, images: Tensor, unseen: Unseen, candidates: int, seed: int) -> RPrecision:
+def _precision(pair: EncoderPair, features: Tensor, unseen: Unseen, candidates: int, seed: int) -> RPrecision:
     return r_precision(
-        image_features(pair, images),
+        features,
         sentence_features(pair, unseen.tokens, unseen.word_mask),
         candidates=candidates,
         generator=torch.Generator().manual_seed(seed),

@@ -9,10 +9,11 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from mirror_modules.data import InMemoryCaptions, PreparedCaptions, RepeatableBatches, open_captions, prepare_captions
 from mirror_modules.data.inspection import inspect_split
+from mirror_modules.data.mapped_images import MappedImages
 from tests.layouts import make_flowers, same_samples
 
 pytest.importorskip("PIL.Image")
@@ -80,10 +81,12 @@ def test_in_memory_data_is_the_same_mapped_or_copied(made, tmp_path, shard_size)
     dataset = PreparedCaptions(tmp_path / "cache", resolution=R)
     prepared = InMemoryCaptions(dataset, max_words=18, progress=lambda *done: calls.append(done))
     assert calls == [(i + 1, TRAINING) for i in range(TRAINING)]
-    assert (dataset.stored_images() is None) == (shard_size == SHARD)
     if shard_size > SHARD:
         assert prepared.images.data_ptr() == dataset.stored_images().data_ptr()
-    assert torch.equal(prepared.images, originals.images)
+    else:
+        assert isinstance(prepared.images, MappedImages)
+        assert prepared.images.shape == originals.images.shape
+    assert torch.equal(prepared.images[:], originals.images)
     assert torch.equal(prepared.class_ids, originals.class_ids)
     assert prepared.captions == originals.captions
     assert prepared.attributes == originals.attributes
@@ -91,6 +94,48 @@ def test_in_memory_data_is_the_same_mapped_or_copied(made, tmp_path, shard_size)
         batch, expected = (RepeatableBatches(each, 5, seed=7, crop=11)[number] for each in (prepared, originals))
         assert all(torch.equal(a, b) for a, b in zip(batch[:4], expected[:4]))
         assert batch.captions == expected.captions
+
+
+@pytest.mark.parametrize("shard_size", [SHARD, 100])
+@pytest.mark.parametrize("rows", [[7, 0, 10, 4, 5], [3], range(0, TRAINING, 2)])
+def test_a_subset_stays_mapped(made, tmp_path, shard_size, rows):
+    """An image is a view of its file, and no other data of the files are read into memory."""
+    prepare_captions(made[0], tmp_path / "cache", resolution=R, shard_size=shard_size)
+    dataset = PreparedCaptions(tmp_path / "cache", resolution=R)
+    subset, copied = (
+        InMemoryCaptions(Subset(each, rows), max_words=18) for each in (dataset, open_captions(made[0], resolution=R))
+    )
+    assert len(subset) == len(subset.images) == len(rows)
+    for name in ("class_ids", "tokens", "word_mask", "caption_counts"):
+        assert torch.equal(getattr(subset, name), getattr(copied, name))
+    assert subset.captions == copied.captions
+    for i, row in enumerate(rows):
+        start = dataset._shards[row // shard_size].__array_interface__["data"][0]
+        assert subset.images[i].data_ptr() == start + row % shard_size * R * R * 3
+        assert torch.equal(subset.images[i], copied.images[i])
+    if len(rows) > 1:
+        batches = [RepeatableBatches(each, 2, seed=7, crop=crop) for each in (subset, copied) for crop in (None, 11)]
+        for mapped, other in zip(batches[:2], batches[2:]):
+            assert torch.equal(mapped[1].images, other[1].images)
+    copy = pickle.loads(ForkingPickler.dumps(subset))
+    assert torch.equal(copy.images[:], copied.images)
+
+
+def test_mapped_images_are_indexed_like_a_tensor():
+    files = [torch.randint(256, (count, 2, 5, 3), dtype=torch.uint8) for count in (3, 1, 7)]
+    rows = [10, 0, 3, 2, 4]
+    mapped, tensor = MappedImages(files, rows), torch.cat(files)[rows]
+    assert mapped.shape == tensor.shape
+    assert len(mapped) == 5
+    for index in (0, 4, -1, slice(1, 4), slice(None, None, 2), slice(2, 2), torch.tensor([3, 0, 0]), torch.arange(0)):
+        assert torch.equal(mapped[index], tensor[index])
+    chunks = list(mapped.split(2))
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+    assert torch.equal(torch.cat(chunks), tensor)
+    assert torch.equal(MappedImages(files)[:], torch.cat(files))
+    for index in (5, -6, torch.tensor([5])):
+        with pytest.raises(IndexError):
+            mapped[index]
 
 
 def test_images_in_one_file_at_a_lower_resolution_are_copied(made, tmp_path):
@@ -115,7 +160,7 @@ def test_a_pickle_of_mapped_images_holds_the_path_of_their_folder_and_no_images(
     assert not captions.images.is_shared(), "pickled for a worker process, the images were copied into shared memory"
     copy = pickle.loads(pickled)
     assert torch.equal(copy.images, captions.images)
-    assert copy.images.data_ptr() == copy._mapped.stored_images().data_ptr()
+    assert copy.images.data_ptr() == copy._mapped[0].stored_images().data_ptr()
     assert copy.captions == captions.captions
     batches = [RepeatableBatches(each, 5, seed=7, crop=11)[2].images for each in (captions, copy)]
     assert torch.equal(*batches)
@@ -265,4 +310,5 @@ def test_training_maps_a_split_in_one_file(made, tmp_path):
     assert torch.equal(splits.training.images, original.training.images)
     assert splits.training.captions == original.training.captions
     part = load_splits(dataclasses.replace(recipe, training_images=5), model, seed=0)
-    assert torch.equal(part.training.images, splits.training.images[[i * TRAINING // 5 for i in range(5)]])
+    assert isinstance(part.training.images, MappedImages)
+    assert torch.equal(part.training.images[:], splits.training.images[[i * TRAINING // 5 for i in range(5)]])

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.readers.damage import printable
 from mirror_modules.data.readers.files import CaptionedFiles, Entry, Location, clean_captions
 from mirror_modules.data.readers.images import shrink
@@ -67,18 +68,22 @@ class PreparedCaptions(CaptionedFiles):
     def __init__(self, root: str | Path, *, split: str = "train", resolution: int = 64, on_error: str = "stop") -> None:
         super().__init__(root, split, resolution, on_error)
 
-    def stored_images(self) -> Tensor | None:
-        """All images as stored on disk, (N, H, W, 3): memory-mapped, not copied, and read-only.
+    def stored_images(self, rows: Sequence[int] | None = None) -> Tensor | MappedImages | None:
+        """Images as stored on disk, (N, H, W, 3): memory-mapped, not copied, and read-only.
+
+        Args:
+            rows: The images; None for all.
 
         Returns:
-            None if they are in several files or must be resized.
+            A tensor if all images are in a single file; None if they must be resized.
         """
-        if len(self._shards) > 1 or self._stored_resolution != self.resolution:
+        if self._stored_resolution != self.resolution:
             return None
         with warnings.catch_warnings():
             # torch warns that the array is read-only. A writable (copy-on-write) map would have to fit into memory.
             warnings.simplefilter("ignore", UserWarning)
-            return torch.from_numpy(self._shards[0])
+            files = [torch.from_numpy(shard) for shard in self._shards]
+        return files[0] if rows is None and len(files) == 1 else MappedImages(files, rows)
 
     def stored_size(self, index: int) -> tuple[int, int]:
         """Width and height of the images in the folder."""
