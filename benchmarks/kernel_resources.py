@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mirror_modules.kernels import attention
+from mirror_modules.kernels.choice import LARGEST_IN_FLOAT32
 
 DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 FLOAT32_POINTERS = ("words_result", "sentence_result", "scores", "similarity", "gradient", "grad_products")
@@ -235,6 +236,8 @@ def main() -> None:
         ("forward", "backward"), arguments.channels, arguments.words, arguments.dtypes, arguments.capabilities
     )
     for kind in kinds:
+        if kind[3] == "float32" and kind[1] > LARGEST_IN_FLOAT32:
+            continue
         if arguments.measure:
             for tile, milliseconds in measure(Case(*kind)):
                 print(*kind, *tile, f"{milliseconds:.3f} ms", flush=True)

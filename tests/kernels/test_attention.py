@@ -82,7 +82,7 @@ SIZES = {
     "one position": ({"h": 1, "w": 1}, (2, 11)),
     "one row": ({"h": 1}, (2, 11)),
     "one column": ({"w": 1}, (2, 11)),
-    "several chunks of words": ({"c": 130, "l": 70, "h": 3}, (70, 40)),
+    "several chunks of words": ({"c": 100, "l": 70, "h": 3}, (70, 40)),
     "several spans and tiles": ({"h": 17, "w": 31}, (11, 4)),
 }
 
@@ -96,9 +96,9 @@ def test_results_and_gradients_match_the_definition(device, case):
         assert_close(kernel, definition)
 
 
-@pytest.mark.parametrize("channels", [8, 24, 48, 256])
-def test_channels(device, channels):
-    inputs = draw(device, c=channels, h=3, mask=mask_of(11, 4), dtype=torch.float32)
+@pytest.mark.parametrize(("channels", "dtype"), [*((c, torch.float32) for c in (8, 24, 48, 128)), (256, torch.float16)])
+def test_channels(device, channels, dtype):
+    inputs = draw(device, c=channels, h=3, mask=mask_of(11, 4), dtype=dtype)
     assert_within_budget(inputs)
 
 
@@ -111,13 +111,14 @@ def test_lengths_of_captions(device, length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype):
     assert_within_budget(draw(device, c=24, mask=mask_of(11, 4), dtype=dtype))
-    assert_within_budget(draw(device, c=130, l=70, mask=mask_of(70, 40, length=70), dtype=dtype))
+    assert_within_budget(draw(device, c=100, l=70, mask=mask_of(70, 40, length=70), dtype=dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "length", "side"), [(32, 18, 64), (48, 12, 61), (128, 77, 32), (256, 256, 16)])
 def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, channels, length, side):
+    channels = min(channels, 128) if dtype == torch.float32 else channels
     mask = mask_of(length, 1, length // 2, length=length)
     assert_within_budget(draw(device, b=3, c=channels, h=side, w=side, l=length, mask=mask, dtype=dtype), maps=False)
 
@@ -145,7 +146,7 @@ def test_any_layout(device, case):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_configuration_covers_all_channels_words_and_positions(direction, dtype):
-    for channels in range(1, 257):
+    for channels in range(1, 257 if dtype.itemsize == 2 else 129):
         for length in (1, 16, 17, 64, 129, 256):
             sizes = attention.configuration(direction, channels, length, dtype)
             assert max(15, sizes["BLOCK_C"] / 2) < max(16, channels) <= sizes["BLOCK_C"]
@@ -200,7 +201,7 @@ def test_extreme_scores(device, scale):
 
 
 @pytest.mark.parametrize("garbage", [1e30, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("sizes", [{}, {"c": 130, "l": 70, "h": 3}])
+@pytest.mark.parametrize("sizes", [{}, {"c": 100, "l": 70, "h": 3}])
 def test_padding_has_no_influence_at_all(device, sizes, garbage):
     length = sizes.get("l", L)
     inputs = draw(device, **sizes, mask=mask_of(length, 4, length=length), dtype=torch.float32)

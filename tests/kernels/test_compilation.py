@@ -25,6 +25,7 @@ from benchmarks.kernel_resources import Case, access_widths, is_integer, resourc
 from mirror_modules.kernels import attention, attention_triton, similarity, similarity_triton
 
 capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+WIDEST = 128 if dtype == torch.float32 else 256
 
 
 def compile_kernel(kernel, constants, integers, **options):
@@ -53,7 +54,7 @@ def check(kernel, constants, ragged=()):
     print(kernel.fn.__name__, compiled.metadata.shared)
 
 
-for channels, length in [(32, 18), (256, 77)]:
+for channels, length in [(32, 18), (WIDEST, 77)]:
     channels_first = {"feature_n": 1, "context_n": 1, "sentence_context_n": 1}
     forward = constants_of("forward", channels, length) | channels_first | {"HAS_MASK": True}
     check(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": False})
@@ -98,7 +99,7 @@ def check(kernel, constants):
 
 
 # The second caption is processed in several chunks.
-for channels, length, has_mask in [(32, 18, True), (256, 150, False)]:
+for channels, length, has_mask in [(32, 18, True), (WIDEST, 150, False)]:
     mask = {"HAS_MASK": has_mask} | ({} if has_mask else {"word_mask": None})
     common = constants_of("forward", channels, length) | mask
     for has_maps in (True, False):
@@ -120,15 +121,18 @@ for length, size in [(18, 289), (1, 1)]:
 
 RESOURCES = """
 # Wide and narrow features, captions of one chunk and of several; the rest is left to the tool, which prints all.
+spilled = []
 for direction in ("forward", "backward"):
-    for channels, length in [(32, 18), (32, 77), (64, 77), (128, 77), (256, 77)]:
+    for channels, length in [(32, 18), (64, 77), (128, 77), (WIDEST, 256)]:
         for channels_last, maps in [(False, False), (True, True)]:
             case = Case(direction, channels, length, sys.argv[2], capability, channels_last, maps)
             used = resources(case)
-            assert used.spilled == 0, (case, used)
+            if used.spilled:
+                spilled.append((case, used))
             is_headline = dtype == torch.bfloat16 and (channels, length, maps) == (32, 18, False)
             assert not is_headline or used.warps >= {"forward": 32, "backward": 16}[direction], (case, used)
             print(direction)
+assert not spilled, spilled
 """
 
 
@@ -170,4 +174,4 @@ def test_compiles_for_integers_that_triton_specializes(capability, dtype, tmp_pa
 )
 def test_no_configuration_spills_registers(capability, dtype, tmp_path):
     """And the backward pass of the headline shape keeps 16 warps on a multiprocessor, enough to hide memory latency."""
-    assert len(run_compiler(RESOURCES, capability, dtype, tmp_path)) == 20 + 1
+    assert len(run_compiler(RESOURCES, capability, dtype, tmp_path)) == 16 + 1

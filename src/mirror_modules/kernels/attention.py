@@ -48,7 +48,6 @@ TILES = {
         32: Tile(16, 32, 4),
         64: Tile(16, 32, 4),
         128: Tile(16, 16, 8, registers=255),
-        256: Tile(16, 16, 8),
     },
     ("backward", 2): {
         16: Tile(16, 64, 4),
@@ -62,7 +61,6 @@ TILES = {
         32: Tile(16, 32, 8),
         64: Tile(16, 32, 8),
         128: Tile(16, 16, 8, registers=255),
-        256: Tile(16, 16, 8),
     },
 }
 """The tile for a direction and a number of bytes, by padded channels. None spills registers to memory, on any GPU.
@@ -225,7 +223,7 @@ def configuration(direction: str, channels: int, length: int, dtype: torch.dtype
 
     Args:
         direction: "forward" or "backward".
-        channels: Channels of the features, at most 256.
+        channels: Channels of the features, at most 256; at most 128 in float32.
         length: Words of a caption, padding included.
         dtype: Dtype of the features.
 

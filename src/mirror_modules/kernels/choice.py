@@ -17,6 +17,8 @@ LARGEST = {
     "word_region_similarity": {"regions": 1024, "words": 256, "features": 1024},
 }
 """Largest sizes that each kernel supports and is tested with."""
+LARGEST_IN_FLOAT32 = 128
+"""Maximum number of channels of `global_local_attention` in more than 16 bits: with more, registers spill to memory."""
 
 LARGEST_GAMMA = 8
 """Largest |gamma_attention| for which the smallest share of a region, exp(-|gamma|), is a normal number of float16."""
@@ -131,6 +133,9 @@ def _obstacle(operation: str, facts: Facts) -> str | None:
     for name, size in facts.sizes.items():
         if not 1 <= size <= LARGEST[operation][name]:
             return f"there are {size} {name}, and the kernel takes 1 to {LARGEST[operation][name]}"
+    channels = facts.sizes.get("channels", 0)
+    if facts.dtypes[0].itemsize > 2 and channels > LARGEST_IN_FLOAT32:
+        return f"there are {channels} channels in {names[0]}, and the kernel takes 1 to {LARGEST_IN_FLOAT32}"
     if facts.options:
         return f"only impl='torch' supports {' and '.join(facts.options)}"
     return None
