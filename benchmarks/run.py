@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,8 +198,8 @@ def measure_training(name: str, options: argparse.Namespace) -> None:
     finish(name, records, options.results if record else None)
 
 
-def finish(name: str, records: list[Record], results: Path | None) -> None:
-    """Print records of training steps or of sampling, and append them to the results."""
+def finish(name: str, records: Iterable[Record], results: Path | None) -> None:
+    """Print records of training steps or of sampling, and append each to the results as soon as it comes."""
     from benchmarks import _record
 
     for entry in records:
@@ -208,7 +208,7 @@ def finish(name: str, records: list[Record], results: Path | None) -> None:
         title = f"{entry.op}, {entry.impl}"
         if entry.quantity == "ms" or entry.op == "sampling":
             title += f", {entry.dtype}, batch {entry.shape['batch']}"
-        print(f"{title}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB")
+        print(f"{title}: {entry.median:.3f} {entry.quantity} ({low:.3f} to {high:.3f}), {memory} MiB", flush=True)
         if entry.quantity == "ms":
             print(f"    {1000 * entry.shape['batch'] / entry.median:,.0f} images/s")
         if entry.others is not None:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,22 +165,23 @@ def onnx_sampler(generator: torch.nn.Module, inputs: Inputs) -> Sampler:
 
 def measure(
     sizes: Sizes, rounds: int, threads: int, quiet: float, device: str = "cpu", starts: int = STARTS
-) -> list[_record.Record]:
+) -> Iterator[_record.Record]:
     """Time all implementations interleaved in one process at each batch size, then the start of the command.
+
+    Records come as soon as their batch size is measured.
 
     Raises:
         ValueError: An implementation generates other images than the published one.
     """
     torch.set_num_threads(threads)
-    records: list[_record.Record] = []
     for batch in sizes.batches:
         torch.compiler.reset()
         works = samplers(sizes, batch, device)
         if device == "cuda":
-            records += _measure_on_gpu(works, sizes, batch)
+            yield from _measure_on_gpu(works, sizes, batch)
         else:
-            records += _measure_on_cpu(works, sizes, batch, rounds, quiet)
-    return [*records, *measure_start(sizes, starts, device)]
+            yield from _measure_on_cpu(works, sizes, batch, rounds, quiet)
+    yield from measure_start(sizes, starts, device)
 
 
 def samplers(sizes: Sizes, batch: int, device: str) -> dict[str, Work]:
