@@ -60,7 +60,7 @@ TILES = {
         16: Tile(16, 32, 4),
         32: Tile(16, 32, 8),
         64: Tile(16, 32, 8),
-        128: Tile(16, 16, 8, registers=255),
+        128: Tile(16, 16, 16, registers=128),
     },
 }
 """The tile for a direction and a number of bytes, by padded channels. None spills registers to memory, on any GPU.
