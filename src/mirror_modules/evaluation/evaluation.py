@@ -200,17 +200,17 @@ def _evaluate(
     def encode(images: Tensor) -> dict[str, Tensor]:
         return {each.phase: image_features(each.pair, images) for each in ranking}
 
-    def measure(images: Tensor, part: Unseen, rows: Tensor, distances: int) -> dict[str, Any]:
+    def measure(images: Tensor, part: Unseen, rows: Tensor, *, shuffled: bool) -> dict[str, Any]:
         found = {
             "encoded": encode(images),
-            "predicted": rotation.predict(model.captioner, images, rows, distances),
+            "predicted": rotation.predict(model.captioner, images, rows, distances=3 if shuffled else 2),
             "descriptions": model.describe(images),
             "extracted": {i: _extract(extractor, images) for i, extractor in enumerate(networks.extractors)},
             **_measure_boxes(images, part, recipe),
         }
         if splits.validation.attributes[0]:
             found["attributes"] = _attributes(images, part.boxes if recipe.data.scatter else None, networks)
-            if recipe.data.scatter and unseen.boxes is not None:
+            if shuffled and recipe.data.scatter and unseen.boxes is not None:
                 # Shuffled images are searched for the flower where their caption has it.
                 boxes = unseen.boxes[rotation.caption_of[1][rows]]
                 found["shuffled_attributes"] = _attributes(images, boxes, networks)
@@ -218,8 +218,8 @@ def _evaluate(
 
     # Every image is read or generated once, for all networks, and only what they compute is kept.
     results = {
-        "generated": unseen.in_chunks(lambda part, rows: measure(generated(part, rows), part, rows, 3)),
-        "real": unseen.in_chunks(lambda part, rows: measure(to_float(part.images), part, rows, 2)),
+        "generated": unseen.in_chunks(lambda part, rows: measure(generated(part, rows), part, rows, shuffled=True)),
+        "real": unseen.in_chunks(lambda part, rows: measure(to_float(part.images), part, rows, shuffled=False)),
     }
     predicted = {name: each.pop("predicted") for name, each in results.items()}
     # Shuffled images are at distance 1 of their captions; the other image of each caption is one step further.
@@ -317,8 +317,7 @@ def _measure_boxes(images: Tensor, part: Unseen, recipe: Recipe) -> dict[str, Te
 def _attributes(images: Tensor, boxes: Tensor | None, networks: EvaluationNetworks) -> dict[str, dict[str, list[str]]]:
     """Attributes of drawn flowers; the colors are measured without a network.
 
-    Of scattered flowers, with the boxes, these are the only attributes: the classifier has seen flowers in the middle
-    alone.
+    With boxes, of scattered flowers, only colors are measured: the classifier was trained on centered flowers.
     """
     if boxes is None:
         return predict_attributes(images, networks.classifier)
