@@ -1,11 +1,11 @@
-"""What the attention kernels occupy on a GPU: registers, spills, shared memory, widths of memory accesses.
+"""Resources of the attention kernels on a GPU: registers, spills, shared memory, widths of memory accesses.
 
-Triton compiles for a GPU that is not there, so that this table needs none:
+Triton can compile for a GPU that the machine does not have, so this table needs none:
 
     python -m benchmarks.kernel_resources --capabilities 90 --dtypes bfloat16 --channels 32 --words 18
 
-On a GPU, `--measure` times each tile that could replace the one in use (`mirror_modules.kernels.attention`); a new
-entry of those tables is checked by tests/kernels/test_compilation.py.
+On a GPU, `--measure` times each tile that could replace the one in use (`mirror_modules.kernels.attention.TILES`).
+tests/kernels/test_compilation.py checks a new entry of that table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel occupies."""
+    """Resources of a compiled kernel."""
 
     registers: int
     """Of a thread; at most 255."""

@@ -13,7 +13,7 @@ from torch import Tensor
 class MappedImages:
     """Rows of images in one or more memory-mapped files, read when they are indexed.
 
-    Like a tensor of bytes (N, H, W, 3) on the CPU, of which it has the operations below.
+    It behaves like a tensor of bytes (N, H, W, 3) on the CPU that can be indexed and split along its first axis only.
 
     Args:
         files: The images of each file, (N_k, H, W, 3), all of one size.

@@ -64,8 +64,8 @@ def prepare_captions(
         resolution: Height and width of the images; somewhat above the model's leaves room for random crops.
         source: Format of the originals, as for `open_captions`.
         on_error: "stop" raises at the first damaged sample; "skip" skips damaged samples up to 5 % of a split.
-        shard_size: Maximum number of samples per file, what an interrupted call computes again. Training maps the
-            images of all files into memory instead of copying them.
+        shard_size: Maximum number of samples per file; after an interruption, only the unfinished file is computed
+            again. Training maps the images of all files into memory instead of copying them.
         progress: Called with (split, samples done, samples in total) after each sample, and once for each file that an
             earlier call completed.
 

@@ -200,8 +200,8 @@ def predict_words(captioner: Captioner, images: Tensor, tokens: Tensor, word_mas
 class Rotation:
     """Pairs every caption with images of other captions, the next and the next but one in a random cycle of all.
 
-    `image_of[d]` has the image of each caption at distance d, (N,): at 0 its own. `caption_of[d]` is its inverse, since
-    images are met a chunk at a time.
+    `image_of[d]` has the image of each caption at distance d, (N,): at 0 its own. `caption_of[d]` is its inverse, for
+    images that are processed in chunks.
 
     Args:
         unseen: At least two pairs.
@@ -236,7 +236,7 @@ def mean_image_information(own: WordAccuracy, other: WordAccuracy) -> float:
     """The mean over all tokens of `functional.image_information`.
 
     Args:
-        own: Captions given the images that they are about.
+        own: Captions given their own images.
         other: The same captions, each given another image.
     """
     information = image_information(own.log_likelihood, other.log_likelihood)
