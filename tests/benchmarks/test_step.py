@@ -21,7 +21,9 @@ def recorded(fake_gpu, monkeypatch):
         # True for the command line alone: optimizers would look for a stream of the GPU.
         answers = iter([True])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: next(answers, False))
-        arguments = ["step", "--device", "cuda", "--threads", "1", "--results", str(tmp_path), *words]
+        arguments = ["step", "--device", "cuda", "--threads", "1", "--results", str(tmp_path)]
+        # The default budget is seconds since the import, by another test maybe.
+        arguments += ["--budget", "1e9", *words]
         status = run.main(arguments)
         path = tmp_path / "step.jsonl"
         return status, _record.read(path) if path.exists() else []

@@ -50,7 +50,7 @@ TILES = {
         128: Tile(16, 16, 8, registers=255),
     },
     ("backward", 2): {
-        16: Tile(16, 64, 4),
+        16: Tile(16, 64, 4, registers=255),
         32: Tile(16, 64, 4),
         64: Tile(16, 64, 8),
         128: Tile(16, 64, 8),

@@ -48,7 +48,7 @@ def _placed(name: str, place: dict[str, Any]) -> Recipe:
         "channels": 2 * base.channels,
         "resolutions": base.resolutions[-1:],
         "text_projection": base.condition_dim,
-        # With batch norm, images were noise after 1,000 steps, and flowers not in their boxes (trial at 32 pixels).
+        # With batch norm, images were noise after 800 steps, and flowers not in their boxes (trial at 32 pixels).
         "discriminator_normalization": "spectral",
         **place,
     }
