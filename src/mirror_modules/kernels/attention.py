@@ -66,8 +66,8 @@ TILES = {
 """The tile for a direction and a number of bytes, by padded channels.
 
 The configurations that tests/kernels/test_compilation.py compiles, for compute capability 8.0 and 9.0, spill no
-registers to memory. With tf32, which torch enables on request only, the backward pass of 64 and 128 channels spills 8 to
-128 bytes.
+registers to memory. With tf32, which torch enables on request only, the backward pass of 64 and 128 channels spills 8
+to 128 bytes.
 
 16 positions are the rows of one tensor core instruction. With 32, the backward pass of 32 channels in bfloat16 compiles
 to 40 of them instead of 10, because warps repeat each other's products, and takes 163 registers instead of 80.
