@@ -63,11 +63,14 @@ TILES = {
         128: Tile(16, 16, 16, registers=128),
     },
 }
-"""Tiles by direction, bytes per element and padded channels. No tile spills registers to memory, as compiled by
-Triton for compute capability 8.0 and 9.0.
+"""Tiles by direction, bytes per element and padded channels.
 
-16 positions are the rows of one tensor core instruction. With more, Triton gives each warp its own rows and a copy of
-all words, and the backward pass of 32 channels in bfloat16 takes 163 registers instead of 80.
+The configurations that tests/kernels/test_compilation.py compiles, for compute capability 8.0 and 9.0, spill no
+registers to memory. With tf32, which torch enables on request only, the backward pass of 64 and 128 channels spills 8
+to 128 bytes.
+
+16 positions are the rows of one tensor core instruction. With 32, the backward pass of 32 channels in bfloat16 compiles
+to 40 of them instead of 10, because warps repeat each other's products, and takes 163 registers instead of 80.
 """
 OPERATOR = "mirror_modules::global_local_attention"
 
