@@ -25,7 +25,9 @@ def checkpoint(tmp_path_factory):
 def test_the_cosines_are_those_of_transformers(tmp_path, kind):
     encoders = load_clip(str(tiny.save_clip(tmp_path, kind)))
     images = torch.rand(5, 3, 16, 16) * 2 - 1
-    model, tokenizer, image_processor = tiny.clip(kind)
+    model, tokenizer, _ = tiny.clip(kind)
+    # The class itself rounds resized images to bytes in older versions.
+    image_processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     # SigLIP was trained on captions padded to the full length, without an attention mask.
     padding = {"padding": "max_length", "max_length": 67} if kind == "siglip" else {"padding": True}
     inputs = tokenizer(CAPTIONS, return_tensors="pt", return_attention_mask=kind == "clip", **padding)
