@@ -22,7 +22,8 @@ class MappedImages:
 
     def __init__(self, files: Sequence[Tensor], rows: Sequence[int] | None = None) -> None:
         self._files, self._ends = files, list(accumulate(map(len, files)))
-        self._rows = torch.arange(self._ends[-1]) if rows is None else torch.tensor(rows, dtype=torch.long)
+        every = torch.arange(self._ends[-1])
+        self._rows = every if rows is None else every[torch.tensor(rows, dtype=torch.long)]
         self.shape = torch.Size((len(self._rows), *files[0].shape[1:]))
 
     def __len__(self) -> int:
@@ -30,11 +31,11 @@ class MappedImages:
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """A single image, which is not copied, or a copy of the images at a slice or at rows (B,)."""
-        if isinstance(index, int):
-            return self._image(int(self._rows[index]))
-        rows = self._rows[index].tolist()
+        rows = self._rows[index]
+        if rows.ndim == 0:
+            return self._image(int(rows))
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows.tolist()):
             images[i] = self._image(row)
         return images
 

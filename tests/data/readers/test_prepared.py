@@ -123,11 +123,12 @@ def test_a_subset_stays_mapped(made, tmp_path, shard_size, rows):
 
 def test_mapped_images_are_indexed_like_a_tensor():
     files = [torch.randint(256, (count, 2, 5, 3), dtype=torch.uint8) for count in (3, 1, 7)]
-    rows = [10, 0, 3, 2, 4]
+    rows = [10, 0, -8, 2, 4]
     mapped, tensor = MappedImages(files, rows), torch.cat(files)[rows]
     assert mapped.shape == tensor.shape
     assert len(mapped) == 5
-    for index in (0, 4, -1, slice(1, 4), slice(None, None, 2), slice(2, 2), torch.tensor([3, 0, 0]), torch.arange(0)):
+    integers = 0, 4, -1, np.int64(2), torch.tensor(3)
+    for index in (*integers, slice(1, 4), slice(None, None, 2), slice(2, 2), torch.tensor([3, 0, 0]), torch.arange(0)):
         assert torch.equal(mapped[index], tensor[index])
     chunks = list(mapped.split(2))
     assert [len(chunk) for chunk in chunks] == [2, 2, 1]
