@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mirror_modules import MirrorGAN, PairedDiscriminator, RedescriptionLoss
+from mirror_modules import MirrorGAN, RedescriptionLoss
 from mirror_modules.adversarial import generator_loss
 from mirror_modules.functional import append_end
 from mirror_modules.training.batches import load_splits
@@ -73,16 +73,14 @@ def measure(folder: RunFolder, model: MirrorGAN, unseen: Unseen, seed: int) -> t
     return adversarial, of_captioner
 
 
-def load_discriminator(folder: RunFolder, model: MirrorGAN) -> PairedDiscriminator:
+def load_discriminator(folder: RunFolder, model: MirrorGAN) -> nn.Module:
     """The discriminator of the finest images, from the newest checkpoint."""
     path = Checkpoints(folder.checkpoints, "glam", kept=1).newest_whole()
     if path is None:
         raise SystemExit(f"{folder.path} has no checkpoint of phase glam, and so no discriminators; train it again.")
     resolution = model.config.resolutions[-1]
     weights = load_checkpoint(path)["state"]["networks"][f"discriminator_{resolution}"]
-    discriminator = PairedDiscriminator(
-        resolution, model.config.word_dim, channels=model.config.discriminator_channels
-    ).requires_grad_(False)
+    discriminator = model.discriminators()[-1].requires_grad_(False)
     module = weights.get("module", weights)
     discriminator.load_state_dict({name.removeprefix("discriminator."): value for name, value in module.items()})
     return discriminator.eval()
