@@ -54,6 +54,8 @@ class Case(NamedTuple):
     channels_last: bool = False
     maps: bool = False
     """Whether the forward pass writes the attention maps, and the backward pass reads their gradients."""
+    fused: bool = False
+    """Whether the features are written next to the contexts, as a refinement stage takes them."""
 
 
 class Resources(NamedTuple):
@@ -182,11 +184,15 @@ def resources(case: Case, precision: str = "ieee") -> Resources:
     constants: dict[str, Any] = dict(configuration_of(case))
     constants |= {"ACCUMULATE": tl.float32, "PRECISION": precision, "HAS_MASK": True}
     if case.direction == "forward":
-        constants["NEED_WEIGHTS"] = case.maps
+        constants |= {"NEED_WEIGHTS": case.maps, "COPY_FEATURES": case.fused}
+        if not case.fused:
+            constants["features_copy"] = None
     else:
-        constants |= {"HAS_WORD_MAPS": case.maps, "HAS_SENTENCE_MAPS": case.maps}
+        constants |= {"HAS_WORD_MAPS": case.maps, "HAS_SENTENCE_MAPS": case.maps, "HAS_COPY": case.fused}
         if not case.maps:
             constants |= {"word_weights_gradient": None, "sentence_weights_gradient": None}
+        if not case.fused:
+            constants["copy_gradient"] = None
 
     def integers(name: str) -> int:
         if name.endswith("_c" if case.channels_last else "_n"):
@@ -213,9 +219,9 @@ def measure(case: Case, batch: int = 64, side: int = 128) -> Iterator[tuple[atte
             if resources(case).spilled:
                 continue
             if case.direction == "forward":
-                call = partial(attention.global_local_attention, features, words, sentence, None, False)
+                call = partial(attention.global_local_attention, features, words, sentence, None, False, False)
             else:
-                inputs = features, words, sentence, None, *gradients, None, None
+                inputs = features, words, sentence, None, None, *gradients, None, None
                 call = partial(attention.global_local_attention_backward, *inputs)
             yield tile, do_bench(call)
 
@@ -228,6 +234,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90], choices=list(SHARED_MEMORY))
     parser.add_argument("--maps", action="store_true", help="with attention maps")
+    parser.add_argument("--fused", action="store_true", help="with the features next to the contexts")
     parser.add_argument("--measure", action="store_true", help="time the candidate tiles on this GPU")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -243,7 +250,7 @@ def main() -> None:
                 print(*kind, *tile, f"{milliseconds:.3f} ms", flush=True)
             continue
         for channels_last in (False, True):
-            case = Case(*kind, channels_last, arguments.maps)
+            case = Case(*kind, channels_last, arguments.maps, arguments.fused)
             used = resources(case)
             print(
                 f"{case.direction:8} C={case.channels:<3} L={case.words:<3} {case.dtype:8} sm_{case.capability} "

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from mirror_modules import GlobalLocalAttention, WordAttention
-from mirror_modules.glam import stages
+from mirror_modules import CascadedGenerator, GlobalLocalAttention, WordAttention
+from mirror_modules.glam import GlobalLocalContext, stages
 from mirror_modules.glam.stages import (
     DoublingConv2d,
     ImageHead,
@@ -310,6 +310,41 @@ def test_any_number_of_contexts_is_fused(channels):
     assert stage.fusion.in_channels == C + 7
     refined = stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
     assert refined.features.shape == (B, C, 2 * H, 2 * W)
+
+
+class FusedOutput(ConstantContexts):
+    """Writes features and contexts into one tensor, like the Triton kernel."""
+
+    def __init__(self, channels, width):
+        super().__init__(channels, (channels,))
+        self.width = width
+
+    def forward(self, features, words, condition, word_mask=None, *, need_weights=False):
+        fused = features.new_full((len(features), self.width, *features.shape[2:]), 3.0)
+        return GlobalLocalContext(fused[:, : self.context_dim], fused[:, :0], None, None, fused)
+
+
+def test_a_fused_output_is_taken_as_it_is():
+    stage = RefinementStage(C, 1, 0, FusedOutput(2 * C, 3 * C)).eval()
+    refined = stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D)).features
+    assert_close(refined, stage.upsample(stage.fusion(torch.full((B, 3 * C, H, W), 3.0))))
+
+
+def test_a_fused_output_of_another_size_is_refused():
+    stage = RefinementStage(C, 1, 0, FusedOutput(2 * C, 2 * C))
+    message = (
+        rf"fused_output of FusedOutput must be \({B}, {3 * C}, {H}, {W}\) .*, but it is \({B}, {2 * C}, {H}, {W}\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
+
+
+@pytest.mark.parametrize("named", ["global-local", "word"])
+def test_the_generator_asks_for_a_fused_output_where_there_is_one(named):
+    generator = CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8), attention=named)
+    assert getattr(generator.refinements[0].attention, "fused_output", None) is (
+        True if named == "global-local" else None
+    )
 
 
 @pytest.mark.parametrize(

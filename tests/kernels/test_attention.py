@@ -44,9 +44,9 @@ def widest_dtype(device):
     return torch.float32 if device.type == "cuda" else torch.float64
 
 
-def run(inputs, impl, *, maps=True, weights=(1.0, 1.0, 1.0, 1.0)):
+def run(inputs, impl, *, maps=True, fused=False, weights=(1.0, 1.0, 1.0, 1.0, 1.0)):
     """Results and gradients, given a fixed random gradient of each result, times its weight; 0 omits the result."""
-    results = global_local_attention(*inputs, need_weights=maps, impl=impl)
+    results = global_local_attention(*inputs, need_weights=maps, fused_output=fused, impl=impl)
     results = [result for result in results if result is not None]
     random = torch.Generator().manual_seed(1)
     used = [
@@ -58,15 +58,16 @@ def run(inputs, impl, *, maps=True, weights=(1.0, 1.0, 1.0, 1.0)):
     return [result.detach() for result in results], [torch.zeros(()) if g is None else g for g in gradients]
 
 
-def everything(inputs, impl, *, maps=True):
-    results, gradients = run(inputs, impl, maps=maps)
+def everything(inputs, impl, *, maps=True, fused=False):
+    results, gradients = run(inputs, impl, maps=maps, fused=fused)
     return results + gradients
 
 
-def assert_within_budget(inputs, *, maps=True):
+def assert_within_budget(inputs, *, maps=True, fused=False):
     """The kernel's error is at most twice that of the definition in the same precision, relative to float64."""
     exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
-    computed = (everything(*case, maps=maps) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
+    cases = [(exact, "torch"), (inputs, "triton"), (inputs, "torch")]
+    computed = (everything(*case, maps=maps, fused=fused) for case in cases)
     for reference, kernel, definition in zip(*computed):
         assert kernel.dtype == definition.dtype
         budget = 2 * (definition.double() - reference).abs().max() + 1e-7 * reference.abs().max()
@@ -120,7 +121,9 @@ def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype
 def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, channels, length, side):
     channels = min(channels, 128) if dtype == torch.float32 else channels
     mask = mask_of(length, 1, length // 2, length=length)
-    assert_within_budget(draw(device, b=3, c=channels, h=side, w=side, l=length, mask=mask, dtype=dtype), maps=False)
+    inputs = draw(device, b=3, c=channels, h=side, w=side, l=length, mask=mask, dtype=dtype)
+    assert_within_budget(inputs, maps=False)
+    assert_within_budget(inputs, maps=False, fused=True)
 
 
 LAYOUTS = {
@@ -141,6 +144,41 @@ def test_any_layout(device, case):
     plain = Inputs(features.detach().contiguous().requires_grad_(), *given[1:])
     for kernel, definition in zip(everything(inputs, "triton"), everything(plain, "torch")):
         assert_close(kernel, definition)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"c": 100, "l": 70, "h": 3}])
+@pytest.mark.parametrize("case", ["channels first", *LAYOUTS])
+def test_the_fused_output_holds_features_and_contexts(device, case, sizes, maps):
+    given = draw(device, **sizes, mask=mask_of(11, 4, length=sizes.get("l", L)), dtype=widest_dtype(device))
+    features = LAYOUTS.get(case, torch.clone)(given.features.detach()).requires_grad_()
+    results = {}
+    for impl in ("triton", "torch"):
+        results[impl] = everything(given._replace(features=features), impl, maps=maps, fused=True)
+    assert len(results["triton"]) == (5 if maps else 3) + 3
+    assert_close(results["triton"], results["torch"])
+    *contexts, fused = results["triton"][:2] + [results["triton"][4 if maps else 2]]
+    assert_close(fused, torch.cat((features.detach(), *contexts), dim=1), atol=0, rtol=0)
+    assert contexts[0].untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+    last = features.is_contiguous(memory_format=torch.channels_last)
+    assert fused.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("used", [(0.0, 0.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 0.0, 0.0)])
+def test_gradients_of_the_fused_output(device, used):
+    inputs = draw(device, h=17, w=31, mask=mask_of(11, 4), dtype=widest_dtype(device))
+    (_, kernel), (_, definition) = (run(inputs, impl, fused=True, weights=used) for impl in ("triton", "torch"))
+    for actual, expected in zip(kernel, definition):
+        assert_close(actual, expected.to(actual).expand_as(actual))
+
+
+def test_an_expanded_gradient_of_the_fused_output(device):
+    inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
+    gradients = [
+        torch.autograd.grad(global_local_attention(*inputs, fused_output=True, impl=impl)[4].sum(), inputs.leaves())
+        for impl in ("triton", "torch")
+    ]
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -250,12 +288,13 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch(device):
     together, gradients = run(inputs, "triton", maps=False)
     for b in range(3):
         one = Inputs(*(tensor[b : b + 1] for tensor in inputs))
-        alone = global_local_attention(*one, impl="triton")[:2]
+        alone = global_local_attention(*one, fused_output=True, impl="triton")[:2]
         assert_close(tuple(alone), tuple(result[b : b + 1] for result in together), atol=0, rtol=0)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_every_element_is_written(device, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_element_is_written(device, monkeypatch, fused):
     """Memory that a kernel does not write keeps its previous content, in this test NaN."""
 
     def poisoned(allocate):
@@ -266,10 +305,10 @@ def test_every_element_is_written(device, monkeypatch):
         return allocate_poisoned
 
     inputs = draw(device, c=5, h=17, w=31, mask=mask_of(11, 4), dtype=torch.float32)
-    expected = everything(inputs, "triton")
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    expected = everything(inputs, "triton", fused=fused)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    written = everything(inputs, "triton")
+    written = everything(inputs, "triton", fused=fused)
     assert attention._empty_like(inputs.features).isnan().all()
     for actual, clean in zip(written, expected):
         assert_close(actual, clean, atol=0, rtol=0)
@@ -286,36 +325,42 @@ def test_equal_inputs_give_bitwise_equal_results(device):
         assert (one == other).all()
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_gradcheck(device, maps):
+@pytest.mark.parametrize(("maps", "fused"), [(False, False), (True, False), (True, True)])
+def test_gradcheck(device, maps, fused):
     if device.type == "cuda":
         pytest.skip("the kernels have no float64 on a GPU; the interpreter has")
     inputs = draw(device, h=2, w=3, l=5, mask=mask_of(5, 2, length=5))
 
     def function(*leaves):
-        return global_local_attention(*leaves, inputs.word_mask, need_weights=maps, impl="triton")[: 4 if maps else 2]
+        options = {"need_weights": maps, "fused_output": fused, "impl": "triton"}
+        results = global_local_attention(*leaves, inputs.word_mask, **options)
+        return tuple(result for result in results if result is not None)
 
     assert gradcheck(function, inputs.leaves())
 
 
-@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("options", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("mask", [None, mask_of(11, 4)])
-def test_opcheck(device, maps, mask):
+def test_opcheck(device, options, mask):
     inputs = draw(device, mask=mask, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*inputs, maps))
+    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*inputs, *options))
     last = inputs._replace(features=inputs.features.detach().to(memory_format=torch.channels_last).requires_grad_())
-    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*last, maps))
+    torch.library.opcheck(torch.ops.mirror_modules.global_local_attention.default, (*last, *options))
 
 
-def test_compiles_into_one_graph(device, compiled):
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_into_one_graph(device, compiled, fused):
     inputs = draw(device, mask=mask_of(11, 4), dtype=widest_dtype(device))
-    context = compiled(global_local_attention)(*inputs, impl="triton", need_weights=True)
-    expected = global_local_attention(*inputs, impl="torch", need_weights=True)
+    options = {"need_weights": True, "fused_output": fused}
+    context = compiled(global_local_attention)(*inputs, impl="triton", **options)
+    expected = global_local_attention(*inputs, impl="torch", **options)
     assert_close(tuple(context), tuple(expected))
-    gradients = [
-        torch.autograd.grad(c.word_context.sum() + c.sentence_weights.square().sum(), inputs.leaves())
-        for c in (context, expected)
-    ]
+    gradients = []
+    for c in (context, expected):
+        total = (
+            c.word_context.sum() + c.sentence_weights.square().sum() + (c.fused_output.square().sum() if fused else 0)
+        )
+        gradients.append(torch.autograd.grad(total, inputs.leaves()))
     assert_close(*gradients)
 
 
@@ -348,7 +393,7 @@ def test_autocast_casts_all_inputs(device):
     inputs = draw(device, mask=mask_of(11, 4), dtype=torch.float32)
     with torch.autocast(device.type, dtype=torch.float16):
         casts = {impl: global_local_attention(*inputs, impl=impl, need_weights=True) for impl in ("triton", "torch")}
-    for kernel, definition in zip(*casts.values()):
+    for kernel, definition in zip(*(cast[:4] for cast in casts.values())):
         assert kernel.dtype == definition.dtype == torch.float16
         assert_close(kernel, definition, atol=5e-3, rtol=5e-3)
     gradients = torch.autograd.grad(casts["triton"].word_context.sum(), inputs.leaves(), allow_unused=True)
@@ -366,10 +411,10 @@ def test_a_second_derivative_raises(device):
 def test_a_caption_without_words_has_a_context_of_zeros(device):
     """On a CPU every public function raises an error instead; on a GPU none of them checks."""
     inputs = draw(device, mask=mask_of(0, 11), dtype=torch.float32)
-    contexts = torch.ops.mirror_modules.global_local_attention(*inputs, True)
-    assert (contexts[0][0] == 0).all()
-    assert (contexts[2][0] == 0).all()
-    gradients = torch.autograd.grad(contexts[0].sum() + contexts[2].square().sum(), inputs.leaves()[:2])
+    _, context, _, weights, _ = torch.ops.mirror_modules.global_local_attention(*inputs, True, False)
+    assert (context[0] == 0).all()
+    assert (weights[0] == 0).all()
+    gradients = torch.autograd.grad(context.sum() + weights.square().sum(), inputs.leaves()[:2])
     assert all((gradient[0] == 0).all() and gradient[1].abs().sum() > 0 for gradient in gradients)
 
 
@@ -388,8 +433,9 @@ def test_on_a_gpu_the_mask_forces_no_synchronization(device):
 
 def test_empty_batches(device):
     inputs = draw(device, b=0, dtype=torch.float32)
-    context = global_local_attention(*inputs, impl="triton")
+    context = global_local_attention(*inputs, fused_output=True, impl="triton")
     assert context.word_context.shape == (0, C, H, W)
+    assert context.fused_output.shape == (0, 3 * C, H, W)
     context.word_context.sum().backward()
     assert inputs.words.grad.shape == (0, L, C)
 

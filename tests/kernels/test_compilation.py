@@ -55,15 +55,17 @@ def check(kernel, constants, ragged=()):
 
 
 for channels, length in [(32, 18), (WIDEST, 77)]:
-    channels_first = {"feature_n": 1, "context_n": 1, "sentence_context_n": 1}
+    channels_first = {"feature_n": 1, "context_n": 1}
     forward = constants_of("forward", channels, length) | channels_first | {"HAS_MASK": True}
-    check(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": False})
-    backward = constants_of("backward", channels, length) | {"HAS_MASK": True}
-    channels_last = {"feature_c": 1, "word_gradient_c": 1, "sentence_gradient_c": 1, "result_c": 1}
+    check(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": False, "COPY_FEATURES": True})
+    backward = constants_of("backward", channels, length) | {"HAS_MASK": True, "HAS_COPY": True}
+    names = ("feature", "copy_gradient", "word_gradient", "sentence_gradient", "result")
+    channels_last = {f"{name}_c": 1 for name in names}
     maps = {"HAS_WORD_MAPS": False, "HAS_SENTENCE_MAPS": False}
     maps |= {"word_weights_gradient": None, "sentence_weights_gradient": None}
     check(attention_triton.backward_kernel, backward | channels_last | maps)
-    check(attention_triton.forward_kernel, forward | {"NEED_WEIGHTS": True}, ragged=("N", "C"))
+    options = {"NEED_WEIGHTS": True, "COPY_FEATURES": False, "features_copy": None}
+    check(attention_triton.forward_kernel, forward | options, ragged=("N", "C"))
 
 for length, size in [(18, 289), (256, 1024)]:
     for kernel in (similarity_triton.attend_kernel, similarity_triton.attend_backward_kernel):
@@ -103,10 +105,12 @@ for channels, length, has_mask in [(32, 18, True), (WIDEST, 150, False)]:
     mask = {"HAS_MASK": has_mask} | ({} if has_mask else {"word_mask": None})
     common = constants_of("forward", channels, length) | mask
     for has_maps in (True, False):
-        check(attention_triton.forward_kernel, common | {"NEED_WEIGHTS": has_maps})
+        options = {"NEED_WEIGHTS": has_maps, "COPY_FEATURES": not has_maps}
+        check(attention_triton.forward_kernel, common | options | ({"features_copy": None} if has_maps else {}))
     common = constants_of("backward", channels, length) | mask
     pointers = {"HAS_WORD_MAPS": "word_weights_gradient", "HAS_SENTENCE_MAPS": "sentence_weights_gradient"}
-    for flags in ({"HAS_WORD_MAPS"}, {"HAS_SENTENCE_MAPS"}, set(pointers), set()):
+    pointers["HAS_COPY"] = "copy_gradient"
+    for flags in ({"HAS_WORD_MAPS"}, {"HAS_SENTENCE_MAPS", "HAS_COPY"}, set(pointers), set()):
         absent = {pointer: None for flag, pointer in pointers.items() if flag not in flags}
         maps = {flag: flag in flags for flag in pointers}
         check(attention_triton.backward_kernel, common | maps | absent)
@@ -124,13 +128,13 @@ RESOURCES = """
 spilled = []
 for direction in ("forward", "backward"):
     for channels, length in [(16, 18), (32, 18), (64, 77), (128, 77), (WIDEST, 256)]:
-        for channels_last, maps in [(False, False), (True, True)]:
-            case = Case(direction, channels, length, sys.argv[2], capability, channels_last, maps)
+        for options in [(False, False, False), (False, False, True), (True, True, True)]:
+            case = Case(direction, channels, length, sys.argv[2], capability, *options)
             used = resources(case)
             if used.spilled:
                 spilled.append((case, used))
-            is_headline = dtype == torch.bfloat16 and (channels, length, maps) == (32, 18, False)
-            assert not is_headline or used.warps >= {"forward": 32, "backward": 16}[direction], (case, used)
+            is_headline = dtype == torch.bfloat16 and (channels, length, case.maps) == (32, 18, False)
+            assert not is_headline or used.warps >= {"forward": 28, "backward": 16}[direction], (case, used)
             print(direction)
 assert not spilled, spilled
 """
@@ -174,4 +178,4 @@ def test_compiles_for_integers_that_triton_specializes(capability, dtype, tmp_pa
 )
 def test_no_configuration_spills_registers(capability, dtype, tmp_path):
     """And the backward pass of the headline shape keeps 16 warps on a multiprocessor, enough to hide memory latency."""
-    assert len(run_compiler(RESOURCES, capability, dtype, tmp_path)) == 20 + 1
+    assert len(run_compiler(RESOURCES, capability, dtype, tmp_path)) == 30 + 1

@@ -82,7 +82,7 @@ class GlamBlock(TypedCall, nn.Module):
             self.attention = WordAttention(channels, word_dim)
         else:
             check_positive(owner, sentence_dim=sentence_dim)
-            self.attention = GlobalLocalAttention(channels, word_dim, sentence_dim, impl=impl)
+            self.attention = GlobalLocalAttention(channels, word_dim, sentence_dim, impl=impl, fused_output=True)
         self.fusion = nn.Conv2d(channels + self.attention.context_dim, channels, 1)
         nn.init.zeros_(self.fusion.weight)
         nn.init.zeros_(cast(Tensor, self.fusion.bias))
@@ -122,8 +122,9 @@ class GlamBlock(TypedCall, nn.Module):
         normed = self.norm(features_BHWC).permute(0, 3, 1, 2)
         # As the fusion casts it; a concatenation does not take float16 and bfloat16 together.
         normed = normed.to(autocast_dtype(normed))
-        contexts: tuple[Tensor, ...] = cast(Any, self.attention)(normed, words, sentence, word_mask).contexts
-        change = self.fusion(torch.cat((normed, *contexts), dim=1))
+        attended: Any = cast(Any, self.attention)(normed, words, sentence, word_mask)
+        fused = torch.cat((normed, *attended.contexts), dim=1) if self.sentence_dim is None else attended.fused_output
+        change = self.fusion(fused)
         if size is not None:
             change = change.flatten(2).mT
         # Under autocast, the change may be wider or narrower than the features.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -219,7 +220,7 @@ def _attention_factory(attention: object) -> AttentionFactory | None:
             f"makes one per stage, such as the class {name} or functools.partial({name}, ...)."
         )
     factories: dict[str, AttentionFactory | None]
-    factories = {"global-local": GlobalLocalAttention, "word": WordAttention, "none": None}
+    factories = {"global-local": partial(GlobalLocalAttention, fused_output=True), "word": WordAttention, "none": None}
     if isinstance(attention, str) and attention in factories:
         return factories[attention]
     if not callable(attention):

@@ -23,7 +23,11 @@ SMALLEST_RESOLUTION = 4
 
 
 class StageContext(Protocol):
-    """Result of a `StageAttention`, such as `GlobalLocalContext` or `WordContext`."""
+    """Result of a `StageAttention`, such as `GlobalLocalContext` or `WordContext`.
+
+    It may have a further attribute `fused_output`, features and contexts in one tensor (B, C + context_dim, H, W), which
+    spares the stage a concatenation unless it is None.
+    """
 
     @property
     def contexts(self) -> tuple[Tensor, ...]:
@@ -305,7 +309,7 @@ class RefinementStage(nn.Module):
         if self.attention is None:
             return StageResult(self.upsample(self.residual(self.fusion(features))), None, None)
         attended = self.attention(features, words, condition, word_mask, need_weights=need_weights)
-        fused = self.fusion(concatenate(features, *_contexts(self.attention, attended, features)))
+        fused = self.fusion(_with_contexts(features, self.attention, attended))
         refined = self.upsample(self.residual(fused))
         return StageResult(refined, attended.word_weights, attended.sentence_weights)
 
@@ -393,6 +397,21 @@ def _context_dim(attention: object) -> int:
             f"a {type(attention).__name__} with context_dim={context_dim!r}."
         )
     return context_dim
+
+
+def _with_contexts(features: Tensor, attention: nn.Module, attended: object) -> Tensor:
+    """Features and contexts in one tensor; the attention may have written it already."""
+    contexts = _contexts(attention, attended, features)
+    fused: Tensor | None = getattr(attended, "fused_output", None)
+    if fused is None:
+        return concatenate(features, *contexts)
+    expected = (features.shape[0], features.shape[1] + attention.context_dim, *features.shape[2:])
+    if fused.shape != expected:
+        raise ValueError(
+            f"RefinementStage: fused_output of {type(attention).__name__} must be {expected} (B, C + context_dim, H, "
+            f"W), the features followed by the contexts, but it is {shape_of(fused)}."
+        )
+    return fused
 
 
 def _contexts(attention: nn.Module, attended: object, features: Tensor) -> tuple[Tensor, ...]:

@@ -78,32 +78,44 @@ OPERATOR = "mirror_modules::global_local_attention"
 @torch.library.custom_op(
     OPERATOR,
     mutates_args=(),
-    schema="(Tensor features, Tensor words, Tensor sentence, Tensor? word_mask, bool need_weights)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor features, Tensor words, Tensor sentence, Tensor? word_mask, bool need_weights, bool fused_output)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def global_local_attention(
-    features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, need_weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both contexts and both maps of `functional.global_local_attention`; without `need_weights` the maps are empty.
+    features: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    word_mask: Tensor | None,
+    need_weights: bool,
+    fused_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fused output, both contexts and both maps of `functional.global_local_attention`.
+
+    Without `need_weights` the maps are empty. With `fused_output` the contexts are, because results of an operator must
+    not share memory; without it, the fused output is.
 
     Words must be finite at padding: a weight of zero would not remove infinity or NaN.
     """
     from mirror_modules.kernels import attention_triton
 
-    results = _empty_results(features, words, sentence, word_mask, need_weights)
+    results = _empty_results(features, words, sentence, word_mask, need_weights, fused_output)
     if features.numel() == 0:
         return results
     batch, channels, height, width = features.shape
     positions, length = height * width, words.shape[1]
+    fused, *contexts = results[:3]
+    copy = None
+    if fused_output:
+        copy, *contexts = fused.split(channels, dim=1)
     features, *strides = _by_position(features)
-    for context in results[:2]:
-        strides += _by_position(context)[1:]
+    strides += _by_position(contexts[0])[1:]
     text_inputs = words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)
     with on_device_of(features):
         constants = _constants("forward", features, length)
         attention_triton.forward_kernel[(-(-positions // constants["BLOCK_N"]) * batch,)](
-            *(features, *text_inputs, *results, positions, channels, length, *strides),
+            *(features, *text_inputs, copy, *contexts, *results[3:], positions, channels, length, *strides),
             HAS_MASK=word_mask is not None,
+            COPY_FEATURES=fused_output,
             NEED_WEIGHTS=need_weights,
             **constants,
         )
@@ -112,21 +124,28 @@ def global_local_attention(
 
 @global_local_attention.register_fake
 def _empty_results(
-    features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, need_weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    word_mask: Tensor | None,
+    need_weights: bool,
+    fused_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = features.shape
-    maps = [
+    word_map, sentence_map = (
         features.new_empty((batch, count, height, width) if need_weights else (0,))
         for count in (words.shape[1], channels)
-    ]
-    return _empty_like(features), _empty_like(features), maps[0], maps[1]
+    )
+    if fused_output:
+        return _empty_like(features, 3), features.new_empty(0), features.new_empty(0), word_map, sentence_map
+    return features.new_empty(0), _empty_like(features), _empty_like(features), word_map, sentence_map
 
 
 @torch.library.custom_op(
     f"{OPERATOR}_backward",
     mutates_args=(),
-    schema="(Tensor features, Tensor words, Tensor sentence, Tensor? word_mask, Tensor word_gradient,"
-    " Tensor sentence_gradient, Tensor? word_weights_gradient, Tensor? sentence_weights_gradient)"
+    schema="(Tensor features, Tensor words, Tensor sentence, Tensor? word_mask, Tensor? copy_gradient,"
+    " Tensor word_gradient, Tensor sentence_gradient, Tensor? word_weights_gradient, Tensor? sentence_weights_gradient)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def global_local_attention_backward(
@@ -134,12 +153,16 @@ def global_local_attention_backward(
     words: Tensor,
     sentence: Tensor,
     word_mask: Tensor | None,
+    copy_gradient: Tensor | None,
     word_gradient: Tensor,
     sentence_gradient: Tensor,
     word_weights_gradient: Tensor | None,
     sentence_weights_gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features, words and sentence, given those of the contexts and optionally of the maps."""
+    """Gradients of features, words and sentence, given those of the contexts and optionally of the others.
+
+    `copy_gradient` is that of the features in the fused output.
+    """
     from mirror_modules.kernels import attention_triton
 
     batch, channels, height, width = features.shape
@@ -153,16 +176,19 @@ def global_local_attention_backward(
     words_result = words.new_empty((spans, batch, length, channels), dtype=accumulator_dtype)
     sentence_result = words.new_empty((spans, batch, channels), dtype=accumulator_dtype)
     weights_gradients = word_weights_gradient, sentence_weights_gradient
-    maps = [_by_position(tensor) for tensor in (features, word_gradient, sentence_gradient, features_result)]
+    # An absent gradient is not read; any strides will do.
+    copies = features if copy_gradient is None else copy_gradient
+    maps = [_by_position(tensor) for tensor in (features, copies, word_gradient, sentence_gradient, features_result)]
     with on_device_of(features):
         attention_triton.backward_kernel[(spans * batch,)](
             *(maps[0][0], words.contiguous(), sentence.contiguous(), _as_bytes(word_mask)),
-            *(maps[1][0], maps[2][0]),
+            *(None if copy_gradient is None else maps[1][0], maps[2][0], maps[3][0]),
             *(None if gradient is None else gradient.contiguous() for gradient in weights_gradients),
             *(features_result, words_result, sentence_result),
             *(batch, positions, channels, length, span),
             *(stride for _, *strides in maps for stride in strides),
             HAS_MASK=word_mask is not None,
+            HAS_COPY=copy_gradient is not None,
             HAS_WORD_MAPS=word_weights_gradient is not None,
             HAS_SENTENCE_MAPS=sentence_weights_gradient is not None,
             **_constants("backward", features, length),
@@ -184,19 +210,29 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     features, words, sentence, word_mask = ctx.saved_tensors
-    contexts = [torch.zeros_like(features) if gradient is None else gradient for gradient in gradients[:2]]
-    maps = [None if gradient is None or gradient.numel() == 0 else gradient for gradient in gradients[2:]]
-    return *global_local_attention_backward(features, words, sentence, word_mask, *contexts, *maps), None, None
+    # Results that were not requested are empty, and so may be their gradients.
+    fused, *contexts, word_map, sentence_map = (None if g is None or g.numel() == 0 else g for g in gradients)
+    copy = None
+    if fused is not None:
+        copy, *contexts = fused.split(features.shape[1], dim=1)
+    contexts = [torch.zeros_like(features) if gradient is None else gradient for gradient in contexts]
+    results = global_local_attention_backward(
+        features, words, sentence, word_mask, copy, *contexts, word_map, sentence_map
+    )
+    return *results, None, None, None
 
 
 global_local_attention.register_autograd(_backward, setup_context=_save_inputs)
 global_local_attention_backward.register_autograd(refuse_second_derivative)
 
 
-def _empty_like(maps: Tensor) -> Tensor:
-    """Uninitialized maps of the same shape, channels-last if the given maps are."""
+def _empty_like(maps: Tensor, times: int = 1) -> Tensor:
+    """Uninitialized maps of the same shape, or with `times` the channels; channels-last if the given maps are."""
+    batch, channels, height, width = maps.shape
     is_channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    return torch.empty_like(maps, memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    shape = batch, times * channels, height, width
+    return torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=layout)
 
 
 def _by_position(maps: Tensor) -> tuple[Tensor, int, int, int]:

@@ -2,7 +2,8 @@
 
 A program processes a tile of positions with all of their channels, so that the softmax over channels (sentence) and the
 softmax over words need no data from other tiles. The words are small and stay on chip; the features are read once and
-each context is written once, which is the minimum of memory traffic.
+each context is written once, which is the minimum of memory traffic. On request, the features are written next to the
+contexts: a concatenation would read and write all three again.
 
 Captions that do not fit on chip are processed in chunks of words, with a running maximum and sum (online softmax). The
 backward pass recomputes the weights from the inputs, the only tensors saved.
@@ -111,20 +112,22 @@ def _add_gradients(
 @triton.jit
 def forward_kernel(
     features, words, sentence, word_mask,
-    word_context, sentence_context, word_weights, sentence_weights,
+    features_copy, word_context, sentence_context, word_weights, sentence_weights,
     N, C, L,
     feature_b, feature_c, feature_n,
     context_b, context_c, context_n,
-    sentence_context_b, sentence_context_c, sentence_context_n,
-    HAS_MASK: tl.constexpr, NEED_WEIGHTS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, COPY_FEATURES: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Process one tile of positions of one sample."""
+    """Process one tile of positions of one sample; both contexts and the copy of the features have the same strides."""
     tiles = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     position = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_C)
     features_NC = _load_tile(features + b * feature_b, position, channel, feature_c, feature_n, N, C)
+    if COPY_FEATURES:
+        _store_tile(features_copy + b * context_b, features_NC, position, channel, context_c, context_n, N, C)
 
     largest_N = tl.full((BLOCK_N,), MASKED, ACCUMULATE)
     total_N = tl.zeros((BLOCK_N,), ACCUMULATE)
@@ -151,10 +154,8 @@ def forward_kernel(
 
     sentence_C = tl.load(sentence + b * C + channel, mask=channel < C, other=0.0).to(ACCUMULATE)
     weights_NC = _sentence_weights(features_NC.to(ACCUMULATE), sentence_C, channel, C)
-    _store_tile(
-        sentence_context + b * sentence_context_b, weights_NC * sentence_C[None, :], position, channel,
-        sentence_context_c, sentence_context_n, N, C,
-    )  # fmt: skip
+    context_NC = weights_NC * sentence_C[None, :]
+    _store_tile(sentence_context + b * context_b, context_NC, position, channel, context_c, context_n, N, C)
     if NEED_WEIGHTS:
         _store_tile(sentence_weights + b * C * N, weights_NC, position, channel, N, 1, N, C)
 
@@ -162,14 +163,15 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     features, words, sentence, word_mask,
-    word_gradient, sentence_gradient, word_weights_gradient, sentence_weights_gradient,
+    copy_gradient, word_gradient, sentence_gradient, word_weights_gradient, sentence_weights_gradient,
     features_result, words_result, sentence_result,
     B, N, C, L, span,
     feature_b, feature_c, feature_n,
+    copy_gradient_b, copy_gradient_c, copy_gradient_n,
     word_gradient_b, word_gradient_c, word_gradient_n,
     sentence_gradient_b, sentence_gradient_c, sentence_gradient_n,
     result_b, result_c, result_n,
-    HAS_MASK: tl.constexpr, HAS_WORD_MAPS: tl.constexpr, HAS_SENTENCE_MAPS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COPY: tl.constexpr, HAS_WORD_MAPS: tl.constexpr, HAS_SENTENCE_MAPS: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -210,6 +212,10 @@ def backward_kernel(
         grad_scores_NC = weights_NC * (grad_weights_NC - tl.sum(weights_NC * grad_weights_NC, axis=1)[:, None])
         sentence_sum_C += tl.sum(gradient_NC * weights_NC + grad_scores_NC * features_NC.to(ACCUMULATE), axis=0)
         result_NC = grad_scores_NC * sentence_C[None, :]
+        if HAS_COPY:
+            result_NC += _load_tile(
+                copy_gradient + b * copy_gradient_b, position, channel, copy_gradient_c, copy_gradient_n, N, C
+            )
 
         # Words: context = p w, p = softmax_l(f w^T); the softmax subtracts mean = sum_l p_l dp_l from each dp_l
         gradient_NC = _load_tile(

@@ -101,6 +101,7 @@ class MirrorGAN(TextToImage):
         # The options of the sentence attention apply to "global-local" only.
         global_local = partial(
             GlobalLocalAttention,
+            fused_output=True,
             sentence_bias=config.sentence_bias,
             score_projection=config.score_projection,
             sentence_axis=config.sentence_axis,

@@ -183,6 +183,7 @@ def _published_attention(state: State) -> Literal["word", "none"] | AttentionFac
     if "h_net2.att.linear.weight" in state:
         return partial(
             GlobalLocalAttention,
+            fused_output=True,
             sentence_bias="h_net2.att.linear.bias" in state,
             score_projection="h_net2.att.conv_sentence_vis.weight" in state,
         )
