@@ -336,8 +336,8 @@ def global_local_attention(
         results = recomputed_in_tiles(attend, inputs, divide, whole, _attention_derivative if is_plain else None)
         if fused_output:
             fused = torch.cat((features, *results[:2]), dim=1)
-    maps = results[2:] if need_weights else (None, None)
-    return GlobalLocalContext(results[0], results[1], *maps, fused if fused_output else None)
+    word_weights, sentence_weights = results[2:] if need_weights else (None, None)
+    return GlobalLocalContext(results[0], results[1], word_weights, sentence_weights, fused if fused_output else None)
 
 
 def choose_attention(

@@ -25,8 +25,8 @@ SMALLEST_RESOLUTION = 4
 class StageContext(Protocol):
     """Result of a `StageAttention`, such as `GlobalLocalContext` or `WordContext`.
 
-    It may have a further attribute `fused_output`, features and contexts in one tensor (B, C + context_dim, H, W), which
-    spares the stage a concatenation unless it is None.
+    A further attribute `fused_output`, features and contexts in one tensor (B, C + context_dim, H, W), is optional and
+    may be None; it spares the stage a concatenation.
     """
 
     @property
@@ -405,7 +405,7 @@ def _with_contexts(features: Tensor, attention: nn.Module, attended: object) -> 
     fused: Tensor | None = getattr(attended, "fused_output", None)
     if fused is None:
         return concatenate(features, *contexts)
-    expected = (features.shape[0], features.shape[1] + attention.context_dim, *features.shape[2:])
+    expected = features.shape[0], features.shape[1] + _context_dim(attention), *features.shape[2:]
     if fused.shape != expected:
         raise ValueError(
             f"RefinementStage: fused_output of {type(attention).__name__} must be {expected} (B, C + context_dim, H, "
