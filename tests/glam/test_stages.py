@@ -337,6 +337,9 @@ def test_a_fused_output_of_another_size_is_refused():
     )
     with pytest.raises(ValueError, match=message):
         stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
+    stage.attention.forward = lambda features, *_, **__: GlobalLocalContext(features, features, None, None, "fused")
+    with pytest.raises(ValueError, match=r"fused_output of FusedOutput must be .* but it is a str\."):
+        stage(torch.randn(B, C, H, W), torch.randn(B, E), torch.randn(B, L, D))
 
 
 @pytest.mark.parametrize("named", ["global-local", "word"])

@@ -402,14 +402,15 @@ def _context_dim(attention: object) -> int:
 def _with_contexts(features: Tensor, attention: nn.Module, attended: object) -> Tensor:
     """Features and contexts in one tensor; the attention may have written it already."""
     contexts = _contexts(attention, attended, features)
-    fused: Tensor | None = getattr(attended, "fused_output", None)
+    fused = getattr(attended, "fused_output", None)
     if fused is None:
         return concatenate(features, *contexts)
     expected = features.shape[0], features.shape[1] + _context_dim(attention), *features.shape[2:]
-    if fused.shape != expected:
+    if not isinstance(fused, Tensor) or fused.shape != expected:
+        found = shape_of(fused) if isinstance(fused, Tensor) else f"a {type(fused).__name__}"
         raise ValueError(
             f"RefinementStage: fused_output of {type(attention).__name__} must be {expected} (B, C + context_dim, H, "
-            f"W), the features followed by the contexts, but it is {shape_of(fused)}."
+            f"W), the features followed by the contexts, but it is {found}."
         )
     return fused
 
