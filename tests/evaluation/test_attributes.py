@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, attributes_named, to_float
+from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, attributes_named, measured_box, to_bytes, to_float
 from mirror_modules.evaluation import attributes
 from mirror_modules.evaluation.attributes import (
     AttributeClassifier,
@@ -63,6 +63,29 @@ def test_measured_colors_match_the_own_caption_only(flowers):
     other = measure_attributes(predicted, [sample.captions[0] for sample in samples[1:] + samples[:1]])
     assert other["measured_colors"]["all"]["share"] < 0.6
     assert set(own) == {"measured_colors"}
+
+
+def test_colors_of_scattered_flowers_are_measured_where_the_flowers_are():
+    dataset = SyntheticFlowers(97, resolution=64, seed=3, scatter=True)
+    samples = [dataset[i] for i in range(97)]
+    captions = [sample.captions[0] for sample in samples]
+    images = to_float(torch.stack([torch.from_numpy(sample.image) for sample in samples]))
+    boxes = torch.tensor([sample.box for sample in samples])
+
+    def share(boxes):
+        predicted = predict_attributes(images, AttributeClassifier(64), boxes)
+        assert set(predicted) == {"measured_colors"}
+        return measure_attributes(predicted, captions)["measured_colors"]["all"]["share"]
+
+    assert share(boxes) == 1
+    assert share(measured_box(to_bytes(images))) > 0.95
+    assert share(boxes.roll(1, dims=0)) < 0.8
+
+
+def test_a_flower_without_a_box_is_looked_for_in_the_middle(flowers):
+    images, _ = flowers
+    predicted = predict_attributes(images, None, torch.zeros(N, 4))
+    assert predicted == predict_attributes(images, None)
 
 
 def test_the_classifier_predicts_a_value_of_each_attribute(flowers):

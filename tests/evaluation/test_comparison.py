@@ -10,12 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mirror_modules.data import attributes_named, measured_box, to_float
 from mirror_modules.evaluation import comparison, grid
+from mirror_modules.evaluation.attributes import predict_attributes
 from mirror_modules.evaluation.comparison import compare
+from mirror_modules.evaluation.retrieval import ranked_splits
 from mirror_modules.evaluation.samples import SHEET_ROWS
+from mirror_modules.functional import box_overlap
 from mirror_modules.models import ModelConfig, TextToImage
+from mirror_modules.training.batches import load_splits
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
 from tests.evaluation.test_ablation import run_here
@@ -95,6 +101,27 @@ def test_all_systems_share_the_earlier_phases(tmp_path, without_processes):
     with Image.open(out / "samples.png") as picture:
         assert picture.size[0] == 7 * 128 + 6 * 12
         assert picture.size[1] > SHEET_ROWS * 128
+
+
+def test_scattered_flowers_are_found_before_their_colors_are_measured(tmp_path, without_processes):
+    recipes = [make_recipe(name) for name in ("demo", "attngan-demo")]
+    recipes = [dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, scatter=True)) for recipe in recipes]
+    content = compare(recipes, tmp_path / "out", seeds=(0,))
+    figures = {name: {metric: each["mean"] for metric, each in of.items()} for name, of in content["figures"].items()}
+    assert all(set(of) == {"r_precision", "words", "colors", "box_overlap"} for of in figures.values())
+    splits = load_splits(recipes[0].data, recipes[0].model, 0)
+    unseen = ranked_splits(splits, recipes[0].model.max_words)[0].unseen
+    boxes = measured_box(unseen.images)
+    expected = {"box_overlap": box_overlap(boxes, unseen.boxes), "colors": []}
+    for i, caption in enumerate(unseen.captions):
+        image = to_float(unseen.images[i : i + 1])
+        found = predict_attributes(image, None, boxes[i : i + 1])["measured_colors"]
+        named = attributes_named(caption)
+        correct = [found[name][0] == named[name] for name in found if name in named]
+        expected["colors"].append(sum(correct) / len(correct))
+    for metric, values in expected.items():
+        assert figures["real images"][metric] == pytest.approx(float(torch.as_tensor(values).mean()), abs=1e-6)
+    assert "overlap with the box" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_finished_systems_are_reused_in_any_order(out, recipes, without_processes):

@@ -36,6 +36,7 @@ MIN_ACCURACY = 0.99
 LOWEST_CLASSIFIED_RESOLUTION = 32
 # Of a drawn flower that is not scattered, as a share of the image.
 MEAN_EXTENT = 0.75
+MIDDLE = ((1 - MEAN_EXTENT) / 2, (1 - MEAN_EXTENT) / 2, MEAN_EXTENT, MEAN_EXTENT)
 CHUNK = 100
 # Seconds between two printed lines of `fit_network` if there is no terminal.
 LINE_SECONDS = 60.0
@@ -134,12 +135,24 @@ def attribute_accuracy(
     return {name: _accuracy(matches) for name, matches in correct.items()}
 
 
-def predict_attributes(images: Tensor, classifier: AttributeClassifier | None) -> dict[str, dict[str, list[str]]]:
+def predict_attributes(
+    images: Tensor, classifier: AttributeClassifier | None, boxes: Tensor | None = None
+) -> dict[str, dict[str, list[str]]]:
     """Attributes of images (N, 3, H, W) in [-1, 1], by measured colors and by an attribute classifier.
+
+    Args:
+        images: Drawn or generated flowers.
+        classifier: The attribute classifier; None to measure colors alone.
+        boxes: Where the flowers are, (N, 4), if they may be anywhere; None if they are in the middle. With boxes, only
+            colors are measured, because the classifier has seen flowers in the middle alone. An empty box, of a flower
+            that was not found, is replaced by the middle.
 
     Returns:
         By method, "measured_colors" and, unless it is None, "classifier": for each attribute, its value in each image.
     """
+    if boxes is not None:
+        is_found = (boxes[:, 2:] > 0).all(dim=1, keepdim=True)
+        images, classifier = centered(images, boxes.where(is_found, boxes.new_tensor(MIDDLE))), None
     predicted = {"measured_colors": measured_colors(to_bytes(images))}
     return predicted if classifier is None else {**predicted, "classifier": classifier.predict(images)}
 

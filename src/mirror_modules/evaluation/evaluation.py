@@ -21,7 +21,6 @@ from mirror_modules.evaluation.attributes import (
     CHUNK,
     LOWEST_CLASSIFIED_RESOLUTION,
     AttributeClassifier,
-    centered,
     fit_attribute_classifier,
     measure_attributes,
     predict_attributes,
@@ -201,7 +200,7 @@ def _evaluate(
         return {each.phase: image_features(each.pair, images) for each in ranking}
 
     def measure(images: Tensor, part: Unseen, rows: Tensor, *, shuffled: bool) -> dict[str, Any]:
-        found = {
+        found: dict[str, Any] = {
             "encoded": encode(images),
             "predicted": rotation.predict(model.captioner, images, rows, distances=3 if shuffled else 2),
             "descriptions": model.describe(images),
@@ -209,11 +208,8 @@ def _evaluate(
             **_measure_boxes(images, part, recipe),
         }
         if splits.validation.attributes[0]:
-            found["attributes"] = _attributes(images, part.boxes if recipe.data.scatter else None, networks)
-            if shuffled and recipe.data.scatter and unseen.boxes is not None:
-                # Shuffled images are searched for the flower where their caption has it.
-                boxes = unseen.boxes[rotation.caption_of[1][rows]]
-                found["shuffled_attributes"] = _attributes(images, boxes, networks)
+            boxes = found["boxes"] if recipe.data.scatter else None
+            found["attributes"] = predict_attributes(images, networks.classifier, boxes)
         return found
 
     # Every image is read or generated once, for all networks, and only what they compute is kept.
@@ -229,8 +225,6 @@ def _evaluate(
         "shuffled": [rotation.accuracy(predicted["generated"], distance) for distance in (1, 2)],
     }
     results = _with_shuffled(results, rotation.image_of[1])
-    if "shuffled_attributes" in results["shuffled"]:
-        results["shuffled"]["attributes"] = results["shuffled"]["shuffled_attributes"]
     encoded = {"validation": {name: each["encoded"] for name, each in results.items()}}
     for split in ranked[1:]:
         of_split = {
@@ -312,16 +306,6 @@ def _measure_boxes(images: Tensor, part: Unseen, recipe: Recipe) -> dict[str, Te
     if not _is_synthetic(recipe) or part.boxes is None or not takes_place:
         return {}
     return {"boxes": measured_box(to_bytes(images))}
-
-
-def _attributes(images: Tensor, boxes: Tensor | None, networks: EvaluationNetworks) -> dict[str, dict[str, list[str]]]:
-    """Attributes of drawn flowers; the colors are measured without a network.
-
-    With boxes, of scattered flowers, only colors are measured: the classifier was trained on centered flowers.
-    """
-    if boxes is None:
-        return predict_attributes(images, networks.classifier)
-    return predict_attributes(centered(images, boxes), None)
 
 
 def _with_shuffled(results: dict[str, dict[str, Any]], order: Tensor) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mirror_modules._checks import check_positive
 from mirror_modules._files import file_name, read_json, write_json, write_whole
-from mirror_modules.data import attributes_named, to_float
+from mirror_modules.data import attributes_named, measured_box, to_bytes, to_float
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier, predict_attributes
 from mirror_modules.evaluation.processes import in_processes
 from mirror_modules.evaluation.retrieval import (
@@ -39,6 +39,7 @@ from mirror_modules.evaluation.retrieval import (
 )
 from mirror_modules.evaluation.samples import draw_samples, write_samples
 from mirror_modules.evaluation.tables import REAL, r_precision_name, summarize, unrankable
+from mirror_modules.metrics import box_overlap
 from mirror_modules.models import TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights
 from mirror_modules.training.batches import Splits, has_classes, load_splits, usable_candidates
@@ -332,7 +333,7 @@ def train_shared(grid: Grid, seed: int) -> None:
 
 
 def _attribute_classifier(grid: Grid) -> AttributeClassifier | None:
-    if grid.shared.data.source != "synthetic-flowers":
+    if grid.shared.data.source != "synthetic-flowers" or grid.shared.data.scatter:
         return None
     return fit_attribute_classifier(grid.out / "attributes.safetensors", grid.shared.model.resolutions[-1])
 
@@ -351,15 +352,17 @@ def measure(
     `r_precision_other_classes`, among candidates of other classes only, and `held_out_r_precision`, on images of
     training classes held out from all training; and with a second evaluator the same ones, as `second_r_precision`.
     `attributes` is the share of the attributes in the caption that the attribute classifier predicts for the image;
-    `colors` is the same share for the two colors measured in the pixels. `words` holds a single value, the captioner's
-    word accuracy over the split.
+    `colors` is the same share for the two colors measured in the pixels. Of scattered flowers, there is `box_overlap`,
+    of the measured box with that of the caption's real image, in place of `attributes`. `words` holds a single value,
+    the captioner's word accuracy over the split.
 
     Args:
         recipe: The recipe of the run.
         folder: The run that holds the weights of phases `stream` and `evaluator`.
         splits: The data of the recipe.
         device: "cpu" or "cuda".
-        classifier: The attribute classifier of drawn flowers; None if the data have no attributes.
+        classifier: The attribute classifier of drawn flowers; None if the data have no attributes, or flowers are
+            scattered.
         model: Generates the images; None evaluates the real images instead.
     """
     captioner = build_model(recipe.model, splits.vocabulary).captioner
@@ -377,9 +380,13 @@ def measure(
         features = {phase: image_features(pair, images) for phase, pair in pairs.items()}
         if features_only:
             return {"features": features}
-        predicted = predict_words(captioner, images, part.tokens, part.word_mask)
-        attributes = {} if classifier is None else predict_attributes(images, classifier)
-        return {"features": features, "predicted": predicted, **attributes}
+        found: dict[str, Any] = {"features": features}
+        found["predicted"] = predict_words(captioner, images, part.tokens, part.word_mask)
+        if recipe.data.scatter:
+            found["boxes"] = measured_box(to_bytes(images))
+        if recipe.data.scatter or classifier is not None:
+            found |= predict_attributes(images, classifier, found.get("boxes"))
+        return found
 
     # By split: all sets of candidates are ranked by the same features.
     unseen = {split.name: split.unseen for _, _, split, _ in rankings}
@@ -394,10 +401,13 @@ def measure(
         metrics[metric] = expected_precision(features, sentences, candidates).tolist()
     validation = measured["validation"]
     metrics["words"] = [WordAccuracy.of(validation["predicted"]).accuracy]
-    if classifier is not None:
-        named = [attributes_named(caption) for caption in unseen["validation"].captions]
-        metrics["attributes"] = _shares_correct(validation["classifier"], named)
-        metrics["colors"] = _shares_correct(validation["measured_colors"], named)
+    named = [attributes_named(caption) for caption in unseen["validation"].captions]
+    for metric, method in (("attributes", "classifier"), ("colors", "measured_colors")):
+        if method in validation:
+            metrics[metric] = _shares_correct(validation[method], named)
+    boxes = unseen["validation"].boxes
+    if "boxes" in validation and boxes is not None:
+        metrics["box_overlap"] = box_overlap(validation["boxes"], boxes).tolist()
     return metrics
 
 

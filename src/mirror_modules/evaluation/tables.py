@@ -40,6 +40,7 @@ TITLES = {
     },
     "attributes": "attribute accuracy",
     "colors": "color accuracy",
+    "box_overlap": "overlap with the box",
     "words": "word accuracy",
 }
 
