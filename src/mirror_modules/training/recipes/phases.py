@@ -236,7 +236,7 @@ class KeypointRecipe:
     # No metric selects a step.
     keep_best = None
 
-    steps: int = 2000
+    steps: int = 3000
     """Optimizer steps of each of both networks."""
     batch_size: int = 64
     """Images per step over all processes, of which the key points are read."""

@@ -110,7 +110,7 @@ def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any],
     if len(config.trained_resolutions("glam")) < 2:
         phases["glam"] = dataclasses.replace(phases["glam"], coarse_steps=0)
     if config.completes_points:
-        phases["keypoints"] = KeypointRecipe()
+        phases["keypoints"] = KeypointRecipe(generator_learning_rate=1e-3, discriminator_learning_rate=1e-3)
     if "first_stage" in config_type.adversarial_phases:
         # Half of the steps each, for as many images seen.
         steps = base.glam.steps // 2
