@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mirror_modules.data import CaptionBatch, RepeatableBatches
+from mirror_modules.data.flowers.drawing import POINT_NAMES
 from mirror_modules.models import MirrorGANConfig, ModelConfig
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.batches import load_splits, to_device
@@ -49,7 +50,10 @@ def make_tiny_recipe(name: str = "demo") -> Recipe:
     )
     if base.model.system != model.system:
         shared = {each.name: getattr(model, each.name) for each in dataclasses.fields(ModelConfig)}
-        model = type(base.model)(**{**shared, **TINY_SIZES[base.model.system]})
+        sizes = dict(TINY_SIZES[base.model.system])
+        if base.model.completes_points:
+            sizes |= {"place": "points", "point_names": POINT_NAMES, "keypoint_hidden_dim": 6}
+        model = type(base.model)(**{**shared, **sizes})
     phases = {phase: dataclasses.replace(getattr(base, phase), steps=3, batch_size=7) for phase in base.phases}
     return dataclasses.replace(
         base,

@@ -31,7 +31,14 @@ def error_lines(err):
     return [line for line in err.replace("\r", "\n").splitlines() if line.startswith("mirror-modules")]
 
 
-PARTS_LEFT_OUT = ("evaluator.backbone", "second-evaluator", "first-stage", "pretraining", "evaluator-pretraining")
+PARTS_LEFT_OUT = (
+    "evaluator.backbone",
+    "second-evaluator",
+    "first-stage",
+    "keypoints",
+    "pretraining",
+    "evaluator-pretraining",
+)
 
 
 def flags(record, prefix=""):

@@ -21,6 +21,12 @@ SIZES = {
     "captioner_embedding_dim": 4,
     "captioner_hidden_dim": 5,
 }
+# A complete training but for the evaluators, of two steps per phase, on few and small images.
+SHORT = [
+    *("--steps", 2, "--data.training-images", 23, "--data.validation-images", 19, "--evaluation.candidates", 5),
+    *("--model.resolutions", 32, "--model.channels", 2, "--model.discriminator-channels", 3, "--model.word-dim", 6),
+    *("--model.keypoint-hidden-dim", 8, "--keypoints.batch-size", 11, "--glam.batch-size", 4),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +38,9 @@ def saved_models(tmp_path_factory):
         model = GAWWN(GAWWNConfig(**SIZES, place=place, **options), vocabulary)
         # Images of more than one shade, so that bytes show the place.
         torch.nn.init.normal_(model.generator.head.weight, std=30)
+        if place == "points":
+            # Points that are drawn are visible.
+            model.keypoint_generator.joint[-2].bias.data.fill_(5)
         model.save_pretrained(folder / place)
     return folder
 
@@ -64,14 +73,44 @@ def images_close(path, expected, tolerance=1):
         return np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= tolerance
 
 
-def test_points_are_read_by_name_and_others_are_hidden(capsys, saved_models, tmp_path):
-    path = written(tmp_path, {"petal 1": [0.25, 1]})
+def test_points_are_read_by_name_and_null_hides_one(capsys, saved_models, tmp_path):
+    path = written(tmp_path, {"petal 1": [0.25, 1], "center": None})
     words = ("generate", saved_models / "points", CAPTION, "--seed", 3, "--best-of", 2, "--points", path)
     assert run(capsys, *words, "--out", tmp_path / "f.png")[0] == 0
     model = GAWWN.from_pretrained(saved_models / "points")
-    location = torch.tensor([[[0, 0, 0], [0.25, 1, 1]]])
+    location = torch.tensor([[[0, 0, -1], [0.25, 1, 1]]])
     expected = model.generate(CAPTION, seed=3, best_of=2, location=location, output="pil")[0]
     assert images_close(tmp_path / "f.png", expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "location"),
+    [
+        ({"petal 1": [0.25, 1]}, torch.tensor([[[0, 0, 0], [0.25, 1, 1]]])),
+        (None, None),
+    ],
+)
+def test_points_that_are_not_given_are_drawn(capsys, saved_models, tmp_path, content, location):
+    words = () if content is None else ("--points", written(tmp_path, content))
+    status, _, _ = run(capsys, "generate", saved_models / "points", CAPTION, *words, "--out", tmp_path / "f.png")
+    assert status == 0
+    model = GAWWN.from_pretrained(saved_models / "points")
+    assert images_close(tmp_path / "f.png", model.generate(CAPTION, seed=0, location=location, output="pil")[0])
+    hidden = torch.tensor([[[0, 0, -1.0], [0.25, 1, -1 if content is None else 1]]])
+    other = model.generate(CAPTION, seed=0, location=hidden, output="pil")[0]
+    assert not images_close(tmp_path / "f.png", other, tolerance=0)
+
+
+def test_a_trained_run_draws_the_points_that_are_left_out(capsys, tmp_path):
+    folder, phases = tmp_path / "run", ("pretraining", "stem", "stream", "keypoints", "glam")
+    words = ("train", "gawwn-points-demo", "--out", folder, *SHORT, "--device", "cpu", "--phases", *phases)
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert "keypoints" in out
+    path = written(tmp_path, {"center": [0.5, 0.25], "petal 8": None})
+    for options in ((), ("--points", path)):
+        assert run(capsys, "generate", folder / "model", CAPTION, *options, "--out", tmp_path / "f.png")[0] == 0
+    assert_rejected(run(capsys, "train", "demo", "--phases", "keypoints", "--out", tmp_path / "other"), "keypoints")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +132,14 @@ def test_invalid_boxes_are_rejected(capsys, saved_models, tmp_path, place, words
         ("{", "is not JSON"),
         ([], 'must be an object with x and y by name, such as {"center": [0.5, 0.25]}.'),
         ({"leaf": [0.5, 0.5]}, "unknown key point 'leaf'; the model has center, petal 1."),
-        ({"center": [0.5]}, "'center' must be [x, y], shares of the image from 0 to 1, but it is [0.5]."),
-        ({"center": [0.5, 3]}, "'center' must be [x, y], shares of the image from 0 to 1, but it is [0.5, 3]."),
+        (
+            {"center": [0.5]},
+            "'center' must be [x, y], shares of the image from 0 to 1, or null for a hidden point, but it is [0.5].",
+        ),
+        (
+            {"center": [0.5, 3]},
+            "'center' must be [x, y], shares of the image from 0 to 1, or null for a hidden point, but it is [0.5, 3].",
+        ),
     ],
 )
 def test_invalid_points_are_rejected(capsys, saved_models, tmp_path, content, message):

@@ -266,6 +266,11 @@ def test_fields_of_a_single_system_may_differ():
     comparison._check_comparable([make_recipe(), dataclasses.replace(recipe, model=model, glam=glam)])
     shared = [comparison._shared_recipe(each) for each in (make_recipe(), recipe)]
     assert shared[0] == shared[1]
+    # Key points are completed in one of them.
+    placed = [make_recipe(f"{name}-demo") for name in ("gawwn", "gawwn-points")]
+    comparison._check_comparable(placed)
+    shared = [comparison._shared_recipe(each) for each in placed]
+    assert shared[0] == shared[1]
 
 
 def test_each_size_of_all_systems_is_shared_or_a_system_s_own():

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from mirror_modules import MirrorGAN, Vocabulary
-from mirror_modules.models import GAWWN, GAWWNConfig, TextToImage, build_model
+from mirror_modules.models import GAWWN, GAWWNConfig, TextToImage, build_model, sample_latents
+from mirror_modules.stream import RedescriptionScore, append_end
 
 CAPTIONS = ["a red flower with five round petals", "blue petals", "a white flower"]
 VOCABULARY = Vocabulary.build(CAPTIONS)
@@ -22,6 +23,7 @@ SIZES = {
     "resolutions": (32,),
     "discriminator_channels": 2,
     "text_projection": 3,
+    "keypoint_hidden_dim": 8,
     "image_backbone": "conv",
     "captioner_backbone": "conv",
     "captioner_embedding_dim": 4,
@@ -57,7 +59,7 @@ def test_generate_takes_a_location_per_caption(place):
     assert len(model.describe(images)) == 3
 
 
-def test_without_a_location_the_box_is_in_the_middle_and_no_point_is_visible():
+def test_without_a_location_the_box_is_in_the_middle_and_all_points_are_missing():
     for place, default in (("box", torch.tensor([[0.1, 0.1, 0.8, 0.8]])), ("points", torch.zeros(1, 3, 3))):
         model = make(place)
         assert torch.equal(model.locate(None, None, 1), default)
@@ -71,9 +73,90 @@ def test_unknown_boxes_become_one_in_the_middle():
     assert torch.equal(make("box").locate(boxes, torch.zeros(2, 3, 3), 2), expected)
 
 
-def test_points_of_the_data_are_the_location():
+def test_points_of_the_data_are_the_location_and_those_that_are_not_visible_are_hidden():
     points = locations("points")
     assert torch.equal(make("points").locate(torch.rand(3, 4), points, 3), points)
+    points[1, 2] = 0
+    expected = points.clone()
+    expected[1, 2, 2] = -1
+    assert torch.equal(make("points").locate(None, points, 3), expected)
+
+
+def completed_by_loops(model, location, sentence, noise):
+    """The location point by point: given and hidden ones as they are, missing ones from the key-point generator."""
+    given = torch.zeros_like(location)
+    for row in range(len(location)):
+        for point in range(len(NAMES)):
+            if location[row, point, 2] > 0:
+                given[row, point] = location[row, point]
+    drawn = model.keypoint_generator(noise, sentence, given)
+    completed = location.clone()
+    for row in range(len(location)):
+        for point in range(len(NAMES)):
+            if location[row, point, 2] == 0:
+                x, y, visibility = drawn[row, point].tolist()
+                completed[row, point] = torch.tensor([x, y, float(visibility > 0.5)])
+    return completed
+
+
+@torch.no_grad()
+def test_missing_points_are_drawn_and_others_are_kept_exactly():
+    model, location = make("points"), locations("points")
+    location[0, 0], location[2, 1] = torch.zeros(3), torch.tensor([0.25, 0.5, -1.0])
+    # Visibilities of generated points on both sides of a half.
+    model.keypoint_generator.joint[-2].bias.data = torch.tensor([0.0, 0, 4, 0, 0, -4, 0, 0, 4])
+    sentence, noise = torch.randn(3, 6), torch.randn(3, model.config.condition_noise_dim)
+    completed = model.complete_location(location, sentence, noise)
+    is_given = location[..., 2] != 0
+    assert torch.equal(completed[is_given], location[is_given])
+    assert_close(completed, completed_by_loops(model, location, sentence, noise))
+    drawn = model.complete_location(None, sentence, noise)
+    assert_close(drawn, completed_by_loops(model, torch.zeros(3, 3, 3), sentence, noise))
+    assert torch.equal(drawn[..., 2], torch.tensor([[1.0, 0, 1]] * 3))
+    for row in range(3):
+        alone = model.complete_location(location[row : row + 1], sentence[row : row + 1], noise[row : row + 1])
+        assert_close(alone, completed[row : row + 1])
+    # They follow the sentence, the noise and the points that are given.
+    for changed in (
+        model.complete_location(location, torch.randn(3, 6), noise),
+        model.complete_location(location, sentence, torch.randn_like(noise)),
+        model.complete_location(location + torch.tensor([0.1, 0, 0]) * is_given[..., None], sentence, noise),
+    ):
+        assert not torch.equal(changed[0, 0], completed[0, 0])
+    maps = torch.zeros(3, 3, 16, 16)
+    assert model.complete_location(maps, sentence, noise) is maps
+    assert make("box").complete_location(None, sentence, noise) is None
+
+
+def test_images_have_the_completed_points():
+    model, location = make("points"), locations("points", 1)
+    location[0, 1:] = torch.tensor([[0, 0, 0], [0.5, 0.5, -1]])
+    # Visible, whatever the noise.
+    model.keypoint_generator.joint[-2].bias.data.fill_(5)
+    images = model.generate(CAPTIONS[0], seed=4, location=location)
+    _, condition_noise = model._sample_noise("test", 1, 4, None)
+    tokens, word_mask = VOCABULARY.encode(CAPTIONS[:1])
+    completed = model.complete_location(location, model.text_encoder(tokens, word_mask).sentence, condition_noise)
+    assert completed[0, :, 2].tolist() == [1, 1, -1]
+    assert_close(model.generate(CAPTIONS[0], seed=4, location=completed), images, atol=0, rtol=0)
+    hidden = completed.clone()
+    hidden[0, 1, 2] = -1
+    assert not torch.equal(model.generate(CAPTIONS[0], seed=4, location=hidden), images)
+    ways = model.interpolate(*CAPTIONS[:2], steps=3, seed=4, location=location)
+    assert_close(ways[:1], images, atol=1e-4, rtol=1e-4)
+    last = model.generate(CAPTIONS[1], seed=4, location=location)
+    assert_close(ways[2:], last, atol=1e-4, rtol=1e-4)
+
+
+def test_latents_are_sampled_with_the_points_of_their_noise():
+    model = make("points")
+    tokens, word_mask = VOCABULARY.encode(CAPTIONS[:1])
+    start = torch.randn(1, 3), torch.randn(1, model.config.condition_noise_dim)
+    samples = sample_latents(model, tokens, word_mask, *start, steps=2)
+    noise, condition_noise = samples.latents.split(3, dim=1)
+    images = model(tokens, word_mask, noise=noise, condition_noise=condition_noise).images[-1]
+    likelihood = RedescriptionScore(model.captioner, check=False)(images, *append_end(tokens, word_mask))
+    assert_close(samples.log_likelihood[-1], likelihood, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +208,11 @@ def test_a_saved_model_is_loaded_by_the_base_class(place, tmp_path):
     loaded = TextToImage.from_pretrained(tmp_path)
     assert type(loaded) is GAWWN
     assert loaded.config == model.config
-    images = (each.generate(CAPTIONS, seed=1, location=location) for each in (loaded, model))
-    assert_close(*images, atol=0, rtol=0)
+    for given in (location, None):
+        images = (each.generate(CAPTIONS, seed=1, location=given) for each in (loaded, model))
+        assert_close(*images, atol=0, rtol=0)
+    images_alone = TextToImage.from_pretrained(tmp_path, only="images").generate(CAPTIONS, seed=1)
+    assert_close(images_alone, model.generate(CAPTIONS, seed=1), atol=0, rtol=0)
     with pytest.raises(ValueError, match="holds a model of the system 'gawwn'"):
         MirrorGAN.from_pretrained(tmp_path)
 

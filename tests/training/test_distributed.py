@@ -35,7 +35,9 @@ from mirror_modules.training.pretrain import (
     CachedCaptioner,
     CachedPair,
     captioning_step,
+    keypoint_step,
     matching_step,
+    start_keypoints,
     start_pretraining,
 )
 from mirror_modules.training.recipes import Recipe
@@ -136,6 +138,18 @@ def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, 
     return two_steps(adversarial_step, state, state.networks(), batches, recipe.glam)
 
 
+def train_keypoints(group, tiny, *, class_ids):
+    model = {"system": "gawwn", "place": "points", "point_names": ["a", "b", "c"], "keypoint_hidden_dim": 8}
+    recipe = Recipe.from_dict({"model": {**model, "resolutions": [32]}, "keypoints": {}}, make_recipe(tiny))
+    torch.manual_seed(0)
+    model = build_model(recipe.model, Vocabulary([f"word{i}" for i in range(V - 3)]))
+    state = start_keypoints(model, recipe.keypoints, recipe.engine, torch.Generator().manual_seed(2), group)
+    batches = [make_batch(group, i, class_ids) for i in range(2)]
+    points = torch.rand(2, B, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).round(decimals=1)
+    batches = [batch._replace(points=group.local_rows(each)) for batch, each in zip(batches, points)]
+    return two_steps(lambda *arguments: keypoint_step(*arguments[:2]), state, state.networks(), batches, recipe)
+
+
 ALL_DIFFER, ONE_DIFFERS = (0, 1, 2, 3, 4, 5), (0, 0, 0, 0, 0, 1)
 STEPS = {
     "pair": (train_pair, {}),
@@ -143,6 +157,8 @@ STEPS = {
     "captioner": (train_captioner, {"train_backbone": False}),
     "captioner-and-backbone": (train_captioner, {"train_backbone": True}),
     "captioner-accumulate": (train_captioner, {"train_backbone": False, "evaluating": True, "accumulate": 3}),
+    "keypoints": (train_keypoints, {"class_ids": ALL_DIFFER}),
+    "keypoints-few-pairs": (train_keypoints, {"class_ids": (0, 0, 0, 0, 2, 1)}),
     "generator": (train_generator, {"normalization": "none", "class_ids": ALL_DIFFER}),
     "generator-few-pairs": (train_generator, {"normalization": "none", "class_ids": ONE_DIFFERS}),
     "generator-batch-norm": (train_generator, {"normalization": "batch", "class_ids": ALL_DIFFER}),

@@ -122,6 +122,14 @@ def test_a_config_that_lacks_a_field_is_rejected(recipe, tmp_path, field):
         make_plan(recipe, folder, PHASES, resume=True)
 
 
+def test_a_run_from_before_phase_keypoints_is_read(recipe, tmp_path):
+    folder = make_folder(tmp_path, recipe)
+    content = json.loads(folder.config.read_text(encoding="utf-8"))
+    del content["recipe"]["keypoints"]
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    assert folder.read_recipe() == recipe
+
+
 def test_a_nested_field_that_is_missing_is_named(recipe, tmp_path):
     folder = make_folder(tmp_path, recipe)
     content = json.loads(folder.config.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mirror_modules.models import TextToImage
+from mirror_modules.models.gawwn import HIDDEN
 
 
 def read_location(model: TextToImage, box: Sequence[float] | None, points: Path | None) -> Tensor | None:
@@ -27,7 +28,7 @@ def read_location(model: TextToImage, box: Sequence[float] | None, points: Path 
         raise ValueError("--box and --points cannot be given together; the model takes one of them.")
     if not model.config.takes_location:
         raise ValueError(f"{name}: a model of the system {model.config.system!r} takes no location; leave it out.")
-    # What the model takes if nothing is known of the place: a box, or points that are all hidden.
+    # What the model takes if nothing is known of the place: a box, or points that are all missing.
     unknown = model.locate(None, None, 1)
     takes_points = unknown is not None and unknown.ndim == 3
     if takes_points != (points is not None):
@@ -45,7 +46,7 @@ def read_location(model: TextToImage, box: Sequence[float] | None, points: Path 
 
 
 def _read_points(path: Path, names: Sequence[str]) -> Tensor:
-    """Key points from a JSON file with x and y by name; those without a name in it are hidden."""
+    """Key points from a JSON file with x and y by name, null for a hidden one; those not in it are missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,11 +61,12 @@ def _read_points(path: Path, names: Sequence[str]) -> Tensor:
     for name, place in content.items():
         if name not in names:
             raise ValueError(f"--points {path}: unknown key point {name!r}; the model has {', '.join(names)}.")
-        if not _is_place(place):
+        if place is not None and not _is_place(place):
             raise ValueError(
-                f"--points {path}: {name!r} must be [x, y], shares of the image from 0 to 1, but it is {place!r}."
+                f"--points {path}: {name!r} must be [x, y], shares of the image from 0 to 1, or null for a hidden "
+                f"point, but it is {place!r}."
             )
-        location[0, list(names).index(name)] = torch.tensor([*place, 1.0])
+        location[0, list(names).index(name)] = torch.tensor([0.0, 0.0, HIDDEN] if place is None else [*place, 1.0])
     return location
 
 

@@ -49,6 +49,7 @@ class TrainOptions:
             "stem",
             "stream",
             "first_stage",
+            "keypoints",
             "glam",
             "evaluator_pretraining",
             "evaluator",

@@ -33,13 +33,19 @@ from mirror_modules.models import MirrorGANConfig, TextToImage
 from mirror_modules.training.distributed import resolve_device
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
-from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, AdversarialRecipe, Recipe
+from mirror_modules.training.recipes import (
+    ADVERSARIAL_PHASES,
+    ALL_PHASES,
+    WITHOUT_BACKBONE,
+    AdversarialRecipe,
+    Recipe,
+)
 
 # Fields in which the recipes must agree: data, phases before the generator, evaluation, and the engine, on which the
 # cost depends.
 SHARED_FIELDS = (
     "data",
-    *(phase for phase in ALL_PHASES if phase not in ADVERSARIAL_PHASES),
+    *(phase for phase in ALL_PHASES if phase not in WITHOUT_BACKBONE),
     "evaluation",
     "engine",
 )
@@ -208,9 +214,8 @@ def _shared_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the shared phases, which is the same for all recipes that can be compared with this one."""
     sizes = {name: getattr(recipe.model, name) for name in SHARED_SIZES}
     model = MirrorGANConfig(resolutions=recipe.model.resolutions[-1:], **sizes)
-    return dataclasses.replace(
-        recipe, name="shared phases", seed=0, model=model, glam=AdversarialRecipe(), first_stage=None
-    )
+    own: dict[str, Any] = {"glam": AdversarialRecipe(), "first_stage": None, "keypoints": None}
+    return dataclasses.replace(recipe, name="shared phases", seed=0, model=model, **own)
 
 
 def _check_first_stage(recipe: Recipe, run: RunFolder) -> None:

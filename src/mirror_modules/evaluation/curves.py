@@ -24,6 +24,7 @@ PHASE_TITLES = {
     "stem": "Text and image encoder",
     "stream": "Captioner",
     "first_stage": "First stage and its discriminator",
+    "keypoints": "Key-point generator and its discriminator",
     "glam": "Generator and discriminators",
     "evaluator": "Evaluation encoders",
 }

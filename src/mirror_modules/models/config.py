@@ -218,6 +218,11 @@ class ModelConfig:
         """Features of the noise of the conditions; 0 if nothing is drawn for them."""
         return self.condition_dim
 
+    @property
+    def completes_points(self) -> bool:
+        """Whether the model has a generator of missing key points, which phase `keypoints` trains."""
+        return False
+
     def trained_resolutions(self, phase: str) -> tuple[int, ...]:
         """Image sizes of the discriminators of one of `adversarial_phases`."""
         return self.resolutions

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mirror_modules.adversarial import KeypointImageDiscriminator, LocatedDiscriminator
-from mirror_modules.glam import GeneratedImages, KeypointImageGenerator, LocatedGenerator
+from mirror_modules._placing import check_points
+from mirror_modules.adversarial import KeypointDiscriminator, KeypointImageDiscriminator, LocatedDiscriminator
+from mirror_modules.glam import GeneratedImages, KeypointGenerator, KeypointImageGenerator, LocatedGenerator
 from mirror_modules.models.config import ModelConfig, Weighting
 from mirror_modules.models.registry import register_system
 from mirror_modules.models.text_to_image import TextToImage
@@ -25,6 +26,8 @@ CUB_PARTS = (
 )
 # In place of a box that is not known: in the middle, with a tenth of the image at each side.
 UNKNOWN_BOX = (0.1, 0.1, 0.8, 0.8)
+# Visibility of a key point that is known to be hidden; one of visibility 0 is not known.
+HIDDEN = -1.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class GAWWNConfig(ModelConfig):
     """How the place of the subject is given: by its bounding box, or by its key points."""
     point_names: tuple[str, ...] = CUB_PARTS
     """Names of the key points, in the order of the data; with place="points" only."""
+    keypoint_hidden_dim: int = 512
+    """Features of the inner layers of the key-point generator and its discriminator; with place="points" only."""
     text_map: Literal["placed", "cropped"] = "placed"
     """What the discriminator's global path sees of the sentence; "cropped" is the published code's, which does not
     depend on the box. With place="box" only."""
@@ -78,8 +83,13 @@ class GAWWNConfig(ModelConfig):
 
     @property
     def condition_noise_dim(self) -> int:
-        """The condition is not drawn."""
-        return 0
+        """The condition is not drawn; missing key points are."""
+        return self.noise_dim if self.completes_points else 0
+
+    @property
+    def completes_points(self) -> bool:
+        """With place="points"."""
+        return self.place == "points"
 
     def weighting(self, phase: str) -> Weighting:
         """Consistency alone, with real pairs against the mean of generated and mismatched ones."""
@@ -87,7 +97,8 @@ class GAWWNConfig(ModelConfig):
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Fields that are not read."""
-        return [("point_names" if self.place == "box" else "text_map", f"place={self.place!r}")]
+        unread = ("point_names", "keypoint_hidden_dim") if self.place == "box" else ("text_map",)
+        return [(name, f"place={self.place!r}") for name in unread]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can store them."""
@@ -101,7 +112,9 @@ class GAWWN(TextToImage):
         I = G(noise, sentence, box)    or    G(noise, sentence, points)
 
     The location is a box, (B, 4), x, y, width and height as shares of the image; or x, y and visibility of each key
-    point, (B, K, 3). Without a location, the box is one in the middle, and no key point is visible.
+    point, (B, K, 3). Without a location, the box is one in the middle, and all key points are missing. A key point has
+    the visibility 1 if it is given, -1 if it shall be hidden, and 0 if it is missing: `KeypointGenerator` then draws
+    place and visibility from the sentence and the points that are given (Sec. 4.3).
 
     Args:
         config: Sizes and options.
@@ -138,6 +151,13 @@ class GAWWN(TextToImage):
             self.generator = KeypointImageGenerator(
                 config.noise_dim, config.word_dim, len(config.point_names), upsampled=upsampled, **sizes
             )
+            self.keypoint_generator = KeypointGenerator(
+                len(config.point_names), config.noise_dim, config.word_dim, hidden_dim=config.keypoint_hidden_dim
+            )
+
+    def generator_parts(self) -> dict[str, nn.Module]:
+        """The generator of images; phase `keypoints` trains that of key points."""
+        return {name: part for name, part in super().generator_parts().items() if name != "keypoint_generator"}
 
     def conditions(self, sentence: Tensor, noise: Tensor) -> list[Condition | Tensor]:
         """The sentence itself; see `TextToImage.conditions`."""
@@ -159,7 +179,10 @@ class GAWWN(TextToImage):
         return self.generator(noise, samples[0], location)
 
     def locate(self, boxes: Tensor | None, points: Tensor | None, count: int) -> Tensor:
-        """The boxes, with one in the middle where they are unknown; or the key points; see `TextToImage.locate`."""
+        """The boxes, with one in the middle where they are unknown; or the key points, of which the data know all.
+
+        See `TextToImage.locate`. Without data, all key points are missing.
+        """
         if self.config.place == "points":
             names = self.config.point_names
             if points is None and boxes is not None:
@@ -169,12 +192,37 @@ class GAWWN(TextToImage):
                     f"GAWWN: the data have {points.shape[1]} key points, but point_names names {len(names)}: "
                     f"{', '.join(names)}."
                 )
-            return torch.zeros(count, len(names), 3) if points is None else points
+            if points is None:
+                return torch.zeros(count, len(names), 3)
+            return torch.cat((points[..., :2], points[..., 2:].where(points[..., 2:] > 0, HIDDEN)), dim=2)
         if boxes is None and points is not None:
             raise ValueError("GAWWN: place='box' needs boxes, but the data have key points alone.")
         if boxes is None:
             return torch.tensor(UNKNOWN_BOX).repeat(count, 1)
         return boxes.where(boxes.isfinite(), boxes.new_tensor(UNKNOWN_BOX))
+
+    def complete_location(self, location: Tensor | None, sentence: Tensor, noise: Tensor) -> Tensor | None:
+        """The key points, with those that are missing drawn from the sentence; see `TextToImage.complete_location`.
+
+        Points that are drawn are visible or missing still, with a visibility of 1 or 0 like those of the data.
+        """
+        if self.config.place == "box":
+            return location
+        if location is None:
+            location = self.locate(None, None, len(sentence)).to(sentence)
+        check_points("GAWWN", "points", location, len(self.config.point_names), MAP_SIZE)
+        if location.ndim == 4:
+            # Maps of key points, which show the visible ones and none that is missing.
+            return location
+        visibility = location[..., 2:]
+        drawn = self.keypoint_generator(noise, sentence, location.where(visibility > 0, 0))
+        drawn = torch.cat((drawn[..., :2], drawn[..., 2:].round()), dim=2)
+        return drawn.where(visibility == 0, location)
+
+    def keypoint_discriminator(self) -> KeypointDiscriminator:
+        """A new opponent of the key-point generator, for phase `keypoints`."""
+        config = self.config
+        return KeypointDiscriminator(len(config.point_names), config.word_dim, hidden_dim=config.keypoint_hidden_dim)
 
     def discriminators(self, phase: str = "glam") -> list[nn.Module]:
         """One discriminator without realism, which takes the location; see `TextToImage.discriminators`."""

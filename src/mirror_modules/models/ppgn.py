@@ -109,7 +109,8 @@ def sample_latents(
             def make(latents: Tensor) -> Tensor:
                 drawn, drawn_condition = latents.split((noise.shape[1], condition_noise.shape[1]), dim=1)
                 samples = samples_of(model.conditions(sentence, drawn_condition))
-                return model.images(drawn, samples, words, word_mask, location).images[-1]
+                places = model.complete_location(location, sentence, drawn_condition)
+                return model.images(drawn, samples, words, word_mask, places).images[-1]
 
             sampler = LatentSampler(
                 make,

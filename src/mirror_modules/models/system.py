@@ -165,6 +165,16 @@ class System(TypedCall, nn.Module):
         """
         return None
 
+    def complete_location(self, location: Tensor | None, sentence: Tensor, noise: Tensor) -> Tensor | None:
+        """What a user gives as location, with what is missing in it drawn from the sentence, in systems that do so.
+
+        Args:
+            location: Where the subject shall be, (B, ...); None if it is not given.
+            sentence: Sentence features, (B, D).
+            noise: Standard normal, (B, config.condition_noise_dim).
+        """
+        return location
+
     def trained_in(self, phase: str) -> Self:
         """The system as one of its phases trains it: itself, or a view that shares its parts and draws fewer images.
 
@@ -223,6 +233,7 @@ class System(TypedCall, nn.Module):
         condition_noise = sample(self.config.condition_noise_dim) if condition_noise is None else condition_noise
         conditions = self.conditions(sentence, condition_noise)
         noise = sample(self.config.noise_dim) if noise is None else noise
+        location = self.complete_location(location, sentence, condition_noise)
         return self.images(noise, samples_of(conditions), words, word_mask, location, need_weights=need_weights)
 
     def _check_location(self, location: Tensor | None) -> None:

@@ -371,11 +371,13 @@ class TextToImage(System):
                 [row[:length].repeat_interleave(common // length, dim=0) for row, length in zip(encoded.words, lengths)]
             )
             share = torch.linspace(0, 1, steps, device=words.device, dtype=words.dtype)
+            location = None if location is None else location.to(noise).expand(steps, *location.shape[1:])
+            sentences = torch.lerp(encoded.sentence[:1], encoded.sentence[1:], share[:, None])
             generated = self.images(
                 noise.expand(steps, -1),
                 [torch.lerp(sample[:1], sample[1:], share[:, None]) for sample in samples],
                 torch.lerp(words[:1], words[1:], share[:, None, None]),
-                location=None if location is None else location.to(noise).expand(steps, *location.shape[1:]),
+                location=self.complete_location(location, sentences, condition_noise.expand(steps, -1)),
             )
         return from_model(generated.images[stage], output)
 

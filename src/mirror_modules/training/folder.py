@@ -133,6 +133,8 @@ class RunFolder:
         if isinstance(content["recipe"].get("model"), dict):
             # Runs without it are older than the other systems.
             content["recipe"]["model"].setdefault("system", "mirrorgan")
+        # Runs without it are older than the phase.
+        content["recipe"].setdefault("keypoints", None)
         try:
             recipe = Recipe.from_dict(content["recipe"])
             if missing := list(_missing(recipe.to_dict(), content["recipe"])):

@@ -2,7 +2,8 @@
 
 Phase `stem` trains text and image encoder with the matching loss, `stream` the captioner on real pairs, `glam` the
 generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only; so does
-`second_evaluator`, if the recipe has it. `first_stage`, before `glam`, trains the first stage of StackGAN.
+`second_evaluator`, if the recipe has it. `first_stage`, before `glam`, trains the first stage of StackGAN, and
+`keypoints` the key-point generator of GAWWN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from torch import nn
 from mirror_modules._files import write_whole
 from mirror_modules._freezing import evaluating, freeze
 from mirror_modules.data.seeding import seeded
-from mirror_modules.models import EncoderPair, TextToImage, build_model
+from mirror_modules.models import GAWWN, EncoderPair, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
@@ -43,11 +44,13 @@ from mirror_modules.training.pretrain import (
     CachedCaptioner,
     CachedPair,
     captioning_step,
+    keypoint_step,
     matching_step,
     region_rows,
+    start_keypoints,
     start_pretraining,
 )
-from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, PRETRAINING, Recipe
+from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, PRETRAINING, WITHOUT_BACKBONE, Recipe
 from mirror_modules.training.state import AdversarialState, ConditionedGenerator, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
@@ -163,6 +166,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
         "stem": train_stem,
         "stream": train_stream,
         "first_stage": train_first_stage,
+        "keypoints": train_keypoints,
         "glam": train_glam,
         "evaluator_pretraining": partial(_pretrain, phase="evaluator_pretraining"),
         "evaluator": train_evaluator,
@@ -174,7 +178,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
         if run.group.is_main:
             save_weights(module, run.folder.weights(phase))
         run.stop_if_interrupted()
-    pretraining = [phase for phase in run.recipe.phases if phase not in ADVERSARIAL_PHASES]
+    pretraining = [phase for phase in run.recipe.phases if phase not in WITHOUT_BACKBONE]
     if run.group.is_main and all(run.folder.weights(phase).exists() for phase in pretraining):
         # No phase will read them again.
         shutil.rmtree(run.folder.features, ignore_errors=True)
@@ -183,7 +187,7 @@ def _train_phases(run: Run, plan: Plan) -> None:
 def _recorded(recipe: Recipe, folder: RunFolder, plan: Plan) -> Recipe:
     """The recipe with the checksums of the pretrained weights: of those that the phases load, and of earlier phases."""
     before = folder.read_recipe() if folder.config.exists() else None
-    loading = [phase for phase in plan.to_train if phase not in ADVERSARIAL_PHASES]
+    loading = [phase for phase in plan.to_train if phase not in WITHOUT_BACKBONE]
     try:
         with torch.random.fork_rng(devices=[]):
             recorded = recipe.recorded(loading, before)
@@ -331,6 +335,24 @@ def train_first_stage(run: Run) -> nn.Module:
     return _train_generator(run, "first_stage")[1]
 
 
+def train_keypoints(run: Run) -> nn.Module:
+    """Train the generator of missing key points against its discriminator, with the text encoder of phase `stem`."""
+    recipe: Any = run.recipe.phase("keypoints")
+    model = cast(GAWWN, build_model(run.recipe.model, run.splits.vocabulary, pretrained=False))
+    pair = load_pair(run.folder, "stem", run.recipe, run.splits)
+    model.text_encoder.load_state_dict(pair.text_encoder.state_dict())
+    model.to(run.group.device)
+    text, message = _cache_captions(run, model)
+    random = seeded(run.recipe.seed, NOISE, ALL_PHASES.index("keypoints"))
+    state = start_keypoints(model, recipe, run.recipe.engine, random, run.group, text)
+    with PhaseRun(run, "keypoints", state, recipe, state.networks()) as steps:
+        if message:
+            steps.log.info(message)
+        for batch in steps.batches():
+            steps.record(keypoint_step(state, batch))
+    return state.generator.module
+
+
 def train_glam(run: Run) -> nn.Module:
     """Train the generator against its discriminators; the model is saved with the averaged generator."""
     model, generator = _train_generator(run, "glam")
@@ -350,6 +372,8 @@ def _train_generator(run: Run, phase: str) -> tuple[TextToImage, nn.Module]:
     load_weights(model.captioner, folder.weights("stream"))
     for trained in (each for each in earlier if each in recipe.phases):
         load_weights(ConditionedGenerator(model.trained_in(trained)), folder.weights(trained))
+    if isinstance(model, GAWWN) and recipe.keypoints is not None:
+        load_weights(model.keypoint_generator, folder.weights("keypoints"))
     model.to(run.group.device)
     text, message = _cache_captions(run, model)
     random = seeded(seed, NOISE, ALL_PHASES.index(phase))
@@ -433,7 +457,7 @@ def _check_feasible(run: Run, plan: Plan) -> None:
         for phase in sizes.adversarial_phases:
             model.trained_in(phase).discriminators(phase)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
-        for phase in (phase for phase in recipe.phases if phase not in ("stream", *ADVERSARIAL_PHASES)):
+        for phase in (phase for phase in recipe.phases if phase not in ("stream", *WITHOUT_BACKBONE)):
             backbone = recipe.backbone(phase)
             EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)
         model.captioner.encode_images(images)

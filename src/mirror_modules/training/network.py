@@ -171,6 +171,18 @@ def autocast(engine: EngineRecipe, device: torch.device) -> AbstractContextManag
 
 
 @contextmanager
+def frozen(networks: Sequence[TrainedNetwork]) -> Iterator[None]:
+    """Disable gradients of the weights of these networks; gradients still flow through them to the images."""
+    for network in networks:
+        network.module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.module.requires_grad_(True)
+
+
+@contextmanager
 def restoring_buffers(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Restore the buffers of modules on exit if one of the flags appended to the yielded list is False.
 

@@ -1,24 +1,30 @@
-"""Training steps of the encoders (phases `stem` and `evaluator`) and of the captioner (phase `stream`)."""
+"""Training steps of encoders (`stem`, `evaluator`), captioner (`stream`) and key-point generator (`keypoints`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from mirror_modules._freezing import freeze
+from mirror_modules.adversarial import PairedLogits, discriminator_loss, generator_loss, mismatch
 from mirror_modules.data import CaptionBatch
-from mirror_modules.models import EncoderPair
+from mirror_modules.glam import KeypointGenerator
+from mirror_modules.models import GAWWN, EncoderPair
 from mirror_modules.stem import ImageEncoder, ImageFeatures, TextFeatures
 from mirror_modules.stem.matching import contrastive_terms, image_sentence_similarity, word_region_similarity
 from mirror_modules.stream import Captioner, append_end, redescription_loss
 from mirror_modules.training.distributed import ProcessGroup
-from mirror_modules.training.features import CachedImages
-from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, prepare, restoring_buffers
-from mirror_modules.training.recipes import EngineRecipe, MatchingRecipe, PretrainingRecipe
+from mirror_modules.training.features import CachedImages, FrozenFeatures, frozen_text
+from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, frozen, prepare, restoring_buffers
+from mirror_modules.training.recipes import EngineRecipe, KeypointRecipe, MatchingRecipe, PretrainingRecipe
+
+# In the published code, each key point is left out with this probability in each step.
+MISSING_SHARE = 0.9
 
 
 class CachedCaptioner(nn.Module):
@@ -216,3 +222,125 @@ def captioning_step(state: PretrainingState, batch: CaptionBatch, recipe: Pretra
         norm, is_finite = network.optimizer_step(mean)
         finite.append(is_finite)
     return StepResult({"cross_entropy": mean, "gradient_norm": norm}, is_finite)
+
+
+class KeypointLogits(NamedTuple):
+    """Logits of real, generated and mismatched pairs of key points and sentence."""
+
+    real: PairedLogits
+    fake: PairedLogits
+    mismatched: Tensor
+    """Of the real points of each row with another sentence, (B,)."""
+
+
+class KeypointDiscriminatorPass(nn.Module):
+    """All logits that the discriminator's loss needs in a single forward, as DistributedDataParallel requires."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Tensor, fake: Tensor, sentence: Tensor, other_sentence: Tensor) -> KeypointLogits:
+        """Compute the logits of real and generated points with their sentences, and of real ones with others."""
+        mismatched = self.discriminator(real, other_sentence).consistency
+        return KeypointLogits(self.discriminator(real, sentence), self.discriminator(fake, sentence), mismatched)
+
+
+@dataclass
+class KeypointState:
+    """Networks, optimizers and random generator of phase `keypoints`."""
+
+    generator: TrainedNetwork
+    """A `KeypointGenerator`."""
+    discriminator: TrainedNetwork
+    """A `KeypointDiscriminatorPass`."""
+    text: FrozenFeatures
+    random: torch.Generator
+    """Equal on all ranks: each draw is made for the whole batch."""
+    group: ProcessGroup
+    engine: EngineRecipe
+
+    def networks(self) -> dict[str, TrainedNetwork]:
+        """All trained networks by name."""
+        return {"generator": self.generator, "discriminator": self.discriminator}
+
+    def draw(self, sample: Callable[..., Tensor], rows: int, features: int) -> Tensor:
+        """Random numbers (rows, features) for this rank's rows of the batch."""
+        whole = sample(rows * self.group.world_size, features, generator=self.random)
+        return self.group.local_rows(whole).to(self.group.device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on except the frozen text encoder."""
+        networks = {name: network.state_dict() for name, network in self.networks().items()}
+        return {"networks": networks, "random": self.random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        for name, network in self.networks().items():
+            network.load_state_dict(state["networks"][name])
+        self.random.set_state(state["random"])
+
+
+def start_keypoints(
+    model: GAWWN,
+    recipe: KeypointRecipe,
+    engine: EngineRecipe,
+    random: torch.Generator,
+    group: ProcessGroup,
+    text: FrozenFeatures | None = None,
+) -> KeypointState:
+    """Set up phase `keypoints` for a model whose text encoder is trained.
+
+    Args:
+        model: The model, with key points; its key-point generator is trained in place.
+        recipe: Learning rates.
+        engine: Precision.
+        random: Generator of noise, missing points and mismatched pairs, equally seeded on all ranks.
+        group: The process group.
+        text: Cached features of the training captions; None encodes captions in each step.
+    """
+    model.text_encoder.requires_grad_(False).eval()
+    discriminator = KeypointDiscriminatorPass(model.keypoint_discriminator())
+    rates = recipe.generator_learning_rate, recipe.discriminator_learning_rate
+    generator, opponent = (
+        prepare(network.train(), group, engine, learning_rate=rate, betas=(0.5, 0.999))
+        for network, rate in zip((model.keypoint_generator, discriminator), rates)
+    )
+    return KeypointState(generator, opponent, text or frozen_text(model.text_encoder), random, group, engine)
+
+
+def keypoint_step(state: KeypointState, batch: CaptionBatch) -> StepResult:
+    """Phase `keypoints`: complete real points of which most are left out, against a discriminator (GAWWN, Sec. 4.3)."""
+    generator, discriminator, group = state.generator, state.discriminator, state.group
+    real, sentence = torch.as_tensor(batch.points, device=group.device), state.text(batch).sentence
+    noise = state.draw(torch.randn, len(real), cast(KeypointGenerator, generator.module).noise_dim)
+    given = real * (state.draw(torch.rand, *real.shape[:2]) >= MISSING_SHARE).unsqueeze(2)
+    partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
+    # A caption that names what two classes have in common may be that of both.
+    tokens = group.all_gather(batch.tokens)
+    valid = valid & (tokens[partner] != tokens).any(dim=1).cpu()
+    other_sentence = group.all_gather(sentence)[group.local_rows(partner).to(group.device)]
+    pair_rows = group.local_rows(valid).nonzero().flatten().to(group.device)
+    pair_weight = group.mean_weights(torch.tensor([len(pair_rows)]), valid.sum())[0]
+    options: dict[str, Any] = {"weighting": "gan-int-cls"}
+    with restoring_buffers([generator.module, discriminator.module]) as finite:
+        discriminator.optimizer.zero_grad()
+        with autocast(state.engine, group.device):
+            completed = generator.parallel(noise, sentence, given)
+            logits = discriminator.parallel(real, completed.detach(), sentence, other_sentence)
+            mismatched = logits.mismatched[pair_rows]
+            loss = discriminator_loss(logits.real, logits.fake, mismatched, mismatched_weight=pair_weight, **options)
+        discriminator.backward(loss)
+        losses = {"discriminator": loss.detach()}
+        losses["discriminator_gradient_norm"], is_finite = discriminator.optimizer_step(loss)
+        finite.append(is_finite)
+        generator.optimizer.zero_grad()
+        with frozen([discriminator]):
+            with autocast(state.engine, group.device):
+                score = cast(KeypointDiscriminatorPass, discriminator.module).discriminator
+                loss = generator_loss(score(completed, sentence), **options)
+            generator.backward(loss)
+        losses["generator"] = loss.detach()
+        losses["generator_gradient_norm"], is_finite = generator.optimizer_step(loss, finite)
+        finite.append(is_finite)
+    return StepResult(losses, torch.stack(finite).all())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from mirror_modules.glam import color_consistency_loss
 from mirror_modules.models import ModelConfig
 from mirror_modules.stem import TextFeatures, interpolate_sentences, kl_divergence
 from mirror_modules.stream import append_end, balance_gradients
-from mirror_modules.training.network import StepResult, TrainedNetwork, autocast, restoring_buffers
+from mirror_modules.training.network import StepResult, autocast, frozen, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
 from mirror_modules.training.state import AdversarialState, DiscriminatorOutputs, GeneratedBatch
 
@@ -341,15 +340,3 @@ def split_logits(logits: PairedLogits, rows: int) -> tuple[PairedLogits, PairedL
     realism, consistency = logits.realism, logits.consistency
     before, after = (None, None) if realism is None else (realism[:rows], realism[rows:])
     return PairedLogits(before, consistency[:rows]), PairedLogits(after, consistency[rows:])
-
-
-@contextmanager
-def frozen(networks: Sequence[TrainedNetwork]) -> Iterator[None]:
-    """Disable gradients of the weights of these networks; gradients still flow through them to the images."""
-    for network in networks:
-        network.module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.module.requires_grad_(True)

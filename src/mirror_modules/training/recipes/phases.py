@@ -11,14 +11,16 @@ from mirror_modules.training.recipes.fields import check_above_zero, check_has_e
 
 PHASES = ("stem", "stream", "glam", "evaluator")
 """The phases that every run has, in order."""
-SECOND_EVALUATOR, FIRST_STAGE = "second_evaluator", "first_stage"
+SECOND_EVALUATOR, FIRST_STAGE, KEYPOINTS = "second_evaluator", "first_stage", "keypoints"
 PRETRAINING = {"stem": "pretraining", "evaluator": "evaluator_pretraining"}
 """The phases that can train the image backbone of a phase before it."""
 # Random streams depend on the position of a phase in this tuple.
-ALL_PHASES = (*PHASES, SECOND_EVALUATOR, FIRST_STAGE, *PRETRAINING.values())
+ALL_PHASES = (*PHASES, SECOND_EVALUATOR, FIRST_STAGE, *PRETRAINING.values(), KEYPOINTS)
 """The phases that a run can have; `Recipe.phases` are those of a recipe, in order."""
 ADVERSARIAL_PHASES = (FIRST_STAGE, "glam")
-"""The phases that train a generator against discriminators, in order."""
+"""The phases that train a generator of images against discriminators, in order."""
+WITHOUT_BACKBONE = (*ADVERSARIAL_PHASES, KEYPOINTS)
+"""The phases that encode no image."""
 
 NEED_MISMATCHED = ("release", "gan-int-cls")
 """Weightings in which terms of real and generated pairs are smaller because there are mismatched pairs."""
@@ -227,4 +229,26 @@ class AdversarialRecipe:
         return self.matching_weight > 0 or self.matching_ratio is not None
 
 
-PhaseRecipe = MatchingRecipe | PretrainingRecipe | AdversarialRecipe
+@dataclass(frozen=True)
+class KeypointRecipe:
+    """The generator of missing key points against its discriminator (GAWWN, Sec. 4.3): phase `keypoints`."""
+
+    # No metric selects a step.
+    keep_best = None
+
+    steps: int = 3000
+    """Optimizer steps of each of both networks."""
+    batch_size: int = 64
+    """Images per step over all processes, of which the key points are read."""
+    generator_learning_rate: float = 2e-4
+    """Adam's learning rate for the generator."""
+    discriminator_learning_rate: float = 2e-4
+    """Adam's learning rate for the discriminator."""
+
+    def __post_init__(self) -> None:
+        owner = "KeypointRecipe"
+        check_positive(owner, steps=self.steps, batch_size=self.batch_size)
+        check_above_zero(owner, self, "generator_learning_rate", "discriminator_learning_rate")
+
+
+PhaseRecipe = MatchingRecipe | PretrainingRecipe | AdversarialRecipe | KeypointRecipe

@@ -14,12 +14,14 @@ from mirror_modules.training.recipes.phases import (
     ADVERSARIAL_PHASES,
     ALL_PHASES,
     FIRST_STAGE,
+    KEYPOINTS,
     NEED_MISMATCHED,
     PRETRAINING,
     SECOND_EVALUATOR,
     AdversarialRecipe,
     CaptionerRecipe,
     EvaluatorRecipe,
+    KeypointRecipe,
     MatchingRecipe,
     PhaseRecipe,
     PretrainingRecipe,
@@ -61,6 +63,9 @@ class Recipe:
     """Phase `glam`: the generator."""
     first_stage: AdversarialRecipe | None = None
     """Phase `first_stage`, before `glam`: the first stage of StackGAN, which phase `glam` freezes; None for others."""
+    keypoints: KeypointRecipe | None = None
+    """Phase `keypoints`, before `glam`: the generator of the key points that a user leaves out, in GAWWN; None for
+    others."""
     evaluator_pretraining: PretrainingRecipe | None = None
     """Phase `evaluator_pretraining`: the same for the backbone of phase `evaluator`, with its own seed."""
     evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
@@ -96,6 +101,16 @@ class Recipe:
             raise ValueError(
                 f"Recipe: the generator of the system {self.model.system!r} is trained in {' and '.join(required)}, "
                 f"but first_stage is {self.first_stage!r}; {change}."
+            )
+        if self.model.completes_points != (self.keypoints is not None):
+            does, change = (
+                ("completes", "give it one")
+                if self.model.completes_points
+                else ("does not complete", "leave keypoints out")
+            )
+            raise ValueError(
+                f"Recipe: this model of the system {self.model.system!r} {does} missing key points, but keypoints is "
+                f"{self.keypoints!r}; {change}."
             )
         for phase in required:
             self._check_adversarial(phase)
@@ -134,7 +149,8 @@ class Recipe:
     def phases(self) -> tuple[str, ...]:
         """The phases of this recipe, in order: `PHASES`, and those of the others that are not None."""
         before, before_evaluator = PRETRAINING["stem"], PRETRAINING["evaluator"]
-        order = (before, "stem", "stream", FIRST_STAGE, "glam", before_evaluator, "evaluator", SECOND_EVALUATOR)
+        encoders = (before, "stem", "stream")
+        order = (*encoders, FIRST_STAGE, KEYPOINTS, "glam", before_evaluator, "evaluator", SECOND_EVALUATOR)
         return tuple(phase for phase in order if getattr(self, phase) is not None)
 
     def phase(self, name: str) -> PhaseRecipe:
@@ -160,7 +176,7 @@ class Recipe:
         return fields
 
     def backbone(self, phase: str) -> BackboneConfig:
-        """The image backbone of a phase other than `ADVERSARIAL_PHASES`."""
+        """The image backbone of a phase other than `WITHOUT_BACKBONE`."""
         section, name = _place(self, phase)
         found: BackboneConfig = getattr(getattr(self, section), name)
         return found
@@ -169,7 +185,7 @@ class Recipe:
         """A copy with the checksums of the pretrained weights of some phases, which are loaded for it.
 
         Args:
-            phases: Phases other than `ADVERSARIAL_PHASES`.
+            phases: Phases other than `WITHOUT_BACKBONE`.
             before: Recipe of the same run from which the other checksums are taken.
 
         Raises:

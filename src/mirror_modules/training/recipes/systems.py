@@ -16,7 +16,7 @@ from mirror_modules.models import (
     StackGANv2Config,
 )
 from mirror_modules.training.recipes.named import demo
-from mirror_modules.training.recipes.phases import AdversarialRecipe
+from mirror_modules.training.recipes.phases import AdversarialRecipe, KeypointRecipe
 from mirror_modules.training.recipes.recipe import Recipe
 
 
@@ -39,7 +39,8 @@ def gawwn_demo() -> Recipe:
 
 def gawwn_points_demo() -> Recipe:
     """GAWWN on flowers drawn anywhere in the image, placed by key points; minutes on two CPU cores."""
-    return _placed("gawwn-points-demo", {"place": "points", "point_names": POINT_NAMES})
+    sizes = {"place": "points", "point_names": POINT_NAMES, "keypoint_hidden_dim": 128}
+    return _placed("gawwn-points-demo", sizes)
 
 
 def _placed(name: str, place: dict[str, Any]) -> Recipe:
@@ -108,6 +109,8 @@ def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any],
     config = config_type(**{**shared, **model})
     if len(config.trained_resolutions("glam")) < 2:
         phases["glam"] = dataclasses.replace(phases["glam"], coarse_steps=0)
+    if config.completes_points:
+        phases["keypoints"] = KeypointRecipe(generator_learning_rate=1e-3, discriminator_learning_rate=1e-3)
     if "first_stage" in config_type.adversarial_phases:
         # Half of the steps each, for as many images seen.
         steps = base.glam.steps // 2
