@@ -1,9 +1,10 @@
-"""Resources of the attention kernels on a GPU: registers, spills, shared memory, widths of memory accesses.
+"""Resources of the fused kernels on a GPU: registers, spills, shared memory, widths of memory accesses.
 
 Triton can compile for a GPU that the machine does not have, so this table needs none:
 
     python -m benchmarks.kernel_resources --capabilities 90 --dtypes bfloat16 --channels 32 --words 18
 
+The attention kernels are the default; `--similarity` is the fused forward pass of `word_region_similarity`.
 On a GPU, `--measure` times each tile that could replace the one in use (`mirror_modules.kernels.attention.TILES`).
 tests/kernels/test_compilation.py checks a new entry of that table.
 """
@@ -28,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mirror_modules.kernels import attention
+from mirror_modules.kernels import attention, similarity
 from mirror_modules.kernels.choice import LARGEST_IN_FLOAT32
 
 DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -205,6 +206,33 @@ def resources(case: Case, precision: str = "ieee") -> Resources:
     return resources_of(compiled, constants["num_warps"], case.capability)
 
 
+def similarity_resources(features: int, words: int, dtype: str, capability: int) -> Resources | None:
+    """Compile the fused forward pass of the similarity; None where products of torch run instead."""
+    import triton.language as tl
+
+    from mirror_modules.kernels import similarity_triton
+
+    configured = similarity.fused_configuration(words, features, getattr(torch, dtype), divmod(capability, 10))
+    if configured is None:
+        return None
+    constants = configured | {"ACCUMULATE": tl.float32, "PRECISION": "ieee"}
+
+    def integers(name: str) -> int:
+        return {"D": features, "L": words}.get(name, 17)
+
+    compiled = compile_kernel(similarity_triton.fused_kernel, constants, integers, dtype, capability)
+    return resources_of(compiled, configured["num_warps"], capability)
+
+
+def print_resources(name: str, used: Resources) -> None:
+    """Print a line for one configuration."""
+    print(
+        f"{name} {used.registers:3} registers, {used.spilled} B spilled, {used.shared} B shared, {used.warps} warps; "
+        f"loads {dict(used.loads)}, stores {dict(used.stores)}",
+        flush=True,
+    )
+
+
 def measure(case: Case, batch: int = 64, side: int = 128) -> Iterator[tuple[attention.Tile, float]]:
     """Milliseconds of the forward or backward pass on this GPU, with each candidate that does not spill."""
     from triton.testing import do_bench
@@ -235,10 +263,22 @@ def main() -> None:
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90], choices=list(SHARED_MEMORY))
     parser.add_argument("--maps", action="store_true", help="with attention maps")
     parser.add_argument("--fused", action="store_true", help="with the features next to the contexts")
-    parser.add_argument("--measure", action="store_true", help="time the candidate tiles on this GPU")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--similarity", action="store_true", help="of the similarity, with --channels features")
+    either.add_argument("--measure", action="store_true", help="time the candidate tiles on this GPU")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 replaces the compiler; unset it.")
+    if arguments.similarity:
+        for kind in itertools.product(arguments.channels, arguments.words, arguments.dtypes, arguments.capabilities):
+            features, words, dtype, capability = kind
+            used = similarity_resources(*kind)
+            name = f"similarity D={features:<4} L={words:<3} {dtype:8} sm_{capability}"
+            if used is None:
+                print(f"{name} products of torch", flush=True)
+            else:
+                print_resources(name, used)
+        return
     kinds = itertools.product(
         ("forward", "backward"), arguments.channels, arguments.words, arguments.dtypes, arguments.capabilities
     )
@@ -251,14 +291,8 @@ def main() -> None:
             continue
         for channels_last in (False, True):
             case = Case(*kind, channels_last, arguments.maps, arguments.fused)
-            used = resources(case)
-            print(
-                f"{case.direction:8} C={case.channels:<3} L={case.words:<3} {case.dtype:8} sm_{case.capability} "
-                f"{'channels last ' if channels_last else 'channels first'} {used.registers:3} registers, "
-                f"{used.spilled} B spilled, {used.shared} B shared, {used.warps} warps; "
-                f"loads {dict(used.loads)}, stores {dict(used.stores)}",
-                flush=True,
-            )
+            name = f"{case.direction:8} C={case.channels:<3} L={case.words:<3} {case.dtype:8} sm_{case.capability}"
+            print_resources(f"{name} {'channels last ' if channels_last else 'channels first'}", resources(case))
 
 
 if __name__ == "__main__":

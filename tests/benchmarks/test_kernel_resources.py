@@ -50,6 +50,15 @@ def test_the_tool_prints_a_line_for_each_configuration():
     assert all(" registers, 0 B spilled, " in line and "sm_90 channels " in line for line in lines)
 
 
+def test_the_tool_prints_a_line_for_the_similarity():
+    done = run_tool("--dtypes", "float16", "float32", "--capabilities", "90", "--similarity")
+    assert done.returncode == 0, done.stderr[-2000:]
+    half, single = done.stdout.splitlines()
+    assert "similarity D=16   L=3   float16  sm_90 " in half
+    assert " registers, 0 B spilled, " in half
+    assert single == "similarity D=16   L=3   float32  sm_90 products of torch"
+
+
 def test_the_tool_refuses_the_interpreter():
     done = run_tool(TRITON_INTERPRET="1")
     assert done.returncode == 1

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mirror_modules import ImageFeatures, MatchingLoss, TextFeatures
 from mirror_modules.functional import word_region_similarity
 from mirror_modules.kernels import similarity
+from mirror_modules.kernels._launch import next_power_of_2
 
 I, J, R, L, D = 2, 3, 7, 5, 11  # different primes: a swapped axis cannot pass
 
@@ -52,11 +53,31 @@ def assert_within_budget(inputs):
     """The kernels' errors are at most twice those of the definition in the same precision, relative to float64."""
     exact = Inputs(*(leaf.detach().double().requires_grad_() for leaf in inputs.leaves()), inputs.word_mask)
     computed = (everything(*case) for case in [(exact, "torch"), (inputs, "triton"), (inputs, "torch")])
-    for reference, kernel, definition in zip(*computed):
-        assert kernel.dtype == definition.dtype
-        budget = 2 * (definition.double() - reference).abs().max() + 1e-7 * reference.abs().max()
-        error = (kernel.double() - reference).abs().max()
-        assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
+    for results in zip(*computed):
+        assert_at_most_twice_the_error(*results)
+
+
+def assert_at_most_twice_the_error(reference, kernel, definition):
+    assert kernel.dtype == definition.dtype
+    budget = 2 * (definition.double() - reference).abs().max() + 1e-7 * reference.abs().max()
+    error = (kernel.double() - reference).abs().max()
+    assert error <= budget, f"error {error:.2e}, allowed {budget:.2e}"
+
+
+@pytest.fixture(params=["fused", "products"])
+def path(request, device, monkeypatch):
+    """Force one implementation of the forward pass on all sizes and dtypes, whatever the table says."""
+
+    def small_tiles(length, features, *_):
+        # So small that the inputs of the tests take several programs and tiles, the last of them partly filled.
+        blocks = {"CAPTIONS": 2, "BLOCK_L": next_power_of_2(length), "BLOCK_R": 16}
+        return blocks | {"BLOCK_D": next_power_of_2(features)}
+
+    if request.param == "fused" and device.type == "cuda":
+        pytest.skip("a GPU takes the tiles of the table only; the interpreter takes all")
+    configured = small_tiles if request.param == "fused" else lambda *_: None
+    monkeypatch.setattr(similarity, "fused_configuration", configured)
+    return request.param
 
 
 SIZES = {
@@ -64,6 +85,7 @@ SIZES = {
     "no mask": ({}, None),
     "all but one word is padding": ({}, (1, 1, 1)),
     "one of everything": ({"i": 1, "j": 1, "r": 1, "l": 1, "d": 1}, None),
+    "one region": ({"r": 1}, (5, 2, 1)),
     "aligned regions": ({"r": 16}, (5, 2, 1)),
     "several blocks of regions and features": ({"r": 1024, "l": 17, "d": 1021}, (17, 2, 1)),
     "long captions": ({"l": 256, "r": 37}, (256, 100, 1)),
@@ -71,7 +93,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_results_and_gradients_match_the_definition(device, case):
+def test_results_and_gradients_match_the_definition(path, device, case):
     sizes, real_words = SIZES[case]
     mask = None if real_words is None else mask_of(*real_words, length=sizes.get("l", L))
     inputs = draw(device, **sizes, mask=mask, dtype=widest_dtype(device))
@@ -104,6 +126,47 @@ def test_chunks_of_images_and_captions_change_nothing(device, monkeypatch, eleme
         assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("length", "features", "dtype", "capability", "expected"),
+    [
+        (18, 256, torch.bfloat16, (9, 0), (4, 32, 32, 256, 8)),
+        (18, 256, torch.bfloat16, (8, 0), None),
+        (18, 256, torch.float32, (9, 0), None),
+        (18, 128, torch.float16, (8, 6), (2, 32, 32, 128, 4)),
+        (18, 272, torch.float16, (9, 0), None),
+        (16, 144, torch.float16, (9, 0), (8, 16, 32, 256, 8)),
+        (64, 48, torch.float16, (10, 0), (1, 64, 32, 64, 4)),
+        (65, 48, torch.float16, (9, 0), None),
+        (1, 16, torch.float16, None, (64, 1, 32, 16, 4)),
+        (1, 17, torch.float16, None, None),
+        (18, 64, torch.float64, None, None),
+    ],
+)
+def test_the_fused_forward_pass_runs_where_the_table_has_an_entry(length, features, dtype, capability, expected):
+    configured = similarity.fused_configuration(length, features, dtype, capability)
+    names = ("CAPTIONS", "BLOCK_L", "BLOCK_R", "BLOCK_D", "num_warps")
+    assert (configured and tuple(configured[name] for name in names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "is_fused"),
+    [(48, torch.float16, True), (48, torch.float32, False), (49, torch.float16, False)],
+)
+def test_the_forward_pass_follows_the_table(device, monkeypatch, features, dtype, is_fused):
+    calls = []
+    by_products = similarity._similarity_by_products
+    monkeypatch.setattr(similarity, "_similarity_by_products", lambda *a: calls.append(a) or by_products(*a))
+    # Several programs and tiles of the table's size, the last of them partly filled.
+    mask = mask_of(*(18 - j for j in range(11)), length=18)
+    regions, words, mask = draw(device, i=7, j=11, r=67, l=18, d=features, mask=mask, dtype=dtype)
+    assert_at_most_twice_the_error(
+        word_region_similarity(regions.double(), words.double(), mask, impl="torch"),
+        word_region_similarity(regions, words, mask, impl="triton"),
+        word_region_similarity(regions, words, mask, impl="torch"),
+    )
+    assert bool(calls) != is_fused
+
+
 def test_a_grid_of_programs_is_within_the_limit_of_cuda():
     regions, words = torch.zeros(1, device="meta").expand(200_000, 49, 8), torch.zeros(1, 5, 8, device="meta")
     assert max(images.stop - images.start for images, _ in similarity._chunks(regions, words)) == 65_535
@@ -111,7 +174,7 @@ def test_a_grid_of_programs_is_within_the_limit_of_cuda():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sizes", [{}, {"r": 53, "l": 18, "d": 64}])
-def test_low_precision_is_within_twice_the_error_of_the_definition(device, dtype, sizes):
+def test_low_precision_is_within_twice_the_error_of_the_definition(path, device, dtype, sizes):
     length = sizes.get("l", L)
     # Enough pairs for a comparison of the largest errors.
     mask = mask_of(*(1 + j % length for j in range(11)), length=length)
@@ -126,7 +189,7 @@ def test_on_a_gpu_within_twice_the_error_of_the_definition(device, dtype, length
     assert_within_budget(draw(device, i=7, j=11, r=regions, l=length, d=features, mask=mask, dtype=dtype))
 
 
-def test_any_layout(device):
+def test_any_layout(path, device):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=widest_dtype(device))
     # The layout of an image encoder's output: (I, D, R) in memory, transposed to (I, R, D).
     regions = given.regions.detach().mT.contiguous().mT.requires_grad_()
@@ -137,7 +200,7 @@ def test_any_layout(device):
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e-6])
-def test_extreme_scores(device, scale):
+def test_extreme_scores(path, device, scale):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     inputs = Inputs(*((scale * leaf.detach()).requires_grad_() for leaf in given.leaves()), given.word_mask)
     for kernel, definition in zip(everything(inputs, "triton"), everything(inputs, "torch")):
@@ -145,7 +208,7 @@ def test_extreme_scores(device, scale):
         assert_close(kernel, definition, atol=1e-4 * float(definition.abs().max()), rtol=1e-3)
 
 
-def test_similarity_stays_in_its_range_when_regions_cancel(device):
+def test_similarity_stays_in_its_range_when_regions_cancel(path, device):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     regions = given.regions.detach() - given.regions.detach().mean(dim=1, keepdim=True)
     words = given.words.detach()[:, :1].expand(-1, L, -1).contiguous()
@@ -155,7 +218,7 @@ def test_similarity_stays_in_its_range_when_regions_cancel(device):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_non_finite_inputs_propagate(device, poison):
+def test_non_finite_inputs_propagate(path, device, poison):
     given = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     regions = given.regions.detach().clone()
     regions[1, 2] = poison
@@ -166,7 +229,7 @@ def test_non_finite_inputs_propagate(device, poison):
 
 @pytest.mark.parametrize("gamma", [8.0, -8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_sharpest_supported_attention(device, gamma, dtype):
+def test_the_sharpest_supported_attention(path, device, gamma, dtype):
     inputs = draw(device, i=5, j=7, r=49, mask=mask_of(5, 2, 1, 3, 4, 5, 2), dtype=dtype)
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 5e-2}
     for kernel, definition in zip(
@@ -178,7 +241,7 @@ def test_the_sharpest_supported_attention(device, gamma, dtype):
 
 
 @pytest.mark.parametrize("garbage", [1e30, float("inf"), float("-inf"), float("nan")])
-def test_padding_has_no_influence_at_all(device, garbage):
+def test_padding_has_no_influence_at_all(path, device, garbage):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     changed = inputs.words.detach().clone()
     changed[~inputs.word_mask] = garbage
@@ -193,7 +256,7 @@ def test_padding_has_no_influence_at_all(device, garbage):
 @pytest.mark.parametrize("garbage", [0.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("gamma", [4.0, -8.0])
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-def test_half_precision_equals_double_precision_for_scores_of_any_size(device, dtype, gamma, garbage, largest):
+def test_half_precision_equals_double_precision_for_scores_of_any_size(path, device, dtype, gamma, garbage, largest):
     # Scores of integers are exact in float32.
     drawn = [torch.randint(-largest, largest + 1, (n, m, 17), device=device) for n, m in ((I, R), (J, L))]
     mask = mask_of(5, 2, 1).to(device)
@@ -230,7 +293,7 @@ def test_a_mask_of_integers(device, dtype):
         assert (one == other).all()
 
 
-def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):
+def test_a_pair_alone_equals_the_same_pair_in_a_batch(path, device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     together = word_region_similarity(*inputs, impl="triton")
     for i in range(I):
@@ -241,7 +304,7 @@ def test_a_pair_alone_equals_the_same_pair_in_a_batch(device):
             assert_close(alone, together[i : i + 1, j : j + 1], atol=1e-5, rtol=0)
 
 
-def test_every_element_is_written(device, monkeypatch):
+def test_every_element_is_written(path, device, monkeypatch):
     """Memory that a kernel does not write keeps its previous content, in this test NaN."""
 
     def poisoned(allocate):
@@ -259,20 +322,20 @@ def test_every_element_is_written(device, monkeypatch):
         assert_close(actual, clean, atol=0, rtol=0)
 
 
-def test_equal_inputs_give_bitwise_equal_results(device):
+def test_equal_inputs_give_bitwise_equal_results(path, device):
     inputs = draw(device, r=289, l=18, mask=mask_of(18, 2, 1, length=18), dtype=torch.float32)
     for one, other in zip(everything(inputs, "triton"), everything(inputs, "triton")):
         assert (one == other).all()
 
 
-def test_gradcheck(device):
+def test_gradcheck(path, device):
     if device.type == "cuda":
         pytest.skip("the kernels have no float64 on a GPU; the interpreter has")
     inputs = draw(device, r=3, l=4, d=2, mask=mask_of(4, 2, 1, length=4))
     assert gradcheck(lambda *leaves: word_region_similarity(*leaves, inputs.word_mask, impl="triton"), inputs.leaves())
 
 
-def test_opcheck(device):
+def test_opcheck(path, device):
     inputs = draw(device, mask=mask_of(5, 2, 1), dtype=torch.float32)
     torch.library.opcheck(torch.ops.mirror_modules.word_region_similarity.default, (*inputs, 4.0, 5.0))
 
@@ -316,7 +379,7 @@ def test_a_second_derivative_raises(device):
         gradient.sum().backward()
 
 
-def test_a_caption_without_words_matches_no_image(device):
+def test_a_caption_without_words_matches_no_image(path, device):
     """On a CPU every public function raises an error instead; on a GPU none of them checks."""
     inputs = draw(device, mask=mask_of(5, 0, 1), dtype=torch.float32)
     result = torch.ops.mirror_modules.word_region_similarity(*inputs, 4.0, 5.0)
@@ -328,7 +391,7 @@ def test_a_caption_without_words_matches_no_image(device):
 
 
 @pytest.mark.parametrize("empty", [{"i": 0}, {"j": 0}])
-def test_empty_batches(device, empty):
+def test_empty_batches(path, device, empty):
     inputs = draw(device, **empty, dtype=torch.float32)
     result = word_region_similarity(*inputs, impl="triton")
     assert result.shape == (empty.get("i", I), empty.get("j", J))

@@ -1,7 +1,9 @@
-"""`word_region_similarity` as a custom operator of torch.library: matrix products by torch, fused steps by Triton.
+"""`word_region_similarity` as a custom operator of torch.library: a fused kernel, or matrix products by torch.
 
-Images are processed in chunks. The maps of scores, shares and their gradients exist for one chunk at a time, and only
-the similarity exists for all pairs: the backward pass recomputes the rest from the inputs.
+Where `fused_configuration` has an entry, one kernel computes the whole forward pass and writes the similarity alone.
+Otherwise, and in the backward pass, torch multiplies matrices, and Triton computes the steps between. Images are
+processed in chunks: the maps of scores, shares and their gradients exist for one chunk at a time, and only the
+similarity exists for all pairs; the backward pass recomputes the rest from the inputs.
 
     scores     = W V^T                                   W all words (J * L, D), V the regions of the chunk (E * R, D)
     shares     = exp(gamma_attention * softmax_l(scores))    up to a factor that makes the largest possible share 1
@@ -17,7 +19,12 @@ the contexts; and c = b * contexts. Then:
 
 The term `a * shares` in `grad_scores` carries the gradient of the products directly to V and W, which saves a matrix
 product. Division by R keeps the contexts at the scale of the regions, and the gradients above float16's smallest
-numbers. Scores are float32; shares, contexts and their gradients have the precision of the inputs.
+numbers. Scores are float32; shares, contexts and their gradients have the precision of the inputs, except for the
+contexts of the fused kernel, which are float32.
+
+A fused backward pass would take 9 products instead of 6: scores and shares are needed for the contexts, then for the
+gradient of the regions, and then for that of the words, which are sums over different axes. It would also pad each
+caption to a power of two, which products of whole matrices do not. docs/implementations.md has the figures.
 
 Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Triton is imported on its first run.
 """
@@ -25,14 +32,20 @@ Autograd, `torch.compile`, checkpointing and DDP treat it as any operator. Trito
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mirror_modules._checks import at_least_float32
-from mirror_modules.kernels._launch import accumulator, next_power_of_2, on_device_of, refuse_second_derivative
+from mirror_modules.kernels._launch import (
+    accumulator,
+    float32_precision,
+    next_power_of_2,
+    on_device_of,
+    refuse_second_derivative,
+)
 
 ELEMENTS_PER_MAP = 2**25
 """Maximum number of scores in a chunk, unless a single pair has more."""
@@ -46,6 +59,29 @@ products in torch."""
 HAS_WIDE_PRODUCTS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
 """Whether torch multiplies half-precision matrices on a GPU into a float32 result, which torch 2.8 introduced for CUDA;
 otherwise float32 copies of the matrices are multiplied."""
+
+
+class Tile(NamedTuple):
+    """What a program of the fused forward pass keeps on chip at a time, and the number of its warps."""
+
+    rows: int
+    """Words, of as many captions as fit when each is padded to a power of two."""
+    regions: int
+    warps: int
+
+
+FUSED_TILES = dict.fromkeys((16, 32, 64, 128), Tile(64, 32, 4))
+"""Tiles of the fused forward pass in half precision, by padded features.
+
+No entry has been measured on a GPU. Each is predicted to take less time than the matrix products of torch and the
+memory traffic between them, even at half of the matrix rate. The other sizes are not: 256 features on an A100
+(`Tile(64, 64, 8)` would not spill), and float32, where padding costs more than the traffic without tensor cores.
+tests/kernels/test_compilation.py compiles every entry and fails if registers spill to memory.
+"""
+HOPPER_TILES = {**FUSED_TILES, 256: Tile(128, 32, 8)}
+"""The same for compute capability 9, where 4 warps together multiply at least 64 rows."""
+LONGEST_FUSED = 64
+"""Maximum number of words of a caption in the fused forward pass: the rows of the smallest tile."""
 OPERATOR = "mirror_modules::word_region_similarity"
 
 
@@ -58,23 +94,15 @@ def word_region_similarity(
     regions: Tensor, words: Tensor, word_mask: Tensor, gamma_attention: float, gamma_word: float
 ) -> Tensor:
     """`functional.word_region_similarity` without its checks; words must be finite at padding."""
-    from mirror_modules.kernels import similarity_triton
-
     similarity = _empty_similarity(regions, words, word_mask, gamma_attention, gamma_word)
-    words, mask, count = words.contiguous(), word_mask.contiguous().view(torch.uint8), regions.shape[1]
+    words, mask = words.contiguous(), word_mask.contiguous().view(torch.uint8)
+    capability = torch.cuda.get_device_capability(words.device) if words.is_cuda else None
+    configured = fused_configuration(words.shape[1], words.shape[2], words.dtype, capability)
     with on_device_of(regions):
-        for images, captions in _chunks(regions, words):
-            chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
-            scores = _scores(some_words, chunk)
-            # In place where the precisions agree: the forward pass does not need the scores again.
-            shares = scores if scores.dtype == chunk.dtype else torch.empty_like(scores, dtype=chunk.dtype)
-            _launch_on_maps(
-                similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
-            )
-            contexts = _contexts(shares, chunk, count)
-            result = similarity.new_empty((len(chunk), len(some_words)))
-            _launch_on_pairs(similarity_triton.similarity_kernel, (contexts, some_words, some_mask, result), gamma_word)
-            similarity[images, captions] = result
+        if configured is None:
+            _similarity_by_products(regions, words, mask, similarity, gamma_attention, gamma_word)
+        elif similarity.numel() > 0:
+            _fused_similarity(regions.contiguous(), words, mask, similarity, gamma_attention, gamma_word, configured)
     return similarity
 
 
@@ -89,24 +117,18 @@ def _empty_similarity(
 @torch.library.custom_op(
     f"{OPERATOR}_backward",
     mutates_args=(),
-    schema="(Tensor regions, Tensor words, Tensor word_mask, Tensor similarity, Tensor gradient, float gamma_attention,"
-    " float gamma_word) -> (Tensor, Tensor)",
+    schema="(Tensor regions, Tensor words, Tensor word_mask, Tensor gradient, float gamma_attention, float gamma_word)"
+    " -> (Tensor, Tensor)",
 )
 def word_region_similarity_backward(
-    regions: Tensor,
-    words: Tensor,
-    word_mask: Tensor,
-    similarity: Tensor,
-    gradient: Tensor,
-    gamma_attention: float,
-    gamma_word: float,
+    regions: Tensor, words: Tensor, word_mask: Tensor, gradient: Tensor, gamma_attention: float, gamma_word: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of regions and words, given that of the similarity."""
     from mirror_modules.kernels import similarity_triton
 
     words, mask, count = words.contiguous(), word_mask.contiguous().view(torch.uint8), regions.shape[1]
-    grad_regions = similarity.new_zeros(regions.shape)
-    grad_words = similarity.new_zeros(words.shape)
+    grad_regions = gradient.new_zeros(regions.shape)
+    grad_words = gradient.new_zeros(words.shape)
     with on_device_of(regions):
         for images, captions in _chunks(regions, words):
             chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
@@ -117,11 +139,11 @@ def word_region_similarity_backward(
                 similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
             )
             contexts = _contexts(shares, chunk, count)
-            grad_products, grad_word_norms = similarity.new_empty((2, len(chunk), len(rows)))
-            given = similarity[images, captions].contiguous(), gradient[images, captions].contiguous()
+            grad_products, grad_word_norms = gradient.new_empty((2, len(chunk), len(rows)))
+            given = gradient[images, captions].contiguous()
             _launch_on_pairs(
                 similarity_triton.similarity_backward_kernel,
-                (contexts, some_words, some_mask, *given, grad_products, grad_word_norms),
+                (contexts, some_words, some_mask, given, grad_products, grad_word_norms),
                 gamma_word,
             )
             # The kernel has replaced `contexts` by c.
@@ -144,7 +166,7 @@ def _empty_gradients(regions: Tensor, words: Tensor, *_: Any) -> tuple[Tensor, T
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     regions, words, word_mask, ctx.gamma_attention, ctx.gamma_word = inputs
-    ctx.save_for_backward(regions, words, word_mask, output)
+    ctx.save_for_backward(regions, words, word_mask)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,6 +178,87 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 word_region_similarity.register_autograd(_backward, setup_context=_save_inputs)
 word_region_similarity_backward.register_autograd(refuse_second_derivative)
+
+
+def fused_configuration(
+    length: int, features: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> dict[str, int] | None:
+    """Block sizes and number of warps of the fused forward pass; None where the products of torch run instead.
+
+    They depend on the arguments alone: all ranks of a training choose the same, and a second run sums in the same
+    order.
+
+    Args:
+        length: Words of a caption, padding included.
+        features: Features of a word, which the kernel loads 16 at a time.
+        dtype: Dtype of regions and words.
+        capability: CUDA compute capability; None in the interpreter.
+
+    Examples:
+        >>> import torch
+        >>> from mirror_modules.kernels.similarity import fused_configuration
+        >>> fused_configuration(length=18, features=256, dtype=torch.bfloat16, capability=(9, 0))
+        {'CAPTIONS': 4, 'BLOCK_L': 32, 'BLOCK_R': 32, 'BLOCK_D': 256, 'num_warps': 8, 'num_stages': 2}
+        >>> fused_configuration(length=18, features=256, dtype=torch.bfloat16, capability=(8, 0)) is None
+        True
+    """
+    block_l, block_d = next_power_of_2(length), next_power_of_2(features)
+    is_hopper = capability is not None and capability[0] == 9
+    tile = (HOPPER_TILES if is_hopper else FUSED_TILES).get(block_d)
+    if tile is None or dtype.itemsize != 2 or features % ALIGNMENT != 0 or length > LONGEST_FUSED:
+        return None
+    return {
+        "CAPTIONS": tile.rows // block_l,
+        "BLOCK_L": block_l,
+        "BLOCK_R": tile.regions,
+        "BLOCK_D": block_d,
+        "num_warps": tile.warps,
+        "num_stages": 2,
+    }
+
+
+def _fused_similarity(
+    regions: Tensor,
+    words: Tensor,
+    mask: Tensor,
+    similarity: Tensor,
+    gamma_attention: float,
+    gamma_word: float,
+    configured: dict[str, int],
+) -> None:
+    """Write the similarity in one launch."""
+    from mirror_modules.kernels import similarity_triton
+
+    images, count, features = regions.shape
+    captions, length = mask.shape
+    # Programs of the same image are neighbors and find its regions in the cache.
+    similarity_triton.fused_kernel[(images * -(-captions // configured["CAPTIONS"]),)](
+        *(regions, words, mask, similarity, captions, count, length, features, gamma_attention, gamma_word),
+        ACCUMULATE=accumulator(words.dtype),
+        PRECISION=float32_precision(),
+        **configured,
+    )
+
+
+def _similarity_by_products(
+    regions: Tensor, words: Tensor, mask: Tensor, similarity: Tensor, gamma_attention: float, gamma_word: float
+) -> None:
+    """Write the similarity chunk by chunk, with matrix products by torch."""
+    from mirror_modules.kernels import similarity_triton
+
+    count = regions.shape[1]
+    for images, captions in _chunks(regions, words):
+        chunk, some_words, some_mask = _padded(regions[images]), words[captions], mask[captions]
+        scores = _scores(some_words, chunk)
+        # In place where the precisions agree: the forward pass does not need the scores again.
+        shares = scores if scores.dtype == chunk.dtype else torch.empty_like(scores, dtype=chunk.dtype)
+        _launch_on_maps(
+            similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
+        )
+        contexts = _contexts(shares, chunk, count)
+        result = similarity.new_empty((len(chunk), len(some_words)))
+        _launch_on_pairs(similarity_triton.similarity_kernel, (contexts, some_words, some_mask, result), gamma_word)
+        similarity[images, captions] = result
 
 
 def _chunks(regions: Tensor, words: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -1,12 +1,12 @@
-"""The steps between the matrix products of `word_region_similarity`, forward and backward.
+"""The whole forward pass of `word_region_similarity`, and the steps between the matrix products of torch.
 
-All large products (words with regions, shares with regions, and their gradients) are products of whole matrices, which
-torch computes at full speed without padding each caption to a power of two. The steps between them run here, with one
-pass over the maps each: two softmaxes, a cosine, and their gradients.
+`fused_kernel` computes the similarity in one pass over the regions, without maps in memory. The other kernels are the
+steps between matrix products of whole matrices, which torch computes at full speed without padding each caption to a
+power of two: two softmaxes, a cosine, and their gradients, with one pass over the maps each.
 
-Shape suffixes as in `stem/matching.py`; E images of a chunk. Maps are (J * L, E, R), contiguous, with R padded so that
-rows are aligned: `region < R` selects real regions, `region < stride_e` all in memory. Contexts are (E, J * L, D),
-contiguous.
+Shape suffixes as in `stem/matching.py`; E images of a chunk, C captions of a program, K = C * L their words. Maps are
+(J * L, E, R), contiguous, with R padded so that rows are aligned: `region < R` selects real regions, `region <
+stride_e` all in memory. Contexts are (E, J * L, D), contiguous.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def _real_words(word_mask, j, word, L):
 
 @triton.jit
 def _shares_of_words(scores_LR, real_L):
-    """softmax_l(scores), 0 for padding."""
-    scores_LR = tl.where(real_L[:, None], scores_LR, MASKED)
-    shares_LR = tl.exp(scores_LR - tl.max(scores_LR, axis=0)[None, :])
-    shares_LR = tl.where(real_L[:, None], shares_LR, 0.0)
-    total_R = tl.sum(shares_LR, axis=0)
-    return shares_LR / tl.where(total_R > 0, total_R, 1.0)[None, :]
+    """softmax_l(scores), 0 for padding, (L, R) or (C, L, R)."""
+    real_L1 = tl.expand_dims(real_L, -1)
+    scores_LR = tl.where(real_L1, scores_LR, MASKED)
+    shares_LR = tl.exp(scores_LR - tl.max(scores_LR, axis=-2, keep_dims=True))
+    shares_LR = tl.where(real_L1, shares_LR, 0.0)
+    total_1R = tl.sum(shares_LR, axis=-2, keep_dims=True)
+    return shares_LR / tl.where(total_1R > 0, total_1R, 1.0)
 
 
 @triton.jit
@@ -106,6 +107,11 @@ def _at_least(value, least):
 
 
 @triton.jit
+def _norm(square):
+    return _at_least(tl.sqrt(square), SHORTEST)
+
+
+@triton.jit
 def _products(
     contexts, words, j, e, J, L, D, word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -124,13 +130,20 @@ def _products(
         product_L += tl.sum(context_LD * word_LD, axis=1)
         context_L += tl.sum(context_LD * context_LD, axis=1)
         word_L += tl.sum(word_LD * word_LD, axis=1)
-    return product_L, _at_least(tl.sqrt(context_L), SHORTEST), _at_least(tl.sqrt(word_L), SHORTEST)
+    return product_L, _norm(context_L), _norm(word_L)
 
 
 @triton.jit
 def _cosine(product_L, context_L, word_L):
     cosine_L = _at_least(product_L / (context_L * word_L), -1.0)
     return tl.where(cosine_L > 1.0, 1.0, cosine_L)
+
+
+@triton.jit
+def _log_sum_exp(logit_L):
+    """Compute log sum_l exp(logit), a scalar; of (C, L) logits, (C,)."""
+    largest = tl.max(logit_L, axis=-1)
+    return largest + tl.log(tl.sum(tl.exp(logit_L - tl.expand_dims(largest, -1)), axis=-1))
 
 
 @triton.jit
@@ -144,14 +157,12 @@ def similarity_kernel(
     real_L = _real_words(word_mask, j, word, L)
     product_L, context_L, word_L = _products(contexts, words, j, e, J, L, D, word, ACCUMULATE, BLOCK_L, BLOCK_D)
     logit_L = tl.where(real_L, gamma_word * _cosine(product_L, context_L, word_L), MASKED)
-    largest = tl.max(logit_L, axis=0)
-    total = tl.sum(tl.exp(logit_L - largest), axis=0)
-    tl.store(result + e.to(tl.int64) * J + j, largest + tl.log(total))
+    tl.store(result + e.to(tl.int64) * J + j, _log_sum_exp(logit_L))
 
 
 @triton.jit
 def similarity_backward_kernel(
-    contexts, words, word_mask, similarity, gradient, grad_products, grad_word_norms, J, L, D, gamma_word,
+    contexts, words, word_mask, gradient, grad_products, grad_word_norms, J, L, D, gamma_word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Backpropagate from the similarity (E, J) to the products and norms in the cosines.
@@ -166,7 +177,9 @@ def similarity_backward_kernel(
     product_L, context_L, word_L = _products(contexts, words, j, e, J, L, D, word, ACCUMULATE, BLOCK_L, BLOCK_D)
     cosine_L = _cosine(product_L, context_L, word_L)
     pair = e.to(tl.int64) * J + j
-    share_L = tl.exp(gamma_word * cosine_L - tl.load(similarity + pair))
+    # The similarity of the forward pass would not do: its contexts may be rounded otherwise.
+    logit_L = tl.where(real_L, gamma_word * cosine_L, MASKED)
+    share_L = tl.exp(logit_L - _log_sum_exp(logit_L))
     grad_cosine_L = tl.where(real_L, tl.load(gradient + pair) * gamma_word * share_L, 0.0)
 
     row = pair * L + word
@@ -181,3 +194,51 @@ def similarity_backward_kernel(
         context_LD = tl.load(contexts + offsets_LD, mask=inside, other=0.0).to(ACCUMULATE)
         context_LD = context_LD / context_L[:, None] * grad_norm_L[:, None]
         tl.store(contexts + offsets_LD, context_LD.to(contexts.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fused_kernel(
+    regions, words, word_mask, similarity, J, R, L, D, gamma_attention, gamma_word,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    CAPTIONS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute the similarity of one image with a few captions in one pass over the regions.
+
+    The words of the captions are the rows of one matrix, `BLOCK_L` rows for each caption. The softmax over words needs
+    one region at a time, and that over regions no sum (`_shares_of_regions`): a tile of regions contributes to the
+    contexts whatever the other tiles are, without the running maximum of an online softmax.
+    """
+    programs_per_image = tl.cdiv(J, CAPTIONS)
+    e = (tl.program_id(0) // programs_per_image).to(tl.int64)
+    first = tl.program_id(0) % programs_per_image * CAPTIONS
+    row = tl.arange(0, CAPTIONS * BLOCK_L)
+    j_K = first + row // BLOCK_L
+    # Beyond the last caption, every row is padding.
+    word_K = tl.where(j_K < J, row % BLOCK_L, L)
+    feature = tl.arange(0, BLOCK_D)
+    real_K = _real_words(word_mask, j_K, word_K, L)
+    offsets_KD = (j_K * L + word_K).to(tl.int64)[:, None] * D + feature[None, :]
+    words_KD = tl.load(words + offsets_KD, mask=(word_K[:, None] < L) & (feature[None, :] < D), other=0.0)
+
+    real_CL = tl.reshape(real_K, (CAPTIONS, BLOCK_L))
+    contexts_KD = tl.zeros((CAPTIONS * BLOCK_L, BLOCK_D), ACCUMULATE)
+    for start in range(0, R, BLOCK_R):
+        region = start + tl.arange(0, BLOCK_R)
+        # Beyond the last region, zeros: whatever their shares, they add nothing.
+        inside_RD = (region[:, None] < R) & (feature[None, :] < D)
+        regions_RD = tl.load(regions + (e * R + region[:, None]) * D + feature[None, :], mask=inside_RD, other=0.0)
+        scores_KR = tl.dot(words_KD, tl.trans(regions_RD), input_precision=PRECISION, out_dtype=ACCUMULATE)
+        words_CLR = _shares_of_words(tl.reshape(scores_KR, (CAPTIONS, BLOCK_L, BLOCK_R)), real_CL)
+        shares_KR = tl.reshape(_shares_of_regions(words_CLR, gamma_attention), (CAPTIONS * BLOCK_L, BLOCK_R))
+        contexts_KD = tl.dot(
+            shares_KR.to(regions_RD.dtype), regions_RD, contexts_KD, input_precision=PRECISION, out_dtype=ACCUMULATE
+        )
+    contexts_KD /= R
+
+    words_KD = words_KD.to(ACCUMULATE)
+    product_K, context_K = tl.sum(contexts_KD * words_KD, axis=1), _norm(tl.sum(contexts_KD * contexts_KD, axis=1))
+    cosine_K = _cosine(product_K, context_K, _norm(tl.sum(words_KD * words_KD, axis=1)))
+    logit_K = tl.where(real_K, gamma_word * cosine_K, MASKED)
+    similarity_C = _log_sum_exp(tl.reshape(logit_K, (CAPTIONS, BLOCK_L)))
+    j_C = first + tl.arange(0, CAPTIONS)
+    tl.store(similarity + e * J + j_C, similarity_C, mask=j_C < J)
