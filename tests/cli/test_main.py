@@ -112,6 +112,18 @@ def test_help_does_not_import_torch(command):
     assert "usage: mirror-modules" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["train", "recipes", "ablate"])
+def test_help_of_recipes_does_not_import_the_evaluation(command):
+    """Recipes hold configurations of models, which import torch; the evaluation, with matplotlib, waits."""
+    program = (
+        "import sys\nfrom mirror_modules.cli import main\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(sorted({'matplotlib', 'mirror_modules.evaluation'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [(("generate", "model"), "there is no caption"), (("describe", "model"), "there is no image")]
 )

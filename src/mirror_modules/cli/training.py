@@ -70,10 +70,6 @@ class TrainOptions:
 
 def train(arguments: list[str]) -> None:
     """Run `mirror-modules train`."""
-    from mirror_modules.evaluation.evaluation import evaluate
-    from mirror_modules.training.distributed import is_main_process
-    from mirror_modules.training.loop import train
-
     name, base = _recipe_of(arguments, "demo")
     if (file := option("--config", arguments)) is not None:
         if not Path(file).is_file():
@@ -89,6 +85,10 @@ def train(arguments: list[str]) -> None:
         description=f"{TrainOptions.__doc__}\n\n{PARTS_HELP}\n\nRecipes, as in `mirror-modules train RECIPE`:\n"
         + indent(describe_recipes(), "  "),
     )
+    from mirror_modules.evaluation.evaluation import evaluate
+    from mirror_modules.training.distributed import is_main_process
+    from mirror_modules.training.loop import train
+
     device = device_of(options.device)
     out = options.out or Path("runs") / name
     recipe = options.resolve()
@@ -144,8 +144,6 @@ class AblateOptions:
 
 def ablate(arguments: list[str]) -> None:
     """Run `mirror-modules ablate`."""
-    from mirror_modules.evaluation.ablation import ablate, ablation_cells
-
     name, base = _recipe_of(arguments, "ablation")
     if option("--seed", arguments) is not None:
         raise ValueError("--seed has no effect on an ablation, which trains each cell with several: use --seeds 0 1 2.")
@@ -153,6 +151,8 @@ def ablate(arguments: list[str]) -> None:
     default = AblateOptions(_with_steps(_with_parts(base, arguments), arguments))
     description = f"{AblateOptions.__doc__}\n\n{PARTS_HELP}"
     options: AblateOptions = parse(AblateOptions, arguments, f"ablate {name}", default=default, description=description)
+    from mirror_modules.evaluation.ablation import ablate, ablation_cells
+
     recipe = _with_threads(
         options.recipe if options.data is None else _with_data(options.recipe, options.data), options.threads
     )
