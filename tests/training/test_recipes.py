@@ -114,6 +114,11 @@ def test_a_field_of_the_wrong_type_or_range_is_named(fields, message):
             r"redescription_reduction='sentence' has no effect with redescription_weight=0",
         ),
         ({"glam": {"r1_every": 4}}, r"AdversarialRecipe: r1_every=4 has no effect with r1_weight=0"),
+        ({"glam": {"fine_ratios": -1}}, r"fine_ratios must be above 0, but it is -1"),
+        (
+            {"glam": {"redescription_ratio": None, "redescription_weight": 1, "matching_ratio": None}},
+            r"fine_ratios=0\.4 has no effect with none of redescription, matching and diversity has a ratio",
+        ),
         (
             {"model": {"attention": "word", "sentence_axis": "positions"}},
             r"Recipe: model: sentence_axis='positions' has no effect with attention='word'",

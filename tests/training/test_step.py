@@ -120,6 +120,28 @@ def test_frozen_networks_see_coarse_images_at_the_size_that_they_learned_from(
     assert sizes == [(seen, seen)] * 2
 
 
+@pytest.mark.parametrize(("steps_done", "factor"), [(0, 1.0), (5, 0.3)])
+def test_ratios_are_smaller_once_the_finest_stage_trains(vocabulary, tiny_recipe, steps_done, factor):
+    glam = dataclasses.replace(
+        tiny_recipe.glam, steps=8, coarse_steps=2, redescription_ratio=0.7, redescription_weight=None, fine_ratios=0.3
+    )
+    state = make_state(vocabulary, dataclasses.replace(tiny_recipe, glam=glam))
+    state.steps_done = steps_done
+    state.set_stages(glam)
+    part = divide(state, make_batch(vocabulary), glam)[0]
+    fake = generate(state, part)
+
+    def gradient(recipe):
+        total = generator_terms(state, part, fake, recipe)["generator_total"]
+        return torch.autograd.grad(total, fake.images[-1], retain_graph=True)[0].flatten(1)
+
+    adversarial = gradient(
+        dataclasses.replace(glam, redescription_ratio=None, redescription_weight=0.0, fine_ratios=1.0)
+    )
+    share = (gradient(glam) - adversarial).norm(dim=1) / adversarial.norm(dim=1)
+    torch.testing.assert_close(share, torch.full_like(share, 0.7 * factor), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_second_images_of_captions_enter_the_loss_of_diversity_alone(vocabulary, tiny_recipe, parts):
     glam = dataclasses.replace(tiny_recipe.glam, diversity_ratio=0.3, accumulate=parts)

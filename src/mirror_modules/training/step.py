@@ -161,7 +161,9 @@ def generator_terms(
         terms["kl"] = torch.stack([kl_divergence(each.mean, each.log_variance) for each in fake.conditions]).sum()
         total = recipe.kl_weight * terms["kl"]
     rows = len(part.tokens)
-    for_discriminator, for_captioner, for_encoder, for_diversity = balance(fake.images[-1], recipe)
+    for_discriminator, for_captioner, for_encoder, for_diversity = balance(
+        fake.images[-1], recipe, recipe.fine_ratios if state.stages == len(state.resolutions) else 1.0
+    )
     options = adversarial_options(state, recipe)
     scored = len(fake.text) if part.is_mixed else rows
     text, location = first_rows(fake.text, scored), [first_rows(each, scored) for each in location_of(part)]
@@ -207,17 +209,17 @@ def as_learned(images: Tensor, config: ModelConfig, backbone: str) -> Tensor:
     return F.interpolate(images, size=size, mode="bilinear")
 
 
-def balance(images: Tensor, recipe: AdversarialRecipe) -> list[Tensor]:
+def balance(images: Tensor, recipe: AdversarialRecipe, factor: float = 1.0) -> list[Tensor]:
     """The finest images for discriminator, captioner, matching encoder and diversity; those with a ratio are balanced.
 
-    Ratios are fractions of the discriminator's gradient norm alone: losses with a weight do not change it.
+    Ratios, times a factor, are fractions of the discriminator's gradient norm alone: losses with a weight do not change
+    it.
     """
-    ratios = (recipe.redescription_ratio, recipe.matching_ratio, recipe.diversity_ratio)
-    given = [ratio for ratio in ratios if ratio is not None]
+    given = [factor * ratio for ratio in recipe.ratios if ratio is not None]
     if not given:
-        return [images] * (1 + len(ratios))
+        return [images] * (1 + len(recipe.ratios))
     for_discriminator, *balanced = balance_gradients(images, (1.0, *given))
-    return [for_discriminator, *(images if ratio is None else balanced.pop(0) for ratio in ratios)]
+    return [for_discriminator, *(images if ratio is None else balanced.pop(0) for ratio in recipe.ratios)]
 
 
 def adversarial_options(state: AdversarialState, recipe: AdversarialRecipe) -> dict[str, Any]:

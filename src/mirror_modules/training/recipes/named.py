@@ -36,7 +36,13 @@ def demo() -> Recipe:
         stem=MatchingRecipe(steps=800),
         # Shapes and numbers need many images, and are visible at 32 pixels, in less than half of the time per step.
         glam=dataclasses.replace(
-            base.glam, steps=3200, coarse_steps=2400, redescription_ratio=1.0, matching_ratio=1.0, kl_weight=0.02
+            base.glam,
+            steps=3200,
+            coarse_steps=2400,
+            redescription_ratio=1.0,
+            matching_ratio=1.0,
+            fine_ratios=0.4,
+            kl_weight=0.02,
         ),
         evaluator_pretraining=PretrainingRecipe(steps=1200),
         evaluator=EvaluatorRecipe(steps=800),

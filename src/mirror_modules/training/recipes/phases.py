@@ -161,6 +161,9 @@ class AdversarialRecipe:
     coarse_steps: int = 0
     """First steps, at most three quarters of all, in which the coarser stages train alone in a fraction of the time,
     before the finest one joins them (progressive growing)."""
+    fine_ratios: float = 1.0
+    """Factor of the ratios above in all steps after the `coarse_steps`. What the captions name is learned in coarse
+    stages, by strong gradients of the frozen networks; on fine details, the same gradients are noise."""
     average_decay: float = 0.999
     """Decay of the generator's moving average, approached from 0.1 in the first steps."""
     keep_best: Literal["r_precision", "redescription"] | None = None
@@ -180,6 +183,7 @@ class AdversarialRecipe:
             "redescription_ratio",
             "matching_ratio",
             "diversity_ratio",
+            "fine_ratios",
         )
         weights = ("redescription_weight", "matching_weight", "interpolation_weight", "color_weight", "kl_weight")
         check_not_negative(owner, self, *weights, "r1_weight", "average_decay", "coarse_steps", "diversity_target")
@@ -208,6 +212,8 @@ class AdversarialRecipe:
                 f"{owner}: matching_weight={self.matching_weight:g} and matching_ratio={self.matching_ratio:g} are "
                 "both given, but they are alternatives; leave one of them out."
             )
+        if not any(self.ratios):
+            check_has_effect(owner, self, "fine_ratios", "none of redescription, matching and diversity has a ratio")
         if self.r1_weight == 0:
             check_has_effect(owner, self, "r1_every", "r1_weight=0")
         if self.average_decay >= 1:
@@ -227,6 +233,11 @@ class AdversarialRecipe:
     def has_matching(self) -> bool:
         """Whether the generator is trained with the matching loss."""
         return self.matching_weight > 0 or self.matching_ratio is not None
+
+    @property
+    def ratios(self) -> tuple[float | None, float | None, float | None]:
+        """Gradient ratios of redescription, matching and diversity; None for those without one."""
+        return self.redescription_ratio, self.matching_ratio, self.diversity_ratio
 
 
 @dataclass(frozen=True)

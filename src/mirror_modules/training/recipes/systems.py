@@ -81,8 +81,9 @@ def ppgn_demo() -> Recipe:
 def attngan_demo() -> Recipe:
     """AttnGAN on the drawn flowers of demo; minutes on two CPU cores."""
     # As large a share of the gradient at the image as that of redescription in demo.
-    ratio = demo().glam.redescription_ratio or 0.25
-    return _like_demo("attngan-demo", AttnGANConfig, {"residual_blocks": 1}, matching_ratio=ratio)
+    glam = demo().glam
+    ratios = {"matching_ratio": glam.redescription_ratio or 0.25, "fine_ratios": glam.fine_ratios}
+    return _like_demo("attngan-demo", AttnGANConfig, {"residual_blocks": 1}, **ratios)
 
 
 def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any], **glam: Any) -> Recipe:
@@ -102,6 +103,7 @@ def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any],
         "redescription_reduction": AdversarialRecipe.redescription_reduction,
         "matching_weight": 0.0,
         "matching_ratio": None,
+        "fine_ratios": AdversarialRecipe.fine_ratios,
         "adversarial_weighting": None,
         **glam,
     }
