@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from mirror_modules import CascadedGenerator, GlobalLocalAttention, WordAttention
 from mirror_modules.glam import attention as attention_file
 from mirror_modules.glam import global_local_attention
+from mirror_modules.glam.stages import DoublingConv2d
 
 B, L, C, Z, D, E = 2, 11, 3, 5, 13, 7
 CASCADES = [(4,), (4, 8), (8, 32), (4, 64), (16, 32, 64)]
@@ -486,6 +487,25 @@ def test_channels_that_do_not_fit_the_stages_are_refused(channels):
 def test_channels_of_each_stage_are_positive():
     with pytest.raises(ValueError, match=r"channels\[1\] must be a whole number of at least 1, but it is 0"):
         CascadedGenerator(channels=(3, 0, 5))
+
+
+@pytest.mark.parametrize("attention", ["global-local", "word", "condition", "none"])
+def test_upsampling_reaches_every_doubling_and_changes_no_weight(attention):
+    sizes = {"channels": 4, "resolutions": (8, 32), "attention": attention}
+    nearest, bilinear = (CascadedGenerator(Z, E, D, **sizes, upsampling=each) for each in ("nearest", "bilinear"))
+    for generator, expected in ((nearest, "nearest"), (bilinear, "bilinear")):
+        doublings = [part for part in generator.modules() if isinstance(part, DoublingConv2d)]
+        assert [part.upsampling for part in doublings] == [expected] * 3
+    bilinear.load_state_dict(nearest.state_dict())
+    inputs = make_inputs()
+    assert not torch.allclose(nearest(*inputs).images[0], bilinear(*inputs).images[0], atol=1e-3)
+
+
+def test_unknown_upsampling_is_refused():
+    with pytest.raises(
+        ValueError, match=r"CascadedGenerator: upsampling must be one of 'nearest', 'bilinear', but it is 'bicubic'"
+    ):
+        CascadedGenerator(upsampling="bicubic")
 
 
 def test_an_unknown_activation_is_refused():

@@ -133,6 +133,22 @@ def test_doubling_convolution_equals_upsampling_then_convolution_up_to_second_de
 
 
 @LAYOUTS
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 1), (5, 7), (16, 17)])
+def test_bilinear_doubling_mixes_each_pixel_with_its_nearest_neighbors(height, width, layout):
+    conv = DoublingConv2d(C, 4, "bilinear").double().to(memory_format=layout)
+    features = torch.randn(B, C, height, width).double().to(memory_format=layout)
+    large = torch.zeros(B, C, 2 * height, 2 * width).double()
+    for y, x in product(range(2 * height), range(2 * width)):
+        # The center of a pixel of the large map is a quarter of a pixel before or behind that of the small one.
+        near_y, near_x = y // 2, x // 2
+        far_y = min(max(near_y + (1 if y % 2 else -1), 0), height - 1)
+        far_x = min(max(near_x + (1 if x % 2 else -1), 0), width - 1)
+        for (i, weight_y), (j, weight_x) in product([(near_y, 0.75), (far_y, 0.25)], [(near_x, 0.75), (far_x, 0.25)]):
+            large[:, :, y, x] += weight_y * weight_x * features[:, :, i, j]
+    assert_close(conv(features), F.conv2d(large, conv.weight, padding=1), atol=1e-10, rtol=1e-10)
+
+
+@LAYOUTS
 @pytest.mark.parametrize("shape", [UPSAMPLED[0], SUMMED[0]])
 def test_the_weights_determine_the_layout_of_a_doubled_map(shape, layout):
     conv = DoublingConv2d(C, 4).to(memory_format=layout)

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
+from mirror_modules.glam.stages import DoublingConv2d
 from mirror_modules.models import (
     PPGN,
     AttnGANConfig,
@@ -190,6 +191,17 @@ def test_options_of_the_config_reach_the_parts():
     assert release.generator.refinements[0].attention.score_projection is not None
     assert release.generator.refinements[0].attention.sentence_projection.bias is not None
     assert model.captioner.vocabulary_size == model.text_encoder.vocabulary_size == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["mirrorgan", "attngan"])
+def test_upsampling_of_the_config_reaches_the_generator_and_is_saved(name, tmp_path):
+    model = make(name, upsampling="bilinear")
+    model.save_pretrained(tmp_path)
+    for each in (model, TextToImage.from_pretrained(tmp_path)):
+        doublings = [part for part in each.generator.modules() if isinstance(part, DoublingConv2d)]
+        assert {part.upsampling for part in doublings} == {"bilinear"}
+    images = TextToImage.from_pretrained(tmp_path).generate("a red flower", seed=0)
+    assert_close(images, model.generate("a red flower", seed=0))
 
 
 def test_the_config_must_be_that_of_the_system():

@@ -17,11 +17,13 @@ from mirror_modules.glam.attention import GlobalLocalAttention, WordAttention
 from mirror_modules.glam.stages import (
     ACTIVATIONS,
     SMALLEST_RESOLUTION,
+    UPSAMPLINGS,
     Activation,
     ConditionStage,
     ImageHead,
     InitialStage,
     RefinementStage,
+    Upsampling,
 )
 
 AttentionFactory = Callable[[int, int, int], nn.Module]
@@ -71,10 +73,12 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             `functools.partial(GlobalLocalAttention, sentence_bias=True)`.
         intermediate_images: Generate an image at each stage; otherwise only at the finest.
         activation: "glu", the gated linear unit, or "relu" (StackGAN), which halves the weights before it.
+        upsampling: How feature maps are enlarged before their convolution: "nearest" as published, or "bilinear",
+            whose images have no woven texture at a distance of two pixels.
 
     Raises:
         ValueError: A size is not positive, `channels` or the resolutions do not fit, `attention` is neither a known
-            name nor a factory, its modules have no `context_dim`, or `activation` is unknown.
+            name nor a factory, its modules have no `context_dim`, or `activation` or `upsampling` is unknown.
 
     Examples:
         >>> import torch
@@ -100,6 +104,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         attention: Literal["global-local", "word", "condition", "none"] | AttentionFactory = "global-local",
         intermediate_images: bool = True,
         activation: Activation = "glu",
+        upsampling: Upsampling = "nearest",
     ) -> None:
         super().__init__()
         owner = "CascadedGenerator"
@@ -107,6 +112,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         if condition_dim is not None:
             check_positive(owner, condition_dim=condition_dim)
         check_choice(owner, "activation", activation, ACTIVATIONS)
+        check_choice(owner, "upsampling", upsampling, UPSAMPLINGS)
         is_joined = isinstance(attention, str) and attention == "condition"
         factory = None if is_joined else _attention_factory(attention)
         if not isinstance(residual_blocks, int) or residual_blocks < 0:
@@ -114,15 +120,22 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         self.resolutions = _check_resolutions(resolutions)
         widths = _check_channels(channels, len(self.resolutions))
         self.noise_dim, self.condition_dim, self.word_dim = noise_dim, condition_dim, word_dim
-        self.initial = InitialStage(noise_dim, condition_dim or 0, widths[0], self.resolutions[0], activation)
+        first = widths[0], self.resolutions[0]
+        self.initial = InitialStage(noise_dim, condition_dim or 0, *first, activation, upsampling)
         text_dim = condition_dim or noise_dim
 
         def build(before: int, after: int, doublings: int) -> nn.Module:
             if is_joined:
-                return ConditionStage(before, text_dim, [after] * doublings, residual_blocks, activation)
+                return ConditionStage(before, text_dim, [after] * doublings, residual_blocks, activation, upsampling)
             module = _build_attention(factory, before, word_dim, text_dim)
             return RefinementStage(
-                before, doublings, residual_blocks, module, out_channels=after, activation=activation
+                before,
+                doublings,
+                residual_blocks,
+                module,
+                out_channels=after,
+                activation=activation,
+                upsampling=upsampling,
             )
 
         steps = zip(widths, widths[1:], self.resolutions, self.resolutions[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class AttnGANConfig(ModelConfig):
 
     residual_blocks: int = 2
     """Residual blocks of each refinement stage."""
+    upsampling: Literal["nearest", "bilinear"] = "nearest"
+    """How feature maps are enlarged; "bilinear" is not published, and avoids a woven texture."""
 
     def weighting(self, phase: str) -> Weighting:
         """Means over realism and consistency, as in the published code."""
@@ -82,6 +84,7 @@ class AttnGAN(TextToImage):
             channels=config.channels,
             resolutions=config.resolutions,
             residual_blocks=config.residual_blocks,
+            upsampling=config.upsampling,
             attention="word",
         )
 

@@ -27,6 +27,7 @@ def demo() -> Recipe:
         name="demo",
         model=dataclasses.replace(
             base.model,
+            upsampling="bilinear",
             image_backbone=backbone,
             captioner_backbone=backbone,
             captioner_projection=False,

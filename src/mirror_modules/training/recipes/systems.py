@@ -81,9 +81,10 @@ def ppgn_demo() -> Recipe:
 def attngan_demo() -> Recipe:
     """AttnGAN on the drawn flowers of demo; minutes on two CPU cores."""
     # As large a share of the gradient at the image as that of redescription in demo.
-    glam = demo().glam
-    ratios = {"matching_ratio": glam.redescription_ratio or 0.25, "fine_ratios": glam.fine_ratios}
-    return _like_demo("attngan-demo", AttnGANConfig, {"residual_blocks": 1}, **ratios)
+    base = demo()
+    sizes = {"residual_blocks": 1, "upsampling": base.model.upsampling}
+    ratios = {"matching_ratio": base.glam.redescription_ratio or 0.25, "fine_ratios": base.glam.fine_ratios}
+    return _like_demo("attngan-demo", AttnGANConfig, sizes, **ratios)
 
 
 def _like_demo(name: str, config_type: type[ModelConfig], model: dict[str, Any], **glam: Any) -> Recipe:
