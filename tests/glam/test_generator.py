@@ -490,22 +490,26 @@ def test_channels_of_each_stage_are_positive():
 
 
 @pytest.mark.parametrize("attention", ["global-local", "word", "condition", "none"])
-def test_upsampling_reaches_every_doubling_and_changes_no_weight(attention):
-    sizes = {"channels": 4, "resolutions": (8, 32), "attention": attention}
-    nearest, bilinear = (CascadedGenerator(Z, E, D, **sizes, upsampling=each) for each in ("nearest", "bilinear"))
-    for generator, expected in ((nearest, "nearest"), (bilinear, "bilinear")):
-        doublings = [part for part in generator.modules() if isinstance(part, DoublingConv2d)]
-        assert [part.upsampling for part in doublings] == [expected] * 3
+@pytest.mark.parametrize(("resolutions", "coarser"), [((8, 16, 64), 2), ((16,), 0)])
+def test_only_the_finest_stage_upsamples_bilinearly_and_with_the_same_weights(attention, resolutions, coarser):
+    options = {"channels": C, "resolutions": resolutions, "attention": attention}
+    nearest = CascadedGenerator(Z, E, D, **options)
+    bilinear = CascadedGenerator(Z, E, D, **options, finest_upsampling="bilinear")
+    doublings = [part.upsampling for part in bilinear.modules() if isinstance(part, DoublingConv2d)]
+    assert doublings == ["nearest"] * coarser + ["bilinear"] * 2
     bilinear.load_state_dict(nearest.state_dict())
     inputs = make_inputs()
-    assert not torch.allclose(nearest(*inputs).images[0], bilinear(*inputs).images[0], atol=1e-3)
+    *same, finest = zip(nearest(*inputs).images, bilinear(*inputs).images)
+    for ours, expected in same:
+        assert torch.equal(ours, expected)
+    assert not torch.allclose(*finest, atol=1e-3)
 
 
 def test_unknown_upsampling_is_refused():
     with pytest.raises(
-        ValueError, match=r"CascadedGenerator: upsampling must be one of 'nearest', 'bilinear', but it is 'bicubic'"
+        ValueError, match=r"finest_upsampling must be one of 'nearest', 'bilinear', but it is 'bicubic'"
     ):
-        CascadedGenerator(upsampling="bicubic")
+        CascadedGenerator(finest_upsampling="bicubic")
 
 
 def test_an_unknown_activation_is_refused():

@@ -194,12 +194,12 @@ def test_options_of_the_config_reach_the_parts():
 
 
 @pytest.mark.parametrize("name", ["mirrorgan", "attngan"])
-def test_upsampling_of_the_config_reaches_the_generator_and_is_saved(name, tmp_path):
-    model = make(name, upsampling="bilinear")
+def test_finest_upsampling_of_the_config_reaches_the_generator_and_is_saved(name, tmp_path):
+    model = make(name, finest_upsampling="bilinear")
     model.save_pretrained(tmp_path)
     for each in (model, TextToImage.from_pretrained(tmp_path)):
         doublings = [part for part in each.generator.modules() if isinstance(part, DoublingConv2d)]
-        assert {part.upsampling for part in doublings} == {"bilinear"}
+        assert [part.upsampling for part in doublings] == ["nearest", "bilinear"]
     images = TextToImage.from_pretrained(tmp_path).generate("a red flower", seed=0)
     assert_close(images, model.generate("a red flower", seed=0))
 

@@ -73,12 +73,12 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             `functools.partial(GlobalLocalAttention, sentence_bias=True)`.
         intermediate_images: Generate an image at each stage; otherwise only at the finest.
         activation: "glu", the gated linear unit, or "relu" (StackGAN), which halves the weights before it.
-        upsampling: How feature maps are enlarged before their convolution: "nearest" as published, or "bilinear",
-            whose images have no woven texture at a distance of two pixels.
+        finest_upsampling: How the finest stage enlarges feature maps before their convolution: "nearest" as published
+            and as in the other stages, or "bilinear", whose images have no woven texture at a distance of two pixels.
 
     Raises:
         ValueError: A size is not positive, `channels` or the resolutions do not fit, `attention` is neither a known
-            name nor a factory, its modules have no `context_dim`, or `activation` or `upsampling` is unknown.
+            name nor a factory, its modules have no `context_dim`, or `activation` or `finest_upsampling` is unknown.
 
     Examples:
         >>> import torch
@@ -104,7 +104,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         attention: Literal["global-local", "word", "condition", "none"] | AttentionFactory = "global-local",
         intermediate_images: bool = True,
         activation: Activation = "glu",
-        upsampling: Upsampling = "nearest",
+        finest_upsampling: Upsampling = "nearest",
     ) -> None:
         super().__init__()
         owner = "CascadedGenerator"
@@ -112,7 +112,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         if condition_dim is not None:
             check_positive(owner, condition_dim=condition_dim)
         check_choice(owner, "activation", activation, ACTIVATIONS)
-        check_choice(owner, "upsampling", upsampling, UPSAMPLINGS)
+        check_choice(owner, "finest_upsampling", finest_upsampling, UPSAMPLINGS)
         is_joined = isinstance(attention, str) and attention == "condition"
         factory = None if is_joined else _attention_factory(attention)
         if not isinstance(residual_blocks, int) or residual_blocks < 0:
@@ -120,11 +120,13 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         self.resolutions = _check_resolutions(resolutions)
         widths = _check_channels(channels, len(self.resolutions))
         self.noise_dim, self.condition_dim, self.word_dim = noise_dim, condition_dim, word_dim
+        coarser: list[Upsampling] = ["nearest"] * (len(widths) - 1)
+        upsamplings = [*coarser, finest_upsampling]
         first = widths[0], self.resolutions[0]
-        self.initial = InitialStage(noise_dim, condition_dim or 0, *first, activation, upsampling)
+        self.initial = InitialStage(noise_dim, condition_dim or 0, *first, activation, upsamplings[0])
         text_dim = condition_dim or noise_dim
 
-        def build(before: int, after: int, doublings: int) -> nn.Module:
+        def build(before: int, after: int, doublings: int, upsampling: Upsampling) -> nn.Module:
             if is_joined:
                 return ConditionStage(before, text_dim, [after] * doublings, residual_blocks, activation, upsampling)
             module = _build_attention(factory, before, word_dim, text_dim)
@@ -138,9 +140,10 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
                 upsampling=upsampling,
             )
 
-        steps = zip(widths, widths[1:], self.resolutions, self.resolutions[1:])
+        steps = zip(widths, widths[1:], self.resolutions, self.resolutions[1:], upsamplings[1:])
         self.refinements = nn.ModuleList(
-            build(before, after, (fine // coarse).bit_length() - 1) for before, after, coarse, fine in steps
+            build(before, after, (fine // coarse).bit_length() - 1, upsampling)
+            for before, after, coarse, fine, upsampling in steps
         )
         modules = [getattr(stage, "attention", None) for stage in self.refinements]
         attentions = [id(module) for module in modules if module is not None]

@@ -32,8 +32,8 @@ class AttnGANConfig(ModelConfig):
 
     residual_blocks: int = 2
     """Residual blocks of each refinement stage."""
-    upsampling: Literal["nearest", "bilinear"] = "nearest"
-    """How feature maps are enlarged; "bilinear" is not published, and avoids a woven texture."""
+    finest_upsampling: Literal["nearest", "bilinear"] = "nearest"
+    """How the finest stage enlarges feature maps; "bilinear" is not published, and avoids a woven texture."""
 
     def weighting(self, phase: str) -> Weighting:
         """Means over realism and consistency, as in the published code."""
@@ -84,7 +84,7 @@ class AttnGAN(TextToImage):
             channels=config.channels,
             resolutions=config.resolutions,
             residual_blocks=config.residual_blocks,
-            upsampling=config.upsampling,
+            finest_upsampling=config.finest_upsampling,
             attention="word",
         )
 

@@ -38,8 +38,8 @@ class MirrorGANConfig(ModelConfig):
 
     residual_blocks: int = 2
     """Residual blocks of each refinement stage."""
-    upsampling: Literal["nearest", "bilinear"] = "nearest"
-    """How feature maps are enlarged; "bilinear" is not published, and avoids a woven texture."""
+    finest_upsampling: Literal["nearest", "bilinear"] = "nearest"
+    """How the finest stage enlarges feature maps; "bilinear" is not published, and avoids a woven texture."""
     attention: Literal["global-local", "word", "none"] = "global-local"
     """Attention of each refinement stage: MirrorGAN's, AttnGAN's (words alone) or none."""
     sentence_bias: bool = False
@@ -115,7 +115,7 @@ class MirrorGAN(TextToImage):
             channels=config.channels,
             resolutions=config.resolutions,
             residual_blocks=config.residual_blocks,
-            upsampling=config.upsampling,
+            finest_upsampling=config.finest_upsampling,
             attention=global_local if config.attention == "global-local" else config.attention,
         )
 

@@ -27,7 +27,7 @@ def demo() -> Recipe:
         name="demo",
         model=dataclasses.replace(
             base.model,
-            upsampling="bilinear",
+            finest_upsampling="bilinear",
             image_backbone=backbone,
             captioner_backbone=backbone,
             captioner_projection=False,
