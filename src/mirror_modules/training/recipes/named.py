@@ -26,7 +26,7 @@ def demo() -> Recipe:
         base,
         name="demo",
         model=dataclasses.replace(
-            base.model,
+            _model(),
             finest_upsampling="bilinear",
             image_backbone=backbone,
             captioner_backbone=backbone,
@@ -50,26 +50,31 @@ def demo() -> Recipe:
     )
 
 
+def _model() -> MirrorGANConfig:
+    """A small model of 64 pixels."""
+    return MirrorGANConfig(
+        embedding_dim=64,
+        word_dim=128,
+        text_dropout=0.1,
+        noise_dim=32,
+        condition_dim=64,
+        channels=16,
+        resolutions=(16, 32, 64),
+        residual_blocks=1,
+        discriminator_channels=24,
+        image_backbone=BackboneConfig("conv"),
+        captioner_backbone=BackboneConfig("conv"),
+        captioner_projection=True,
+        captioner_embedding_dim=192,
+        captioner_hidden_dim=192,
+    )
+
+
 def _plain() -> Recipe:
     """Drawn flowers at 64 pixels, all stages at once; the recipes below start from it."""
     return Recipe(
         name="plain",
-        model=MirrorGANConfig(
-            embedding_dim=64,
-            word_dim=128,
-            text_dropout=0.1,
-            noise_dim=32,
-            condition_dim=64,
-            channels=16,
-            resolutions=(16, 32, 64),
-            residual_blocks=1,
-            discriminator_channels=24,
-            image_backbone=BackboneConfig("conv"),
-            captioner_backbone=BackboneConfig("conv"),
-            captioner_projection=True,
-            captioner_embedding_dim=192,
-            captioner_hidden_dim=192,
-        ),
+        model=_model(),
         glam=AdversarialRecipe(
             steps=1600,
             batch_size=16,

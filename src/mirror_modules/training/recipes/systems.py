@@ -82,7 +82,7 @@ def attngan_demo() -> Recipe:
     """AttnGAN on the drawn flowers of demo; minutes on two CPU cores."""
     # As large a share of the gradient at the image as that of redescription in demo.
     base = demo()
-    sizes = {"residual_blocks": 1, "finest_upsampling": base.model.finest_upsampling}
+    sizes = {"residual_blocks": 1, "finest_upsampling": "bilinear"}
     ratios = {"matching_ratio": base.glam.redescription_ratio or 0.25, "fine_ratios": base.glam.fine_ratios}
     return _like_demo("attngan-demo", AttnGANConfig, sizes, **ratios)
 
