@@ -237,6 +237,13 @@ def test_a_run_resumes_bit_for_bit_and_glam_takes_the_weights(tmp_path, monkeypa
     losses = {"generator", "discriminator", "generator_gradient_norm", "discriminator_gradient_norm"}
     assert {*losses, "learning_rate_generator", "learning_rate_discriminator"} <= set(figures(finished)[0])
 
+    # A finished phase can be extended.
+    shorter = dataclasses.replace(recipe, keypoints=dataclasses.replace(recipe.keypoints, steps=3))
+    train(shorter, tmp_path / "extended", phases=PHASES)
+    extended = train(recipe, tmp_path / "extended", phases=["keypoints"], resume=True)
+    assert finished.weights("keypoints").read_bytes() == extended.weights("keypoints").read_bytes()
+    assert figures(finished) == figures(extended)
+
     train(recipe, tmp_path / "finished", phases=["glam"])
     trained, whole = load_file(finished.weights("keypoints")), load_file(finished.model / "model.safetensors")
     for name, value in trained.items():

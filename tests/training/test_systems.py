@@ -372,6 +372,16 @@ def test_the_first_stage_of_stackgan_is_frozen_afterwards(tmp_path):
     assert sorted(path.name for path in folder.samples.iterdir())[:1] == ["first_stage-00000002.png"]
 
 
+def test_the_first_stage_of_stackgan_can_be_extended(tmp_path):
+    shorter = make_tiny_recipe("stackgan-demo")
+    longer = dataclasses.replace(shorter, first_stage=dataclasses.replace(shorter.first_stage, steps=5))
+    phases = ["stem", "stream", "first_stage"]
+    expected = train(longer, tmp_path / "longer", phases=phases)
+    train(shorter, tmp_path / "extended", phases=phases)
+    extended = train(longer, tmp_path / "extended", phases=phases, resume=True)
+    assert extended.weights("first_stage").read_bytes() == expected.weights("first_stage").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
