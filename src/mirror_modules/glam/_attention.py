@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mirror_modules._checks import at_least_float32, is_unchecked
-from mirror_modules._tiles import ELEMENTS_ON_A_GPU, EVERYTHING, Tile, recomputed_in_tiles
+from mirror_modules._tiles import ELEMENTS_ON_A_GPU, EVERYTHING, TileIndices, recomputed_in_tiles
 
 SentenceAxis = Literal["channels", "positions"]
 
@@ -89,7 +89,7 @@ def attend_in_tiles(
         maps = (word_weights, sentence_weights) if need_weights else ()
         return word_context, sentence_context, *maps
 
-    def divide() -> list[Tile]:
+    def divide() -> list[TileIndices]:
         return _tiles(features, may_divide=axis == "channels")
 
     inputs = features, words, sentence, word_mask, score_matrix
@@ -98,7 +98,7 @@ def attend_in_tiles(
     return recomputed_in_tiles(attend, inputs, divide, whole, attention_derivative if is_plain else None)
 
 
-def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
+def _tiles(features: Tensor, *, may_divide: bool) -> list[TileIndices]:
     """Tiles of several samples or, where samples are large and may be divided, of several rows of one sample."""
     batch, channels, height, width = features.shape
     if features.device.type == "cpu" and features.numel() <= FEW_ELEMENTS:
@@ -107,10 +107,10 @@ def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
     rows = max(1, elements // max(1, channels * width))
     if rows < height and may_divide:
         places = [(slice(b, b + 1), slice(y, y + rows)) for b in range(batch) for y in range(0, height, rows)]
-        return [Tile((b, EVERYTHING, y), ((b, EVERYTHING, y), b, b, b, EVERYTHING)) for b, y in places]
+        return [TileIndices((b, EVERYTHING, y), ((b, EVERYTHING, y), b, b, b, EVERYTHING)) for b, y in places]
     samples = max(1, rows // max(1, height))
     starts = (slice(b, b + samples) for b in range(0, batch, samples))
-    return [Tile(b, (b, b, b, b, EVERYTHING)) for b in starts]
+    return [TileIndices(b, (b, b, b, b, EVERYTHING)) for b in starts]
 
 
 def attention_derivative(
