@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def tests() -> list[str]:
 
 
 def run(step: Step, out: Path, limit: float) -> Result:
-    """Run a step, and end it with all of its processes at the limit."""
+    """Run a step, and end it at the limit; processes that it has started and left running are ended in any case."""
     arguments = step.arguments
     if arguments[1] in ("all", "step"):
         arguments = [*arguments, "--budget", f"{BUDGET * limit:.0f}"]
@@ -104,9 +105,10 @@ def run(step: Step, out: Path, limit: float) -> Result:
         except subprocess.TimeoutExpired:
             status = "timeout"
         finally:
-            if process.poll() is None:
+            # A step that crashed, too: its children would keep the GPU from the next one.
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     lines = log.read_text("utf-8", errors="replace").splitlines()
     if status != "0":
         print("\n".join([f"--- {step.name}, the end of {log}:", *lines[-LINES:]]), flush=True)

@@ -126,14 +126,14 @@ def make_batch(sizes: Sizes, vocabulary_size: int) -> CaptionBatch:
     word_mask = torch.arange(sizes.words).repeat(sizes.batch, 1) < max(1, 2 * sizes.words // 3)
     tokens = torch.randint(2, vocabulary_size, (sizes.batch, sizes.words), generator=random) * word_mask
     rows = torch.arange(sizes.batch)
-    return CaptionBatch(images, tokens, word_mask, rows, ("",) * sizes.batch, rows, rows)
+    return CaptionBatch(images, tokens, word_mask, rows, ("",) * sizes.batch, rows, rows, rows)
 
 
 @contextmanager
 def published_pairs() -> Iterator[None]:
     """Let our step form mismatched pairs as the published code: each image but the last with the next caption."""
 
-    def mismatch(class_ids: Tensor, *, generator: torch.Generator) -> Mismatch:
+    def mismatch(class_ids: Tensor, caption_ids: Tensor, *, generator: torch.Generator) -> Mismatch:
         rows = torch.arange(len(class_ids))
         return Mismatch(rows.roll(-1), rows < len(rows) - 1)
 
@@ -252,8 +252,12 @@ def measure_on_gpu(
     """
     torch.compiler.reset()
     _free()
-    published = errors(first_step(build_step(PUBLISHED, sizes, device, dtype)), reference)
-    limits = [2 * error + FLOOR[dtype] for error in published]
+    limits: list[float] = []
+    with or_skip(f"step, tolerance of {dtype}"):
+        published = errors(first_step(build_step(PUBLISHED, sizes, device, dtype)), reference)
+        limits = [2 * error + FLOOR[dtype] for error in published]
+    if not limits:
+        return [], []
     contenders: dict[str, Contender] = {}
     wrong: list[str] = []
     for impl in impls:

@@ -23,8 +23,8 @@ Rows = TypeVar("Rows", Tensor, list[Any], dict[str, Any])
 """Results with one row per input row: a tensor, a list, or a dictionary of these."""
 
 
-class Tile(NamedTuple):
-    """A part of the results, and the part of each input from which it is computed."""
+class TileIndices(NamedTuple):
+    """Where a part of the results is, and the part of each input from which it is computed."""
 
     result: Any
     """Index into every result."""
@@ -70,7 +70,7 @@ def _concatenated(parts: Sequence[Rows]) -> Any:
 def recomputed_in_tiles(
     function: Function,
     inputs: Inputs,
-    divide: Callable[[], list[Tile]],
+    divide: Callable[[], list[TileIndices]],
     whole: tuple[int | None, ...],
     derivative: Derivative | None = None,
 ) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any,
         function: Function,
         derivative: Derivative | None,
-        tiles: list[Tile],
+        tiles: list[TileIndices],
         whole: tuple[int | None, ...],
         *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -169,7 +169,7 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, None, *results
 
 
-def _select(inputs: Inputs, tile: Tile) -> Inputs:
+def _select(inputs: Inputs, tile: TileIndices) -> Inputs:
     return tuple(None if tensor is None else tensor[index] for tensor, index in zip(inputs, tile.inputs))
 
 

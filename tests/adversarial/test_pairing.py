@@ -1,4 +1,4 @@
-"""Mismatched pairs: no row meets its own class where that can be avoided."""
+"""Mismatched pairs: no row meets its own class where that can be avoided, and none its own caption is valid."""
 
 from collections import Counter
 
@@ -28,6 +28,17 @@ def test_valid_marks_partners_of_another_class(classes, seed):
     partner, valid = pair(classes, seed)
     for row, other in enumerate(partner.tolist()):
         assert valid[row].item() == (classes[row] != classes[other])
+
+
+@given(st.lists(st.tuples(st.integers(-3, 4), st.integers(0, 5)), min_size=1, max_size=13), seeds)
+def test_valid_marks_partners_of_another_class_with_another_caption(rows, seed):
+    """Repeated classes, captions, and images: the same class and caption."""
+    classes, captions = (torch.tensor(ids) for ids in zip(*rows))
+    pairs = mismatch(classes, captions, generator=torch.Generator().manual_seed(seed))
+    for (own_class, own_caption), partner, valid in zip(rows, pairs.partner.tolist(), pairs.valid.tolist()):
+        assert valid == (own_class != rows[partner][0] and own_caption != rows[partner][1])
+    # Captions do not change the draw.
+    assert torch.equal(pairs.partner, pair(classes.tolist(), seed).partner)
 
 
 @given(layouts, seeds)
@@ -64,3 +75,11 @@ def test_one_class_alone_has_no_valid_partner():
 def test_class_ids_must_be_a_row(classes):
     with pytest.raises(ValueError, match=r"mismatch: class_ids must be \(B,\), one per row, but they are \("):
         mismatch(classes)
+
+
+@pytest.mark.parametrize("captions", [torch.zeros(3, 1), torch.zeros(2), torch.tensor(4)])
+def test_caption_ids_must_be_a_row_of_the_same_length(captions):
+    with pytest.raises(ValueError, match=r"mismatch: caption_ids must be \(3,\) \(B,\), as class_ids, but they are \("):
+        mismatch(torch.arange(3), captions)
+    with pytest.raises(ValueError, match="mismatch: caption_ids must be a tensor"):
+        mismatch(torch.arange(3), [0, 1, 2])

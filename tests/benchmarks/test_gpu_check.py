@@ -43,12 +43,16 @@ def test_the_table_shows_failed_steps_and_what_was_skipped(check, tmp_path):
     assert check(good)[0] == 0
 
 
+CRASHING = HANGING.replace("time.sleep(60)\n", "raise SystemExit(3)\n")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-def test_a_hanging_step_is_ended_with_its_children_and_the_next_one_runs(check, tmp_path):
-    status, _, rows = check(Step("hangs", ["-c", HANGING], 0.5), Step("next", ["-c", "pass"], 0.5), seconds=20)
+@pytest.mark.parametrize(("code", "ending"), [(HANGING, "timeout"), (CRASHING, "3")], ids=["hangs", "crashes"])
+def test_a_step_is_ended_with_its_children_and_the_next_one_runs(check, tmp_path, code, ending):
+    status, _, rows = check(Step("first", ["-c", code], 0.5), Step("next", ["-c", "pass"], 0.5), seconds=20)
     assert status == 1
-    assert [row[:2] for row in rows] == [["hangs", "timeout"], ["next", "0"]]
-    child = int((tmp_path / "hangs.log").read_text())
+    assert [row[:2] for row in rows] == [["first", ending], ["next", "0"]]
+    child = int((tmp_path / "first.log").read_text())
     end = time.monotonic() + 10
     while is_running(child) and time.monotonic() < end:
         time.sleep(0.05)

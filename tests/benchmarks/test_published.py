@@ -27,7 +27,7 @@ def double_precision():
 def with_the_next_caption(monkeypatch):
     """Mismatched pairs as in the published code: each image with the next caption."""
 
-    def mismatch(class_ids, *, generator):
+    def mismatch(class_ids, caption_ids, *, generator):
         rows = torch.arange(len(class_ids))
         return Mismatch(rows.roll(-1), rows < len(rows) - 1)
 

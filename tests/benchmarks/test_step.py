@@ -82,6 +82,24 @@ def test_a_failing_implementation_does_not_stop_the_others(recorded, monkeypatch
     assert "step, ours, float32: skipped, RuntimeError: no kernel" in capsys.readouterr().out
 
 
+def test_a_precision_without_a_tolerance_does_not_stop_the_others(recorded, monkeypatch, tmp_path, capsys):
+    """The published step, which sets it, may need more memory than there is."""
+    build = step.build_step
+
+    def fail(impl, sizes, device, dtype):
+        if (impl, dtype) == (step.PUBLISHED, "bfloat16"):
+            raise torch.OutOfMemoryError("out of memory")
+        return build(impl, sizes, device, dtype)
+
+    monkeypatch.setattr(step, "build_step", fail)
+    status, records = recorded(tmp_path, "--impls", step.PUBLISHED, step.OURS)
+    assert status == 0
+    assert [(record.dtype, record.impl) for record in records] == [("float32", "ours"), ("float32", "published")]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped") == 1
+    assert "step, tolerance of bfloat16: skipped, OutOfMemoryError: out of memory" in printed
+
+
 def test_a_budget_ends_the_run(recorded, tmp_path, capsys):
     assert recorded(tmp_path, "--budget", "0") == (0, [])
     assert capsys.readouterr().out.count("skipped, time budget exhausted") == 2 * len(step.ON_GPU)

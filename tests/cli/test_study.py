@@ -7,7 +7,7 @@ import torch
 
 from mirror_modules import MirrorGAN
 from mirror_modules.cli.study import StudyOptions
-from mirror_modules.evaluation.study_plan import ANSWERS_FORMAT, StudyKey
+from mirror_modules.evaluation.study.plan import ANSWERS_FORMAT, StudyKey
 from tests.cli.commands import assert_rejected, flags, run
 
 CAPTIONS = ["a red flower", "red petals", "a flower with petals"]

@@ -115,7 +115,7 @@ CASES = {
     ),
     "MirrorGANConfig(sentence_axis)": Case(
         lambda value: generate(sentence_axis=value),
-        f"{ATTENTION}._sentence_attention",
+        "mirror_modules.glam._attention.attend_to_sentence",
         "axis",
         ("channels", "positions"),
     ),
@@ -136,7 +136,7 @@ CASES = {
     ),
     "CascadedGenerator(attention=partial(GlobalLocalAttention, sentence_axis))": Case(
         lambda value: generate_with_attention(sentence_axis=value),
-        f"{ATTENTION}._sentence_attention",
+        "mirror_modules.glam._attention.attend_to_sentence",
         "axis",
         ("channels", "positions"),
     ),

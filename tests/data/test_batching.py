@@ -83,7 +83,7 @@ def test_the_parts_of_all_ranks_make_up_the_batch(data, crop):
     parts = [RepeatableBatches(data, 6, 4, crop=crop, rank=rank, ranks=3) for rank in range(3)]
     for number in (0, 1, 5):
         local = [part[number] for part in parts]
-        for field in ("images", "tokens", "word_mask", "class_ids", "image_rows", "caption_rows"):
+        for field in ("images", "tokens", "word_mask", "class_ids", "image_rows", "caption_rows", "caption_ids"):
             gathered = torch.cat([getattr(part, field) for part in local])
             assert torch.equal(gathered, getattr(whole[number], field))
 
@@ -156,6 +156,29 @@ def test_subsampled_words_are_reproducible_and_the_same_on_all_ranks():
         assert torch.equal(torch.cat([part[number].tokens for part in parts]), batch.tokens)
 
 
+class SharedCaptions(NumberedImages):
+    """Three captions, written in two ways, for all images; one has more than five words, of which most are the same."""
+
+    def __getitem__(self, index):
+        captions = ("a Red one.", "a red one", "a blue one", "one two two two two two two")
+        return super().__getitem__(index)._replace(captions=(captions[index % 4],))
+
+
+@pytest.mark.parametrize("long_captions", ["cut", "subsample"])
+def test_caption_ids_are_equal_for_equal_tokens_on_all_ranks(long_captions):
+    data = InMemoryCaptions(SharedCaptions(N, H, W), max_words=5, long_captions=long_captions)
+    parts = [RepeatableBatches(data, N - 1, 1, rank=rank, ranks=5) for rank in range(5)]
+    for number in range(7):
+        tokens, ids = (
+            torch.cat([getattr(part[number], field) for part in parts]).tolist() for field in ("tokens", "caption_ids")
+        )
+        for i in range(N - 1):
+            assert [ids[i] == other for other in ids] == [tokens[i] == other for other in tokens]
+    batch = data.batch(torch.tensor([0, 1, 2, 4]), torch.zeros(4, dtype=torch.long))
+    first, second, third, fourth = batch.caption_ids.tolist()
+    assert first == second == fourth != third
+
+
 @pytest.mark.parametrize("crop", [None, 5])
 def test_without_images_all_other_fields_are_the_same(data, crop):
     with_images = RepeatableBatches(data, 3, seed=1, crop=crop)
@@ -164,7 +187,7 @@ def test_without_images_all_other_fields_are_the_same(data, crop):
         expected, batch = with_images[number], without[number]
         assert batch.images.shape == (3, 0, 0, 3)
         assert to_float(batch.images).shape == (3, 3, 0, 0)
-        for name in ("tokens", "word_mask", "class_ids", "image_rows", "caption_rows"):
+        for name in ("tokens", "word_mask", "class_ids", "image_rows", "caption_rows", "caption_ids"):
             assert torch.equal(getattr(batch, name), getattr(expected, name))
         assert batch.captions == expected.captions
 

@@ -18,16 +18,11 @@ from mirror_modules.data import ATTRIBUTES, CaptionedImage, InMemoryCaptions
 from mirror_modules.data.readers.images import shrink
 from mirror_modules.data.seeding import seeded
 from mirror_modules.data.transforms import to_float
-from mirror_modules.evaluation import attributes, evaluation, retrieval
+from mirror_modules.evaluation import attributes, evaluation, networks, retrieval
 from mirror_modules.evaluation.attributes import fit_attribute_classifier
-from mirror_modules.evaluation.evaluation import (
-    _cases,
-    _extract,
-    _feature_metrics,
-    _images_of_the_same_caption,
-    evaluate,
-)
+from mirror_modules.evaluation.evaluation import _cases, evaluate
 from mirror_modules.evaluation.extractors import Extractor
+from mirror_modules.evaluation.networks import _feature_metrics, _images_of_the_same_caption, extract
 from mirror_modules.metrics import (
     diversity,
     expected_hits,
@@ -70,7 +65,7 @@ def make_quick_classifiers(monkeypatch):
     # No other test's classifier is used, and none is kept.
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.setattr(attributes, "fit_network", fit_and_count)
-    monkeypatch.setattr(evaluation, "fit_attribute_classifier", partial(fit_attribute_classifier, steps=2, images=70))
+    monkeypatch.setattr(networks, "fit_attribute_classifier", partial(fit_attribute_classifier, steps=2, images=70))
     return trained
 
 
@@ -316,7 +311,7 @@ def test_a_classifier_is_trained_by_default_for_drawn_flowers_that_it_can_classi
     trained = make_quick_classifiers(monkeypatch)
     # At 16 pixels, it would not be accurate enough.
     assert "features" not in evaluate(run_copy.path)
-    monkeypatch.setattr(evaluation, "LOWEST_CLASSIFIED_RESOLUTION", 16)
+    monkeypatch.setattr(networks, "LOWEST_CLASSIFIED_RESOLUTION", 16)
     assert "features" not in evaluate(run_copy.path, fit_classifier=False)
     assert trained == []
     metrics = evaluate(run_copy.path)
@@ -328,8 +323,8 @@ def test_a_classifier_is_trained_by_default_for_drawn_flowers_that_it_can_classi
 
 
 def test_photographs_get_a_classifier_on_request_only(run_copy, monkeypatch, without_report):
-    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
-    monkeypatch.setattr(evaluation, "LOWEST_CLASSIFIED_RESOLUTION", 16)
+    monkeypatch.setattr(networks, "is_synthetic", lambda recipe: False)
+    monkeypatch.setattr(networks, "LOWEST_CLASSIFIED_RESOLUTION", 16)
     assert "not_measured" not in evaluate(run_copy.path)
     assert "not_measured" in evaluate(run_copy.path, fit_classifier=True)
 
@@ -403,7 +398,7 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
         return batch.mean(dim=(2, 3))
 
     extractor = Extractor("means", mean_colors, lambda batch: batch.mean(dim=(2, 3)), slice(None, None, 4))
-    extracted = {name: _extract(extractor, batch) for name, batch in images.items()}
+    extracted = {name: extract(extractor, batch) for name, batch in images.items()}
     batches.clear()
     metrics = _feature_metrics(extractor, splits.training.images, extracted, same_caption, seed=0)
     held_out, of_two_captions = batches
@@ -424,7 +419,7 @@ def test_the_real_baseline_is_held_out_and_at_the_models_resolution(tiny_recipe)
     assert "diversity" not in metrics["real"]
     # A network without classes has no Inception Score.
     extractor = extractor._replace(logits=None)
-    extracted = {name: _extract(extractor, batch) for name, batch in images.items()}
+    extracted = {name: extract(extractor, batch) for name, batch in images.items()}
     without = _feature_metrics(extractor, splits.training.images, extracted, same_caption, seed=0)
     for name, figures in metrics.items():
         assert without[name] == {key: value for key, value in figures.items() if "inception" not in key}
@@ -446,7 +441,7 @@ def test_changed_training_captions_are_refused(run_copy, monkeypatch):
 
 
 def test_metrics_without_a_classifier_are_listed_and_the_others_measured(run_copy, monkeypatch, without_report):
-    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
+    monkeypatch.setattr(networks, "is_synthetic", lambda recipe: False)
     metrics = evaluate(run_copy.path, fit_classifier=True)
     assert "a class classifier needs at least 2 classes" in metrics["not_measured"]
     assert "--inception needs no classes" in metrics["not_measured"]
@@ -455,7 +450,7 @@ def test_metrics_without_a_classifier_are_listed_and_the_others_measured(run_cop
 
     # With Inception as the extractor, no class classifier is trained.
     means = Extractor("means", lambda batch: batch.mean((2, 3)), lambda batch: batch.mean((2, 3)))
-    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: means)
+    monkeypatch.setattr(networks, "inception_extractor", lambda **_: means)
     metrics = evaluate(run_copy.path, fit_classifier=True, inception=True)
     assert "not_measured" not in metrics
     assert metrics["extractor"] == "means"
@@ -481,10 +476,10 @@ def test_which_networks_measure_distances(run_copy, monkeypatch, without_report,
         return Extractor(name, lambda batch: batch.mean((2, 3)) + shift, None)
 
     make_quick_classifiers(monkeypatch)
-    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: is_synthetic)
-    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: extractor("inception", 0))
+    monkeypatch.setattr(networks, "is_synthetic", lambda recipe: is_synthetic)
+    monkeypatch.setattr(networks, "inception_extractor", lambda **_: extractor("inception", 0))
     monkeypatch.setattr(
-        evaluation, "backbone_extractors", lambda *_: [extractor("first", 0), extractor("second", torch.arange(3) ** 2)]
+        networks, "backbone_extractors", lambda *_: [extractor("first", 0), extractor("second", torch.arange(3) ** 2)]
     )
     metrics = evaluate(run_copy.path, **options)
     found = [each for each in [metrics, *metrics.get("further_extractors", [])] if "features" in each]
@@ -502,10 +497,10 @@ def test_which_networks_measure_distances(run_copy, monkeypatch, without_report,
 
 
 def test_a_later_evaluation_does_not_depend_on_a_saved_class_classifier(run_copy, monkeypatch, without_report):
-    monkeypatch.setattr(evaluation, "_is_synthetic", lambda recipe: False)
+    monkeypatch.setattr(networks, "is_synthetic", lambda recipe: False)
     means = Extractor("means", lambda batch: batch.mean((2, 3)), None)
-    monkeypatch.setattr(evaluation, "backbone_extractors", lambda *_: [means])
-    monkeypatch.setattr(evaluation, "fit_class_extractor", None)
+    monkeypatch.setattr(networks, "backbone_extractors", lambda *_: [means])
+    monkeypatch.setattr(networks, "fit_class_extractor", None)
     (run_copy.path / "classifiers").mkdir()
     (run_copy.path / "classifiers" / "classes.safetensors").touch()
     assert evaluate(run_copy.path)["extractor"] == "means"
@@ -521,8 +516,8 @@ def test_diversity_compares_images_of_the_same_caption(tiny_recipe, monkeypatch)
         batches.append(tokens)
         return torch.stack([torch.randn(3, 4, 4, generator=seeded(*row)) for row in tokens.tolist()])
 
-    monkeypatch.setattr(evaluation, "generate_images", generate)
-    monkeypatch.setattr(evaluation, "DIVERSE_CAPTIONS", 3)
+    monkeypatch.setattr(networks, "generate_images", generate)
+    monkeypatch.setattr(networks, "DIVERSE_CAPTIONS", 3)
     # Images differ between captions, but not within a caption.
     model = SimpleNamespace(locate=lambda boxes, points, count: None)
     images = _images_of_the_same_caption(model, unseen, seed=0)
@@ -565,7 +560,7 @@ def test_evaluated_images_can_be_generated_again(run_copy, tiny_recipe, monkeypa
 def test_evaluation_keeps_the_images_of_a_single_chunk(run_copy, monkeypatch, without_report):
     """And its metrics do not depend on the chunks."""
     means = Extractor("means", lambda batch: batch.mean((2, 3)), lambda batch: batch.mean((2, 3)))
-    monkeypatch.setattr(evaluation, "inception_extractor", lambda **_: means)
+    monkeypatch.setattr(networks, "inception_extractor", lambda **_: means)
     whole = evaluate(run_copy.path, inception=True)
     generate, images = evaluation.generate_images, []
 
@@ -577,7 +572,8 @@ def test_evaluation_keeps_the_images_of_a_single_chunk(run_copy, monkeypatch, wi
         images.append(weakref.ref(batch))
         return batch
 
-    monkeypatch.setattr(evaluation, "generate_images", generate_and_follow)
+    for module in (evaluation, networks):
+        monkeypatch.setattr(module, "generate_images", generate_and_follow)
     monkeypatch.setattr("mirror_modules.training.validation.CHUNK", 7)
     in_chunks = evaluate(run_copy.path, inception=True)
     # Five chunks, images of the same caption, and the best and the worst case.

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from mirror_modules import GlobalLocalAttention, WordAttention
 from mirror_modules.functional import global_local_attention, sentence_attention, word_attention
-from mirror_modules.glam import attention
+from mirror_modules.glam import _attention
 
 B, L, C, H, W = 2, 11, 3, 5, 7  # different primes: a swapped axis cannot pass
 D, E = 13, 17
@@ -208,8 +208,8 @@ def test_padding_has_no_influence(garbage):
 @pytest.mark.parametrize("tiled", [False, True])
 def test_padding_has_no_influence_on_the_gradients_of_a_module(monkeypatch, tiled, garbage):
     if tiled:
-        monkeypatch.setattr(attention, "FEW_ELEMENTS", 0)
-        monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", 1)
+        monkeypatch.setattr(_attention, "FEW_ELEMENTS", 0)
+        monkeypatch.setattr(_attention, "ELEMENTS_ON_A_CPU", 1)
     features, condition, mask = torch.randn(B, C, H, W), torch.randn(B, E), mask_of(11, 4)
     words = torch.randn(B, L, D)
     padded = words.masked_fill(~mask.unsqueeze(2), garbage)
@@ -490,8 +490,8 @@ def test_a_kernel_that_cannot_run_raises(monkeypatch):
 
 @pytest.fixture
 def one_row_at_a_time(monkeypatch):
-    monkeypatch.setattr(attention, "FEW_ELEMENTS", 0)
-    monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", 1)
+    monkeypatch.setattr(_attention, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(_attention, "ELEMENTS_ON_A_CPU", 1)
 
 
 @pytest.mark.parametrize(("axis", "mixed"), MODES)
@@ -503,8 +503,8 @@ def test_tiling_does_not_change_the_results(monkeypatch, axis, mixed, need_weigh
     inputs = [random_leaf(*shape, dtype=torch.float64) for shape in shapes]
     results = []
     for elements in (2**19, C * H * W, 2 * C * W, 1):
-        monkeypatch.setattr(attention, "FEW_ELEMENTS", elements)
-        monkeypatch.setattr(attention, "ELEMENTS_ON_A_CPU", elements)
+        monkeypatch.setattr(_attention, "FEW_ELEMENTS", elements)
+        monkeypatch.setattr(_attention, "ELEMENTS_ON_A_CPU", elements)
         options = {"need_weights": need_weights, "sentence_axis": axis, "score_matrix": inputs[3] if mixed else None}
         context = global_local_attention(*inputs[:3], mask, **options)
         total = sum((i + 2) * part.square().sum() for i, part in enumerate(context) if part is not None)
@@ -534,7 +534,7 @@ def test_first_and_second_derivatives_of_tiles():
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_the_derivative_equals_that_of_autograd(monkeypatch, which, dtype, real_words):
     # As on a GPU, where a caption without words has a context of zero.
-    monkeypatch.setattr(attention, "is_unchecked", lambda word_mask: True)
+    monkeypatch.setattr(_attention, "is_unchecked", lambda word_mask: True)
     mask = None if real_words is None else mask_of(*real_words)
     drawn = torch.randn(B, C, H, W).to(dtype), torch.randn(B, L, C).to(dtype), torch.randn(B, C).to(dtype)
     if mask is not None:
@@ -542,12 +542,12 @@ def test_the_derivative_equals_that_of_autograd(monkeypatch, which, dtype, real_
     gradients = [torch.randn(B, C, H, W).to(dtype) if given else None for given in which]
     leaves = [tensor.double().requires_grad_() for tensor in drawn]
     contexts = (
-        attention._word_attention(*leaves[:2], mask)[0],
-        attention._sentence_attention(leaves[0], leaves[2], None, "channels")[0],
+        _attention.attend_to_words(*leaves[:2], mask)[0],
+        _attention.attend_to_sentence(leaves[0], leaves[2], None, "channels")[0],
     )
     total = sum((part * given.double()).sum() for part, given in zip(contexts, gradients) if given is not None)
     expected = torch.autograd.grad(total, leaves, materialize_grads=True)
-    result = attention._attention_derivative(*drawn, mask, None, gradients=gradients)
+    result = _attention.attention_derivative(*drawn, mask, None, gradients=gradients)
     assert_close(tuple(part.double() for part in result[:3]), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -45,6 +45,7 @@ from mirror_modules.training.state import start
 from mirror_modules.training.step import adversarial_step
 
 RANKS, B, L, V = 2, 6, 7, 23
+ALL_DIFFER, ONE_DIFFERS = (0, 1, 2, 3, 4, 5), (0, 0, 0, 0, 0, 1)
 LENGTHS = (7, 5, 6, 1, 2, 3)
 # Less than the 20 minutes after which a rank stops waiting for the others.
 TIMEOUT = 900
@@ -54,16 +55,16 @@ TOLERANCE = 1e-5
 # Code that runs on the ranks.
 
 
-def make_batch(group, number, class_ids=(0, 1, 2, 3, 4, 5)):
+def make_batch(group, number, class_ids=ALL_DIFFER, caption_ids=ALL_DIFFER):
     """The local rows of a common batch, in which rank 0 has many more words than rank 1."""
     random = torch.Generator().manual_seed(number)
     word_mask = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
     tokens = torch.randint(3, V, (B, L), generator=random) * word_mask
     images = torch.rand(B, 3, 16, 16, generator=random, dtype=torch.float64) * 2 - 1
-    tensors = (images, tokens, word_mask, torch.tensor(class_ids))
-    images, tokens, word_mask, class_ids = map(group.local_rows, tensors)
+    tensors = (images, tokens, word_mask, torch.tensor(class_ids), torch.tensor(caption_ids))
+    images, tokens, word_mask, class_ids, caption_ids = map(group.local_rows, tensors)
     rows = group.local_rows(torch.arange(B))
-    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * len(rows), rows, rows)
+    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * len(rows), rows, rows, caption_ids)
 
 
 def make_recipe(tiny, **model):
@@ -121,7 +122,9 @@ def train_captioner(group, tiny, *, train_backbone, evaluating=False, accumulate
     return two_steps(captioning_step, state, {"captioner": state.network}, batches, phase)
 
 
-def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, system=None, **changes):
+def train_generator(
+    group, tiny, *, normalization, class_ids, caption_ids=ALL_DIFFER, evaluating=False, system=None, **changes
+):
     if system is not None:
         off = {"redescription_weight": 0.0, "redescription_ratio": None}
         tiny = Recipe.from_dict({**system, "glam": {**off, **system.get("glam", {})}}, tiny)
@@ -134,7 +137,7 @@ def train_generator(group, tiny, *, normalization, class_ids, evaluating=False, 
     if evaluating:
         for network in state.networks().values():
             network.module.eval()
-    batches = [make_batch(group, i, class_ids) for i in range(2)]
+    batches = [make_batch(group, i, class_ids, caption_ids) for i in range(2)]
     return two_steps(adversarial_step, state, state.networks(), batches, recipe.glam)
 
 
@@ -150,7 +153,6 @@ def train_keypoints(group, tiny, *, class_ids):
     return two_steps(lambda *arguments: keypoint_step(*arguments[:2]), state, state.networks(), batches, recipe)
 
 
-ALL_DIFFER, ONE_DIFFERS = (0, 1, 2, 3, 4, 5), (0, 0, 0, 0, 0, 1)
 STEPS = {
     "pair": (train_pair, {}),
     "pair-without-words": (train_pair, {"word_weight": 0.0}),
@@ -163,6 +165,10 @@ STEPS = {
     "generator-few-pairs": (train_generator, {"normalization": "none", "class_ids": ONE_DIFFERS}),
     "generator-batch-norm": (train_generator, {"normalization": "batch", "class_ids": ALL_DIFFER}),
     "generator-batch-norm-few-pairs": (train_generator, {"normalization": "batch", "class_ids": (0, 0, 0, 0, 2, 1)}),
+    "generator-equal-captions": (
+        train_generator,
+        {"normalization": "batch", "class_ids": ALL_DIFFER, "caption_ids": (0, 0, 1, 0, 1, 0)},
+    ),
     "generator-r1": (
         train_generator,
         {"normalization": "batch", "class_ids": ALL_DIFFER, "r1_weight": 0.5, "r1_every": 1},

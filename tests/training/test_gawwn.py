@@ -47,7 +47,7 @@ def make_batch():
     points = torch.rand(B, K, 3, generator=random)
     points[..., 2] = points[..., 2].round()
     rows, class_ids = torch.arange(B), torch.tensor([0, 1, 2, 0, 4, 2])
-    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * B, rows, rows, boxes, points)
+    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * B, rows, rows, rows, boxes, points)
 
 
 def make_state(recipe, vocabulary=VOCABULARY):

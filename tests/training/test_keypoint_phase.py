@@ -44,8 +44,8 @@ def make_batch(class_ids=CLASSES):
     points = torch.rand(count, K, 3, generator=random)
     points *= (points[..., 2:] > 0.3).float()
     points[..., 2] = points[..., 2].ceil()
-    images, rows = torch.zeros(count, 3, 32, 32), torch.arange(count)
-    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * count, rows, rows, None, points)
+    images, rows, class_ids = torch.zeros(count, 3, 32, 32), torch.arange(count), torch.tensor(class_ids)
+    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * count, rows, rows, rows, None, points)
 
 
 def make_state(recipe, vocabulary=VOCABULARY):
@@ -55,11 +55,11 @@ def make_state(recipe, vocabulary=VOCABULARY):
     return model, start_keypoints(model, recipe.keypoints, recipe.engine, random, SINGLE_PROCESS)
 
 
-def draws(count, noise_dim, class_ids):
+def draws(count, noise_dim, class_ids, caption_ids):
     """The random draws of a step, in their order."""
     random = torch.Generator().manual_seed(2)
     noise, uniform = torch.randn(count, noise_dim, generator=random), torch.rand(count, K, generator=random)
-    return noise, uniform, mismatch(torch.tensor(class_ids), generator=random)
+    return noise, uniform, mismatch(torch.tensor(class_ids), caption_ids, generator=random)
 
 
 def losses_by_loops(model, state, batch):
@@ -68,7 +68,7 @@ def losses_by_loops(model, state, batch):
         copy.deepcopy(part) for part in (model.keypoint_generator, state.discriminator.module.discriminator)
     )
     class_ids = batch.class_ids.tolist()
-    noise, uniform, (partner, _) = draws(len(class_ids), generator.noise_dim, class_ids)
+    noise, uniform, (partner, _) = draws(len(class_ids), generator.noise_dim, class_ids, batch.caption_ids)
     sentence = model.text_encoder(batch.tokens, batch.word_mask).sentence.detach()
     given = torch.zeros_like(batch.points)
     for row in range(len(class_ids)):
@@ -79,7 +79,7 @@ def losses_by_loops(model, state, batch):
     real = discriminator(batch.points, sentence).consistency
     fake = discriminator(completed, sentence).consistency
     wrong = discriminator(batch.points, torch.stack([sentence[j] for j in partner.tolist()])).consistency
-    captions = batch.tokens.tolist()
+    captions = batch.caption_ids.tolist()
     pairs = [i for i, j in enumerate(partner.tolist()) if class_ids[i] != class_ids[j] and captions[i] != captions[j]]
     loss = sum(softplus(-logit) for logit in real) / len(real)
     loss = loss + sum(softplus(logit) for logit in fake) / len(fake) / 2
@@ -110,7 +110,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(class_ids):
 
 def test_a_caption_of_two_classes_is_never_mismatched():
     recipe, batch = make_recipe(**STILL), make_batch(tuple(range(B)))
-    batch = batch._replace(tokens=torch.ones_like(batch.tokens), word_mask=torch.ones_like(batch.word_mask))
+    batch = batch._replace(caption_ids=torch.full((B,), 5))
     model, state = make_state(recipe)
     of_discriminator, *_ = losses_by_loops(model, state, batch)
     # Without pairs, the loss has no third term.
@@ -236,6 +236,13 @@ def test_a_run_resumes_bit_for_bit_and_glam_takes_the_weights(tmp_path, monkeypa
     assert [line["step"] for line in figures(finished)] == [1, 2, 3, 4, 5]
     losses = {"generator", "discriminator", "generator_gradient_norm", "discriminator_gradient_norm"}
     assert {*losses, "learning_rate_generator", "learning_rate_discriminator"} <= set(figures(finished)[0])
+
+    # A finished phase can be extended.
+    shorter = dataclasses.replace(recipe, keypoints=dataclasses.replace(recipe.keypoints, steps=3))
+    train(shorter, tmp_path / "extended", phases=PHASES)
+    extended = train(recipe, tmp_path / "extended", phases=["keypoints"], resume=True)
+    assert finished.weights("keypoints").read_bytes() == extended.weights("keypoints").read_bytes()
+    assert figures(finished) == figures(extended)
 
     train(recipe, tmp_path / "finished", phases=["glam"])
     trained, whole = load_file(finished.weights("keypoints")), load_file(finished.model / "model.safetensors")

@@ -22,6 +22,10 @@ def make_folder(path, recipe, *, finished=(), checkpoints=()):
     return folder
 
 
+def with_steps(recipe, phase, steps):
+    return dataclasses.replace(recipe, **{phase: dataclasses.replace(recipe.phase(phase), steps=steps)})
+
+
 def listing(folder):
     return sorted((path.as_posix(), path.stat().st_mtime_ns) for path in folder.path.rglob("*"))
 
@@ -95,6 +99,56 @@ def test_glam_can_only_be_extended_from_its_last_checkpoint(recipe, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="would make it longer, but there is no checkpoint of its last step"):
         make_plan(longer, folder, PHASES, resume=True)
+
+
+@pytest.mark.parametrize(("name", "phase"), [("stackgan-demo", "first_stage"), ("gawwn-points-demo", "keypoints")])
+def test_a_phase_is_extended_only_before_glam_starts_from_its_weights(tmp_path, name, phase):
+    recipe = get_recipe(name)
+    steps = recipe.phase(phase).steps
+    longer, shorter = (with_steps(recipe, phase, each) for each in (steps + 1, steps - 1))
+    before = recipe.phases[: recipe.phases.index(phase)]
+    phases = (*before, phase, "glam")
+    folder = make_folder(tmp_path, recipe, finished=(*before, phase), checkpoints=[(phase, steps)])
+    assert make_plan(longer, folder, phases, resume=True) == Plan((phase, "glam"), before)
+    with pytest.raises(ValueError, match=rf"holds phase '{phase}' after {steps} steps; {phase}\.steps=.* be fewer"):
+        make_plan(shorter, folder, phases, resume=True)
+    with pytest.raises(ValueError, match=rf"{phase}\.steps=.* longer, but it is not among the phases to train"):
+        make_plan(longer, folder, ["glam"], resume=True)
+    message = rf"holds phase '{phase}' after {steps} steps; .* longer, but phase 'glam' has started from its weights"
+    started = folder.checkpoints / f"glam-00000001-{'0' * 16}.pt"
+    for sign in (started, folder.weights("glam")):
+        sign.touch()
+        with pytest.raises(ValueError, match=message):
+            make_plan(longer, folder, phases, resume=True)
+        sign.unlink()
+
+
+@pytest.mark.parametrize("phase", ["first_stage", "glam"])
+def test_an_interrupted_phase_may_get_other_steps_but_not_fewer_than_done(tmp_path, phase):
+    recipe = get_recipe("stackgan-demo")
+    finished = [each for each in ("stem", "stream", "first_stage") if each != phase]
+    folder = make_folder(tmp_path, recipe, finished=finished, checkpoints=[(phase, 7)])
+    for steps in (7, 8, 9_000):
+        assert phase in make_plan(with_steps(recipe, phase, steps), folder, recipe.phases, resume=True).to_train
+    with pytest.raises(ValueError, match=rf"after 7 steps; {phase}\.steps=6 would be fewer"):
+        make_plan(with_steps(recipe, phase, 6), folder, recipe.phases, resume=True)
+
+
+def test_the_finest_stage_joins_at_the_same_step_in_a_longer_run(tmp_path):
+    base = get_recipe("ablation")
+    recipe = dataclasses.replace(base, glam=dataclasses.replace(base.glam, steps=80, coarse_steps=90))
+    folder = make_folder(tmp_path, recipe, finished=["stem", "stream"], checkpoints=[("glam", 60)])
+    # Three quarters of 80 steps are done, as many as those of 81.
+    for steps in (80, 81):
+        assert "glam" in make_plan(with_steps(recipe, "glam", steps), folder, PHASES, resume=True).to_train
+    assert "glam" in make_plan(with_steps(recipe, "glam", 200), folder, PHASES, resume=True).to_train
+    (folder.checkpoints / f"glam-00000061-{'0' * 16}.pt").touch()
+    message = (
+        r"holds phase 'glam' after 61 steps, with the finest stage from step 61 on; glam\.steps=200 would begin it "
+    )
+    with pytest.raises(ValueError, match=message + "at step 91, which changes steps already done"):
+        make_plan(with_steps(recipe, "glam", 200), folder, PHASES, resume=True)
+    assert "glam" in make_plan(with_steps(recipe, "glam", 81), folder, PHASES, resume=True).to_train
 
 
 def test_a_run_of_another_recipe_is_rejected(recipe, tmp_path):

@@ -33,7 +33,7 @@ def batch():
     tokens = torch.randint(3, V, (B, L), generator=random) * word_mask
     images = torch.rand(B, 3, 16, 16, generator=random) * 2 - 1
     rows = torch.arange(B)
-    return CaptionBatch(images, tokens, word_mask, rows, ("",) * B, rows, rows)
+    return CaptionBatch(images, tokens, word_mask, rows, ("",) * B, rows, rows, rows)
 
 
 def fit(step, module, batch, recipe):

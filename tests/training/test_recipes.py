@@ -196,6 +196,11 @@ def test_differences_are_harmless_only_in_logging_and_length():
         (f"glam.kl_weight is {old.glam.kl_weight} there and 3.0 now", False),
         ("logging.every is 10 there and 3 now", True),
     ]
+    old_points = get_recipe("gawwn-points-demo")
+    keypoints = dataclasses.replace(old_points.keypoints, steps=7)
+    assert list(differences(old_points, dataclasses.replace(old_points, keypoints=keypoints))) == [
+        (f"keypoints.steps is {old_points.keypoints.steps} there and 7 now", True)
+    ]
     # The learning rate's cycle depends on the number of steps.
     stem = dataclasses.replace(old.stem, steps=1)
     assert list(differences(old, dataclasses.replace(old, stem=stem))) == [

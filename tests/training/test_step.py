@@ -32,13 +32,14 @@ def vocabulary():
     return Vocabulary([f"word{i}" for i in range(19)])
 
 
-def make_batch(vocabulary, class_ids=(0, 1, 2, 3, 4)):
+def make_batch(vocabulary, class_ids=(0, 1, 2, 3, 4), caption_ids=(0, 1, 2, 3, 4)):
     random = torch.Generator().manual_seed(1)
     lengths = torch.tensor([[7], [3], [1], [5], [2]])
     word_mask = torch.arange(L) < lengths
     tokens = torch.randint(3, len(vocabulary), (B, L), generator=random) * word_mask
     images = torch.rand(B, 3, 16, 16, generator=random) * 2 - 1
-    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * B, torch.arange(B), torch.arange(B))
+    class_ids, caption_ids, rows = torch.tensor(class_ids), torch.tensor(caption_ids), torch.arange(B)
+    return CaptionBatch(images, tokens, word_mask, class_ids, ("",) * B, rows, rows, caption_ids)
 
 
 def make_state(vocabulary, recipe):
@@ -438,8 +439,10 @@ def test_the_discriminator_loss_gets_the_mismatched_pairs_of_the_batch(vocabular
     adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary), tiny_recipe.glam)
     adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3,) * B), tiny_recipe.glam)
     adversarial_step(make_state(vocabulary, tiny_recipe), make_batch(vocabulary, (3, 3, 3, 3, 4)), tiny_recipe.glam)
+    equal_captions = make_batch(vocabulary, caption_ids=(6,) * B)
+    adversarial_step(make_state(vocabulary, tiny_recipe), equal_captions, tiny_recipe.glam)
     stages = len(tiny_recipe.model.resolutions)
-    assert counts == [0] * stages + [B] * stages + [0] * stages + [2] * stages
+    assert counts == [0] * stages + [B] * stages + [0] * stages + [2] * stages + [0] * stages
 
 
 def test_mismatched_logits_are_of_real_images_with_other_sentences(vocabulary, tiny_recipe):

@@ -46,14 +46,15 @@ def make_recipe(system, phase="glam", **changes):
     return dataclasses.replace(recipe, **{phase: dataclasses.replace(recipe.phase(phase), **still, **changes)})
 
 
-def make_batch(class_ids=(0, 1, 2, 0, 4, 2)):
+def make_batch(class_ids=(0, 1, 2, 0, 4, 2), caption_ids=None):
     random, count = torch.Generator().manual_seed(1), len(class_ids)
     lengths = torch.tensor([7, 3, 1, 5, 2, 4]).repeat(-(-count // 6))[:count, None]
     word_mask = torch.arange(L) < lengths
     tokens = torch.randint(3, len(VOCABULARY), (count, L), generator=random) * word_mask
     images = torch.rand(count, 3, 16, 16, generator=random) * 2 - 1
     rows = torch.arange(count)
-    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * count, rows, rows)
+    caption_ids = rows if caption_ids is None else torch.tensor(caption_ids)
+    return CaptionBatch(images, tokens, word_mask, torch.tensor(class_ids), ("",) * count, rows, rows, caption_ids)
 
 
 def make_state(recipe, phase="glam", vocabulary=VOCABULARY):
@@ -219,24 +220,29 @@ STATES = {}
 
 @settings(max_examples=40)
 @given(
-    class_ids=st.lists(st.integers(0, 5), min_size=6, max_size=12).filter(lambda ids: len(ids) % 3 == 0),
+    ids=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=6, max_size=12),
+    captions_differ=st.booleans(),
     accumulate=st.sampled_from([1, 3]),
     system=st.sampled_from(["gan-int-cls", "stackgan-v2"]),
 )
-def test_wrong_pairs_are_never_right_ones(class_ids, accumulate, system):
-    """Images and classes occur several times in a batch, and in several parts of it."""
+def test_wrong_pairs_are_never_right_ones(ids, captions_differ, accumulate, system):
+    """Images, classes and captions occur several times in a batch, and in several parts of it."""
+    class_ids, caption_ids = zip(*ids[: len(ids) // 3 * 3])
     recipe = make_recipe(system, accumulate=accumulate, batch_size=12)
     state = STATES.setdefault(system, make_state(recipe))
-    batch = make_batch(tuple(class_ids))
+    batch = make_batch(class_ids, None if captions_differ else caption_ids)
     parts = divide(state, batch, recipe.glam)
-    classes, first, found = torch.tensor(class_ids), 0, 0
+    classes, captions, first, found = batch.class_ids, batch.caption_ids, 0, 0
     for part in parts:
         rows = torch.arange(first, first + len(part.tokens))
         first += len(rows)
         if part.mismatched_rows is None:
             continue
         assert (classes[part.partners] != classes[rows[part.mismatched_rows]]).all()
+        assert (captions[part.partners] != captions[rows[part.mismatched_rows]]).all()
         found += len(part.mismatched_rows)
+    if not captions_differ:
+        return
     largest = torch.bincount(classes).max()
     # As many as possible: all, unless one class fills more than half of the batch.
     assert found == len(class_ids) if 2 * largest <= len(class_ids) else found == 2 * (len(class_ids) - largest)
@@ -370,6 +376,16 @@ def test_the_first_stage_of_stackgan_is_frozen_afterwards(tmp_path):
     assert {name.partition(".")[0] for name in first} == {"first_conditioning", "first_stage"}
     assert all(torch.equal(both[name], value) for name, value in first.items())
     assert sorted(path.name for path in folder.samples.iterdir())[:1] == ["first_stage-00000002.png"]
+
+
+def test_the_first_stage_of_stackgan_can_be_extended(tmp_path):
+    shorter = make_tiny_recipe("stackgan-demo")
+    longer = dataclasses.replace(shorter, first_stage=dataclasses.replace(shorter.first_stage, steps=5))
+    phases = ["stem", "stream", "first_stage"]
+    expected = train(longer, tmp_path / "longer", phases=phases)
+    train(shorter, tmp_path / "extended", phases=phases)
+    extended = train(longer, tmp_path / "extended", phases=phases, resume=True)
+    assert extended.weights("first_stage").read_bytes() == expected.weights("first_stage").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,18 @@ class RepeatableBatches(Dataset[CaptionBatch]):
         start = number % per_epoch * self.batch_size
         indices = self._order[start : start + self.batch_size]
         choices = self._choices[indices]
-        # Padded to the longest caption of all ranks, so that their words can be gathered.
         rows = self.captions.caption_rows(indices, choices)
-        longest = int(self.captions.word_mask[rows].sum(dim=1).max())
+        tokens = self._tokens(rows, number)
         crop = self.crop if self.with_images else None
         batch = self.captions.batch(
-            self._local(indices), self._local(choices), words=longest, with_images=self.with_images and crop is None
+            self._local(indices),
+            self._local(choices),
+            words=tokens.shape[1],
+            with_images=self.with_images and crop is None,
         )
-        self._subsample(batch, number)
+        # Captions of other ranks may be equal, too.
+        _, caption_ids = tokens.unique(dim=0, return_inverse=True)
+        batch = batch._replace(tokens=self._local(tokens), caption_ids=self._local(caption_ids))
         if crop is None:
             return batch
         _, height, width, _ = self.captions.images.shape
@@ -108,13 +112,18 @@ class RepeatableBatches(Dataset[CaptionBatch]):
             points = crop_points(points, height, width, crop, local_crops, order)
         return batch._replace(images=images, boxes=boxes, points=points)
 
-    def _subsample(self, batch: CaptionBatch, number: int) -> None:
-        """Keep random words of long captions, in place; the choice depends on seed, batch and caption alone."""
-        long = self.captions.long_tokens
-        for i, row in enumerate(batch.caption_rows.tolist()):
+    def _tokens(self, rows: Tensor, number: int) -> Tensor:
+        """The tokens of the captions of all ranks, padded to the longest, so that their words can be gathered.
+
+        Of long captions, random words are kept; the choice depends on seed, batch and caption alone.
+        """
+        longest = int(self.captions.word_mask[rows].sum(dim=1).max())
+        tokens, long = self.captions.tokens[rows, :longest], self.captions.long_tokens
+        for i, row in enumerate(rows.tolist()):
             if row in long:
                 order = torch.randperm(len(long[row]), generator=seeded(self.seed, 2, number, row))
-                batch.tokens[i] = long[row][order[: batch.tokens.shape[1]].sort().values]
+                tokens[i] = long[row][order[:longest].sort().values]
+        return tokens
 
     def _local(self, rows: Tensor) -> Tensor:
         return rows.chunk(self.ranks)[self.rank]

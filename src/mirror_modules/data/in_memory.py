@@ -40,6 +40,8 @@ class CaptionBatch(NamedTuple):
     """Index of each image in the data set, (B,)."""
     caption_rows: Tensor
     """Index of each caption among all captions of the data set, (B,)."""
+    caption_ids: Tensor
+    """A number for each caption, the same for equal tokens in the batch and for no others, (B,)."""
     boxes: Tensor | None = None
     """x, y, width and height of each subject as shares of the image, (B, 4), NaN where unknown; None without boxes."""
     points: Tensor | None = None
@@ -256,14 +258,16 @@ class InMemoryCaptions:
         rows = self.caption_rows(indices, choices)
         word_mask = self.word_mask[rows]
         longest = int(word_mask.sum(dim=1).max()) if words is None else words
+        tokens = self.tokens[rows, :longest]
         return CaptionBatch(
             images=self.images[indices] if with_images else torch.empty(len(indices), 0, 0, 3, dtype=torch.uint8),
-            tokens=self.tokens[rows, :longest],
+            tokens=tokens,
             word_mask=word_mask[:, :longest],
             class_ids=self.class_ids[indices],
             captions=tuple(self.captions[i][j] for i, j in zip(indices.tolist(), choices.tolist())),
             image_rows=indices,
             caption_rows=rows,
+            caption_ids=tokens.unique(dim=0, return_inverse=True)[1],
             boxes=None if self.boxes is None else self.boxes[indices],
             points=None if self.points is None else self.points[indices],
         )

@@ -144,9 +144,6 @@ def compare(
         record=_record_cost,
         files=(SAMPLES, COST, RESULT),
     )
-    for recipe in recipes:
-        for seed in seeds:
-            _check_first_stage(recipe, RunFolder(grid.cell_folder(recipe.name, seed)))
     fill(grid, [GridCell(recipe.name, recipe) for recipe in recipes], seeds, jobs)
     content = collect(grid, names, seeds, [(name, baseline) for name in names if name != baseline])
     content |= {
@@ -216,22 +213,6 @@ def _shared_recipe(recipe: Recipe) -> Recipe:
     model = MirrorGANConfig(resolutions=recipe.model.resolutions[-1:], **sizes)
     own: dict[str, Any] = {"glam": AdversarialRecipe(), "first_stage": None, "keypoints": None}
     return dataclasses.replace(recipe, name="shared phases", seed=0, model=model, **own)
-
-
-def _check_first_stage(recipe: Recipe, run: RunFolder) -> None:
-    """Require the number of steps that phase `first_stage` had before: only phase `glam` can be trained further.
-
-    Raises:
-        ValueError: It is another one.
-    """
-    if recipe.first_stage is None or not run.config.exists():
-        return
-    before = run.read_recipe().first_stage
-    if before is not None and before.steps != recipe.first_stage.steps:
-        raise ValueError(
-            f"compare: recipe {recipe.name!r}: {run.path} holds phase 'first_stage' of {before.steps} steps, not "
-            f"{recipe.first_stage.steps}, and it cannot be changed; choose another --out."
-        )
 
 
 def _record_cost(trained: Trained) -> None:

@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mirror_modules._checks import check_positive
 from mirror_modules._files import write_json
-from mirror_modules._tiles import in_chunks
 from mirror_modules.data.flowers.colors import measured_box
-from mirror_modules.data.mapped_images import MappedImages
 from mirror_modules.data.transforms import to_bytes, to_float
-from mirror_modules.evaluation.attributes import (
-    CHUNK,
-    LOWEST_CLASSIFIED_RESOLUTION,
-    AttributeClassifier,
-    fit_attribute_classifier,
-    measure_attributes,
-    predict_attributes,
-)
-from mirror_modules.evaluation.extractors import (
-    Extractor,
-    attribute_extractor,
-    backbone_extractors,
-    fit_class_extractor,
-    inception_extractor,
+from mirror_modules.evaluation.attributes import predict_attributes
+from mirror_modules.evaluation.networks import (
+    EvaluationNetworks,
+    choose_networks,
+    extract,
+    is_synthetic,
+    network_metrics,
 )
 from mirror_modules.evaluation.report import Case, Showcase, write_report
 from mirror_modules.evaluation.retrieval import (
     Evaluator,
+    RankedSplit,
     load_clip_evaluator,
     load_evaluators,
     measure_retrieval,
     ranked_splits,
 )
-from mirror_modules.metrics import (
-    box_overlap,
-    diversity,
-    expected_hits,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    redescription_quality,
-)
+from mirror_modules.metrics import box_overlap, expected_hits, redescription_quality
 from mirror_modules.models import TextToImage
 from mirror_modules.pictures.attention import token_words
-from mirror_modules.training.batches import Splits, announce_candidates, at_resolution, load_splits, usable_candidates
+from mirror_modules.training.batches import Splits, announce_candidates, load_splits, usable_candidates
 from mirror_modules.training.distributed import ProcessGroup, cpu_threads, resolve_device
-from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.log import read_log
 from mirror_modules.training.recipes import Recipe
@@ -67,22 +50,8 @@ from mirror_modules.training.validation import (
     sentence_features,
 )
 
-# Parts of the images over which the Inception Score is averaged.
-SCORE_SPLITS = 10
+# Best and worst images in the report, of each.
 CASES = 8
-# Diversity: the number of captions, and the number of images generated from each.
-DIVERSE_CAPTIONS, IMAGES_PER_CAPTION = 30, 10
-
-
-class EvaluationNetworks(NamedTuple):
-    """Optional networks for the metrics other than R-precision."""
-
-    extractors: Sequence[Extractor] = ()
-    """For FID, KID, Inception Score and diversity, each on its own features."""
-    classifier: AttributeClassifier | None = None
-    """For the attributes of synthetic flowers."""
-    missing: str = ""
-    """Why a requested network could not be trained; empty if none failed."""
 
 
 def evaluate(
@@ -166,6 +135,46 @@ def evaluate(
         return _evaluate(folder, recipe, str(group.device), fit_classifier, inception, clip)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A trained run, and the networks that evaluate it."""
+
+    folder: RunFolder
+    recipe: Recipe
+    model: TextToImage
+    splits: Splits
+    ranked: list[RankedSplit]
+    """Validation images first, then the held-out ones, if there are any."""
+    evaluators: list[Evaluator]
+    """The first one ranks the captions of the standard metrics."""
+    networks: EvaluationNetworks
+
+    @property
+    def unseen(self) -> Unseen:
+        """The validation images and captions."""
+        return self.ranked[0].unseen
+
+    def generate(self, part: Unseen, rows: Tensor) -> Tensor:
+        """The images (B, 3, H, W) that the model generates from captions.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        location = part.location(self.model)
+        images = generate_images(self.model, part.tokens, part.word_mask, self.recipe.seed, location, rows)
+        if not bool(images.isfinite().all()):
+            raise ValueError(
+                f"the generator in {self.folder.model} generates images with NaN or infinite values, which cannot be "
+                "evaluated: its training has diverged. Train phase 'glam' again, for instance with a lower learning "
+                "rate."
+            )
+        return images
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images by each evaluator."""
+        return {each.phase: image_features(each.pair, images) for each in self.evaluators}
+
+
 def _evaluate(
     folder: RunFolder,
     recipe: Recipe,
@@ -178,6 +187,48 @@ def _evaluate(
     speed = _speed(folder)
     pretrained = [] if clip is None else [load_clip_evaluator(str(clip), device)]
     model = TextToImage.from_pretrained(folder.model, device=device)
+    splits = _load_splits(folder, recipe, model)
+    candidates = usable_candidates(recipe.evaluation.candidates, splits)
+    announce_candidates(recipe.evaluation.candidates, candidates)
+    evaluators = load_evaluators(folder, recipe, splits, device)
+    networks = choose_networks(folder, recipe, splits, evaluators, device, fit_classifier, inception)
+    ranked = ranked_splits(splits, recipe.model.max_words)
+    run = _Run(folder, recipe, model, splits, ranked, [*evaluators, *pretrained], networks)
+
+    rotation = Rotation(run.unseen, recipe.seed)
+    results = _compute_validation(run, rotation)
+    predicted = {name: each.pop("predicted") for name, each in results.items()}
+    results = _with_shuffled(results, rotation.image_of[1])
+    encoded = {name: each["encoded"] for name, each in results.items()}
+    retrieval = _retrieval_metrics(run, {"validation": encoded, **_encode_held_out(run)})
+    evaluation = {
+        **_standard_metrics(retrieval[evaluators[0].phase]["validation"]["all_captions"]),
+        **_captioner_metrics(rotation, predicted),
+        "redescription": {
+            name: redescription_quality(each["descriptions"], run.unseen.captions)._asdict()
+            for name, each in results.items()
+        },
+        "images": len(run.unseen.captions),
+        "candidates": candidates,
+        "evaluator": evaluators[0].description,
+        "evaluators": retrieval,
+        "skipped": dict(splits.skipped),
+        **network_metrics(networks, model, splits, run.unseen, results, recipe.seed),
+        **_place_metrics(run.unseen, results),
+        **speed,
+    }
+    showcase = _showcase(run, encoded["generated"][evaluators[0].phase], candidates)
+    write_json(folder.evaluation, evaluation)
+    write_report(folder, recipe, showcase, evaluation)
+    return evaluation
+
+
+def _load_splits(folder: RunFolder, recipe: Recipe, model: TextToImage) -> Splits:
+    """The data of a run.
+
+    Raises:
+        ValueError: The training captions have changed since.
+    """
     splits = load_splits(recipe.data, recipe.model, recipe.seed)
     folder.check_vocabulary(splits.vocabulary)
     if splits.vocabulary != model.vocabulary:
@@ -185,125 +236,87 @@ def _evaluate(
             f"{folder.model} has a different vocabulary than the current training captions, so its token ids would "
             "stand for other words: restore the data set that it was trained on, or train again."
         )
-    candidates = usable_candidates(recipe.evaluation.candidates, splits)
-    announce_candidates(recipe.evaluation.candidates, candidates)
-    evaluators = load_evaluators(folder, recipe, splits, device)
-    networks = _choose_networks(folder, recipe, splits, evaluators, device, fit_classifier, inception)
+    return splits
 
-    ranked = ranked_splits(splits, recipe.model.max_words)
-    unseen = ranked[0].unseen
-    ranking = [*evaluators, *pretrained]
-    generated = partial(_generated, folder.model, model, recipe.seed)
-    rotation = Rotation(unseen, recipe.seed)
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        return {each.phase: image_features(each.pair, images) for each in ranking}
+def _compute_validation(run: _Run, rotation: Rotation) -> dict[str, dict[str, Any]]:
+    """What the networks compute of the generated and of the real validation images.
 
-    def measure(images: Tensor, part: Unseen, rows: Tensor, *, shuffled: bool) -> dict[str, Any]:
+    Every image is read or generated once, for all networks, and only what they compute is kept.
+    """
+
+    def compute(images: Tensor, part: Unseen, rows: Tensor, distances: int) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "encoded": encode(images),
-            "predicted": rotation.predict(model.captioner, images, rows, distances=3 if shuffled else 2),
-            "descriptions": model.describe(images),
-            "extracted": {i: _extract(extractor, images) for i, extractor in enumerate(networks.extractors)},
-            **_measure_boxes(images, part, recipe),
+            "encoded": run.encode(images),
+            "predicted": rotation.predict(run.model.captioner, images, rows, distances),
+            "descriptions": run.model.describe(images),
+            "extracted": {i: extract(extractor, images) for i, extractor in enumerate(run.networks.extractors)},
+            **_measure_boxes(images, part, run.recipe),
         }
-        if splits.validation.attributes[0]:
-            boxes = found["boxes"] if recipe.data.scatter else None
-            found["attributes"] = predict_attributes(images, networks.classifier, boxes)
+        if run.splits.validation.attributes[0]:
+            boxes = found["boxes"] if run.recipe.data.scatter else None
+            found["attributes"] = predict_attributes(images, run.networks.classifier, boxes)
         return found
 
-    # Every image is read or generated once, for all networks, and only what they compute is kept.
-    results = {
-        "generated": unseen.in_chunks(lambda part, rows: measure(generated(part, rows), part, rows, shuffled=True)),
-        "real": unseen.in_chunks(lambda part, rows: measure(to_float(part.images), part, rows, shuffled=False)),
+    unseen = run.unseen
+    return {
+        # Those of shuffled images need one distance more; see `_captioner_metrics`.
+        "generated": unseen.in_chunks(lambda part, rows: compute(run.generate(part, rows), part, rows, 3)),
+        "real": unseen.in_chunks(lambda part, rows: compute(to_float(part.images), part, rows, 2)),
     }
-    predicted = {name: each.pop("predicted") for name, each in results.items()}
-    # Shuffled images are at distance 1 of their captions; the other image of each caption is one step further.
-    words = {
-        "generated": [rotation.accuracy(predicted["generated"], distance) for distance in (0, 1)],
-        "real": [rotation.accuracy(predicted["real"], distance) for distance in (0, 1)],
-        "shuffled": [rotation.accuracy(predicted["generated"], distance) for distance in (1, 2)],
-    }
-    results = _with_shuffled(results, rotation.image_of[1])
-    encoded = {"validation": {name: each["encoded"] for name, each in results.items()}}
-    for split in ranked[1:]:
+
+
+def _encode_held_out(run: _Run) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Features of the generated, real and shuffled images of each split but validation, by each evaluator."""
+    encoded = {}
+    for split in run.ranked[1:]:
         of_split = {
-            "generated": split.unseen.in_chunks(lambda part, rows: encode(generated(part, rows))),
-            "real": split.unseen.in_chunks(lambda part, rows: encode(to_float(part.images))),
+            "generated": split.unseen.in_chunks(lambda part, rows: run.encode(run.generate(part, rows))),
+            "real": split.unseen.in_chunks(lambda part, rows: run.encode(to_float(part.images))),
         }
-        encoded[split.name] = _with_shuffled(of_split, derangement(len(split.unseen.captions), recipe.seed))
-    measured: dict[str, dict[str, Any]] = {
-        evaluator.phase: {
-            "description": evaluator.description,
-            **{
-                split.name: measure_retrieval(
-                    evaluator,
-                    split,
-                    {name: features[evaluator.phase] for name, features in encoded[split.name].items()},
-                    recipe.evaluation.candidates,
-                    recipe.seed,
-                )
-                for split in ranked
-            },
-        }
-        for evaluator in ranking
+        encoded[split.name] = _with_shuffled(of_split, derangement(len(split.unseen.captions), run.recipe.seed))
+    return encoded
+
+
+def _retrieval_metrics(
+    run: _Run, encoded: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+) -> dict[str, dict[str, Any]]:
+    """R-precision by each evaluator on each split; `encoded` has the features by split, source and evaluator."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for evaluator in run.evaluators:
+        metrics[evaluator.phase] = {"description": evaluator.description}
+        for split in run.ranked:
+            features = {source: each[evaluator.phase] for source, each in encoded[split.name].items()}
+            metrics[evaluator.phase][split.name] = measure_retrieval(
+                evaluator, split, features, run.recipe.evaluation.candidates, run.recipe.seed
+            )
+    return metrics
+
+
+def _standard_metrics(retrieval: Mapping[str, Any]) -> dict[str, Any]:
+    """R-precision among all captions of the validation split, which `measure_retrieval` returned."""
+    precision = {source: retrieval[source] for source in ("generated", "real", "shuffled")}
+    return {"r_precision": precision, **{name: retrieval[name] for name in ("chance", "cannot_rank", "reasons")}}
+
+
+def _captioner_metrics(rotation: Rotation, predicted: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Word accuracy and image information, from what `rotation.predict` returned of generated and of real images."""
+    # Shuffled images are at distance 1 of their captions; the other image of each caption is one step further.
+    distances = {"generated": ("generated", 0), "real": ("real", 0), "shuffled": ("generated", 1)}
+    words = {
+        name: [rotation.accuracy(predicted[source], distance + step) for step in (0, 1)]
+        for name, (source, distance) in distances.items()
     }
-    first = measured[evaluators[0].phase]
-    standard = first["validation"]["all_captions"]
-    evaluation = {
-        "r_precision": {name: standard[name] for name in results},
-        "chance": standard["chance"],
-        "cannot_rank": standard["cannot_rank"],
-        "reasons": standard["reasons"],
+    return {
         "word_accuracy": {name: own.accuracy for name, (own, _) in words.items()},
         "image_information": {name: mean_image_information(own, other) for name, (own, other) in words.items()},
-        "redescription": {
-            name: redescription_quality(each["descriptions"], unseen.captions)._asdict()
-            for name, each in results.items()
-        },
-        "images": len(unseen.captions),
-        "candidates": candidates,
-        "evaluator": first["description"],
-        "evaluators": measured,
-        "skipped": dict(splits.skipped),
-        **_network_metrics(networks, model, splits, unseen, results, recipe.seed),
-        **_place_metrics(unseen, results),
-        **speed,
     }
-    sentences = sentence_features(evaluators[0].pair, unseen.tokens, unseen.word_mask)
-    features = encoded["validation"]["generated"][evaluators[0].phase]
-    precision = expected_hits(features, sentences, candidates=candidates)
-    cases = _cases(precision, unseen, generated)
-    write_json(folder.evaluation, evaluation)
-    write_report(folder, recipe, _showcase(model, unseen, recipe, cases), evaluation)
-    return evaluation
-
-
-def _generated(path: Path, model: TextToImage, seed: int, part: Unseen, rows: Tensor) -> Tensor:
-    """The images (B, 3, H, W) that the model, stored at `path`, generates from captions.
-
-    Raises:
-        ValueError: A value is not finite.
-    """
-    images = generate_images(model, part.tokens, part.word_mask, seed, part.location(model), rows)
-    if not bool(images.isfinite().all()):
-        raise ValueError(
-            f"the generator in {path} generates images with NaN or infinite values, which cannot be evaluated: its "
-            "training has diverged. Train phase 'glam' again, for instance with a lower learning rate."
-        )
-    return images
-
-
-def _extract(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
-    """Features of images, and class logits if the extractor has any."""
-    logits = {} if extractor.logits is None else {"logits": extractor.logits(images)}
-    return {"features": extractor.features(images), **logits}
 
 
 def _measure_boxes(images: Tensor, part: Unseen, recipe: Recipe) -> dict[str, Tensor]:
     """The boxes of drawn flowers, where boxes differ or a system takes them."""
     takes_place = recipe.data.scatter or recipe.model.takes_location
-    if not _is_synthetic(recipe) or part.boxes is None or not takes_place:
+    if not is_synthetic(recipe) or part.boxes is None or not takes_place:
         return {}
     return {"boxes": measured_box(to_bytes(images))}
 
@@ -323,44 +336,6 @@ def _in_order(results: Any, rows: Tensor) -> Any:
     return results[rows] if isinstance(results, Tensor) else [results[row] for row in rows.tolist()]
 
 
-def _choose_networks(
-    folder: RunFolder,
-    recipe: Recipe,
-    splits: Splits,
-    evaluators: Sequence[Evaluator],
-    device: str,
-    fit_classifier: bool | None,
-    inception: bool,
-) -> EvaluationNetworks:
-    """The networks asked for; by default the classifier of drawn flowers, or else the evaluators' backbones."""
-    is_synthetic, extractors = _is_synthetic(recipe), []
-    fits = is_synthetic and recipe.model.resolutions[-1] >= LOWEST_CLASSIFIED_RESOLUTION
-    if inception:
-        extractors = [inception_extractor(device=device)]
-    elif fit_classifier is None and not fits:
-        extractors = backbone_extractors(evaluators, recipe)
-    if fit_classifier is False or (extractors and not is_synthetic):
-        # A class classifier would serve only as an extractor.
-        return EvaluationNetworks(extractors)
-    networks = load_evaluation_networks(folder, recipe, splits, fits if fit_classifier is None else fit_classifier)
-    return networks._replace(extractors=extractors) if extractors else networks
-
-
-def load_evaluation_networks(folder: RunFolder, recipe: Recipe, splits: Splits, fit: bool) -> EvaluationNetworks:
-    """Load the evaluation networks from the folder of a run; with `fit`, train and save missing ones if possible."""
-    path = folder.path / "classifiers" / ("attributes.safetensors" if _is_synthetic(recipe) else "classes.safetensors")
-    if not fit and not path.exists():
-        return EvaluationNetworks()
-    try:
-        if _is_synthetic(recipe):
-            classifier = fit_attribute_classifier(path, recipe.model.resolutions[-1])
-            return EvaluationNetworks([attribute_extractor(classifier)], classifier)
-        resolution = recipe.model.resolutions[-1]
-        return EvaluationNetworks([fit_class_extractor(path, splits.training, resolution, recipe.seed)])
-    except TrainingError as error:
-        return EvaluationNetworks(missing=str(error))
-
-
 def _place_metrics(unseen: Unseen, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Overlap of drawn flowers with the boxes of their captions' images, where boxes were measured."""
     if unseen.boxes is None or "boxes" not in results["real"]:
@@ -373,125 +348,17 @@ def _place_metrics(unseen: Unseen, results: Mapping[str, Mapping[str, Any]]) -> 
     return {"box_overlap": overlaps}
 
 
-def _is_synthetic(recipe: Recipe) -> bool:
-    return recipe.data.source == "synthetic-flowers"
-
-
-def _network_metrics(
-    networks: EvaluationNetworks,
-    model: TextToImage,
-    splits: Splits,
-    unseen: Unseen,
-    results: Mapping[str, Mapping[str, Any]],
-    seed: int,
-) -> dict[str, Any]:
-    """Metrics of what the evaluation networks have computed, and of measured attributes."""
-    metrics: dict[str, Any] = {}
-    if "attributes" in results["real"]:
-        metrics["attributes"] = {
-            name: measure_attributes(each["attributes"], unseen.captions) for name, each in results.items()
-        }
-    if networks.missing:
-        metrics["not_measured"] = networks.missing
-    if networks.extractors:
-        same_caption = _images_of_the_same_caption(model, unseen, seed)
-        first, *further = (
-            {
-                "extractor": extractor.name,
-                "features": _feature_metrics(
-                    extractor,
-                    splits.training.images,
-                    {name: results[name]["extracted"][i] for name in ("generated", "real")},
-                    same_caption,
-                    seed,
-                ),
-            }
-            for i, extractor in enumerate(networks.extractors)
-        )
-        metrics |= {**first, **({"further_extractors": further} if further else {})}
-    return metrics
-
-
-def _feature_metrics(
-    extractor: Extractor,
-    training: Tensor | MappedImages,
-    extracted: Mapping[str, Mapping[str, Tensor]],
-    same_caption: Tensor,
-    seed: int,
-) -> dict[str, dict[str, float]]:
-    """FID and KID with the validation images as reference, and Inception Score, for generated and for real images.
-
-    `extracted` has what `_extract` returns of generated and of real images. The metrics of generated images include the
-    diversity of the images `same_caption`, from `_images_of_the_same_caption`.
-
-    The real baseline compares validation images with training images held out from the extractor, resized to match.
-    Distances are biased upward for few images, so both sides of the comparison use the same number of them.
-    """
-    random = torch.Generator().manual_seed(seed)
-    reference = extracted["real"]["features"]
-    real_rows = torch.arange(len(training))[extractor.held_out]
-    real_rows = real_rows[torch.randperm(len(real_rows), generator=random)[: len(reference)]]
-    generated_rows = torch.randperm(len(reference), generator=random)[: len(real_rows)]
-    resolution = same_caption.shape[2]
-
-    def real_features(rows: Tensor) -> Tensor:
-        return extractor.features(to_float(at_resolution(training[rows], resolution)))
-
-    compared = {
-        "generated": extracted["generated"]["features"][generated_rows],
-        "real": in_chunks(real_features, real_rows, size=CHUNK),
-    }
-    metrics: dict[str, dict[str, float]] = {}
-    for name, features in compared.items():
-        # The complete sets: their unbiased estimate has the smallest error, and the jackknife estimates it.
-        kernel = kernel_distance(features, reference, subset_size=None)
-        metrics[name] = {
-            "distance_images": len(features),
-            "frechet_distance": frechet_distance(features, reference),
-            "kernel_distance": kernel.mean,
-            **({} if kernel.standard_error is None else {"kernel_distance_standard_error": kernel.standard_error}),
-        }
-        if (logits := extracted[name].get("logits")) is not None:
-            random = torch.Generator().manual_seed(seed)
-            score = inception_score(logits, splits=min(SCORE_SPLITS, len(logits) // 2), generator=random)
-            metrics[name] |= {"inception_score": score.mean, "inception_score_deviation": score.standard_deviation}
-    spread = diversity(extractor.features(same_caption).unflatten(0, (-1, IMAGES_PER_CAPTION)))
-    metrics["generated"] |= {"diversity": spread.mean, "diversity_standard_error": spread.standard_error}
-    return metrics
-
-
-def _images_of_the_same_caption(model: TextToImage, unseen: Unseen, seed: int) -> Tensor:
-    """Images of some captions, IMAGES_PER_CAPTION of each with different noise, one caption after the other."""
-    sample = unseen.spread(DIVERSE_CAPTIONS)
-    tokens, word_mask = (
-        tensor.repeat_interleave(IMAGES_PER_CAPTION, dim=0) for tensor in (sample.tokens, sample.word_mask)
-    )
-    location = sample.location(model)
-    if location is not None:
-        location = location.repeat_interleave(IMAGES_PER_CAPTION, dim=0)
-    return generate_images(model, tokens, word_mask, seed, location)
-
-
-def _cases(precision: Tensor, unseen: Unseen, generated: Callable[[Unseen, Tensor], Tensor]) -> dict[str, list[Case]]:
-    """The captions whose images have the highest and the lowest expected top-1 precision; `generated` makes them."""
-    order = precision.argsort(descending=True, stable=True).tolist()
-    count = min(CASES, len(order) // 2)
-    cases = {}
-    for name, rows in {"best": order[:count], "worst": order[::-1][:count]}.items():
-        part = unseen.select(rows)
-        columns = part.captions, generated(part, torch.tensor(rows)), to_float(part.images), precision[rows].tolist()
-        cases[name] = [Case(*each) for each in zip(*columns)]
-    return cases
-
-
-def _showcase(model: TextToImage, unseen: Unseen, recipe: Recipe, cases: dict[str, list[Case]]) -> Showcase:
-    sample = unseen.spread(recipe.evaluation.report_images)
+def _showcase(run: _Run, features: Tensor, candidates: int) -> Showcase:
+    """The pictures of the report; `features` are those of the generated images by the first evaluator."""
+    sentences = sentence_features(run.evaluators[0].pair, run.unseen.tokens, run.unseen.word_mask)
+    precision = expected_hits(features, sentences, candidates=candidates)
+    sample, model = run.unseen.spread(run.recipe.evaluation.report_images), run.model
     real = to_float(sample.images)
     with warnings.catch_warnings():
         # The captions come from the data set, where rare words are expected; the warning is meant for user input.
         warnings.filterwarnings("ignore", message="unknown words")
         generated = model.generate_stages(
-            sample.captions, seed=recipe.seed, location=sample.location(model), need_weights=True
+            sample.captions, seed=run.recipe.seed, location=sample.location(model), need_weights=True
         )
     return Showcase(
         captions=sample.captions,
@@ -500,8 +367,20 @@ def _showcase(model: TextToImage, unseen: Unseen, recipe: Recipe, cases: dict[st
         generated=generated,
         real_descriptions=model.describe(real),
         generated_descriptions=model.describe(generated.images[-1]),
-        cases=cases,
+        cases=_cases(precision, run.unseen, run.generate),
     )
+
+
+def _cases(precision: Tensor, unseen: Unseen, generate: Callable[[Unseen, Tensor], Tensor]) -> dict[str, list[Case]]:
+    """The captions whose images have the highest and the lowest expected top-1 precision; `generate` makes them."""
+    order = precision.argsort(descending=True, stable=True).tolist()
+    count = min(CASES, len(order) // 2)
+    cases = {}
+    for name, rows in {"best": order[:count], "worst": order[::-1][:count]}.items():
+        part = unseen.select(rows)
+        columns = part.captions, generate(part, torch.tensor(rows)), to_float(part.images), precision[rows].tolist()
+        cases[name] = [Case(*each) for each in zip(*columns)]
+    return cases
 
 
 def _speed(folder: RunFolder) -> dict[str, dict[str, float]]:

@@ -6,17 +6,14 @@ N = H * W.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from mirror_modules import kernels
 from mirror_modules._checks import (
-    at_least_float32,
     autocast_dtype,
     check_alike,
     check_batch,
@@ -26,27 +23,14 @@ from mirror_modules._checks import (
     check_precision,
     check_tensors,
     check_word_mask,
-    is_unchecked,
     shape_of,
     zero_padding,
 )
-from mirror_modules._tiles import (
-    ELEMENTS_ON_A_GPU,
-    EVERYTHING,
-    Tile,
-    is_transformed,
-    recomputed_in_tiles,
-    without_autocast,
-)
+from mirror_modules._tiles import is_transformed, without_autocast
 from mirror_modules._typing import TypedCall
-
-SentenceAxis = Literal["channels", "positions"]
+from mirror_modules.glam._attention import SentenceAxis, attend_in_tiles, attend_to_sentence, attend_to_words
 
 OPERATION = "global_local_attention"
-ELEMENTS_ON_A_CPU = 2**18
-"""Feature elements in one tile on a CPU: about what its caches hold."""
-FEW_ELEMENTS = 2**22
-"""Up to this many elements the CPU path does not tile: recomputation would cost more time than the memory is worth."""
 
 
 class GlobalLocalContext(NamedTuple):
@@ -124,35 +108,8 @@ def word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None = N
     word_mask = check_word_mask("word_attention", words, word_mask, may_stall=False)
     check_alike("word_attention", word_mask, features=features, words=words)
     features, words = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words))
-    context, weights = without_autocast(_word_attention, (features, zero_padding(words, word_mask), word_mask))
+    context, weights = without_autocast(attend_to_words, (features, zero_padding(words, word_mask), word_mask))
     return context, weights
-
-
-def _word_attention(features: Tensor, words: Tensor, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations. Words are zero at padding, or its scores could outweigh the mask, or be NaN."""
-    height = features.shape[2]
-    # In float32, because scores beyond 65504 would overflow float16.
-    features_BCN = at_least_float32(rearrange(features, "b c h w -> b c (h w)"))
-    weights_BLN = _word_weights(features_BCN, at_least_float32(words), word_mask).to(words.dtype)
-    context_BCN = words.mT @ weights_BLN
-    return (
-        rearrange(context_BCN, "b c (h w) -> b c h w", h=height),
-        rearrange(weights_BLN, "b l (h w) -> b l h w", h=height),
-    )
-
-
-def _word_weights(features_BCN: Tensor, words: Tensor, word_mask: Tensor | None) -> Tensor:
-    if word_mask is None:
-        return torch.softmax(words @ features_BCN, dim=1)
-    # The lowest finite number rather than -inf: a caption of padding alone gives no NaN. baddbmm adds it within the
-    # matrix product, which saves a pass over the scores.
-    lowest = torch.finfo(words.dtype).min
-    padding_BL = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, lowest)
-    weights_BLN = torch.softmax(torch.baddbmm(padding_BL.unsqueeze(2), words, features_BCN), dim=1)
-    if is_unchecked(word_mask):
-        # The check did not read the mask here; the weights of a caption without a real word become zero.
-        weights_BLN = weights_BLN * word_mask.unsqueeze(2)
-    return weights_BLN
 
 
 def sentence_attention(
@@ -191,61 +148,8 @@ def sentence_attention(
     _check_projected("sentence_attention", features, "sentence", sentence, "(B, C)")
     check_choice("sentence_attention", "axis", axis, ("channels", "positions"))
     _check_score_matrix("sentence_attention", features, score_matrix)
-    context, weights = without_autocast(partial(_sentence_attention, axis=axis), (features, sentence, score_matrix))
+    context, weights = without_autocast(partial(attend_to_sentence, axis=axis), (features, sentence, score_matrix))
     return context, weights
-
-
-def _sentence_attention(
-    features: Tensor, sentence: Tensor, score_matrix: Tensor | None, axis: SentenceAxis
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(features.dtype, sentence.dtype)
-    # In float32, because scores beyond 65504 would overflow float16, and over many positions each weight underflows.
-    sentence_BC11 = at_least_float32(sentence).unsqueeze(2).unsqueeze(3)
-    scores_BCHW = at_least_float32(features) * sentence_BC11
-    if score_matrix is not None:
-        scores_BCHW = torch.einsum("dc,bchw->bdhw", at_least_float32(score_matrix), scores_BCHW)
-    if axis == "channels":
-        weights_BCHW = torch.softmax(scores_BCHW, dim=1)
-        context_BCHW = sentence_BC11 * weights_BCHW
-    else:
-        weights_BCN = torch.softmax(scores_BCHW.flatten(2), dim=2)
-        weights_BCHW = weights_BCN.unflatten(2, features.shape[2:])
-        context_BCHW = sentence_BC11 * weights_BCHW * weights_BCN.shape[2]
-    return context_BCHW.to(dtype), weights_BCHW.to(dtype)
-
-
-def _attention_derivative(
-    features: Tensor,
-    words: Tensor,
-    sentence: Tensor,
-    word_mask: Tensor | None,
-    _: None,
-    *,
-    gradients: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    """Compute the gradients of features f, words w and sentence s from those of the two contexts, G and K.
-
-        df = w^T dS + s o dT                with the weights P of the words and Q of the channels,
-        dw = P G^T + dS f^T                 dS = softmax'(P, w G),  dT = softmax'(Q, s o K),
-        ds = sum_n ( K o Q + f o dT )       softmax'(p, g) = p o ( g - sum p o g )
-
-    This is the case without attention maps, without a score matrix and with the softmax over channels.
-    """
-    dtype = at_least_float32(features).dtype
-    f, w, s = features.flatten(2).to(dtype), words.to(dtype), sentence.unsqueeze(2).to(dtype)
-    G, K = (None if gradient is None else gradient.flatten(2).to(dtype) for gradient in gradients)
-    df, dw, ds = torch.zeros_like(f), torch.zeros_like(w), torch.zeros_like(s)
-    if G is not None:
-        P = _word_weights(f, w, word_mask)
-        dS = torch._softmax_backward_data(w @ G, P, 1, dtype)
-        df.baddbmm_(w.mT, dS)
-        dw.baddbmm_(P, G.mT).baddbmm_(dS, f.mT)
-    if K is not None:
-        Q = torch.softmax(f * s, dim=1)
-        dT = torch._softmax_backward_data(s * K, Q, 1, dtype)
-        df.addcmul_(dT, s)
-        ds = torch.linalg.vecdot(K, Q).add_(torch.linalg.vecdot(f, dT))
-    return df.view_as(features), dw, ds.view_as(sentence), None, None
 
 
 def global_local_attention(
@@ -306,38 +210,24 @@ def global_local_attention(
     choice = choose_attention(
         features, words, sentence, impl=impl, score_matrix=score_matrix, sentence_axis=sentence_axis
     )
-    fused = None
     features, words, sentence = (tensor.to(autocast_dtype(tensor)) for tensor in (features, words, sentence))
     words = zero_padding(words, word_mask)
-    if score_matrix is not None:
-        score_matrix = score_matrix.to(autocast_dtype(score_matrix))
+    fused: Tensor | None = None
     if choice.implementation == "triton":
-        fused, *results = kernels.global_local_attention(
+        written, *results = kernels.global_local_attention(
             features, words, sentence, word_mask, need_weights, fused_output
         )
         if fused_output:
+            fused = written
             results[:2] = fused.split(features.shape[1], dim=1)[1:]
     else:
-
-        def attend(
-            features: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor | None, score_matrix: Tensor | None
-        ) -> tuple[Tensor, ...]:
-            word_context, word_weights = _word_attention(features, words, word_mask)
-            sentence_context, sentence_weights = _sentence_attention(features, sentence, score_matrix, sentence_axis)
-            maps = (word_weights, sentence_weights) if need_weights else ()
-            return word_context, sentence_context, *maps
-
-        def divide() -> list[Tile]:
-            return _tiles(features, may_divide=sentence_axis == "channels")
-
-        inputs = features, words, sentence, word_mask, score_matrix
-        whole = features.shape[0], None, features.shape[2]
-        is_plain = not need_weights and score_matrix is None and sentence_axis == "channels"
-        results = recomputed_in_tiles(attend, inputs, divide, whole, _attention_derivative if is_plain else None)
+        if score_matrix is not None:
+            score_matrix = score_matrix.to(autocast_dtype(score_matrix))
+        results = attend_in_tiles(features, words, sentence, word_mask, score_matrix, sentence_axis, need_weights)
         if fused_output:
             fused = torch.cat((features, *results[:2]), dim=1)
     word_weights, sentence_weights = results[2:] if need_weights else (None, None)
-    return GlobalLocalContext(results[0], results[1], word_weights, sentence_weights, fused if fused_output else None)
+    return GlobalLocalContext(results[0], results[1], word_weights, sentence_weights, fused)
 
 
 def choose_attention(
@@ -549,21 +439,6 @@ class WordAttention(TypedCall, nn.Module):
     def extra_repr(self) -> str:
         """Sizes for `print`."""
         return f"feature_dim={self.feature_dim}, word_dim={self.word_dim}"
-
-
-def _tiles(features: Tensor, *, may_divide: bool) -> list[Tile]:
-    """Tiles of several samples or, where samples are large and may be divided, of several rows of one sample."""
-    batch, channels, height, width = features.shape
-    if features.device.type == "cpu" and features.numel() <= FEW_ELEMENTS:
-        return []
-    elements = ELEMENTS_ON_A_CPU if features.device.type == "cpu" else ELEMENTS_ON_A_GPU
-    rows = max(1, elements // max(1, channels * width))
-    if rows < height and may_divide:
-        places = [(slice(b, b + 1), slice(y, y + rows)) for b in range(batch) for y in range(0, height, rows)]
-        return [Tile((b, EVERYTHING, y), ((b, EVERYTHING, y), b, b, b, EVERYTHING)) for b, y in places]
-    samples = max(1, rows // max(1, height))
-    starts = (slice(b, b + samples) for b in range(0, batch, samples))
-    return [Tile(b, (b, b, b, b, EVERYTHING)) for b in starts]
 
 
 def _check_score_matrix(owner: str, features: Tensor, score_matrix: Tensor | None) -> None:

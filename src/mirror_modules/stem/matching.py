@@ -26,7 +26,7 @@ from mirror_modules._checks import (
 )
 from mirror_modules._tiles import (
     ELEMENTS_ON_A_GPU,
-    Tile,
+    TileIndices,
     is_transformed,
     recomputed_in_tiles,
     without_autocast,
@@ -144,14 +144,14 @@ def choose_similarity(
     return kernels.choose(OPERATION, impl, facts)
 
 
-def _tiles(regions: Tensor, words: Tensor) -> list[Tile]:
+def _tiles(regions: Tensor, words: Tensor) -> list[TileIndices]:
     """Tiles of images by captions: all captions, unless they are too many even for a single image."""
     per_pair = max(1, regions.shape[1] * words.shape[1])
     elements = ELEMENTS_ON_A_CPU if regions.device.type == "cpu" else ELEMENTS_ON_A_GPU
     captions = max(1, elements // per_pair)
     images = max(1, captions // max(1, words.shape[0]))
     return [
-        Tile((i, j), (i, j, j))
+        TileIndices((i, j), (i, j, j))
         for i in (slice(i, i + images) for i in range(0, regions.shape[0], images))
         for j in (slice(j, j + captions) for j in range(0, words.shape[0], captions))
     ]

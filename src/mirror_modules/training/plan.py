@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mirror_modules.training.checkpoints import Checkpoints
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import ALL_PHASES, Recipe
+from mirror_modules.training.recipes import ALL_PHASES, AdversarialRecipe, Recipe
 
 REQUIRED = {
     "pretraining": (),
@@ -43,8 +43,8 @@ def make_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], *, resum
 
     Raises:
         ValueError: A phase is unknown or requires one that is neither requested nor finished; the folder holds another
-            run or an interrupted phase without `resume`; phase `glam` would become shorter, or longer without a
-            checkpoint of its last step.
+            run or an interrupted phase without `resume`; or the steps of a phase change in a way that its checkpoints
+            do not allow.
     """
     for phase in phases:
         if phase not in recipe.phases:
@@ -54,7 +54,7 @@ def make_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], *, resum
             if required not in phases and not folder.weights(required).exists():
                 raise ValueError(f"phase {phase!r} needs phase {required!r}, which {folder.path} lacks; train it too.")
     folder.check(recipe)
-    _check_glam_steps(recipe, folder, phases)
+    _check_steps(recipe, folder, phases)
     to_train, finished = [], []
     for phase in (phase for phase in recipe.phases if phase in phases):
         steps = recipe.phase(phase).steps
@@ -72,23 +72,43 @@ def make_plan(recipe: Recipe, folder: RunFolder, phases: Sequence[str], *, resum
     return Plan(tuple(to_train), tuple(finished))
 
 
-def _check_glam_steps(recipe: Recipe, folder: RunFolder, phases: Sequence[str]) -> None:
-    """Phase `glam` may be extended from its last checkpoint; no other change of its steps is possible."""
+def _check_steps(recipe: Recipe, folder: RunFolder, phases: Sequence[str]) -> None:
+    """A phase may get other steps, where its recipe allows it, if those that it has done stay as they are.
+
+    A finished one is extended from its last checkpoint, unless another phase has started from its weights.
+    """
     if not folder.config.exists():
         return
-    old, new = folder.read_recipe().glam.steps, recipe.glam.steps
-    newest = _newest_checkpoint(folder, "glam")
-    is_finished = folder.weights("glam").exists()
-    steps_done = max(newest, old) if is_finished else newest
-    if new < steps_done:
-        raise ValueError(f"{folder.path} holds phase 'glam' after {steps_done} steps; glam.steps={new} would be fewer.")
-    if is_finished and new > old and ("glam" not in phases or newest < old):
-        reason = (
-            "it is not among the phases to train" if "glam" not in phases else "there is no checkpoint of its last step"
-        )
-        raise ValueError(
-            f"{folder.path} holds phase 'glam' after {old} steps; glam.steps={new} would make it longer, but {reason}."
-        )
+    before = folder.read_recipe()
+    for phase in recipe.phases:
+        earlier, later = before.phase(phase), recipe.phase(phase)
+        old, new = earlier.steps, later.steps
+        newest, is_finished = _newest_checkpoint(folder, phase), folder.weights(phase).exists()
+        steps_done = max(newest, old) if is_finished else newest
+        holds, change = f"{folder.path} holds phase {phase!r} after {steps_done} steps", f"{phase}.steps={new}"
+        if new < steps_done:
+            raise ValueError(f"{holds}; {change} would be fewer.")
+        if is_finished and new > old and (obstacle := _obstacle(recipe, folder, phases, phase, newest < old)):
+            raise ValueError(f"{holds}; {change} would make it longer, but {obstacle}.")
+        if isinstance(earlier, AdversarialRecipe) and isinstance(later, AdversarialRecipe):
+            coarse = earlier.effective_coarse_steps, later.effective_coarse_steps
+            if coarse[0] != coarse[1] and steps_done > min(coarse):
+                raise ValueError(
+                    f"{holds}, with the finest stage from step {coarse[0] + 1} on; {change} would begin it at step "
+                    f"{coarse[1] + 1}, which changes steps already done. Choose another --out."
+                )
+
+
+def _obstacle(recipe: Recipe, folder: RunFolder, phases: Sequence[str], phase: str, lacks_last: bool) -> str:
+    """The reason for which a finished phase cannot be extended; empty if there is none."""
+    if phase not in phases:
+        return "it is not among the phases to train"
+    if lacks_last:
+        return "there is no checkpoint of its last step"
+    for other in (each for each in recipe.phases if phase in REQUIRED[each]):
+        if folder.weights(other).exists() or _newest_checkpoint(folder, other) > 0:
+            return f"phase {other!r} has started from its weights; choose another --out"
+    return ""
 
 
 def _newest_checkpoint(folder: RunFolder, phase: str) -> int:

@@ -315,10 +315,8 @@ def keypoint_step(state: KeypointState, batch: CaptionBatch) -> StepResult:
     real, sentence = torch.as_tensor(batch.points, device=group.device), state.text(batch).sentence
     noise = state.draw(torch.randn, len(real), cast(KeypointGenerator, generator.module).noise_dim)
     given = real * (state.draw(torch.rand, *real.shape[:2]) >= MISSING_SHARE).unsqueeze(2)
-    partner, valid = mismatch(group.all_gather(batch.class_ids), generator=state.random)
-    # A caption that names what two classes have in common may be that of both.
-    tokens = group.all_gather(batch.tokens)
-    valid = valid & (tokens[partner] != tokens).any(dim=1).cpu()
+    ids = group.all_gather(torch.stack((batch.class_ids, batch.caption_ids), dim=1))
+    partner, valid = mismatch(*ids.unbind(dim=1), generator=state.random)
     other_sentence = group.all_gather(sentence)[group.local_rows(partner).to(group.device)]
     pair_rows = group.local_rows(valid).nonzero().flatten().to(group.device)
     pair_weight = group.mean_weights(torch.tensor([len(pair_rows)]), valid.sum())[0]

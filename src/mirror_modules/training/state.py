@@ -161,7 +161,7 @@ class AdversarialState:
 
     def set_stages(self, recipe: AdversarialRecipe) -> None:
         """Leave out the finest stage in the first `coarse_steps` steps of the recipe."""
-        is_coarse = self.steps_done < min(recipe.coarse_steps, 3 * recipe.steps // 4)
+        is_coarse = self.steps_done < recipe.effective_coarse_steps
         for cascade in self._cascades():
             cascade.active_stages = len(cascade.resolutions) - 1 if is_coarse else None
 

@@ -20,12 +20,22 @@ def test_measured_colors_match_the_attributes(resolution):
         assert sum(correct) / N >= least
 
 
-def flat(petal, center, resolution=17):
+@pytest.mark.parametrize("resolution", [8, 9, 10, 11])
+def test_colors_of_the_smallest_flowers(resolution):
+    """At 8 pixels no pixel has its center in the disc of the flower's center."""
+    samples = list(SyntheticFlowers(N, resolution=resolution, seed=5))
+    measured = measured_colors(torch.from_numpy(np.stack([sample.image for sample in samples])))
+    for name, least in (("petal_color", 0.85), ("center_color", 0.8)):
+        correct = [value == sample.attributes[name] for value, sample in zip(measured[name], samples)]
+        assert sum(correct) / N >= least
+
+
+def flat(petal, center, height=17, width=17):
     """A disc of one color on a field of another, by loops."""
-    image = torch.zeros(1, resolution, resolution, 3, dtype=torch.uint8)
-    for i in range(resolution):
-        for j in range(resolution):
-            radius = np.hypot((2 * i + 1) / resolution - 1, (2 * j + 1) / resolution - 1)
+    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    for i in range(height):
+        for j in range(width):
+            radius = np.hypot((2 * i + 1) / height - 1, (2 * j + 1) / width - 1)
             color = center if radius < 0.25 else petal
             image[0, i, j] = torch.tensor([int(color[k : k + 2], 16) for k in (1, 3, 5)])
     return image
@@ -44,9 +54,19 @@ def test_an_image_alone_equals_the_same_image_in_a_batch():
     assert measured_colors(images[1:2])["center_color"] == ["green"]
 
 
+def test_images_need_not_be_square():
+    image = flat("#1440f8", "#7fd414", height=11, width=29)
+    assert measured_colors(image) == {"petal_color": ["blue"], "center_color": ["green"]}
+
+
 def test_images_other_than_bytes_are_refused():
     with pytest.raises(ValueError, match=r"measured_colors: images must be uint8 \(B, H, W, 3\), but they are torch"):
         measured_colors(torch.zeros(2, 3, 8, 8))
+
+
+def test_images_smaller_than_any_flower_are_refused():
+    with pytest.raises(ValueError, match=r"images must have at least 8 pixels .* but they are \(1, 11, 7, 3\)"):
+        measured_colors(torch.zeros(1, 11, 7, 3, dtype=torch.uint8))
 
 
 # Boxes

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mirror_modules.data import ATTRIBUTES, SyntheticFlowers, class_id_of, measured_box
+from mirror_modules.data.flowers import dataset
 from mirror_modules.functional import box_overlap
 
 
@@ -72,6 +73,36 @@ def test_scattered_flowers_are_anywhere_and_otherwise_the_same():
     assert ((shown[:, :2] > (x - 0.01, y - 0.01)) & (shown[:, :2] < (x + w + 0.01, y + h + 0.01))).all()
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("resolution", range(8, 14))
+def test_small_images_show_the_flowers_of_large_ones(resolution, scatter):
+    """A hundred of each: few are so small, and so placed, that their center lies between the pixel centers."""
+    small, large = (SyntheticFlowers(100, resolution=size, scatter=scatter, seed=3) for size in (resolution, 64))
+    # By index: a loop over the data set would end at an IndexError.
+    for i in range(100):
+        sample = small[i]
+        assert sample.image.shape == (resolution, resolution, 3)
+        if i < 5:
+            assert sample[1:] == large[i][1:]
+        # The center has a color of its own, in the pixel in which it lies.
+        other = "black" if sample.attributes["center_color"] == "golden" else "golden"
+        x, y, _ = sample.points[0]
+        changed = draw_again(small, i, center_color=other) != sample.image
+        assert changed[int(y * resolution), int(x * resolution)].any()
+
+
+def draw_again(flowers, index, **changes):
+    """The image of a sample with other attributes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        draw = dataset.draw_located_flower
+        monkeypatch.setattr(
+            dataset,
+            "draw_located_flower",
+            lambda attributes, *arguments, **options: draw({**attributes, **changes}, *arguments, **options),
+        )
+        return flowers[index].image
+
+
 def test_all_attribute_values_occur():
     samples = list(SyntheticFlowers(120, resolution=8, captions_per_image=1))
     for name, values in ATTRIBUTES.items():
@@ -85,8 +116,9 @@ def test_errors():
         SyntheticFlowers(0)
     with pytest.raises(ValueError, match="split must be one of 'train', 'validation', but it is 'test'"):
         SyntheticFlowers(3, split="test")
-    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*32 - 1, but it is -1"):
-        SyntheticFlowers(3, seed=-1)
+    for seed in (-1, 2**32, 1.5, "0", True):
+        with pytest.raises(ValueError, match=rf"seed must be a whole number from 0 to 2\*\*32 - 1, but it is {seed!r}"):
+            SyntheticFlowers(3, seed=seed)
     with pytest.raises(ValueError, match="resolution must be at least 8, but it is 4"):
         SyntheticFlowers(3, resolution=4)
 

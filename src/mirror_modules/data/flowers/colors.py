@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules.data.flowers.drawing import BACKGROUND_RAMPS, CENTER_RAMPS, PETAL_RAMPS, pixel_axes, stops_of
+from mirror_modules._checks import shape_of
+from mirror_modules.data.flowers.drawing import (
+    BACKGROUND_RAMPS,
+    CENTER_RAMPS,
+    MIN_RESOLUTION,
+    PETAL_RAMPS,
+    pixel_axes,
+    stops_of,
+)
 from mirror_modules.data.transforms import check_bytes
 
 # Inner and outer radius, in half image widths. Petals of both sizes and of all shapes cross this ring.
@@ -35,7 +43,7 @@ def measured_colors(images: Tensor) -> dict[str, list[str]]:
         A value of `ATTRIBUTES` for each image, under "petal_color" and "center_color".
 
     Raises:
-        ValueError: The images are not uint8 (N, H, W, 3).
+        ValueError: The images are not uint8 (N, H, W, 3), or have fewer than 8 rows or columns.
 
     Examples:
         >>> import torch
@@ -46,6 +54,11 @@ def measured_colors(images: Tensor) -> dict[str, list[str]]:
         True
     """
     check_bytes("measured_colors", images)
+    if min(images.shape[1:3]) < MIN_RESOLUTION:
+        raise ValueError(
+            f"measured_colors: images must have at least {MIN_RESOLUTION} pixels in height and width, as drawn flowers "
+            f"have, but they are {shape_of(images)} (B, H, W, 3)."
+        )
     return {
         "petal_color": _vote(images, PETAL_RING, PETAL_RAMPS, BACKGROUND_RAMPS),
         "center_color": _vote(images, CENTER_DISC, CENTER_RAMPS, {}),
@@ -143,9 +156,13 @@ def _vote(
     ramps: Mapping[str, tuple[str, str, str]],
     others: Mapping[str, tuple[str, str, str]],
 ) -> list[str]:
-    x, y = pixel_axes(images.shape[1])
+    x, y = pixel_axes(images.shape[2])[0], pixel_axes(images.shape[1])[1]
     radius = torch.from_numpy(np.hypot(x, y))
-    pixels_NP3 = images[:, (radius >= ring[0]) & (radius < ring[1])].float()
+    in_ring = (radius >= ring[0]) & (radius < ring[1])
+    if not in_ring.any():
+        # At 8 pixels, the disc lies between the four pixels in the middle.
+        in_ring = radius == radius.min()
+    pixels_NP3 = images[:, in_ring].float()
     shades_KS3 = torch.stack([_shades(stops) for stops in [*ramps.values(), *others.values()]])
     names, values = list(ramps), []
     for chunk in pixels_NP3.split(CHUNK):

@@ -54,8 +54,8 @@ class SyntheticFlowers:
     ) -> None:
         check_positive("SyntheticFlowers", size=size, resolution=resolution, captions_per_image=captions_per_image)
         check_choice("SyntheticFlowers", "split", split, _SPLITS)
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"SyntheticFlowers: seed must be from 0 to 2**32 - 1, but it is {seed}.")
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError(f"SyntheticFlowers: seed must be a whole number from 0 to 2**32 - 1, but it is {seed!r}.")
         if resolution < MIN_RESOLUTION:
             raise ValueError(f"SyntheticFlowers: resolution must be at least {MIN_RESOLUTION}, but it is {resolution}.")
         self.size = size

@@ -138,8 +138,10 @@ def draw_located_flower(
     image *= 1 - 0.35 * falloff(distance, 0.22)
     blend(image, coverage(distance, pixel), ramp(PETAL_RAMPS[attributes["petal_color"]], shade, rng))
 
-    # The center is small: compute only the rows and columns that it covers.
-    rows, columns = np.flatnonzero(abs(down) < 0.3), np.flatnonzero(abs(across) < 0.3)
+    # The center is small: compute only the rows and columns that it covers, or, if it is smaller than a pixel, those
+    # that it touches.
+    reach = 0.3 if pixel < 0.6 else CENTER_RADIUS + pixel / 2
+    rows, columns = np.flatnonzero(abs(down) < reach), np.flatnonzero(abs(across) < reach)
     high, wide = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     distance, shade = draw_center(across[:, wide], down[high], pixel, rng)
     blend(image[:, high, wide], coverage(distance, pixel), ramp(CENTER_RAMPS[attributes["center_color"]], shade, rng))

@@ -230,6 +230,11 @@ class AdversarialRecipe:
             )
 
     @property
+    def effective_coarse_steps(self) -> int:
+        """`coarse_steps`, or three quarters of all steps if those are fewer."""
+        return min(self.coarse_steps, 3 * self.steps // 4)
+
+    @property
     def has_matching(self) -> bool:
         """Whether the generator is trained with the matching loss."""
         return self.matching_weight > 0 or self.matching_ratio is not None
@@ -247,7 +252,7 @@ class KeypointRecipe:
     # No metric selects a step.
     keep_best = None
 
-    steps: int = 3000
+    steps: int = harmless(3000)
     """Optimizer steps of each of both networks."""
     batch_size: int = 64
     """Images per step over all processes, of which the key points are read."""

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
 from mirror_modules.evaluation import make_study
-from mirror_modules.evaluation.study_plan import StudyKey, plan_trials, run_pairs
-from mirror_modules.evaluation.study_results import expected_half_width
+from mirror_modules.evaluation.study.plan import StudyKey, plan_trials, run_pairs
+from mirror_modules.evaluation.study.results import expected_half_width
 from mirror_modules.training import RunFolder
 from mirror_modules.training.batches import load_splits
 
@@ -279,7 +279,7 @@ def test_runs_are_compared_on_captions_that_none_was_trained_on(tiny_recipe, run
         loaded.append(seed)
         return splits if seed == 0 else splits._replace(training=SimpleNamespace(captions=[[each] for each in trained]))
 
-    monkeypatch.setattr("mirror_modules.evaluation.study.load_splits", load)
+    monkeypatch.setattr("mirror_modules.evaluation.study.making.load_splits", load)
     study = make_study([*runs, models[0]], tmp_path / "study", max_captions=7)
     assert loaded == [0, 1]
     assert len(study.captions) == 7
@@ -297,7 +297,7 @@ def test_runs_with_the_same_data_load_it_once(tiny_recipe, runs, tmp_path, monke
         loaded.append(load_splits(*arguments))
         return loaded[-1]
 
-    monkeypatch.setattr("mirror_modules.evaluation.study.load_splits", load)
+    monkeypatch.setattr("mirror_modules.evaluation.study.making.load_splits", load)
     study = make_study(runs, tmp_path / "study", max_captions=7)
     (splits,) = loaded
     assert set(study.captions) <= {caption for captions in splits.validation.captions for caption in captions}

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from mirror_modules._files import read_json, write_json, write_text
-from mirror_modules.evaluation.study_plan import (
+from mirror_modules.evaluation.study.plan import (
     ANSWERS_FORMAT,
     LEFT,
     QUESTIONS,

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from mirror_modules.evaluation import make_study, study_results
-from mirror_modules.evaluation.study_plan import StudyKey
-from tests.evaluation.chromium import PATIENCE, Page, find_chromium
-from tests.evaluation.test_study import read_page
+from mirror_modules.evaluation.study.plan import StudyKey
+from tests.evaluation.study.chromium import PATIENCE, Page, find_chromium
+from tests.evaluation.study.test_making import read_page
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed (apt-get install chromium)")
 

@@ -20,7 +20,7 @@ from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
 from mirror_modules.data.readers.images import image_size, read_square, shrink
 from mirror_modules.data.readers.names import is_hidden
 from mirror_modules.data.transforms import to_bytes
-from mirror_modules.evaluation.study_plan import (
+from mirror_modules.evaluation.study.plan import (
     ANSWERS_FORMAT,
     KEY_FILE,
     PAGE_FILE,
@@ -31,7 +31,7 @@ from mirror_modules.evaluation.study_plan import (
     plan_trials,
     run_pairs,
 )
-from mirror_modules.evaluation.study_results import expected_half_width
+from mirror_modules.evaluation.study.results import expected_half_width
 from mirror_modules.models import TextToImage
 from mirror_modules.pictures.grids import as_data_url
 from mirror_modules.stem.vocabulary import split_words
@@ -47,7 +47,7 @@ except ImportError as error:
 
 # Images are shown at most this much larger than they are.
 ENLARGEMENT = 4
-TEMPLATE = Path(__file__).with_name("study.html.jinja")
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 CAPTIONS_FILE = "captions.txt"
 # Images generated at a time.
 BATCH = 32

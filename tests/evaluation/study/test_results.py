@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mirror_modules.evaluation import study_results
-from mirror_modules.evaluation.study_plan import ANSWERS_FORMAT, StudyImage, StudyKey
-from mirror_modules.evaluation.study_results import (
+from mirror_modules.evaluation.study.plan import ANSWERS_FORMAT, StudyImage, StudyKey
+from mirror_modules.evaluation.study.results import (
     Judgement,
     agreement,
     effective_answers,

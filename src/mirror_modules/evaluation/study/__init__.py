@@ -1,0 +1,1 @@
+"""Human study: raters compare images of two runs without knowing the runs."""
