@@ -202,6 +202,30 @@ def check_images(owner: str, images: Tensor, smallest: int = 1) -> None:
         )
 
 
+def check_encoded(owner: str, encoder: nn.Module, encoded: object, **shapes: tuple[int, int]) -> None:
+    """Require that an encoder returned tensors in fields of these names, each of a number of axes and of features."""
+    for name, (axes, size) in shapes.items():
+        value = getattr(encoded, name, None)
+        if not isinstance(value, Tensor) or value.ndim != axes or value.shape[-1] != size:
+            came = shape_of(value) if isinstance(value, Tensor) else f"an object of the type {type(encoded).__name__}"
+            expected = f"({'B, R, ' if axes == 3 else 'B, '}{size})"
+            raise ValueError(
+                f"{owner}: {type(encoder).__name__} must return its features in a field `{name}`, {expected} as it "
+                f"declares, such as `ImageFeatures`, but it returned {came}."
+            )
+
+
+def declared_size(owner: str, encoder: object, name: str) -> int:
+    """The number of features that an encoder declares in an attribute."""
+    size = getattr(encoder, name, None)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"{owner}: {type(encoder).__name__} must declare the size of its features as a positive int `{name}`, but "
+            f"that is {size!r}; interop.build_backbone makes a backbone of any Module that returns a map or tokens."
+        )
+    return size
+
+
 def check_tokens(owner: str, tokens: Tensor, vocabulary_size: int | None) -> None:
     """Require integer tokens (B, L), not negative and below `vocabulary_size`, unless that is None: unknown.
 

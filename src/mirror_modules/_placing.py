@@ -139,15 +139,8 @@ def keypoint_maps(points: Tensor, visible: Tensor | None = None, *, size: int = 
             f"{owner}: visible must be (B, K), one per point, but it is {shape_of(visible)} and points are "
             f"{shape_of(points)}."
         )
+    check_visible(owner, points, visible)
     is_visible = visible > VISIBLE
-    if is_readable(points) and points.device.type == "cpu":
-        wrong = is_visible & ~((points >= 0) & (points <= 1)).all(dim=2)
-        if bool(wrong.any()):
-            row, point = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"{owner}: point {point} of image {row} is visible at {_numbers(points[row, point])}, outside of the "
-                "image; give shares of its width and height, from 0 to 1, and mark points outside as not visible."
-            )
     cells_BK2 = (at_least_float32(points.detach()) * size + 0.5).floor().clamp(1, size) - 1
     index = torch.arange(size, device=points.device)
     is_column, is_row = (cells_BK2.unsqueeze(3) == index).unbind(dim=2)
@@ -204,6 +197,23 @@ def check_points(owner: str, name: str, points: Tensor, count: int, size: int) -
             f"{owner}: {name} must be x, y and visibility of {count} key points, (B, {count}, 3), or their maps, (B, "
             f"{count}, {size}, {size}), but they are {shape_of(points)}."
         )
+
+
+def check_visible(owner: str, points: Tensor, visible: Tensor) -> None:
+    """Require that visible points (B, K, 2) are within the image; `visible` (B, K) is finite. Checked on a CPU only."""
+    if not is_readable(points) or points.device.type != "cpu":
+        return
+    unknown = visible.isnan()
+    wrong = unknown | ((visible > VISIBLE) & ~((points >= 0) & (points <= 1)).all(dim=2))
+    if not bool(wrong.any()):
+        return
+    row, point = wrong.nonzero()[0].tolist()
+    if bool(unknown[row, point]):
+        raise ValueError(f"{owner}: the visibility of point {point} of image {row} is not a number.")
+    raise ValueError(
+        f"{owner}: point {point} of image {row} is visible at {_numbers(points[row, point])}, outside of the image; "
+        "give shares of its width and height, from 0 to 1, and mark points outside as not visible."
+    )
 
 
 def _sampling(box: Tensor, source: tuple[int, ...], size: tuple[int, int], *, inverse: bool) -> tuple[Tensor, Tensor]:

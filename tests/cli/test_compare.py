@@ -85,6 +85,10 @@ def test_invalid_words_are_rejected(capsys, tmp_path, monkeypatch):
             run(capsys, "compare", "--systems", "demo", "attngan-demo", option, value),
             f"{option[2:]} must be a whole number of at least 1",
         )
+    short = run(capsys, "compare", "--systems", "demo", "stackgan-demo", "--steps", 1)
+    assert_rejected(
+        short, "--steps must be at least 2 with stackgan-demo, whose phases first_stage and glam divide them"
+    )
     none = run(capsys, "compare", "--systems", "demo", "attngan-demo", "--baseline", "stackgan-demo")
     assert_rejected(none, "baseline must be one of 'demo', 'attngan-demo', but it is 'stackgan-demo'")
     assert not list(tmp_path.iterdir())

@@ -106,6 +106,7 @@ def test_a_file_in_place_of_a_caption_is_pointed_to_captions(capsys, model, tmp_
     [
         (["--images", 0], "--images must be at least 1"),
         (["--best-of", 0], "--best-of must be at least 1"),
+        (["--grid", "--scale", 0], "--scale must be at least 1, but it is 0"),
         (["--resolution", 32], "resolution must be one of 8, 16"),
         (["--truncation", 0], "truncation must be above 0"),
         (["--seed", -1], "seed must be a whole number from 0"),

@@ -116,8 +116,11 @@ def test_a_trained_run_draws_the_points_that_are_left_out(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("place", "words", "message"),
     [
-        ("box", ("--box", 0.5, 0.5, 0, 0.5), "--box 0.5 0.5 0 0.5 is empty or outside of the image"),
-        ("box", ("--box", 32, 32, 16, 16), "--box 32 32 16 16 is empty or outside of the image"),
+        ("box", ("--box", 0.5, 0.5, 0, 0.5), "--box: box 0 is empty; width and height must be positive"),
+        ("box", ("--box", 1, 0, 0.5, 0.5), "--box: box 0 is outside of the image, which extends from 0 to 1"),
+        ("box", ("--box", 0, 0, 16, 16), "--box: box 0 seems to be in pixels; divide x and w by the width"),
+        ("box", ("--box", 0, 0, "nan", 1), "--box: box 0 is not finite: (0, 0, nan, 1)."),
+        ("box", ("--box", 0, 0, "inf", 1), "--box: box 0 is not finite: (0, 0, inf, 1)."),
         ("points", ("--box", 0.1, 0.1, 0.5, 0.5), "--box: this model takes --points FILE instead."),
     ],
 )
@@ -126,10 +129,20 @@ def test_invalid_boxes_are_rejected(capsys, saved_models, tmp_path, place, words
     assert_rejected(result, message)
 
 
+def test_points_of_an_editor_that_marks_the_byte_order_are_read(capsys, saved_models, tmp_path):
+    path = tmp_path / "points.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"center": [0.5, 0.5]}).encode())
+    words = ("generate", saved_models / "points", CAPTION, "--points", path, "--out", tmp_path / "f.png")
+    assert run(capsys, *words)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
+        ('{"center": [1' + "0" * 400 + ", 0]}", "'center' must be [x, y], shares of the image from 0 to 1"),
+        ('{"center": [NaN, 0]}', "'center' must be [x, y], shares of the image from 0 to 1"),
         ([], 'must be an object with x and y by name, such as {"center": [0.5, 0.25]}.'),
         ({"leaf": [0.5, 0.5]}, "unknown key point 'leaf'; the model has center, petal 1."),
         (

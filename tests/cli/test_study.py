@@ -104,5 +104,7 @@ def test_invalid_words_are_rejected(capsys, model, other, captions, tmp_path, mo
     assert_rejected(missing, "--captions none.txt cannot be read")
     result = run(capsys, "study", model, "--results", "answers.json")
     assert_rejected(result, "--results summarizes answers to a study that exists", f"{model} was given")
+    none = run(capsys, "study", "--results", "--out", tmp_path)
+    assert_rejected(none, "--results needs one or more files of answers, which raters saved from the page")
     assert_rejected(run(capsys, "study", "--results", "answers.json"), "study holds no study: key.json is missing")
     assert not (tmp_path / "study").exists()

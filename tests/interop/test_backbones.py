@@ -272,6 +272,12 @@ def folder(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"weight": 3}, tmp_path / "numbers.pth")
     torch.save(nn.Linear(2, 3), tmp_path / "module.pth")
+    write({**state, name: state[name].to_sparse()}, tmp_path / "sparse.pth")
+    write({**state, name: state[name].to("meta")}, tmp_path / "meta.pth")
+    write({**state, name: state[name].to(torch.int8)}, tmp_path / "quantized.pth")
+    write({}, tmp_path / "empty.pth")
+    write({7: state[name]}, tmp_path / "nameless.pth")
+    (tmp_path / "nothing_in_it.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     return tmp_path
@@ -282,16 +288,22 @@ def folder(tmp_path):
     [
         ("conv", "nothing.pth", r"weights='.*nothing\.pth' do not exist; expected a file \.safetensors"),
         ("conv", "nan.pth", r"'blocks\.0\.0\.weight' in .*nan\.pth holds values that are not finite"),
-        ("conv", "shape.pth", r"'blocks\.0\.0\.weight' in .* is \(1, 3, 4, 4\), but \(32, 3, 4, 4\) in ConvBackbone"),
-        ("conv", "missing.pth", r"another network than ConvBackbone: 1 tensors are missing, such as 'blocks\.0\.0\.w"),
+        ("conv", "shape.pth", r"'blocks\.0\.0\.weight' in .* is \(1, 3, 4, 4\), but \(32, 3, 4, 4\) in 'conv'"),
+        ("conv", "missing.pth", r"another network than 'conv': 1 tensors are missing, such as 'blocks\.0\.0\.w"),
         ("conv", "unknown.pth", r"1 tensors are unknown, such as 'head\.weight'"),
         (
             "conv",
             "other.safetensors",
-            r"network than ConvBackbone: 24 tensors are missing, .*; \d+ tensors are",
+            r"network than 'conv': 24 tensors are missing, .*; \d+ tensors are",
         ),
-        ("conv", "list.pth", r"list\.pth holds a list, not a state_dict of named tensors"),
-        ("conv", "numbers.pth", r"its entry 'weight' is a int, not a tensor"),
+        ("conv", "list.pth", r"list\.pth holds no state_dict of named tensors; its content is of the type list"),
+        ("conv", "empty.pth", r"empty\.pth holds no state_dict of named tensors; its content is empty"),
+        ("conv", "numbers.pth", r"its entry 'weight' is of the type int"),
+        ("conv", "nameless.pth", r"holds no state_dict of named tensors: its entry 7 is of the type Tensor"),
+        ("conv", "sparse.pth", r"'blocks\.0\.0\.weight' in .* is sparse or has no values; save dense tensors"),
+        ("conv", "meta.pth", r"'blocks\.0\.0\.weight' in .* is sparse or has no values; save dense tensors"),
+        ("conv", "quantized.pth", r"is torch\.int8, but torch\.float32 in 'conv'; save weights that are not quantized"),
+        ("conv", "nothing_in_it.pth", r"cannot be read as weights \(.+\); expected"),
         (
             "conv",
             "module.pth",
@@ -299,9 +311,9 @@ def folder(tmp_path):
         ),
         ("conv", "text.pth", r"text\.pth cannot be read as weights"),
         ("conv", "text.safetensors", r"text\.safetensors cannot be read as weights"),
-        ("resnet18", "other.safetensors", r"holds the weights of another network than _Trunk"),
-        ("mobilenet_v3_small", "other.safetensors", r"holds the weights of another network than MobileNetV3"),
-        ("timm:resnet10t", "other.safetensors", r"holds the weights of another network than ResNet"),
+        ("resnet18", "other.safetensors", r"holds the weights of another network than 'resnet18'"),
+        ("mobilenet_v3_small", "other.safetensors", r"holds the weights of another network than 'mobilenet_v3_small'"),
+        ("timm:resnet10t", "other.safetensors", r"holds the weights of another network than 'timm:resnet10t'"),
     ],
 )
 def test_files_that_do_not_fit_are_named(folder, name, file, message):
@@ -339,6 +351,13 @@ class Returns(nn.Module):
     [
         (Returns(lambda x: x.mean()), r"must return a map \(B, C, h, w\), tokens \(B, N, C\) or ImageFeatures"),
         (Returns(lambda x: [x]), r"but it returned a list; wrap it in a Module that does"),
+        (Returns(lambda x: (x, x)), r"but it returned a tuple; wrap it in a Module that does"),
+        (Returns(lambda x: x.long()), r"must return floats of each image, .* but of 2 images it returned torch\.int64"),
+        (Returns(lambda x: x[:1]), r"with at least one position, but of 2 images it returned .*\(1, 3, 224, 224\)"),
+        (Returns(lambda x: x[:, :, :0]), r"but of 2 images it returned torch\.float32 \(2, 3, 0, 224\)"),
+        (Returns(lambda x: ImageFeatures(x.mean((2, 3)), x)), r"or ImageFeatures, but it returned \(2, 3\)"),
+        (Returns(lambda x: ImageFeatures(x, x)), r"image feature that the model Returns returns must be \(B, D\), but"),
+        (Returns(lambda x: ImageFeatures(x, [x])), r"\(B, D\), but of 2 images it is of the type list"),
         (Returns(lambda x: x / 0), r"features that Returns computes of blank images are not all finite"),
         (
             nn.Conv2d(1, 4, 3),
@@ -366,6 +385,21 @@ def test_images_on_another_device_are_named():
         (r"not '\?'; for a network of timm, write 'timm:' before its name", lambda: build_backbone("?")),
         (r"timm has no network 'resnt18'; did you mean 'timm:resnet18'\?", lambda: build_backbone("timm:resnt18")),
         (r"backbone must be a name or a Module, but it is 3", lambda: build_backbone(3)),
+        (r"trainable must be True, False or None, but it is 'yes'", lambda: build_backbone("conv", trainable="yes")),
+        (
+            r"torchvision has no weights 'IMAGENET1K_V9' of 'resnet18'; use 'DEFAULT', 'IMAGENET1K_V1', or the path of",
+            lambda: build_backbone("resnet18", "IMAGENET1K_V9"),
+        ),
+        (r"has no weights 'best' of 'mobilenet_v3_small'", lambda: build_backbone("mobilenet_v3_small", "best")),
+        (
+            r"build_backbone: the backbone 'conv' cannot be used, with the input_size that you gave: .* at least 16 pi",
+            lambda: build_backbone("conv", input_size=8),
+        ),
+        (r"checksum: model must be an nn\.Module, but it is a int", lambda: checksum(3)),
+        (
+            r"checksum: 'weight' is on the meta device and has no values; load",
+            lambda: checksum(nn.Linear(2, 3, device="meta")),
+        ),
         (
             r"no package with weights of 'resnet18'; weights='package' is for",
             lambda: build_backbone("resnet18", "package"),

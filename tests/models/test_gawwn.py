@@ -175,10 +175,53 @@ def test_data_without_the_places_are_refused(place, boxes, points, message):
 @PLACES
 def test_other_locations_are_refused(place):
     other = locations("points" if place == "box" else "box")
-    with pytest.raises(ValueError, match=r"box must be|points must be"):
-        make(place).generate(CAPTIONS, location=other)
-    with pytest.raises(ValueError, match="batch sizes disagree"):
-        make(place).generate(CAPTIONS, location=locations(place, 2))
+    model, given = make(place), locations(place)
+    with pytest.raises(ValueError, match=r"GAWWN\.generate: (box|location) must be"):
+        model.generate(CAPTIONS, location=other)
+    for wrong in (locations(place, 2), given[0, ..., 0]):
+        with pytest.raises(
+            ValueError, match=r"GAWWN\.generate: location must have a row for each caption, \(3, \.\.\.\)"
+        ):
+            model.generate(CAPTIONS, location=wrong)
+    with pytest.raises(
+        ValueError, match=r"GAWWN\.interpolate: location must have a row for each caption, \(1, \.\.\.\)"
+    ):
+        model.interpolate(*CAPTIONS[:2], location=locations(place, 2))
+    with pytest.raises(ValueError, match=r"GAWWN\.best_seeds: location must be a tensor, but it is a list"):
+        model.generate(CAPTIONS, best_of=2, location=given.tolist())
+    with pytest.raises(ValueError, match=r"GAWWN\.generate: location must be a tensor, but it is a ndarray"):
+        model.generate(CAPTIONS, location=given.numpy())
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("box", lambda box: box[1, 2:].zero_(), r"box 1 is empty"),
+        ("box", lambda box: box[1].fill_(torch.nan), r"box 1 is not finite"),
+        ("box", lambda box: box.mul_(32), r"box 0 seems to be in pixels"),
+        ("points", lambda points: points[1, 2, :2].fill_(3), r"point 2 of image 1 is visible at \(3, 3\), outside"),
+        ("points", lambda points: points[1, 2, 0].fill_(torch.nan), r"point 2 of image 1 is visible at \(nan, "),
+        ("points", lambda points: points[1, 2, 2].fill_(torch.nan), r"the visibility of point 2 of image 1 is not a"),
+    ],
+)
+def test_values_are_checked_before_a_location_is_moved_to_the_model(place, change, message, monkeypatch):
+    location = locations(place)
+    change(location)
+    model = make(place)
+    # As on a GPU, where reading values would force a synchronization.
+    monkeypatch.setattr(type(model), "images", None)
+    monkeypatch.setattr(type(model), "complete_location", None)
+    with pytest.raises(ValueError, match=r"GAWWN\.generate: " + message):
+        model.generate(CAPTIONS, location=location)
+
+
+def test_whole_numbers_are_a_location():
+    whole = torch.tensor([[0, 0, 1, 1]])
+    model = make("box")
+    assert_close(
+        model.generate(CAPTIONS[0], seed=0, location=whole),
+        model.generate(CAPTIONS[0], seed=0, location=whole.double()),
+    )
 
 
 @PLACES

@@ -11,7 +11,9 @@ from mirror_modules import MirrorGAN, MirrorGANConfig, Vocabulary
 from mirror_modules.glam.stages import DoublingConv2d
 from mirror_modules.models import (
     PPGN,
+    AttnGAN,
     AttnGANConfig,
+    EncoderPair,
     GANIntCLSConfig,
     ModelConfig,
     PPGNConfig,
@@ -209,10 +211,42 @@ def test_the_config_must_be_that_of_the_system():
         MirrorGAN(CONFIGS["attngan"], VOCABULARY)
 
 
-@pytest.mark.parametrize("call", ["generate", "generate_stages"])
-def test_a_location_is_refused_where_it_has_no_effect(call):
-    with pytest.raises(ValueError, match="AttnGAN: location has no effect on this system; leave it out"):
-        getattr(make("attngan"), call)("a red flower", location=torch.rand(1, 4))
+@pytest.mark.parametrize("system", ["attngan", "ppgn"])
+def test_a_location_is_refused_where_it_has_no_effect(system):
+    model, location = make(system), torch.rand(1, 4)
+    encoded = VOCABULARY.encode(CAPTIONS[:1])
+    noise = torch.randn(1, 3), torch.randn(1, model.config.condition_noise_dim)
+    for call in (
+        lambda: model.generate("a red flower", location=location),
+        lambda: model.generate_stages("a red flower", location=location),
+        lambda: model.best_seeds("a red flower", 2, location=location),
+        lambda: model.interpolate("a red flower", "a white flower", location=location),
+        lambda: model(*encoded, location=location),
+        lambda: sample_latents(model, *encoded, *noise, steps=1, location=location),
+    ):
+        with pytest.raises(ValueError, match="location has no effect on this system; leave it out"):
+            call()
+
+
+def test_the_vocabulary_must_be_one():
+    with pytest.raises(ValueError, match=r"vocabulary must be a Vocabulary, but it is a list; Vocabulary\.build"):
+        AttnGAN(CONFIGS["attngan"], ["a", "red", "flower"])
+    with pytest.raises(ValueError, match=r"EncoderPair: config must be that of a system, such as .*, not {}"):
+        EncoderPair({}, 7)
+
+
+def test_latents_are_sampled_with_a_captioner_and_noise_for_each_caption(tmp_path):
+    model = make("attngan")
+    encoded, noise = VOCABULARY.encode(CAPTIONS[:2]), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="sample_latents: batch sizes disagree"):
+        sample_latents(model, *encoded, noise, torch.randn(1, model.config.condition_noise_dim))
+    with pytest.raises(ValueError, match="sample_latents: noise must be a tensor, but it is a list"):
+        sample_latents(model, *encoded, [0.5], noise)
+    model.save_pretrained(tmp_path)
+    without = TextToImage.from_pretrained(tmp_path, only="images")
+    for wrong in (without, model.generator):
+        with pytest.raises(ValueError, match="sample_latents: model must be a text-to-image system with its captioner"):
+            sample_latents(wrong, *encoded, noise, noise)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +258,9 @@ def test_a_location_is_refused_where_it_has_no_effect(call):
         (StackGANConfig, {"resolutions": (32, 16)}, r"StackGANConfig: resolutions must be two image sizes"),
         (StackGANv2Config, {"channels": 6}, r"StackGANv2Config: channels=6 cannot be halved .* a multiple of 4"),
         (PPGNConfig, {"channels": 6}, r"PPGNConfig: channels=6 cannot be halved"),
+        (PPGNConfig, {"sampling_steps": 0}, r"PPGNConfig: sampling_steps must be a whole number of at least 1"),
+        (PPGNConfig, {"sampling_step_size": -0.5}, r"PPGNConfig: sampling_step_size must be 0 or more, but it is -0.5"),
+        (PPGNConfig, {"prior_weight": float("nan")}, r"PPGNConfig: prior_weight must be a finite number"),
         (AttnGANConfig, {"resolutions": ()}, r"AttnGANConfig: resolutions is empty"),
     ],
 )

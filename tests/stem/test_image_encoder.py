@@ -34,6 +34,19 @@ class Means(nn.Module):
         return ImageFeatures(images.mean(dim=3).mT, images.mean(dim=(2, 3)))
 
 
+class Returns(nn.Module):
+    """A backbone that returns the same for all images."""
+
+    region_dim = 3
+
+    def __init__(self, result, image_dim=3):
+        super().__init__()
+        self.result, self.image_dim = result, image_dim
+
+    def forward(self, images):
+        return self.result
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (64, 37), (31, 64)])
 def test_conv_backbone_accepts_odd_sizes(height, width):
     backbone = ConvBackbone(CHANNELS)
@@ -200,8 +213,19 @@ def test_another_network_is_built_by_interop():
         (r"ImageEncoder: weights need the name of a backbone", lambda: ImageEncoder(Means(), weights="DEFAULT")),
         (r"ImageEncoder: feature_dim must be a whole number", lambda: ImageEncoder(Means(), 0)),
         (
-            r"backbone Identity must have its size in an int attribute `region_dim`",
+            r"Identity must declare the size of its features as a positive int `region_dim`, but that is None; interop",
             lambda: ImageEncoder(nn.Identity()),
+        ),
+        (r"positive int `image_dim`, but that is -1", lambda: ImageEncoder(Returns(None, image_dim=-1))),
+        (r"positive int `image_dim`, but that is True", lambda: ImageEncoder(Returns(None, image_dim=True))),
+        (
+            r"ImageEncoder: Returns must return its features in a field `regions`, \(B, R, 3\) as it declares, .* it "
+            r"returned an object of the type tuple",
+            lambda: ImageEncoder(Returns((torch.zeros(2, 5, 3), torch.zeros(2, 3))))(draw()),
+        ),
+        (
+            r"in a field `image`, \(B, 3\) as it declares, such as `ImageFeatures`, but it returned \(2, 4\)",
+            lambda: ImageEncoder(Returns(ImageFeatures(torch.zeros(2, 5, 3), torch.zeros(2, 4))))(draw()),
         ),
         (
             r"ImageEncoder: images must be \(B, 3, H, W\), but they are \(2, 17, 23\)",

@@ -205,6 +205,8 @@ def test_errors_of_forward(message, tokens, mask):
         (r"vocabulary_size must be a whole number of at least 1, but it is 0", {"vocabulary_size": 0}),
         (r"embedding_dim must be a whole number", {"vocabulary_size": V, "embedding_dim": -1}),
         (r"feature_dim must be even, half for each direction, but it is 7", {"vocabulary_size": V, "feature_dim": 7}),
+        (r"dropout must be a probability from 0 to 1, but it is 2", {"vocabulary_size": V, "dropout": 2}),
+        (r"dropout must be a finite number, but it is nan", {"vocabulary_size": V, "dropout": float("nan")}),
     ],
 )
 def test_errors_of_the_constructor(message, options):

@@ -22,6 +22,19 @@ class Means(nn.Module):
         return ImageFeatures(images.mean(dim=3).mT, images.mean(dim=(2, 3)))
 
 
+class Returns(nn.Module):
+    """An image encoder that returns any result of the images."""
+
+    image_dim = 3
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def forward(self, images):
+        return self.result(images)
+
+
 def make(image_encoder=None, sharpness=1.0, image_skip=False):
     sizes = {"embedding_dim": EMBEDDING, "hidden_dim": HIDDEN}
     captioner = Captioner(image_encoder or Means(), V, **sizes, image_skip=image_skip)
@@ -262,8 +275,17 @@ def test_invalid_inputs_raise(message, images, tokens, mask):
     ("message", "call"),
     [
         (
-            r"Captioner: the image_encoder Identity must declare .* as an int `image_dim`",
+            r"Captioner: Identity must declare the size of its features as a positive int `image_dim`, but that is",
             lambda: Captioner(nn.Identity(), V),
+        ),
+        (
+            r"Captioner: Returns must return its features in a field `image`, \(B, 3\) as it declares, .* it returned "
+            r"an object of the type tuple",
+            lambda: Captioner(Returns(lambda images: (images, images)), V)(*draw()),
+        ),
+        (
+            r"field `image`, \(B, 3\) as it declares, such as `ImageFeatures`, but it returned \(3, 3, 8, 9\)",
+            lambda: Captioner(Returns(lambda images: ImageFeatures(images, images)), V)(*draw()),
         ),
         (r"Captioner: vocabulary_size must be a whole number", lambda: Captioner(Means(), 0)),
         (r"Captioner: hidden_dim must be a whole number", lambda: Captioner(Means(), V, hidden_dim=0)),

@@ -14,7 +14,7 @@ from mirror_modules.training import engine
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.loop import load_pair, train
-from mirror_modules.training.recipes import EvaluatorRecipe, get_recipe
+from mirror_modules.training.recipes import EvaluatorRecipe, Recipe, get_recipe
 from tests.runs import make_tiny_recipe
 
 timm = pytest.importorskip("timm")
@@ -142,6 +142,31 @@ def test_a_second_evaluator_may_be_added_to_a_finished_run(run_copy, tiny_recipe
     assert run_copy.read_recipe().second_evaluator == second
     with pytest.raises(ValueError, match=r"unknown phase 'second_evaluator'.* needs the recipe's field second_"):
         train(tiny_recipe, run_copy.path, phases=["second_evaluator"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model": {"image_backbone": {"name": "inception_v3", "input_size": 16}}},
+            r"the backbone 'inception_v3' of phase 'stem', with input_size=16, fails on images of 16 pixels \(.*\); "
+            r"use a larger input_size, or leave it out",
+        ),
+        (
+            {"evaluator": {"backbone": {"name": "inception_v3", "input_size": 16}}},
+            r"the backbone 'inception_v3' of phase 'evaluator', with input_size=16, fails",
+        ),
+        (
+            {"model": {"captioner_backbone": {"name": "inception_v3", "input_size": 16}}},
+            r"the backbone 'inception_v3' of phase 'stream', with input_size=16, fails",
+        ),
+    ],
+)
+def test_an_input_size_too_small_for_a_backbone_is_named_before_training(fields, message, tmp_path):
+    recipe = Recipe.from_dict(fields, make_tiny_recipe())
+    with pytest.raises(ValueError, match=message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_the_packages_the_ways_out_are_named(tmp_path, monkeypatch):

@@ -206,6 +206,12 @@ def test_differences_are_harmless_only_in_logging_and_length():
     assert list(differences(old, dataclasses.replace(old, stem=stem))) == [
         (f"stem.steps is {old.stem.steps} there and 1 now", False)
     ]
+    # The second stage is trained on top of the last step of the first.
+    old = get_recipe("stackgan-demo")
+    first_stage = dataclasses.replace(old.first_stage, steps=1)
+    assert list(differences(old, dataclasses.replace(old, first_stage=first_stage))) == [
+        (f"first_stage.steps is {old.first_stage.steps} there and 1 now", False)
+    ]
 
 
 def test_an_unknown_section_is_rejected():

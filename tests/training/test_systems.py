@@ -3,19 +3,30 @@
 import copy
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
 from mirror_modules.adversarial import AdversarialWeights
 from mirror_modules.data import CaptionBatch
 from mirror_modules.evaluation.evaluation import evaluate
-from mirror_modules.models import EncoderPair, TextToImage, build_model
+from mirror_modules.glam import GeneratedImages
+from mirror_modules.models import (
+    EncoderPair,
+    GANIntCLS,
+    GANIntCLSConfig,
+    TextToImage,
+    build_model,
+    register_system,
+    registry,
+)
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import engine
 from mirror_modules.training.folder import RunFolder
@@ -466,3 +477,91 @@ def test_weights_of_ones_own_reach_the_losses(monkeypatch):
     real, fake = discriminator(parts[0].real[0], text), discriminator(generated[0].images[0].detach(), text)
     expected = softplus(-real.consistency).mean() + softplus(fake.consistency).mean()
     assert_close(losses["discriminator_8"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def own_systems(monkeypatch):
+    """A function that registers a variant of GAN-INT-CLS, and returns the tiny recipe of it."""
+    monkeypatch.setattr(registry, "_SYSTEMS", dict(registry._SYSTEMS))
+
+    def make(system_changes, config_changes):
+        base = make_tiny_recipe("gan-int-cls-demo")
+        config_type = dataclasses.dataclass(frozen=True)(
+            type("OwnConfig", (GANIntCLSConfig,), {"system": "own", **config_changes})
+        )
+        register_system(type("Own", (GANIntCLS,), {"config_type": config_type, **system_changes}))
+        sizes = {each.name: getattr(base.model, each.name) for each in dataclasses.fields(base.model)}
+        return dataclasses.replace(base, model=config_type(**sizes))
+
+    return make
+
+
+def small_images(self, noise, samples, *_, **__):
+    (images,) = self.generator(noise, samples[0]).images
+    return GeneratedImages([images[..., ::2, ::2]], [], [])
+
+
+def reads_values(self, sentence, noise):
+    return [self.conditioning(sentence) * float(sentence.sum() >= 0)]
+
+
+@pytest.mark.parametrize(
+    ("system", "config", "message"),
+    [
+        ({"build": lambda self, config: None}, {}, r"the generator has no weights; define its parts as attributes in"),
+        (
+            {"discriminators": lambda self, phase: []},
+            {},
+            r"must return one for each of config\.trained_resolutions, \(16,\), but there are 0",
+        ),
+        (
+            {"discriminators": lambda self, phase: [nn.Linear(3, 3)]},
+            {},
+            r"fails on a batch of 2 captions \(AttributeError: 'Linear' object has no attribute 'features'",
+        ),
+        ({"conditions": lambda self, sentence, noise: None}, {}, r"fails on a batch of 2 captions \(TypeError: "),
+        ({"images": lambda self, noise, samples, words: None}, {}, r"fails on a batch of 2 captions \(TypeError: "),
+        ({"images": lambda self, noise, *_: noise}, {}, r"\(AttributeError: 'Tensor' object has no attribute 'images'"),
+        (
+            {"images": small_images},
+            {},
+            r"images must return images \(B, 3, size, size\) of the sizes \(16,\), .* are \[\(2, 3, 8, 8\)\]",
+        ),
+        (
+            {"discriminator_text": lambda self, sentence, conditions: sentence[:, 1:]},
+            {},
+            r"\(ValueError: PairedDiscriminator: sentence has 9 features",
+        ),
+        ({}, {"weighting": lambda self, phase: "paperr"}, r"\(ValueError: generator_loss: weighting must be"),
+    ],
+)
+def test_mistakes_in_a_system_of_ones_own_are_found_before_anything_is_trained(
+    own_systems, system, config, message, tmp_path
+):
+    recipe = own_systems(system, config)
+    with pytest.raises(ValueError, match=r"the system 'own' in phase 'glam'.*" + message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_system_of_ones_own_may_read_values(own_systems, tmp_path):
+    recipe = own_systems({"conditions": reads_values}, {})
+    folder = train(recipe, tmp_path / "run", phases=["stem", "stream", "glam"])
+    assert TextToImage.from_pretrained(folder.model).config.system == "own"
+
+
+def test_a_system_is_trained_in_known_phases(own_systems):
+    for phases in ((), ("first_stage",), ("glam", "third_stage")):
+        with pytest.raises(ValueError, match=r"adversarial_phases of the system 'own' must be \('glam',\) or"):
+            own_systems({}, {"adversarial_phases": phases})
+
+
+def test_configurations_of_ones_own_have_fields_of_any_type(own_systems):
+    types = {"names": tuple, "widths": dict[str, int], "anything": Any}
+    recipe = own_systems({}, {"__annotations__": types, "names": (), "widths": None, "anything": 3})
+    fields = {"names": ["a", "b"], "widths": {"first": 3}, "anything": None}
+    model = Recipe.from_dict({"model": fields}, recipe).model
+    assert (model.names, model.widths, model.anything) == (("a", "b"), {"first": 3}, None)
+    for name, message in (("names", "of type tuple"), ("widths", r"of type dict\[str, int\]")):
+        with pytest.raises(ValueError, match=rf"model\.{name} must be {message}, but it is 3"):
+            Recipe.from_dict({"model": {name: 3}}, recipe)

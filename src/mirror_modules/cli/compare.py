@@ -89,6 +89,11 @@ def _with_steps(recipe: Recipe, steps: int) -> Recipe:
 
     changes: dict[str, Any] = {}
     of_generator = [phase for phase in recipe.phases if phase in ADVERSARIAL_PHASES]
+    if 0 < steps < len(of_generator):
+        raise ValueError(
+            f"--steps must be at least {len(of_generator)} with {recipe.name}, whose phases "
+            f"{' and '.join(of_generator)} divide them, but it is {steps}."
+        )
     before, rest = sum(recipe.phase(phase).steps for phase in of_generator), steps
     for phase in recipe.phases:
         own = steps

@@ -63,8 +63,8 @@ def generate(arguments: list[str]) -> None:
     """Run `mirror-modules generate`."""
     options: GenerateOptions = parse(GenerateOptions, arguments, "generate", positional=("model_dir", "caption"))
     captions = _captions(options)
-    for name in ("images", "best_of"):
-        if (number := getattr(options, name)) < 1:
+    for name in ("images", "best_of", "scale"):
+        if (number := getattr(options, name)) is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but it is {number}.")
     if not options.grid and (options.no_captions or options.scale is not None):
         name = "--no-captions" if options.no_captions else "--scale"

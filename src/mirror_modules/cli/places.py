@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirror_modules._placing import check_box
 from mirror_modules.models import TextToImage
 from mirror_modules.models.gawwn import HIDDEN
 
@@ -36,22 +36,18 @@ def read_location(model: TextToImage, box: Sequence[float] | None, points: Path 
     if points is not None:
         return _read_points(points, getattr(model.config, "point_names", ()))
     location = torch.tensor([list(box or ())])
-    x, y, width, height = location[0].tolist()
-    if not (width > 0 and height > 0 and x < 1 and y < 1 and x + width > 0 and y + height > 0):
-        raise ValueError(
-            f"--box {x:g} {y:g} {width:g} {height:g} is empty or outside of the image; give left, top, width and "
-            "height as shares of the image, such as 0.5 0.25 0.4 0.4."
-        )
+    check_box("--box", location)
     return location
 
 
 def _read_points(path: Path, names: Sequence[str]) -> Tensor:
     """Key points from a JSON file with x and y by name, null for a hidden one; those not in it are missing."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a byte order mark.
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"--points {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--points {path} is not JSON ({error}).") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(
@@ -72,4 +68,4 @@ def _read_points(path: Path, names: Sequence[str]) -> Tensor:
 
 def _is_place(place: Any) -> bool:
     is_pair = isinstance(place, list) and len(place) == 2
-    return is_pair and all(type(part) in (int, float) and math.isfinite(part) and 0 <= part <= 1 for part in place)
+    return is_pair and all(type(part) in (int, float) and 0 <= part <= 1 for part in place)

@@ -51,6 +51,8 @@ def study(arguments: list[str]) -> None:
     if options.results:
         _summarize(options)
         return
+    if "--results" in arguments:
+        raise ValueError("--results needs one or more files of answers, which raters saved from the page.")
     from mirror_modules.evaluation import make_study
 
     made = make_study(

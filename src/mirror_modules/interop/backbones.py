@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mirror_modules._checks import check_positive, shape_of
+from mirror_modules.interop.adapters import check_module
 from mirror_modules.interop.image_encoders import ImageEncoderAdapter
 from mirror_modules.interop.pixels import Interpolation, Preprocess
 from mirror_modules.stem import ConvBackbone, TorchvisionBackbone
@@ -106,6 +107,8 @@ def build_backbone(
     """
     if input_size is not None:
         check_positive(OWNER, input_size=input_size)
+    if trainable is not None and not isinstance(trainable, bool):
+        raise ValueError(f"{OWNER}: trainable must be True, False or None, but it is {trainable!r}.")
     is_trainable = weights is None if trainable is None else trainable
     if isinstance(backbone, nn.Module):
         return _of_module(backbone, weights, input_size, layer, trainable)
@@ -136,14 +139,20 @@ def build_backbone(
 def checksum(module: nn.Module) -> str:
     """SHA-256 over the type, shape and bytes of all tensors of a Module's state, in its order, without their names.
 
+    Raises:
+        ValueError: It is no Module, or on the meta device, where its tensors have no values.
+
     Examples:
         >>> from torch import nn
         >>> from mirror_modules.interop import checksum
         >>> checksum(nn.Identity())[:8]
         'e3b0c442'
     """
+    check_module("checksum", module)
     digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
+    for name, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"checksum: {name!r} is on the meta device and has no values; load the weights first.")
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         # NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -182,11 +191,11 @@ def _of_conv(weights: str | None, input_size: int | None, trainable: bool) -> nn
                 f"{OWNER}: the backbone 'conv' has no published weights ({weights!r}); use weights=None, or the path "
                 "of a file with the state_dict of a ConvBackbone."
             )
-        _load(backbone, _read_file(weights), weights)
+        _load("conv", backbone, weights)
     if trainable and input_size is None:
         return backbone
     # Pretrained networks expect bicubic resizing; this one trains from scratch.
-    return ImageEncoderAdapter(backbone, _resized(input_size, "bilinear"), trainable=trainable)
+    return _adapted("conv", backbone, _resized(input_size, "bilinear"), None, trainable)
 
 
 def _resized(input_size: int | None, interpolation: Interpolation = "bicubic") -> Preprocess | None:
@@ -211,14 +220,22 @@ def _of_torchvision(name: str, weights: str | None, input_size: int | None, trai
         raise _no_package(name)
     path = weights if weights is not None and _is_path(weights) else None
     published = None if path else weights
+    if published is not None:
+        # Also named as in torchvision's examples: ResNet18_Weights.IMAGENET1K_V1.
+        known = ["DEFAULT", *(each.name for each in models.get_model_weights(name))]
+        if published.rpartition(".")[2] not in known:
+            raise ValueError(
+                f"{OWNER}: torchvision has no weights {published!r} of {name!r}; use {', '.join(map(repr, known))}, or "
+                f"the path of a file ({', '.join(SUFFIXES)})."
+            )
     if name == "inception_v3" or name.startswith("resnet"):
         backbone = _published(name, published, lambda: TorchvisionBackbone(name, published, resize_to=input_size))
         if path:
-            _load(backbone.network, _read_file(path), path, skipped=("fc.", "AuxLogits."))
+            _load(name, backbone.network, path, skipped=("fc.", "AuxLogits."))
         return backbone if trainable else ImageEncoderAdapter(backbone)
     network = _published(name, published, lambda: models.get_model(name, weights=published))
     if path:
-        _load(network, _read_file(path), path)
+        _load(name, network, path)
     preprocess = None if input_size is None else Preprocess.imagenet((input_size, input_size))
     return _adapted(name, network, preprocess, None, trainable)
 
@@ -252,7 +269,7 @@ def _of_timm(name: str, weights: str | None, input_size: int | None, layer: int 
         if weights is not None and not is_published:
             classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
             skipped = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-            _load(network, _read_file(weights), weights, skipped=tuple(f"{each}." for each in skipped))
+            _load(name, network, weights, skipped=tuple(f"{each}." for each in skipped))
     preprocess = None
     if input_size is not None:
         preprocess = {**(getattr(network, "pretrained_cfg", None) or {}), "input_size": (3, input_size, input_size)}
@@ -333,21 +350,26 @@ def _read_file(path: str) -> dict[str, Tensor]:
     except ImportError:
         raise
     except Exception as error:
-        # A damaged or foreign file may raise any exception.
+        # A damaged or foreign file may raise any exception, also one without a text.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{OWNER}: {path} cannot be read as weights ({' '.join(str(error).split())[:200]}); expected a safetensors "
-            "file, or a state_dict of tensors that torch.save wrote."
+            f"{OWNER}: {path} cannot be read as weights ({reason}); expected a safetensors file, or a state_dict of "
+            "tensors that torch.save wrote."
         ) from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{OWNER}: {path} holds a {type(content).__name__}, not a state_dict of named tensors.")
+        what = "is empty" if isinstance(content, Mapping) else f"is of the type {type(content).__name__}"
+        raise ValueError(f"{OWNER}: {path} holds no state_dict of named tensors; its content {what}.")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{OWNER}: {path} is not a state_dict: its entry {name!r} is a {type(tensor).__name__}, not a tensor."
+                f"{OWNER}: {path} holds no state_dict of named tensors: its entry {name!r} is of the type "
+                f"{type(tensor).__name__}."
             )
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(f"{OWNER}: {name!r} in {path} is sparse or has no values; save dense tensors.")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -381,25 +403,31 @@ def load_in_order(network: nn.Module, state: Mapping[str, Tensor], source: str) 
     network.load_state_dict(dict(zip(expected, state.values())))
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], source: str, *, skipped: tuple[str, ...] = ()) -> None:
-    """Load tensors by name, without the classifier, whose names begin with `skipped`."""
-    expected = network.state_dict()
-    state = {name: each for name, each in state.items() if name in expected or not name.startswith(skipped or ("\0",))}
+def _load(backbone: str, network: nn.Module, source: str, *, skipped: tuple[str, ...] = ()) -> None:
+    """Load tensors from a file by name, without the classifier, whose names begin with `skipped`."""
+    expected, state = network.state_dict(), _read_file(source)
+    state = {name: each for name, each in state.items() if name in expected or not name.startswith(skipped)}
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
-    kind = type(network).__name__
     if missing or unknown:
         parts = [
             f"{len(names)} tensors are {what}, such as {names[0]!r}"
             for names, what in ((missing, "missing"), (unknown, "unknown"))
             if names
         ]
-        raise ValueError(f"{OWNER}: {source} holds the weights of another network than {kind}: {'; '.join(parts)}.")
+        raise ValueError(
+            f"{OWNER}: {source} holds the weights of another network than {backbone!r}: {'; '.join(parts)}."
+        )
     for name, own in expected.items():
         if state[name].shape != own.shape:
             raise ValueError(
-                f"{OWNER}: {name!r} in {source} is {shape_of(state[name])}, but {shape_of(own)} in {kind}; the file "
-                "belongs to a network of another size."
+                f"{OWNER}: {name!r} in {source} is {shape_of(state[name])}, but {shape_of(own)} in {backbone!r}; the "
+                "file belongs to a network of another size."
+            )
+        if state[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(
+                f"{OWNER}: {name!r} in {source} is {state[name].dtype}, but {own.dtype} in {backbone!r}; save weights "
+                "that are not quantized."
             )
     _check_finite(state, source)
     network.load_state_dict(state)

@@ -205,7 +205,8 @@ class ImageEncoderAdapter(Adapter):
         pixels = self.preprocess(images).to(images.dtype)
         try:
             output = self._read(self.model, pixels)
-            if isinstance(output.features, Tensor) and output.features.ndim == 2 and self._read is _read_module:
+            is_vector = _is_of_batch(output.features, pixels) and output.features.ndim == 2 and output.pooled is None
+            if is_vector and self._read is _read_module:
                 self.model, self._read = _trunk_of(self.model, pixels), _read_trunk
                 output = self._read(self.model, pixels)
         except FAILURES as error:
@@ -221,12 +222,29 @@ class ImageEncoderAdapter(Adapter):
                 f"{owner}: the model {type(model).__name__} must return a map (B, C, h, w), tokens (B, N, C) or "
                 f"ImageFeatures, but it returned {came}; wrap it in a Module that does."
             )
+        _check_output(owner, model, output, len(images))
         if output.features.device.type != "meta" and not bool(output.features.isfinite().all()):
             raise ValueError(
                 f"{owner}: the features that {type(model).__name__} computes of blank images are not all finite; its "
                 "weights are damaged, or not yet loaded, or its precision is too low."
             )
         return output, pixels
+
+
+def _check_output(owner: str, model: nn.Module, output: _Output, count: int) -> None:
+    """Require float features of `count` images, with at least one position, and a vector of each as pooled output."""
+    features, pooled = output
+    if not features.is_floating_point() or len(features) != count or features.numel() == 0:
+        raise ValueError(
+            f"{owner}: the model {type(model).__name__} must return floats of each image, with at least one position, "
+            f"but of {count} images it returned {features.dtype} {shape_of(features)}."
+        )
+    if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != count):
+        came = shape_of(pooled) if isinstance(pooled, Tensor) else f"of the type {type(pooled).__name__}"
+        raise ValueError(
+            f"{owner}: the image feature that the model {type(model).__name__} returns must be (B, D), but of {count} "
+            f"images it is {came}."
+        )
 
 
 class _Output(NamedTuple):
@@ -382,6 +400,7 @@ def _trunk_of(model: nn.Module, pixels: Tensor) -> nn.Module:
     if not maps:
         raise ValueError(f"{type(model).__name__} has no layer that returns a map (B, C, h, w) or tokens (B, N, C).")
     after = list(values)[list(values).index(maps[-1]) + 1 :]
+    # The output itself is one.
     vector = next(name for name in after if values[name].ndim == 2)
     channels = _regions_of(values[maps[-1]], 0).shape[2]
     # A vector of another size is a map that was flattened without pooling, as in VGG.

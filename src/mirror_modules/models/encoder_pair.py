@@ -19,6 +19,9 @@ class EncoderPair(TypedCall, nn.Module):
             it.
         pretrained: Load the weights that the config of the backbone names; False leaves that to `load_state_dict`.
 
+    Raises:
+        ValueError: `config` is none, a size is not a whole number of at least 1, or the backbone is unsuitable.
+
     Examples:
         >>> import torch
         >>> from mirror_modules import MirrorGANConfig
@@ -39,6 +42,10 @@ class EncoderPair(TypedCall, nn.Module):
         pretrained: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise ValueError(
+                f"EncoderPair: config must be that of a system, such as MirrorGANConfig(), not {config!r}."
+            )
         self.text_encoder = TextEncoder(
             vocabulary_size,
             embedding_dim=config.embedding_dim,

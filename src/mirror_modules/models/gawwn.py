@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._placing import check_points
+from mirror_modules._placing import check_box, check_points, check_visible
 from mirror_modules.adversarial import KeypointDiscriminator, KeypointImageDiscriminator, LocatedDiscriminator
 from mirror_modules.glam import GeneratedImages, KeypointGenerator, KeypointImageGenerator, LocatedGenerator
 from mirror_modules.models.config import ModelConfig, Weighting
@@ -201,6 +201,21 @@ class GAWWN(TextToImage):
             return torch.tensor(UNKNOWN_BOX).repeat(count, 1)
         return boxes.where(boxes.isfinite(), boxes.new_tensor(UNKNOWN_BOX))
 
+    def check_location(self, owner: str, location: Tensor | None, count: int) -> None:
+        """Also require boxes or key points that can be placed; see `TextToImage.check_location`.
+
+        Their values are checked on a CPU only, where a location is before it is moved to the device of the model.
+        """
+        super().check_location(owner, location, count)
+        if location is None:
+            return
+        if self.config.place == "box":
+            check_box(owner, location.float())
+            return
+        check_points(owner, "location", location, len(self.config.point_names), MAP_SIZE)
+        if location.ndim == 3:
+            check_visible(owner, location[..., :2], location[..., 2])
+
     def complete_location(self, location: Tensor | None, sentence: Tensor, noise: Tensor) -> Tensor | None:
         """The key points, with those that are missing drawn from the sentence; see `TextToImage.complete_location`.
 
@@ -210,7 +225,6 @@ class GAWWN(TextToImage):
             return location
         if location is None:
             location = self.locate(None, None, len(sentence)).to(sentence)
-        check_points("GAWWN", "points", location, len(self.config.point_names), MAP_SIZE)
         if location.ndim == 4:
             # Maps of key points, which show the visible ones and none that is missing.
             return location

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mirror_modules._checks import check_batch, check_number, check_positive, check_tensors
 from mirror_modules._freezing import evaluating
 from mirror_modules.adversarial import AdversarialWeights
 from mirror_modules.glam import CascadedGenerator, GeneratedImages
@@ -24,7 +25,8 @@ class PPGNConfig(NarrowingConfig):
     """Sizes and options of a `PPGN`; the default sizes are those of StackGAN++ without text.
 
     Raises:
-        ValueError: `resolutions` is empty, or `channels` cannot be halved from stage to stage.
+        ValueError: `resolutions` is empty, `channels` cannot be halved from stage to stage, or an option of sampling is
+            out of range.
 
     Examples:
         >>> from mirror_modules.models import PPGNConfig
@@ -42,6 +44,16 @@ class PPGNConfig(NarrowingConfig):
     """Mean absolute change of a latent in the first update; it decreases linearly to 0."""
     prior_weight: float = 0.1
     """Weight of the pull to standard normal latents, where the gradient of the log likelihood of the caption has 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = "PPGNConfig"
+        check_positive(owner, sampling_steps=self.sampling_steps)
+        for name in ("sampling_step_size", "prior_weight"):
+            value = getattr(self, name)
+            check_number(owner, **{name: value})
+            if value < 0:
+                raise ValueError(f"{owner}: {name} must be 0 or more, but it is {value!r}.")
 
     @property
     def condition_noise_dim(self) -> int:
@@ -85,7 +97,7 @@ def sample_latents(
         token.
 
     Raises:
-        ValueError: A weight or a size is not positive, or sizes disagree.
+        ValueError: A weight or a size is not positive, sizes disagree, or the model was loaded without its captioner.
 
     Examples:
         >>> import torch
@@ -98,6 +110,15 @@ def sample_latents(
         >>> samples.latents.shape, samples.log_likelihood.shape
         (torch.Size([1, 200]), torch.Size([4, 1]))
     """
+    owner = "sample_latents"
+    if not isinstance(model, TextToImage) or not {"text_encoder", "captioner"} <= dict(model.named_children()).keys():
+        raise ValueError(
+            f"{owner}: model must be a text-to-image system with its captioner, but it is a {type(model).__name__} "
+            "without one; load it without `only`."
+        )
+    check_tensors(owner, tokens=tokens, noise=noise, condition_noise=condition_noise)
+    check_batch(owner, tokens=tokens, noise=noise, condition_noise=condition_noise)
+    model.check_location(owner, location, len(tokens))
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.captioner.parameters()]
     try:
         with evaluating(model):
@@ -193,6 +214,7 @@ class PPGN(TextToImage):
         need_weights: bool = False,
     ) -> GeneratedImages:
         """Sample latents for captions and generate their images; see `TextToImage.forward`."""
+        self._require("PPGN", "images")
         if noise is None:
             noise = torch.randn(len(tokens), self.config.noise_dim).to(self.text_encoder.embedding.weight)
         config = self.config
@@ -205,6 +227,7 @@ class PPGN(TextToImage):
             steps=config.sampling_steps,
             step_size=config.sampling_step_size,
             prior_weight=config.prior_weight,
+            location=location,
         )
         with evaluating(self):
             return self.generator(samples.latents)

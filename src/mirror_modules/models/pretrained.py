@@ -50,7 +50,9 @@ def load_weights(module: nn.Module, path: Path, *, parts: Collection[str] | None
             names = [name for name in file.keys() if parts is None or name.partition(".")[0] in parts]  # noqa: SIM118
             state = {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file ({error}); save the model again.") from error
+        raise ValueError(
+            f"{path} is damaged, or not a safetensors file ({error}); restore it, or remove it and train or save again."
+        ) from error
     check_state(type(module).__name__, module, state, str(path))
     module.load_state_dict(state)
 

@@ -21,13 +21,14 @@ def register_system(system: SystemType) -> SystemType:
     Use it as a decorator of the class.
 
     Args:
-        system: The class, whose `config_type.system` is the name.
+        system: The class, derived from `TextToImage`. Its `config_type` is a dataclass derived from `ModelConfig`,
+            whose attribute `system` is the name.
 
     Returns:
         The class itself.
 
     Raises:
-        ValueError: The configuration has no name, or the name belongs to another system.
+        ValueError: It is no such class, the configuration has no name, or the name belongs to another system.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -41,9 +42,22 @@ def register_system(system: SystemType) -> SystemType:
         >>> get_system("twin").__name__
         'Twin'
     """
-    name = system.config_type.system
-    if not name:
-        raise ValueError(f"register_system: {system.config_type.__name__}.system is empty; give the system a name.")
+    config_type = getattr(system, "config_type", None)
+    if not isinstance(system, type) or not isinstance(config_type, type) or not issubclass(config_type, ModelConfig):
+        given = f"the class {system.__name__}" if isinstance(system, type) else f"of the type {type(system).__name__}"
+        raise ValueError(
+            "register_system: expected a class derived from TextToImage, with a dataclass derived from ModelConfig as "
+            f"config_type, but it is {given}, with config_type={config_type!r}."
+        )
+    if "__dataclass_params__" not in vars(config_type):
+        # Without the decorator, defaults and fields of its own would be ignored.
+        raise ValueError(
+            f"register_system: {config_type.__name__} must be a dataclass itself; decorate it with "
+            "@dataclass(frozen=True)."
+        )
+    name = config_type.system
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"register_system: {config_type.__name__}.system must be the system's name, not {name!r}.")
     # A class that is defined again, as in a notebook, replaces the earlier one.
     if name in _SYSTEMS and _SYSTEMS[name].__qualname__ != system.__qualname__:
         raise ValueError(
@@ -68,8 +82,8 @@ def get_system(name: str) -> type[TextToImage]:
         >>> get_system("attngan").__name__
         'AttnGAN'
     """
-    if name not in _SYSTEMS:
-        close = get_close_matches(name, _SYSTEMS, n=1)
+    if not isinstance(name, str) or name not in _SYSTEMS:
+        close = get_close_matches(str(name), _SYSTEMS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " Import the module that registers it."
         raise ValueError(f"unknown system {name!r}; there are {', '.join(_SYSTEMS)}.{hint}")
     return _SYSTEMS[name]
@@ -84,7 +98,7 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool
         pretrained: See `TextToImage`.
 
     Raises:
-        ValueError: The system is not registered, or as in `TextToImage`.
+        ValueError: The config is none, or its system is not registered; or as in `TextToImage`.
         FileNotFoundError: As in `TextToImage`.
         ImportError: As in `TextToImage`.
 
@@ -95,4 +109,6 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, *, pretrained: bool
         >>> type(build_model(config, Vocabulary.build(["a flower"]))).__name__
         'MirrorGAN'
     """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"build_model: config must be that of a system, such as MirrorGANConfig(), not {config!r}.")
     return get_system(config.system)(config, vocabulary, pretrained=pretrained)

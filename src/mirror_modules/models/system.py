@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from mirror_modules._checks import check_choice
+from mirror_modules._checks import check_choice, check_tensors, shape_of
 from mirror_modules._typing import TypedCall
 from mirror_modules.adversarial import PairedDiscriminator
 from mirror_modules.glam import GeneratedImages
@@ -51,6 +51,11 @@ class System(TypedCall, nn.Module):
             check_choice(owner, "only", only, ("images", "captions"))
         if not isinstance(config, self.config_type):
             raise ValueError(f"{owner}: config must be a {self.config_type.__name__}, but it is {config!r}.")
+        if not isinstance(vocabulary, Vocabulary):
+            raise ValueError(
+                f"{owner}: vocabulary must be a Vocabulary, but it is a {type(vocabulary).__name__}; Vocabulary.build "
+                "makes one of captions."
+            )
         self.config, self.vocabulary, self.only = config, vocabulary, only
         if only != "captions":
             self._build_generator(config)
@@ -224,7 +229,7 @@ class System(TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
         """
         self._require(type(self).__name__, "images")
-        self._check_location(location)
+        self.check_location(type(self).__name__, location, len(tokens))
         words, sentence = self.text_encoder(tokens, word_mask)
 
         def sample(features: int) -> Tensor:
@@ -236,9 +241,21 @@ class System(TypedCall, nn.Module):
         location = self.complete_location(location, sentence, condition_noise)
         return self.images(noise, samples_of(conditions), words, word_mask, location, need_weights=need_weights)
 
-    def _check_location(self, location: Tensor | None) -> None:
-        if location is not None and not self.config.takes_location:
-            raise ValueError(f"{type(self).__name__}: location has no effect on this system; leave it out.")
+    def check_location(self, owner: str, location: Tensor | None, count: int) -> None:
+        """Require a location for each of `count` captions, in a system that takes it; None is always valid.
+
+        Raises:
+            ValueError: The system takes no location, or this one is invalid.
+        """
+        if location is None:
+            return
+        if not self.config.takes_location:
+            raise ValueError(f"{owner}: location has no effect on this system; leave it out.")
+        check_tensors(owner, location=location)
+        if location.ndim < 2 or len(location) != count:
+            raise ValueError(
+                f"{owner}: location must have a row for each caption, ({count}, ...), but it is {shape_of(location)}."
+            )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, vocabulary.json and model.safetensors into a folder, which is created if missing.

@@ -203,6 +203,7 @@ class TextToImage(System):
         self._require(owner, "images", "captions")
         check_positive(owner, best_of=best_of, images_per_caption=images_per_caption)
         listed = _as_list(owner, captions)
+        self.check_location(owner, location, len(listed))
         rows = [caption for caption in listed for _ in range(images_per_caption)]
         places = None if location is None else location.repeat_interleave(images_per_caption, dim=0)
         tokens, word_mask = append_end(*self.vocabulary.encode(rows, max_words=self.config.max_words))
@@ -259,6 +260,7 @@ class TextToImage(System):
         self._require(owner, "images")
         check_positive(owner, images_per_caption=images_per_caption)
         captions = _as_list(owner, captions)
+        self.check_location(owner, location, len(captions))
         tokens, word_mask = self.vocabulary.encode(captions, max_words=self.config.max_words)
         noise, condition_noise = self._sample_noise(owner, len(tokens) * images_per_caption, seed, truncation)
         if location is not None:
@@ -359,7 +361,7 @@ class TextToImage(System):
         if steps < 2:
             raise ValueError(f"{owner}: steps must be at least 2, the images of both captions, but it is {steps}.")
         stage = self._stage_of(owner, output, resolution)
-        self._check_location(location)
+        self.check_location(owner, location, 1)
         tokens, word_mask = self.vocabulary.encode([first, last], max_words=self.config.max_words)
         noise, condition_noise = self._sample_noise(owner, 1, None if seed is None else [seed], truncation)
         with evaluating(self):

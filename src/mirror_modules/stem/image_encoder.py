@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_images, check_positive, check_precision
+from mirror_modules._checks import check_encoded, check_images, check_positive, check_precision, declared_size
 from mirror_modules._norms import MapBatchNorm
 from mirror_modules._typing import TypedCall
 
@@ -221,8 +221,9 @@ class ImageEncoder(TypedCall, nn.Module):
             raise ValueError("ImageEncoder: weights need the name of a backbone; load them into your Module yourself.")
         self.backbone = backbone
         self.region_dim = self.image_dim = feature_dim
-        self.region_projection = nn.Linear(_size(backbone, "region_dim"), feature_dim, bias=False)
-        self.image_projection = nn.Linear(_size(backbone, "image_dim"), feature_dim)
+        region_dim, image_dim = (declared_size("ImageEncoder", backbone, name) for name in ("region_dim", "image_dim"))
+        self.region_projection = nn.Linear(region_dim, feature_dim, bias=False)
+        self.image_projection = nn.Linear(image_dim, feature_dim)
 
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images.
@@ -234,21 +235,15 @@ class ImageEncoder(TypedCall, nn.Module):
             Regions (B, R, D) and image (B, D).
 
         Raises:
-            ValueError: `images` are not floats (B, 3, H, W).
+            ValueError: `images` are not floats (B, 3, H, W), or the backbone does not return `ImageFeatures` of the
+                sizes that it declares.
         """
         check_images("ImageEncoder", images)
-        return self.project(self.backbone(images))
+        features = self.backbone(images)
+        shapes = {"regions": (3, self.region_projection.in_features), "image": (2, self.image_projection.in_features)}
+        check_encoded("ImageEncoder", self.backbone, features, **shapes)
+        return self.project(features)
 
     def project(self, features: ImageFeatures) -> ImageFeatures:
         """Project features of the backbone: regions (B, R, region_dim) and image (B', image_dim), to D features."""
         return ImageFeatures(self.region_projection(features.regions), self.image_projection(features.image))
-
-
-def _size(backbone: nn.Module, name: str) -> int:
-    size = getattr(backbone, name, None)
-    if not isinstance(size, int):
-        raise ValueError(
-            f"ImageEncoder: the backbone {type(backbone).__name__} must have its size in an int attribute `{name}`; "
-            "interop.build_backbone makes a backbone of any Module that returns a map or tokens."
-        )
-    return size

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from mirror_modules._checks import check_positive, check_tokens, check_word_mask, is_readable, zero_padding
+from mirror_modules._checks import (
+    check_number,
+    check_positive,
+    check_tokens,
+    check_word_mask,
+    is_readable,
+    zero_padding,
+)
 from mirror_modules._lstm import run_lstm
 from mirror_modules._pretrained import FromModelFolder
 from mirror_modules._typing import TypedCall
@@ -39,7 +46,7 @@ class TextEncoder(FromModelFolder, TypedCall, nn.Module):
         dropout: Dropout probability of the elements of the embeddings, in training.
 
     Raises:
-        ValueError: A size is not a whole number of at least 1, or `feature_dim` is odd.
+        ValueError: A size is not a whole number of at least 1, `feature_dim` is odd, or `dropout` is out of range.
 
     Examples:
         >>> import torch
@@ -59,6 +66,9 @@ class TextEncoder(FromModelFolder, TypedCall, nn.Module):
         check_positive(owner, vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, feature_dim=feature_dim)
         if feature_dim % 2:
             raise ValueError(f"{owner}: feature_dim must be even, half for each direction, but it is {feature_dim}.")
+        check_number(owner, dropout=dropout)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{owner}: dropout must be a probability from 0 to 1, but it is {dropout!r}.")
         self.vocabulary_size, self.feature_dim = vocabulary_size, feature_dim
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_images, check_positive, check_tokens, check_word_mask
+from mirror_modules._checks import (
+    check_batch,
+    check_encoded,
+    check_images,
+    check_positive,
+    check_tokens,
+    check_word_mask,
+    declared_size,
+)
 from mirror_modules._lstm import run_lstm
 from mirror_modules._norms import FeatureBatchNorm
 from mirror_modules._pretrained import FromModelFolder
@@ -98,12 +106,7 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
     ) -> None:
         super().__init__()
         check_positive("Captioner", vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, hidden_dim=hidden_dim)
-        image_dim = getattr(image_encoder, "image_dim", None)
-        if not isinstance(image_dim, int):
-            raise ValueError(
-                f"Captioner: the image_encoder {type(image_encoder).__name__} must declare the size of its image "
-                "feature as an int `image_dim`."
-            )
+        image_dim = declared_size("Captioner", image_encoder, "image_dim")
         self.vocabulary_size = vocabulary_size
         self.image_encoder = image_encoder
         self.image_projection = nn.Linear(image_dim, embedding_dim)
@@ -120,7 +123,9 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) as the first input of the LSTM, (B, embedding_dim)."""
         check_images("Captioner", images)
-        return self.project(self.image_encoder(images).image)
+        encoded = self.image_encoder(images)
+        check_encoded("Captioner", self.image_encoder, encoded, image=(2, self.image_projection.in_features))
+        return self.project(encoded.image)
 
     def project(self, image_feature: Tensor) -> Tensor:
         """Project an image feature (B, image_dim) to the first input of the LSTM, (B, embedding_dim)."""

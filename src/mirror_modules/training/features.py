@@ -243,7 +243,8 @@ def cache_images(
     except OSError as error:
         raise TrainingError(
             f"the features {what} cannot be written into {target} ({error}): {mebibytes:.1f} MiB are needed there. "
-            "Free some space, or set engine.cached_features_mib=0 to compute them in each step."
+            "Free some space, name another folder with engine.features_folder, or set engine.cached_features_mib=0 to "
+            "compute them in each step."
         ) from error
     opened = {part: torch.from_numpy(np.load(target / f"{part}.npy", mmap_mode="c")) for part in shapes}
     return CachedImages(opened["image"], opened.get("regions"), views, mebibytes)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirror_modules._files import write_whole
 from mirror_modules._freezing import evaluating, freeze
 from mirror_modules.data.seeding import seeded
-from mirror_modules.models import GAWWN, EncoderPair, TextToImage, build_model
+from mirror_modules.models import GAWWN, BackboneConfig, EncoderPair, TextToImage, build_model
 from mirror_modules.models.pretrained import load_weights, save_weights
 from mirror_modules.stream import Captioner
 from mirror_modules.training.batches import Splits, announce_candidates, load_splits
@@ -51,7 +51,7 @@ from mirror_modules.training.pretrain import (
     start_pretraining,
 )
 from mirror_modules.training.recipes import ADVERSARIAL_PHASES, ALL_PHASES, PRETRAINING, WITHOUT_BACKBONE, Recipe
-from mirror_modules.training.state import AdversarialState, ConditionedGenerator, start
+from mirror_modules.training.state import AdversarialState, ConditionedGenerator, check_system, start
 from mirror_modules.training.step import adversarial_step
 from mirror_modules.training.validation import (
     SAMPLES,
@@ -436,6 +436,17 @@ def load_pair(folder: RunFolder, phase: str, recipe: Recipe, splits: Splits) -> 
     return pair.eval()
 
 
+def _try_backbone(phase: str, backbone: BackboneConfig, encode: Callable[[Tensor], Any], images: Tensor) -> None:
+    """Encode images of the size of a run; an error names the phase."""
+    try:
+        encode(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the backbone {backbone.name!r} of phase {phase!r}, with input_size={backbone.input_size}, fails on "
+            f"images of {images.shape[2]} pixels ({error}); use a larger input_size, or leave it out."
+        ) from error
+
+
 def _check_feasible(run: Run, plan: Plan) -> None:
     """Raise the errors of invalid sizes, data and batches before anything is written or trained."""
     recipe, splits = run.recipe, run.splits
@@ -454,15 +465,17 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     sizes = recipe.model
     with torch.device("meta"):
         model = build_model(sizes, splits.vocabulary, pretrained=False)
-        for phase in sizes.adversarial_phases:
-            model.trained_in(phase).discriminators(phase)
         images = torch.zeros(2, 3, sizes.resolutions[-1], sizes.resolutions[-1])
         for phase in (phase for phase in recipe.phases if phase not in ("stream", *WITHOUT_BACKBONE)):
             backbone = recipe.backbone(phase)
-            EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False).image_encoder(images)
-        model.captioner.encode_images(images)
+            pair = EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False)
+            _try_backbone(phase, backbone, pair.image_encoder, images)
+        _try_backbone("stream", sizes.captioner_backbone, model.captioner.encode_images, images)
     # Also raises what this system misses in the locations.
     boxes, points = (None if each is None else each[:2] for each in (training.boxes, training.points))
-    model.locate(boxes, points, 2)
+    location = model.locate(boxes, points, 2)
+    with torch.device("meta"):
+        for phase in sizes.adversarial_phases:
+            check_system(model, phase, location)
     for phase in plan.to_train:
         make_batches(run, phase, recipe.phase(phase))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mirror_modules.adversarial import PairedLogits, r1_penalty
+from mirror_modules.adversarial import PairedLogits, generator_loss, r1_penalty
 from mirror_modules.glam import CascadedGenerator
+from mirror_modules.interop.adapters import FAILURES
 from mirror_modules.models import EncoderPair, TextToImage
 from mirror_modules.models.system import samples_of
 from mirror_modules.stem import Condition
@@ -189,6 +190,52 @@ class AdversarialState:
         self.average.load_state_dict(state["average"])
         self.random.set_state(state["random"])
         self.steps_done = state["steps_done"]
+
+
+def check_system(model: TextToImage, phase: str, location: Tensor | None = None) -> None:
+    """Try a system on the meta device, before anything is trained, as one of its adversarial phases uses it.
+
+    A system of a user's own that does not run on this device is not checked further.
+
+    Args:
+        model: The system, on the meta device.
+        phase: One of `config.adversarial_phases`.
+        location: Where the subjects of two images are, in systems that read it.
+
+    Raises:
+        ValueError: A method fails, or what it returns does not fit the configuration.
+    """
+    config, view = model.config, model.trained_in(phase)
+    owner, resolutions = f"the system {config.system!r} in phase {phase!r}", config.trained_resolutions(phase)
+    generator, discriminators = ConditionedGenerator(view, len(resolutions)), view.discriminators(phase)
+    if next(generator.parameters(), None) is None:
+        raise ValueError(f"{owner}: the generator has no weights; define its parts as attributes in build.")
+    if len(discriminators) != len(resolutions):
+        raise ValueError(
+            f"{owner}: discriminators must return one for each of config.trained_resolutions, {resolutions}, but there "
+            f"are {len(discriminators)}."
+        )
+    with torch.device("meta"):
+        noise, condition_noise = torch.zeros(2, config.noise_dim), torch.zeros(2, config.condition_noise_dim)
+        words, sentence = torch.zeros(2, 1, config.word_dim), torch.zeros(2, config.word_dim)
+        word_mask = torch.ones(2, 1, dtype=torch.bool)
+        place = None if location is None else location.to("meta")
+        try:
+            fake = generator(noise, condition_noise, words, sentence, word_mask, place)
+            shapes = [tuple(images.shape) for images in fake.images]
+            if shapes == [(2, 3, size, size) for size in resolutions]:
+                for discriminator, images in zip(discriminators, fake.images):
+                    outputs = DiscriminatorPass(discriminator)(images, images, fake.text, None, fake.text, False, place)
+                    generator_loss(outputs.fake, weighting=config.weighting(phase))
+        except FAILURES as error:
+            if "meta" in str(error):
+                return
+            raise ValueError(f"{owner} fails on a batch of 2 captions ({type(error).__name__}: {error}).") from error
+    if shapes != [(2, 3, size, size) for size in resolutions]:
+        raise ValueError(
+            f"{owner}: images must return images (B, 3, size, size) of the sizes {resolutions}, coarse to fine, but "
+            f"those of 2 captions are {shapes}."
+        )
 
 
 def start(

@@ -115,13 +115,15 @@ def _has_type(value: Any, hint: Any) -> bool:
         return any(_has_type(value, part) for part in parts)
     if origin is Literal:
         return value in parts
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_has_type(each, parts[0]) for each in value)
+    if tuple in (origin, hint):
+        return isinstance(value, list | tuple) and all(_has_type(each, part) for each in value for part in parts[:1])
+    if hint is Any:
+        return True
     if hint is NoneType:
         return value is None
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+    return isinstance(value, int | float if hint is float else origin or hint)
 
 
 def _describe_type(hint: Any) -> str:
@@ -130,6 +132,8 @@ def _describe_type(hint: Any) -> str:
         return " or ".join(map(_describe_type, parts))
     if origin is Literal:
         return " or ".join(map(repr, parts))
-    if origin is tuple:
+    if origin is tuple and parts:
         return f"a list, each entry {_describe_type(parts[0])}"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}[hint]
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    # A configuration of a user's own may have fields of any type.
+    return names.get(hint) or f"of type {hint if origin else getattr(hint, '__name__', hint)}"

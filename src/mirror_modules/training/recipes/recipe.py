@@ -96,6 +96,11 @@ class Recipe:
         for name, condition in self.model.without_effect():
             check_has_effect("Recipe: model", self.model, name, condition)
         required = self.model.adversarial_phases
+        if required not in (("glam",), (FIRST_STAGE, "glam")):
+            raise ValueError(
+                f"Recipe: adversarial_phases of the system {self.model.system!r} must be ('glam',) or "
+                f"({FIRST_STAGE!r}, 'glam'), but they are {required!r}."
+            )
         if (FIRST_STAGE in required) != (self.first_stage is not None):
             change = "give it one" if FIRST_STAGE in required else "leave first_stage out"
             raise ValueError(
@@ -256,10 +261,13 @@ def _with_system(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
-    keeps_best = any(new.phase(phase).keep_best is not None for phase in new.phases)
-    for words, harmless in changed_fields(old, new):
+    # Phase `glam` starts from the last step of the first stage.
+    fixed = [f"{FIRST_STAGE}.steps "]
+    if any(new.phase(phase).keep_best is not None for phase in new.phases):
         # The best step is selected among those with a checkpoint.
-        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+        fixed.append("engine.checkpoint_every ")
+    for words, harmless in changed_fields(old, new):
+        yield words, harmless and not words.startswith(tuple(fixed))
 
 
 def _place(recipe: Recipe, phase: str) -> tuple[str, str]:
