@@ -505,6 +505,30 @@ def test_only_the_finest_stage_upsamples_bilinearly_and_with_the_same_weights(at
     assert not torch.allclose(*finest, atol=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["global-local", "condition"])
+def test_stages_after_the_first_read_the_attended_condition(attention):
+    generator = CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8, 16), attention=attention)
+    (noise, condition, words), other = make_inputs(), torch.randn(B, E)
+    expected, features = [], generator.initial(noise, condition)
+    for head, refinement in zip(generator.heads, [None, *generator.refinements]):
+        features = features if refinement is None else refinement(features, other, words).features
+        expected.append(head(features))
+    assert_close(generator(noise, condition, words, attended_condition=other).images, expected)
+    plain, same = generator(noise, condition, words), generator(noise, condition, words, attended_condition=condition)
+    assert_close(same.images, plain.images)
+
+
+def test_an_attended_condition_that_does_not_fit_is_refused():
+    generator = CascadedGenerator(Z, E, D, channels=C, resolutions=(4, 8))
+    with pytest.raises(ValueError, match=rf"attended_condition has {E + 1} features but .* condition_dim={E} "):
+        generator(*make_inputs(), attended_condition=torch.randn(B, E + 1))
+    with pytest.raises(ValueError, match=rf"attended_condition: \({B + 1}, {E}\)"):
+        generator(*make_inputs(), attended_condition=torch.randn(B + 1, E))
+    unconditional = CascadedGenerator(Z, None, D, channels=C, resolutions=(4, 8), attention="none")
+    with pytest.raises(ValueError, match=r"attended_condition was given, but .* condition_dim=None.*leave it out"):
+        unconditional(torch.randn(B, Z), attended_condition=torch.randn(B, E))
+
+
 def test_unknown_upsampling_is_refused():
     with pytest.raises(
         ValueError, match=r"finest_upsampling must be one of 'nearest', 'bilinear', but it is 'bicubic'"

@@ -195,6 +195,26 @@ def test_options_of_the_config_reach_the_parts():
     assert model.captioner.vocabulary_size == model.text_encoder.vocabulary_size == len(VOCABULARY)
 
 
+def test_without_sentence_noise_the_attention_reads_the_mean_and_the_first_stage_the_sample(tmp_path):
+    model = make("mirrorgan", sentence_noise=False)
+    read = {}
+    model.generator.initial.register_forward_hook(lambda _, inputs, __: read.update(initial=inputs[1]))
+    for i, stage in enumerate(model.generator.refinements):
+        stage.attention.register_forward_hook(lambda _, inputs, __, i=i: read.update({i: inputs[2]}))
+    images = model.generate("a red flower", seed=3)
+    condition, mean = model.conditions(
+        model.text_encoder(*VOCABULARY.encode(["a red flower"])).sentence, torch.zeros(1, SIZES["condition_dim"])
+    )
+    assert isinstance(condition, Condition)
+    assert_close(mean, condition.mean)
+    assert_close([read[0], read[1]], [mean, mean])
+    assert not torch.allclose(read["initial"], mean, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert_close(TextToImage.from_pretrained(tmp_path).generate("a red flower", seed=3), images)
+    # The first stage still reads the noise.
+    assert not torch.allclose(model.generate("a red flower", seed=4), images, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mirrorgan", "attngan"])
 def test_finest_upsampling_of_the_config_reaches_the_generator_and_is_saved(name, tmp_path):
     model = make(name, finest_upsampling="bilinear")

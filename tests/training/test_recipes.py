@@ -124,6 +124,10 @@ def test_a_field_of_the_wrong_type_or_range_is_named(fields, message):
             r"Recipe: model: sentence_axis='positions' has no effect with attention='word'",
         ),
         (
+            {"model": {"attention": "word", "sentence_noise": False}},
+            r"Recipe: model: sentence_noise=False has no effect with attention='word'",
+        ),
+        (
             {"model": {"attention": "none", "sentence_axis": "positions"}},
             r"sentence_axis='positions' has no effect with attention='none'",
         ),

@@ -117,12 +117,12 @@ def _fields(
         "matching_ratio": MATCHING_RATIO if matching else None,
         "mismatched_pairs": mismatched,
     }
-    model = {"attention": attention}
+    model: dict[str, Any] = {"attention": attention}
     # A recipe refuses options that have no effect; those of a part that the cell turns off get their defaults.
     if weight == 0:
         glam["redescription_reduction"] = AdversarialRecipe.redescription_reduction
     if attention == "word":
-        model["sentence_axis"] = MirrorGANConfig.sentence_axis
+        model |= {"sentence_axis": MirrorGANConfig.sentence_axis, "sentence_noise": MirrorGANConfig.sentence_noise}
     return {"model": model, "glam": glam}
 
 

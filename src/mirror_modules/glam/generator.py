@@ -163,6 +163,7 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         words: Tensor | None = None,
         word_mask: Tensor | None = None,
         *,
+        attended_condition: Tensor | None = None,
         need_weights: bool = False,
     ) -> GeneratedImages:
         """Generate a batch of images.
@@ -172,6 +173,8 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             condition: Augmented condition, (B, E); None if built with `condition_dim=None`.
             words: Word features, (B, L, D); None is possible where no stage attends, as with "condition" and "none".
             word_mask: True for a real word, (B, L); None if all are.
+            attended_condition: What the stages after the first read in place of the condition, (B, E), such as its mean
+                without the noise.
             need_weights: Also return the attention maps.
 
         Returns:
@@ -180,10 +183,10 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         Raises:
             ValueError: A caption has no real word, sizes disagree, or an input is missing.
         """
-        word_mask = self._check_inputs(noise, condition, words, word_mask)
+        word_mask = self._check_inputs(noise, condition, words, word_mask, attended_condition)
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
-        text = noise if condition is None else condition
+        text = next(each for each in (attended_condition, condition, noise) if each is not None)
         stages = len(self.resolutions) if self.active_stages is None else self.active_stages
         for refinement in self.refinements[: stages - 1]:
             stage = refinement(stage_features[-1], text, words, word_mask, need_weights=need_weights)
@@ -198,7 +201,12 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         return generated
 
     def _check_inputs(
-        self, noise: Tensor, condition: Tensor | None, words: Tensor | None, word_mask: Tensor | None
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        words: Tensor | None,
+        word_mask: Tensor | None,
+        attended_condition: Tensor | None,
     ) -> Tensor | None:
         """Check all inputs, and return the mask as bool."""
         owner = "CascadedGenerator"
@@ -213,6 +221,16 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         if condition is not None and self.condition_dim is not None:
             check_features(owner, "condition", condition, "(B, D)", self.condition_dim, "condition_dim")
             given["condition"] = condition
+        if attended_condition is not None:
+            if self.condition_dim is None:
+                raise ValueError(
+                    f"{owner}: attended_condition was given, but the generator was built with condition_dim=None, so "
+                    "that all stages read the noise; leave it out."
+                )
+            check_features(
+                owner, "attended_condition", attended_condition, "(B, D)", self.condition_dim, "condition_dim"
+            )
+            given["attended_condition"] = attended_condition
         if words is None and self.attends:
             raise ValueError(
                 f"{owner}: words are missing, but the stages attend to them; pass words (B, L, {self.word_dim}), or "

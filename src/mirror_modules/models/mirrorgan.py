@@ -49,11 +49,16 @@ class MirrorGANConfig(ModelConfig):
     "global-local" only."""
     sentence_axis: Literal["channels", "positions"] = "channels"
     """Softmax axis of the sentence attention. "global-local" only."""
+    sentence_noise: bool = True
+    """Whether the sentence attention reads the augmented condition with its noise, as published, or its mean.
+    "global-local" only."""
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Fields that are not read."""
+        if self.attention == "global-local":
+            return []
         # The preset `release` sets the other two fields of sentence attention for every kind of attention.
-        return [] if self.attention == "global-local" else [("sentence_axis", f"attention={self.attention!r}")]
+        return [(name, f"attention={self.attention!r}") for name in ("sentence_axis", "sentence_noise")]
 
     @classmethod
     def paper(cls, **changes: Any) -> MirrorGANConfig:
@@ -120,8 +125,9 @@ class MirrorGAN(TextToImage):
         )
 
     def conditions(self, sentence: Tensor, noise: Tensor) -> list[Condition | Tensor]:
-        """One augmented condition; see `TextToImage.conditions`."""
-        return [self.conditioning(sentence, noise=noise)]
+        """The augmented condition, and its mean if the attention reads that; see `TextToImage.conditions`."""
+        condition = self.conditioning(sentence, noise=noise)
+        return [condition] if self.config.sentence_noise else [condition, condition.mean]
 
     def images(
         self,
@@ -134,4 +140,7 @@ class MirrorGAN(TextToImage):
         need_weights: bool = False,
     ) -> GeneratedImages:
         """Images of all stages; see `TextToImage.images`."""
-        return self.generator(noise, samples[0], words, word_mask, need_weights=need_weights)
+        condition, *mean = samples
+        return self.generator(
+            noise, condition, words, word_mask, attended_condition=mean[0] if mean else None, need_weights=need_weights
+        )
