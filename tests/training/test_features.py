@@ -50,6 +50,26 @@ def cache(encoder, captions, folder, views=None, **changes):
     return cache_images(encoder, captions, views or Views.of(captions, CROP, CROPS), folder, **options)
 
 
+@pytest.mark.parametrize("part", ["image", "regions"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(b"x" * file.stat().st_size),
+    ],
+    ids=["removed", "cut", "overwritten"],
+)
+def test_files_that_were_damaged_are_computed_again(encoder, captions, tmp_path, part, damage):
+    cache(encoder, captions, tmp_path)
+    (file,) = tmp_path.rglob(f"{part}.npy")
+    before = file.read_bytes()
+    damage(file)
+    again = cache(encoder, captions, tmp_path)
+    assert file.read_bytes() == before
+    assert getattr(again, part).isfinite().all()
+
+
 def test_runs_share_a_folder_of_features_which_stays(tiny_recipe, tmp_path, capsys):
     backbone = BackboneConfig("conv", trainable=False)
     model = dataclasses.replace(tiny_recipe.model, image_backbone=backbone, captioner_backbone=backbone)

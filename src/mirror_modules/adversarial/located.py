@@ -134,7 +134,11 @@ class _PlaceDiscriminator(TypedCall, nn.Module):
         """
         owner = type(self).__name__
         check_features(owner, "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
-        return PairedLogits(None, self._consistency(features, self._checked(features, sentence, location), location))
+        check_features(owner, "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
+        self._check_location(owner, location)
+        check_batch(owner, images=features, sentence=sentence, location=location)
+        check_precision(owner, self.consistency_head, features=features, sentence=sentence)
+        return PairedLogits(None, self._consistency(features, sentence, location))
 
     def forward(
         self,
@@ -170,15 +174,6 @@ class _PlaceDiscriminator(TypedCall, nn.Module):
         if mismatched_sentence is None:
             return logits
         return logits._replace(mismatched=self.logits(features, mismatched_sentence, location).consistency)
-
-    def _checked(self, features: Tensor, sentence: Tensor, location: Tensor) -> Tensor:
-        """The sentence, once it and the location fit the features."""
-        owner = type(self).__name__
-        check_features(owner, "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
-        self._check_location(owner, location)
-        check_batch(owner, images=features, sentence=sentence, location=location)
-        check_precision(owner, self.consistency_head, features=features, sentence=sentence)
-        return sentence
 
     def _check_location(self, owner: str, location: Tensor) -> None:
         raise NotImplementedError

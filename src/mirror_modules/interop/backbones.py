@@ -72,9 +72,10 @@ def build_backbone(
               "tf_efficientnet_lite0" to "2" and whose weights come with the extra `pretrained`;
             - a Module that returns maps (B, C, h, w), tokens (B, N, C) or `ImageFeatures`, as `image_encoder_from`
               takes it, with its weights loaded. One that has `region_dim` and `image_dim` is returned as it is.
-        weights: None initializes at random; "DEFAULT" downloads those of torchvision or timm; "package" takes those of
-            the extra `pretrained`; any other string is the path of a file: .safetensors, or a state_dict that
-            `torch.save` wrote, which is read without executing code. A classifier in the file is skipped.
+        weights: None initializes at random; "DEFAULT" downloads those of torchvision or timm, and the name of other
+            weights of torchvision, such as "IMAGENET1K_V1", those; "package" takes those of the extra `pretrained`; any
+            other string is the path of a file: .safetensors, or a state_dict that `torch.save` wrote, which is read
+            without executing code. A classifier in the file is skipped.
         input_size: Height and width to which images are resized; None takes the size that the network was trained at,
             or of a ResNet and other torchvision networks that have no fixed size, that of the images.
         layer: Of a timm network, the layer whose map gives the regions, from -1 backwards; None takes the last map.

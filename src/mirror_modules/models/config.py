@@ -36,8 +36,8 @@ class BackboneConfig:
     name: str
     """"conv", a classifier of torchvision, "timm:" and a network of timm, or "efficientnet_lite0" to "2"."""
     weights: str | None = None
-    """None starts at random; "DEFAULT" downloads those of torchvision or timm; "package" takes those of the extra
-    `pretrained`; any other string is the path of a file."""
+    """None starts at random; "DEFAULT" downloads those of torchvision or timm, and the name of other weights of
+    torchvision those; "package" takes those of the extra `pretrained`; any other string is the path of a file."""
     input_size: int | None = None
     """Height and width to which images are resized; None takes the network's own."""
     layer: int | None = None

@@ -7,6 +7,7 @@ with random crops, there are several views of each image.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import sys
@@ -299,24 +300,40 @@ def _key(encoder: nn.Module, captions: InMemoryCaptions, views: Views, name: str
 
 
 def _create(folder: Path, shapes: dict[str, tuple[int, ...]], chunks: int) -> None:
-    """Create the files of a cache, unless they are there already, or another run is just creating them."""
-    marks = folder / DONE
+    """Create the files of a cache, unless they are there already and whole, or another run is just creating them."""
+    marks, headers = folder / DONE, {part: _header(part, shape) for part, shape in shapes.items()}
+    sizes = {part: len(headers[part]) + math.prod(shape) * TYPES[part].itemsize for part, shape in shapes.items()}
+
+    def is_whole(part: str) -> bool:
+        path = folder / f"{part}.npy"
+        if not path.is_file() or path.stat().st_size != sizes[part]:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(headers[part])) == headers[part]
+
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         with locked(folder / ".lock") as is_acquired:
             if not is_acquired:
                 time.sleep(0.1)
                 continue
-            if marks.is_file() and marks.stat().st_size == chunks:
+            if marks.is_file() and marks.stat().st_size == chunks and all(map(is_whole, shapes)):
                 return
-            for part, shape in shapes.items():
+            for part in shapes:
                 with (folder / f"{part}.npy").open("wb") as file:
-                    description = {"descr": TYPES[part].str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, description)
-                    file.truncate(file.tell() + math.prod(shape) * TYPES[part].itemsize)
+                    file.write(headers[part])
+                    file.truncate(sizes[part])
             # Written last: without it, the files are created again.
             write_whole(marks, lambda path: path.write_bytes(bytes(chunks)))
             return
+
+
+def _header(part: str, shape: tuple[int, ...]) -> bytes:
+    """The first bytes of a file in NumPy's format."""
+    header = io.BytesIO()
+    description = {"descr": TYPES[part].str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
 
 
 def _write_rows(folder: Path, part: str, first: int, values: Tensor) -> None:

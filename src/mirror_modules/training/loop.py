@@ -2,8 +2,9 @@
 
 Phase `stem` trains text and image encoder with the matching loss, `stream` the captioner on real pairs, `glam` the
 generator against one discriminator per stage, and `evaluator` another encoder pair, used for evaluation only; so does
-`second_evaluator`, if the recipe has it. `first_stage`, before `glam`, trains the first stage of StackGAN, and
-`keypoints` the key-point generator of GAWWN.
+`second_evaluator`, if the recipe has it. `pretraining` and `evaluator_pretraining` train the image backbone of `stem`
+and of `evaluator`. `first_stage`, before `glam`, trains the first stage of StackGAN, and `keypoints` the key-point
+generator of GAWWN.
 """
 
 from __future__ import annotations

@@ -261,13 +261,10 @@ def _with_system(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
-    # Phase `glam` starts from the last step of the first stage.
-    fixed = [f"{FIRST_STAGE}.steps "]
-    if any(new.phase(phase).keep_best is not None for phase in new.phases):
-        # The best step is selected among those with a checkpoint.
-        fixed.append("engine.checkpoint_every ")
+    keeps_best = any(new.phase(phase).keep_best is not None for phase in new.phases)
     for words, harmless in changed_fields(old, new):
-        yield words, harmless and not words.startswith(tuple(fixed))
+        # The best step is selected among those with a checkpoint.
+        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
 
 
 def _place(recipe: Recipe, phase: str) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class LoggingRecipe:
     summary_minutes: float = harmless(5.0)
     """Minutes between two printed lines if the output is not a terminal; terminals get a progress bar instead."""
     samples_every: int = harmless(250)
-    """Steps of phase `glam` between two sheets of samples, of fixed captions and noise; 0 writes none."""
+    """Steps of a generator's phase between two sheets of samples, of fixed captions and noise; 0 writes none."""
     validate_every: int = harmless(0)
     """Steps between two validations; 0 validates only where `keep_best` needs it, with each checkpoint."""
     tensorboard: bool = harmless(False)
