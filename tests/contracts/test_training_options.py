@@ -16,7 +16,7 @@ import torch
 from mirror_modules import Captioner, MirrorGAN
 from mirror_modules.cli import main
 from mirror_modules.data.seeding import seeded
-from mirror_modules.evaluation import ablation, evaluation, retrieval
+from mirror_modules.evaluation import ablation, evaluation, networks, retrieval
 from mirror_modules.stream import redescription
 from mirror_modules.training import batches, engine, features, loop, network, pretrain, state, step, validation
 from mirror_modules.training.recipes import PHASES
@@ -386,8 +386,8 @@ def test_options_of_evaluate(spies, folder, monkeypatch, option, called):
         raise ValueError("not evaluated")
 
     recorded = Spies(monkeypatch)
-    recorded.watch("fit_class_extractor", evaluation, instead=fail)
-    recorded.watch("inception_extractor", evaluation, instead=fail)
+    recorded.watch("fit_class_extractor", networks, instead=fail)
+    recorded.watch("inception_extractor", networks, instead=fail)
     assert run_command("evaluate", folder / "run", "--device", "cpu", option) == 2
     assert [name for name, calls in recorded.calls.items() if calls] == [called]
 
