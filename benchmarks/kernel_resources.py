@@ -34,7 +34,7 @@ from mirror_modules.kernels.choice import LARGEST_IN_FLOAT32
 
 DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 FLOAT32_POINTERS = ("words_result", "sentence_result", "scores", "similarity", "gradient", "grad_products")
-FLOAT32_POINTERS += ("grad_word_norms",)
+FLOAT32_POINTERS += ("grad_context_norms", "grad_word_norms", "grad_words")
 SHARED_MEMORY = {80: 164, 86: 100, 90: 228}
 """KiB of shared memory of a multiprocessor, by compute capability; each program takes 1 KiB more than it asks for."""
 CANDIDATES = [
@@ -171,9 +171,9 @@ def access_widths(ptx: str, kind: str) -> Counter[int]:
     return Counter(int(count or 1) * int(bits) // 8 for count, bits in accesses)
 
 
-def configuration_of(case: Case) -> dict[str, int | None]:
-    """What `attention` chooses for a case."""
-    return attention.configuration(case.direction, case.channels, case.words, getattr(torch, case.dtype))
+def configuration_of(case: Case, precision: str = "ieee") -> dict[str, int | None]:
+    """What `attention` chooses for a case; `precision` is that of float32 products."""
+    return attention.configuration(case.direction, case.channels, case.words, getattr(torch, case.dtype), precision)
 
 
 def resources(case: Case, precision: str = "ieee") -> Resources:
@@ -182,7 +182,7 @@ def resources(case: Case, precision: str = "ieee") -> Resources:
 
     from mirror_modules.kernels import attention_triton
 
-    constants: dict[str, Any] = dict(configuration_of(case))
+    constants: dict[str, Any] = dict(configuration_of(case, precision))
     constants |= {"ACCUMULATE": tl.float32, "PRECISION": precision, "HAS_MASK": True}
     if case.direction == "forward":
         constants |= {"NEED_WEIGHTS": case.maps, "COPY_FEATURES": case.fused}
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true", help="with the features next to the contexts")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--similarity", action="store_true", help="of the similarity, with --channels features")
+    either.add_argument("--tf32", action="store_true", help="with products of float32 in tf32")
     either.add_argument("--measure", action="store_true", help="time the candidate tiles on this GPU")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -289,10 +290,12 @@ def main() -> None:
             for tile, milliseconds in measure(Case(*kind)):
                 print(*kind, *tile, f"{milliseconds:.3f} ms", flush=True)
             continue
+        precision = "tf32" if arguments.tf32 else "ieee"
         for channels_last in (False, True):
             case = Case(*kind, channels_last, arguments.maps, arguments.fused)
             name = f"{case.direction:8} C={case.channels:<3} L={case.words:<3} {case.dtype:8} sm_{case.capability}"
-            print_resources(f"{name} {'channels last ' if channels_last else 'channels first'}", resources(case))
+            layout = "channels last " if channels_last else "channels first"
+            print_resources(f"{name} {layout}", resources(case, precision))
 
 
 if __name__ == "__main__":

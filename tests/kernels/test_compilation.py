@@ -26,12 +26,15 @@ from benchmarks import kernel_resources
 from benchmarks.kernel_resources import Case, access_widths, is_integer, resources, similarity_resources
 from mirror_modules.kernels import attention, attention_triton, similarity, similarity_triton
 
-capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+capability, precision = int(sys.argv[1]), "tf32" if sys.argv[2] == "tf32" else "ieee"
+dtype_name = "float32" if precision == "tf32" else sys.argv[2]
+dtype = getattr(torch, dtype_name)
+torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 WIDEST = 128 if dtype == torch.float32 else 256
 
 
 def compile_kernel(kernel, constants, integers, **options):
-    return kernel_resources.compile_kernel(kernel, constants, integers, sys.argv[2], capability, **options)
+    return kernel_resources.compile_kernel(kernel, constants, integers, dtype_name, capability, **options)
 
 
 def constants_of(direction, channels, length):
@@ -147,15 +150,15 @@ spilled = []
 for direction in () if capability == 86 else ("forward", "backward"):
     for channels, length in [(16, 18), (32, 18), (64, 77), (128, 77), (WIDEST, 256)]:
         for options in [(False, False, False), (False, False, True), (True, True, True)]:
-            case = Case(direction, channels, length, sys.argv[2], capability, *options)
-            used = resources(case)
+            case = Case(direction, channels, length, dtype_name, capability, *options)
+            used = resources(case, precision)
             if used.spilled:
                 spilled.append((case, used))
             is_headline = dtype == torch.bfloat16 and (channels, length, case.maps) == (32, 18, False)
             assert not is_headline or used.warps >= {"forward": 28, "backward": 16}[direction], (case, used)
             print(direction)
 for length, features, _ in fused_constants():
-    used = similarity_resources(features, length, sys.argv[2], capability)
+    used = similarity_resources(features, length, dtype_name, capability)
     if used.spilled:
         spilled.append((features, length, used))
     assert max(used.loads) == 16, (features, length, used)
@@ -183,7 +186,7 @@ def run_compiler(script, capability, dtype, folder):
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "fused"),
-    [(86, "float16", 1), (90, "float32", 0), (90, "bfloat16", 2)],
+    [(86, "float16", 1), (86, "tf32", 0), (90, "float32", 0), (90, "bfloat16", 2)],
 )
 def test_compiles_with_vectorized_memory_accesses(capability, dtype, fused, tmp_path):
     assert len(run_compiler(VECTORIZED, capability, dtype, tmp_path)) == 14 + fused + 1
@@ -191,7 +194,7 @@ def test_compiles_with_vectorized_memory_accesses(capability, dtype, fused, tmp_
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "fused"),
-    [(80, "float32", 0), (80, "bfloat16", 2), (90, "float16", 4)],
+    [(80, "float32", 0), (80, "bfloat16", 2), (90, "float16", 4), (90, "tf32", 0)],
 )
 def test_compiles_for_integers_that_triton_specializes(capability, dtype, fused, tmp_path):
     assert len(run_compiler(ANY_INTEGERS, capability, dtype, tmp_path)) == 20 + fused + 1
@@ -201,10 +204,14 @@ def test_compiles_for_integers_that_triton_specializes(capability, dtype, fused,
     ("capability", "dtype", "attention", "fused"),
     [
         (80, "bfloat16", 30, 15),
+        (80, "float16", 30, 15),
         (86, "float16", 0, 15),
         (90, "bfloat16", 30, 21),
+        (90, "float16", 30, 21),
         (80, "float32", 30, 0),
         (90, "float32", 30, 0),
+        (80, "tf32", 30, 0),
+        (90, "tf32", 30, 0),
     ],
 )
 def test_no_configuration_spills_registers(capability, dtype, attention, fused, tmp_path):

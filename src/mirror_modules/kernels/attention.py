@@ -66,11 +66,24 @@ TILES = {
 """Tiles by direction, bytes per element and padded channels.
 
 The configurations that tests/kernels/test_compilation.py compiles, for compute capability 8.0 and 9.0, spill no
-registers to memory. With tf32, which torch enables on request only, the backward pass of 64 and 128 channels spills 8
-to 128 bytes.
+registers to memory.
 
 16 positions are the rows of one tensor core instruction. With 32, the backward pass of 32 channels in bfloat16 compiles
 to 40 of them instead of 10, because warps repeat each other's products, and takes 163 registers instead of 80.
+"""
+TF32_TILES = {
+    "forward": TILES["forward", 4] | {16: Tile(64, 32, 4)},
+    "backward": {
+        16: Tile(16, 32, 4, registers=255),
+        32: Tile(16, 32, 4, registers=255),
+        64: Tile(16, 32, 4, registers=255),
+        128: Tile(16, 32, 8, registers=255),
+    },
+}
+"""The same for float32 in tf32, by direction and padded channels.
+
+On tensor cores, the backward pass spills up to 128 bytes per thread with the warps of `TILES`. With half of the warps
+and more registers for each, as many positions are in flight on a multiprocessor, and nothing spills.
 """
 OPERATOR = "mirror_modules::global_local_attention"
 
@@ -251,11 +264,14 @@ def _as_bytes(word_mask: Tensor | None) -> Tensor | None:
 
 
 def _constants(direction: str, features: Tensor, length: int) -> dict[str, Any]:
-    configured = configuration(direction, features.shape[1], length, features.dtype)
-    return {"ACCUMULATE": accumulator(features.dtype), "PRECISION": float32_precision(), **configured}
+    precision = float32_precision()
+    configured = configuration(direction, features.shape[1], length, features.dtype, precision)
+    return {"ACCUMULATE": accumulator(features.dtype), "PRECISION": precision, **configured}
 
 
-def configuration(direction: str, channels: int, length: int, dtype: torch.dtype) -> dict[str, int | None]:
+def configuration(
+    direction: str, channels: int, length: int, dtype: torch.dtype, precision: str = "ieee"
+) -> dict[str, int | None]:
     """Block sizes, at least 16 by 16 for the tensor cores, and the number of warps.
 
     They depend on the arguments alone: all ranks of a training choose the same, and a second run sums in the same
@@ -266,6 +282,7 @@ def configuration(direction: str, channels: int, length: int, dtype: torch.dtype
         channels: Channels of the features, at most 256; at most 128 in float32.
         length: Words of a caption, padding included.
         dtype: Dtype of the features.
+        precision: "ieee" or "tf32": that of matrix products in float32.
 
     Examples:
         >>> import torch
@@ -275,8 +292,9 @@ def configuration(direction: str, channels: int, length: int, dtype: torch.dtype
         [16, 32, 32, 1, 4]
     """
     block_c = max(16, next_power_of_2(channels))
+    is_tf32 = dtype == torch.float32 and precision == "tf32"
     # Tiles of 8-byte numbers do not matter: only the interpreter accepts those.
-    tile = TILES[direction, min(dtype.itemsize, 4)][block_c]
+    tile = (TF32_TILES[direction] if is_tf32 else TILES[direction, min(dtype.itemsize, 4)])[block_c]
     block_l = max(16, min(next_power_of_2(length), tile.words))
     return {
         "BLOCK_C": block_c,
