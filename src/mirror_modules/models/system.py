@@ -229,7 +229,8 @@ class System(TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
         """
         self._require(type(self).__name__, "images")
-        self.check_location(type(self).__name__, location, len(tokens))
+        # Not len(tokens), which would fix the batch size of an exported graph.
+        self.check_location(type(self).__name__, location, tokens.shape[0])
         words, sentence = self.text_encoder(tokens, word_mask)
 
         def sample(features: int) -> Tensor:
@@ -252,7 +253,7 @@ class System(TypedCall, nn.Module):
         if not self.config.takes_location:
             raise ValueError(f"{owner}: location has no effect on this system; leave it out.")
         check_tensors(owner, location=location)
-        if location.ndim < 2 or len(location) != count:
+        if location.ndim < 2 or location.shape[0] != count:
             raise ValueError(
                 f"{owner}: location must have a row for each caption, ({count}, ...), but it is {shape_of(location)}."
             )
