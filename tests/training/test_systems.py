@@ -126,7 +126,7 @@ def step_by_formula(system, phase, state, part, fake, recipe):
 
 @pytest.mark.parametrize(("system", "phase"), PHASES)
 def test_the_losses_are_those_of_the_published_system(system, phase):
-    changes = {"matching_ratio": None} if system == "attngan" else {}
+    changes = {"matching_ratio": None, "fine_ratios": 1.0} if system == "attngan" else {}
     changes |= {"redescription_weight": 0.0, "redescription_ratio": None} if system == "mirrorgan" else {}
     recipe = make_recipe(system, phase, **changes)
     state, glam = make_state(recipe, phase), recipe.phase(phase)

@@ -80,7 +80,8 @@ def _check_steps(recipe: Recipe, folder: RunFolder, phases: Sequence[str]) -> No
     if not folder.config.exists():
         return
     before = folder.read_recipe()
-    for phase in recipe.phases:
+    # A phase may be new, such as a second evaluator.
+    for phase in (each for each in recipe.phases if each in before.phases):
         earlier, later = before.phase(phase), recipe.phase(phase)
         old, new = earlier.steps, later.steps
         newest, is_finished = _newest_checkpoint(folder, phase), folder.weights(phase).exists()
