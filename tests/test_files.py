@@ -11,6 +11,7 @@ import pytest
 
 from mirror_modules import _files
 from mirror_modules._files import (
+    as_folder,
     file_name,
     flush_to_disk,
     locked,
@@ -25,6 +26,17 @@ from mirror_modules.stem import Vocabulary
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_may_exist_or_be_created_but_not_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("", "new", "new/below"):
+        assert as_folder("out", str(tmp_path / name)) == tmp_path / name
+    for name in ("file", "file/below", "file/further/below"):
+        with pytest.raises(ValueError, match=r"^out must be a folder, but .*file is a file; choose another path"):
+            as_folder("out", tmp_path / name)
+    with pytest.raises(ValueError, match=r"^out must be the path of a folder, but it is 3"):
+        as_folder("out", 3)
 
 
 @pytest.mark.parametrize("interruption", [OSError, KeyboardInterrupt])

@@ -27,6 +27,21 @@ _RESERVED = re.compile(r"(aux|con|nul|prn|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECA
 _MAX_NAME = 80
 
 
+def as_folder(name: str, path: object) -> Path:
+    """Require a path at which a folder exists or can be created, and return it.
+
+    Raises:
+        ValueError: It is no path, or a part of it is a file; `name` says which argument this is.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} must be the path of a folder, but it is {path!r}.")
+    folder = Path(path)
+    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if existing.exists() and not existing.is_dir():
+        raise ValueError(f"{name} must be a folder, but {existing} is a file; choose another path.")
+    return folder
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: `write` fills a temporary file in the same folder, which is renamed to `path`.
 

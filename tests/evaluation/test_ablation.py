@@ -255,6 +255,8 @@ REAL, RESULT = "shared/seed-0/real.json", "cells/weight-0/seed-0/result.json"
         '{"r_precision": ["a"], "words": [null]}',
         '{"r_precision": [0.5], "words": [NaN]}',
         '{"r_precision": [true], "words": [0.5]}',
+        '{"r_precision": [5], "words": [0.5]}',
+        '{"r_precision": [0.5], "words": [-0.5]}',
         '{"r_precision": [[0.5]], "words": [{}]}',
     ],
 )

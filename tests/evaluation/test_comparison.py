@@ -22,7 +22,7 @@ from mirror_modules.evaluation.samples import SHEET_ROWS
 from mirror_modules.functional import box_overlap
 from mirror_modules.models import ModelConfig, TextToImage
 from mirror_modules.training.batches import load_splits
-from mirror_modules.training.folder import RunFolder
+from mirror_modules.training.folder import FORMAT, RunFolder
 from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
 from tests.evaluation.test_ablation import run_here
 from tests.layouts import make_birds
@@ -218,6 +218,16 @@ def test_what_is_lost_is_measured_again(out, recipes, without_processes):
     ("name", "content", "message"),
     [
         ("cells/demo/seed-0/cost.json", "{}", r"cost\.json is damaged: it must hold what the training has cost"),
+        (
+            "cells/demo/seed-0/cost.json",
+            '{"images_per_second": NaN, "peak_memory": null, "generator_parameters": 1, "discriminator_parameters": 1}',
+            r"cost\.json is damaged",
+        ),
+        (
+            "cells/demo/seed-0/cost.json",
+            '{"images_per_second": 9, "peak_memory": -1, "generator_parameters": 1, "discriminator_parameters": 1}',
+            r"cost\.json is damaged",
+        ),
         ("cells/demo/seed-0/samples.npz", "text", r"samples\.npz is damaged \(.*\); remove it and repeat"),
         ("shared/seed-0/samples.npz", "", r"samples\.npz is damaged \(.*\); remove it and repeat"),
         ("cells/demo/seed-0/result.json", "{}", r"result\.json is damaged: it must hold the metrics of a run"),
@@ -227,6 +237,41 @@ def test_damaged_files_are_named(out, recipes, without_processes, name, content,
     (out / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         compare(recipes, out, seeds=(0,))
+
+
+def test_a_system_whose_log_is_lost_is_named(out, recipes, without_processes):
+    for name in ("cost.json", "metrics.jsonl"):
+        (out / "cells/demo/seed-0" / name).unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no line of phase glam, so that its cost is unknown"):
+        compare(recipes, out, seeds=(0,))
+
+
+@pytest.mark.parametrize("name", ["out", "out/cells", "out/cells/stackgan-demo", "out/shared"])
+def test_a_file_in_place_of_a_folder_is_named_before_anything_is_trained(recipes, tmp_path, without_processes, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    if name != "out":
+        config = {"format": FORMAT, "kind": "comparison", "recipe": comparison._shared_recipe(recipes[0]).to_dict()}
+        (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"must be a folder, but .*{path.name} is a file; choose another path"):
+        compare(recipes, tmp_path / "out", seeds=(0,))
+    assert not without_processes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipes": None}, "compare: recipes must be a list of Recipe, but it is None"),
+        ({"out": None}, "must be the path of a folder, but it is None"),
+        ({"seeds": 3}, "seeds must be a list of one or more distinct numbers, but they are 3"),
+        ({"seeds": "01"}, "seeds must be a list"),
+    ],
+)
+def test_unsuitable_arguments_are_errors(recipes, tmp_path, changes, message):
+    arguments = {"recipes": recipes, "out": tmp_path / "out", "seeds": (0,), **changes}
+    with pytest.raises(ValueError, match=message):
+        compare(arguments["recipes"], arguments["out"], seeds=arguments["seeds"])
 
 
 def changed(phase, **fields):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirror_modules._files import write_json, write_text
+from mirror_modules._files import as_folder, write_json, write_text
 from mirror_modules.evaluation.grid import (
     Grid,
     GridCell,
@@ -171,7 +171,7 @@ def ablate(
     if not isinstance(recipe, Recipe):
         raise ValueError(f"ablate: recipe must be a Recipe such as get_recipe('ablation'), but it is {recipe!r}.")
     check_seeds("ablate", seeds, recipe)
-    grid = Grid("ablate", "ablation", "cell", Path(out), recipe, resolve_device(device))
+    grid = Grid("ablate", "ablation", "cell", as_folder("ablate: out (--out)", out), recipe, resolve_device(device))
     _check_cells(cells, recipe)
     chosen = [GridCell(cell.name, Recipe.from_dict(cell.fields, recipe)) for cell in cells]
     fill(grid, chosen, seeds, jobs)

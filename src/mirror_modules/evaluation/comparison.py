@@ -6,6 +6,7 @@ A cell is a recipe; see `grid` for what the cells share, and how they are traine
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mirror_modules._files import read_json, write_json, write_text
+from mirror_modules._files import as_folder, read_json, write_json, write_text
 from mirror_modules.evaluation.grid import (
     RESULT,
     SAMPLES,
@@ -119,7 +120,8 @@ def compare(
             ...
         ValueError: compare: 'demo' and 'gawwn-demo' differ in data.scatter (False and True), which ...
     """
-    recipes = list(recipes)
+    if not isinstance(recipes, Sequence):
+        raise ValueError(f"compare: recipes must be a list of Recipe, but it is {recipes!r}.")
     for recipe in recipes:
         if not isinstance(recipe, Recipe):
             raise ValueError(f"compare: recipes must be a list of Recipe, but one of them is {recipe!r}.")
@@ -131,6 +133,7 @@ def compare(
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
         raise ValueError(f"compare: baseline must be one of {', '.join(map(repr, names))}, but it is {baseline!r}.")
+    out = as_folder("compare: out (--out)", out)
     _check_comparable(recipes)
     check_seeds("compare", seeds, recipes[0])
     shared, device = _shared_recipe(recipes[0]), resolve_device(device)
@@ -138,7 +141,7 @@ def compare(
         "compare",
         "comparison",
         "recipe",
-        Path(out),
+        out,
         shared,
         device,
         record=_record_cost,
@@ -226,7 +229,12 @@ def _record_cost(trained: Trained) -> None:
 
 def _cost(run: RunFolder, model: TextToImage) -> dict[str, Any]:
     """What is counted in a model, and its images per second in training."""
-    last = {entry["phase"]: entry for entry in read_log(run.log) if "images" in entry}
+    last = {entry["phase"]: entry for entry in read_log(run.log) if "images" in entry} if run.log.exists() else {}
+    if lost := [phase for phase in model.config.adversarial_phases if phase not in last]:
+        raise ValueError(
+            f"{run.log} holds no line of phase {lost[0]}, so that its cost is unknown; remove the folder {run.path}, "
+            "and repeat the command, which trains this system again."
+        )
     phases = [last[phase] for phase in model.config.adversarial_phases]
     discriminators = [each for phase in model.config.adversarial_phases for each in model.discriminators(phase)]
     return {
@@ -264,7 +272,8 @@ def _read_cost(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict) or not all(
-        type(content.get(name)) in (int, float) or (name == "peak_memory" and content.get(name, 0) is None)
+        (type(content.get(name)) in (int, float) and 0 < content[name] < math.inf)
+        or (name == "peak_memory" and content.get(name, 0) is None)
         for name in (*MEASURED_COSTS, *COUNTED_COSTS)
     ):
         raise ValueError(

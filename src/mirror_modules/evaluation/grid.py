@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mirror_modules._checks import check_positive
-from mirror_modules._files import file_name, read_json, write_json, write_whole
+from mirror_modules._files import as_folder, file_name, read_json, write_json, write_whole
 from mirror_modules.evaluation.attributes import AttributeClassifier, fit_attribute_classifier
 from mirror_modules.evaluation.processes import in_processes
 from mirror_modules.evaluation.results import measure, measure_bounds, read_mean_bounds, read_results
@@ -144,8 +144,9 @@ def check_seeds(command: str, seeds: Sequence[int], recipe: Recipe) -> None:
     Raises:
         ValueError: They are not.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{command}: seeds must be one or more distinct numbers, but they are {list(seeds)}.")
+    is_list = isinstance(seeds, Sequence) and not isinstance(seeds, str)
+    if not is_list or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{command}: seeds must be a list of one or more distinct numbers, but they are {seeds!r}.")
     for seed in seeds:
         # Raises if the seed is out of range.
         dataclasses.replace(recipe, seed=seed)
@@ -198,6 +199,9 @@ def fill(grid: Grid, cells: Sequence[GridCell], seeds: Sequence[int], jobs: int)
     """
     check_positive(grid.command, jobs=jobs)
     grid.check_folder()
+    for cell in cells:
+        for seed in seeds:
+            as_folder(f"{grid.command}: the folder of a {grid.noun}", grid.cell_folder(cell.name, seed))
     for seed in seeds:
         RunFolder(grid.shared_folder(seed)).check(dataclasses.replace(grid.shared, seed=seed))
     # The processes divide the threads among them.

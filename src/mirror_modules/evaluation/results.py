@@ -6,7 +6,6 @@ R-precision.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -192,8 +191,8 @@ def read_results(files: Mapping[str, Sequence[Path]]) -> dict[str, list[dict[str
         for path, count, real_count in zip(files[name], counts[name], counts[REAL]):
             if count is None or count != real_count or count.keys() != metrics_of_all:
                 raise ValueError(
-                    f"{path} is damaged: it must hold the metrics of a run, each as a list of numbers, and the same "
-                    "ones for every run; remove it and repeat the command, which measures this run again."
+                    f"{path} is damaged: it must hold the metrics of a run, each as a list of numbers from 0 to 1, "
+                    "and the same ones for every run; remove it and repeat the command, which measures this run again."
                 )
     return results
 
@@ -205,7 +204,7 @@ def _count_values(metrics: Any) -> dict[str, int] | None:
     for values in metrics.values():
         if not isinstance(values, list) or not values:
             return None
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        if not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
             return None
     return {name: len(values) for name, values in metrics.items()}
 

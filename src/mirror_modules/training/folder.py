@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import mirror_modules
-from mirror_modules._files import locked, read_json, write_json
+from mirror_modules._files import as_folder, locked, read_json, write_json
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training.recipes import ALL_PHASES, Recipe, differences
 
@@ -74,7 +74,8 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(not _is_leftover(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run; choose another --out.")
-        for path in (self.path, self.path / "phases", self.checkpoints, self.samples, self.features, self.model):
+        as_folder("the folder of a run (--out)", self.path)
+        for path in (self.path / "phases", self.checkpoints, self.samples, self.features, self.model):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is a file, and a run needs a folder there; choose another --out.")
 

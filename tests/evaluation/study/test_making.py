@@ -332,7 +332,7 @@ def test_invalid_arguments_are_errors(models, tmp_path, changes, message):
 
 def test_runs_that_cannot_be_compared_are_errors(models, tmp_path):
     out = tmp_path / "study"
-    for runs in (models[:1], "runs/a"):
+    for runs in (models[:1], "runs/a", None):
         with pytest.raises(ValueError, match="runs must be two or more folders"):
             make_study(runs, out)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*none; runs must be folders of trained runs"):
@@ -341,8 +341,11 @@ def test_runs_that_cannot_be_compared_are_errors(models, tmp_path):
     with pytest.raises(FileNotFoundError, match="empty is none of these; runs must be folders of trained runs"):
         make_study([models[0], tmp_path / "empty"], out)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"out must be a folder, but .*file \(--out\) is a file"):
-        make_study(models, tmp_path / "file", captions=CAPTIONS)
+    for path in ("file", "file/below"):
+        with pytest.raises(ValueError, match=r"make_study: out \(--out\) must be a folder, but .*file is a file"):
+            make_study(models, tmp_path / path, captions=CAPTIONS)
+    with pytest.raises(ValueError, match="must be the path of a folder, but it is None"):
+        make_study(models, None, captions=CAPTIONS)
     same = save_images(tmp_path / "same", CAPTIONS, seed=0)
     again = save_images(tmp_path / "again", CAPTIONS, seed=0)
     with pytest.raises(ValueError, match=r"same and .*again have the same image of 'a red flower'"):

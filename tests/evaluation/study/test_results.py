@@ -308,6 +308,7 @@ def test_a_file_of_another_study_is_named(folder):
         ({"format": "x"}, "is not a 'mirror-modules study answers 1' file"),
         ({"rater": 5}, "rater must be a number from 1 to 4, but it is 5"),
         ({"rater": "1"}, "rater must be a number"),
+        ({"rater": True}, "rater must be a number from 1 to 4, but it is True"),
         ({"token": None}, "lacks the rater's token or answers"),
         ({"answers": {}}, "lacks the rater's token or answers"),
         ({"answers": [3]}, "answer 0 is not an object"),
@@ -349,8 +350,38 @@ def test_a_folder_without_a_study_or_with_a_damaged_key_is_an_error(folder, tmp_
         study_results(folder, ["file.json"])
 
 
-def test_times_that_are_no_numbers_are_left_out(folder):
-    answers = [answer("a0", "b0", seconds="fast"), answer("a1", "b1", seconds=None), answer("a2", "b2", seconds=4)]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study": 3}, "study must be a text, but it is 3"),
+        ({"runs": "runs/a"}, "runs must be a list of 2 or more texts, but it is 'runs/a'"),
+        ({"captions": None}, "captions must be a list of 1 or more texts, but it is None"),
+        ({"raters": "4"}, "raters must be a whole number of at least 1, but it is '4'"),
+        ({"trials": 0}, "trials must be a whole number of at least 1, but it is 0"),
+    ],
+)
+def test_a_key_with_other_fields_is_an_error(folder, changes, message):
+    answers = write_answers(folder, [])
+    key = json.loads((folder / "key.json").read_text())
+    (folder / "key.json").write_text(json.dumps(key | changes))
+    with pytest.raises(ValueError, match=rf"key\.json is damaged: {message}"):
+        study_results(folder, [answers])
+
+
+@pytest.mark.parametrize(("field", "value"), [("run", 7), ("run", "0"), ("run", -1), ("caption", True), ("caption", 5)])
+def test_a_key_whose_images_belong_to_nothing_is_an_error(folder, field, value):
+    answers = write_answers(folder, [answer("a0", "b0")])
+    key = json.loads((folder / "key.json").read_text())
+    key["images"]["a0"][field] = value
+    (folder / "key.json").write_text(json.dumps(key))
+    last = len(key[f"{field}s"]) - 1
+    with pytest.raises(ValueError, match=f"{field} of image a0 must be a number from 0 to {last}, but it is {value!r}"):
+        study_results(folder, [answers])
+
+
+@pytest.mark.parametrize("seconds", ["fast", None, -1, True, float("nan"), 10**400])
+def test_times_that_are_no_times_are_left_out(folder, seconds):
+    answers = [answer("a0", "b0", seconds=seconds), answer("a1", "b1", seconds=4)]
     results = study_results(folder, [write_answers(folder, answers)])
     assert results["raters"][0]["seconds"] == 4
     assert math.isfinite(results["comparisons"][0]["low"])

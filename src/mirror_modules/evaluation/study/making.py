@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_modules._checks import check_positive
-from mirror_modules._files import write_text
+from mirror_modules._files import as_folder, write_text
 from mirror_modules.data.readers.caption_folder import IMAGE_SUFFIXES
 from mirror_modules.data.readers.images import image_size, read_square, shrink
 from mirror_modules.data.readers.names import is_hidden
@@ -142,9 +142,7 @@ def make_study(
         check_positive("make_study", resolution=resolution)
     folders = _check_runs(runs)
     device = resolve_device(device)
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"make_study: out must be a folder, but {out} (--out) is a file.")
+    out = as_folder("make_study: out (--out)", out)
     chosen = _choose_captions(folders, captions, max_captions, seed)
     seeds = [seed + i for i in range(len(chosen))]
     images = [_images_of(folder, chosen, seeds, device) for folder in folders]
@@ -181,7 +179,7 @@ def make_study(
 
 def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
     """The folders of the runs, all of a known kind and different."""
-    if isinstance(runs, str | Path) or len(runs) < 2:
+    if not isinstance(runs, Sequence) or isinstance(runs, str) or len(runs) < 2:
         raise ValueError("make_study: runs must be two or more folders, whose images are compared.")
     folders = [Path(run) for run in runs]
     found: dict[Path, Path] = {}

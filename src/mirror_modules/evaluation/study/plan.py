@@ -81,9 +81,29 @@ class StudyKey(NamedTuple):
             raise ValueError(f"{path} is not a {KEY_FORMAT!r} file; expected the key of a study.")
         try:
             images = {name: StudyImage(**image) for name, image in content.pop("images").items()}
-            return cls(**content, images=images)
+            key = cls(**content, images=images)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}).") from error
+        if problem := key._problem():
+            raise ValueError(f"{path} is damaged: {problem}.")
+        return key
+
+    def _problem(self) -> str | None:
+        """What no key can hold; None for a key that `write` may have written."""
+        if not isinstance(self.study, str):
+            return f"study must be a text, but it is {self.study!r}"
+        for name, smallest in {"runs": 2, "captions": 1}.items():
+            texts = getattr(self, name)
+            if not isinstance(texts, list) or len(texts) < smallest or not all(isinstance(text, str) for text in texts):
+                return f"{name} must be a list of {smallest} or more texts, but it is {texts!r}"
+        for name in ("raters", "trials"):
+            if type(count := getattr(self, name)) is not int or count < 1:
+                return f"{name} must be a whole number of at least 1, but it is {count!r}"
+        for name, image in self.images.items():
+            for field, listed in {"run": self.runs, "caption": self.captions}.items():
+                if type(number := getattr(image, field)) is not int or not 0 <= number < len(listed):
+                    return f"{field} of image {name} must be a number from 0 to {len(listed) - 1}, but it is {number!r}"
+        return None
 
 
 def run_pairs(runs: int) -> list[tuple[int, int]]:

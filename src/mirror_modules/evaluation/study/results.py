@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -133,7 +134,7 @@ def read_answers(path: Path, key: StudyKey) -> Rater:
             "the folder of that study."
         )
     number, token, listed = (content.get(name) for name in ("rater", "token", "answers"))
-    if not isinstance(number, int) or not 1 <= number <= key.raters:
+    if type(number) is not int or not 1 <= number <= key.raters:
         raise ValueError(f"{path} is damaged: rater must be a number from 1 to {key.raters}, but it is {number!r}.")
     if not isinstance(token, str) or not isinstance(listed, list):
         raise ValueError(f"{path} is damaged: it lacks the rater's token or answers.")
@@ -158,12 +159,13 @@ def _answer(path: Path, index: int, fields: Any, key: StudyKey) -> Answer:
     for question in QUESTIONS:
         if (choice := fields.get(question)) not in (LEFT, RIGHT, TIE, None):
             raise ValueError(f"{where}: {question} must be {LEFT!r}, {RIGHT!r} or {TIE!r}, but it is {choice!r}.")
-    seconds = fields.get("seconds")
+    seconds: Any = fields.get("seconds")
+    is_time = type(seconds) in (int, float) and 0 <= seconds <= sys.float_info.max
     return Answer(
         trial=Trial(images[0].caption, str(left), str(right)),
         realism=fields.get("realism"),
         match=fields.get("match"),
-        seconds=float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else None,
+        seconds=float(seconds) if is_time else None,
     )
 
 
