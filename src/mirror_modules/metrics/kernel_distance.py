@@ -57,7 +57,8 @@ def kernel_distance(
     Its paper has the unbiased estimate, but its published code computes the biased one.
 
     Args:
-        features_a: Features of one set of images, (N, D).
+        features_a: Features of one set of images, (N, D). The polynomial kernel multiplies float64 features in
+            float64 and all others in float32; everything else is computed in float64.
         features_b: Features of the other set, by the same extractor, (M, D). The extractor defines the distance.
         kernel: "polynomial" as in KID, or "rbf", the Gaussian kernel of CMMD.
         bandwidth: Distance of features at which the kernel "rbf" falls to exp(-1/2), above 0; None is 10, as in CMMD.
@@ -125,12 +126,21 @@ def kernel_distance(
     return KernelDistance(scale * float(distances.mean()), scale * float(distances.std(correction=0)))
 
 
+# The kernels return float64, whose sums lose nothing.
 def _polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.mT).div_(x.shape[1]).add_(1).pow_(3)
+    return _products(x, y).div_(x.shape[1]).add_(1).pow_(3)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Compute x y^T. Rounding its entries to float32 leaves their mean as it is, and takes half of the time."""
+    if torch.float64 in (x.dtype, y.dtype) or torch.get_float32_matmul_precision() != "highest":
+        return x.double() @ y.double().mT
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.float() @ y.float().mT).double()
 
 
 def _rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
-    x, y = x / bandwidth, y / bandwidth
+    x, y = x.double() / bandwidth, y.double() / bandwidth
     squared_distance = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.mT
     # Rounding may make the distance of equal features negative.
     return torch.exp(-squared_distance.clamp(min=0.0) / 2)
@@ -139,7 +149,7 @@ def _rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
 def _draw(features: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     device = None if generator is None else generator.device
     drawn = torch.randperm(len(features), generator=generator, device=device)[:size]
-    return features[drawn.to(features.device)].double()
+    return features[drawn.to(features.device)]
 
 
 def _discrepancy(
@@ -174,7 +184,7 @@ def _sums_between(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]
     size = math.isqrt(LARGEST_BLOCK)
     for rows, row_sums in zip(x.split(size), over_y.split(size)):
         for columns, column_sums in zip(y.split(size), over_x.split(size)):
-            values = kernel(rows.double(), columns.double())
+            values = kernel(rows, columns)
             row_sums += values.sum(dim=1)
             column_sums += values.sum(dim=0)
     return over_y, over_x
@@ -188,10 +198,10 @@ def _sums_within(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     tiles = list(zip(x.split(size), sums.split(size), diagonal.split(size)))
     for i, (rows, row_sums, row_diagonal) in enumerate(tiles):
         for columns, column_sums, _ in tiles[i + 1 :]:
-            values = kernel(rows.double(), columns.double())
+            values = kernel(rows, columns)
             row_sums += values.sum(dim=1)
             column_sums += values.sum(dim=0)
-        values = kernel(rows.double(), rows.double())
+        values = kernel(rows, rows)
         row_sums += values.sum(dim=1)
         row_diagonal.copy_(values.diagonal())
     return sums, diagonal
