@@ -173,7 +173,7 @@ def test_a_grid_of_programs_is_within_the_limit_of_cuda():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sizes", [{}, {"r": 53, "l": 18, "d": 64}])
+@pytest.mark.parametrize("sizes", [{}, {"r": 53, "l": 18, "d": 64}, {"r": 67, "l": 18, "d": 48}])
 def test_low_precision_is_within_twice_the_error_of_the_definition(path, device, dtype, sizes):
     length = sizes.get("l", L)
     # Enough pairs for a comparison of the largest errors.

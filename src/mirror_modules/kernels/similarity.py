@@ -10,17 +10,18 @@ similarity exists for all pairs; the backward pass recomputes the rest from the 
     contexts   = shares V / R                            not divided by the sum of shares, which cancels in a cosine
     similarity = log sum_l exp(gamma_word * cos(contexts, W))
 
-The gradient of the similarity gives a, the gradient of the products contexts . W; b, that of half the squared norms of
-the contexts; and c = b * contexts. Then:
+The gradient of the similarity gives a, the gradient of the products contexts . W, and b and n, those of half the
+squared norms of the contexts and of the words. Then:
 
-    grad_scores = (gradient through the softmax, given a * scores + c V^T for the shares) + a * shares
-    grad_V      = (grad_scores^T W + shares^T c) / R
-    grad_W      = grad_scores V / R + (gradient of half the squared norm of w) * W
+    grad_contexts = a W + b contexts
+    grad_scores   = gradient through both exponentials, given grad_contexts V^T for the shares
+    grad_V        = (grad_scores^T W + shares^T grad_contexts) / R
+    grad_W        = grad_scores V / R + sum over images (a contexts + n W)
 
-The term `a * shares` in `grad_scores` carries the gradient of the products directly to V and W, which saves a matrix
-product. Division by R keeps the contexts at the scale of the regions, and the gradients above float16's smallest
-numbers. Scores are float32; shares, contexts and their gradients have the precision of the inputs, except for the
-contexts of the fused kernel, which are float32.
+The two terms of grad_contexts partly cancel, because the cosine does not depend on the norm of a context, and are
+rounded after their sum. Division by R keeps the contexts at the scale of the regions, and the gradients above float16's
+smallest numbers. Scores are float32; shares, contexts and their gradients have the precision of the inputs, except for
+the contexts of the fused kernel, which are float32.
 
 A fused backward pass would take 9 products instead of 6: scores and shares are needed for the contexts, then for the
 gradient of the regions, and then for that of the words, which are sums over different axes. It would also pad each
@@ -53,6 +54,8 @@ MOST_IMAGES = 2**16 - 1
 """Maximum number of images in a chunk: the CUDA limit of the second axis of a grid."""
 ELEMENTS_PER_BLOCK = 2**12
 """Elements of a map or of contexts that a program processes at a time."""
+IMAGES_PER_SUM = 16
+"""Images over which a program sums the gradients of its words; a sum by torch over the programs follows."""
 ALIGNMENT = 16
 """Regions are padded to a multiple of this, which enables vectorized loads and stores in Triton and fast matrix
 products in torch."""
@@ -139,23 +142,28 @@ def word_region_similarity_backward(
                 similarity_triton.attend_kernel, (scores, shares, some_mask), len(some_words), count, gamma_attention
             )
             contexts = _contexts(shares, chunk, count)
-            grad_products, grad_word_norms = gradient.new_empty((2, len(chunk), len(rows)))
             given = gradient[images, captions].contiguous()
+            coefficients = gradient.new_empty((3, len(chunk), len(rows)))
             _launch_on_pairs(
                 similarity_triton.similarity_backward_kernel,
-                (contexts, some_words, some_mask, given, grad_products, grad_word_norms),
+                (contexts, some_words, some_mask, given, *coefficients),
                 gamma_word,
             )
-            # The kernel has replaced `contexts` by c.
+            grad_of_rows = _contexts_to_gradients(contexts, rows, coefficients)
             grad_scores = torch.empty_like(shares)
             torch.bmm(contexts, chunk.mT, out=grad_scores.transpose(0, 1))
-            maps = (scores, grad_scores, grad_products, some_mask)
-            _launch_on_maps(similarity_triton.attend_backward_kernel, maps, len(some_words), count, gamma_attention)
+            _launch_on_maps(
+                similarity_triton.attend_backward_kernel,
+                (scores, grad_scores, some_mask),
+                len(some_words),
+                count,
+                gamma_attention,
+            )
             grad_chunk = _scaled_product(grad_scores.flatten(1).mT, rows, 1 / count).view_as(chunk)
             grad_chunk = torch.baddbmm(grad_chunk, shares.permute(1, 2, 0), contexts, alpha=1 / count)
             grad_regions[images] += grad_chunk[:, :count]
             grad_rows = _scaled_product(grad_scores.flatten(1), chunk.flatten(0, 1), 1 / count)
-            grad_words[captions] += (grad_rows + grad_word_norms.sum(dim=0).unsqueeze(1) * rows).view_as(some_words)
+            grad_words[captions] += (grad_rows + grad_of_rows).view_as(some_words)
     return grad_regions.to(regions.dtype), grad_words.to(words.dtype)
 
 
@@ -294,6 +302,20 @@ def _contexts(shares: Tensor, chunk: Tensor, count: int) -> Tensor:
     return torch.baddbmm(shares.new_empty((1, 1, 1)), shares.transpose(0, 1), chunk, beta=0, alpha=1 / count)
 
 
+def _contexts_to_gradients(contexts: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Replace contexts (E, J * L, D) by their gradients; return that of the words in the cosines, (J * L, D)."""
+    from mirror_modules.kernels import similarity_triton
+
+    images, count, features = contexts.shape
+    blocks = _blocks_of_sum(contexts.dtype, features)
+    parts = -(-images // IMAGES_PER_SUM)
+    sums = coefficients.new_empty((parts, count, features))
+    similarity_triton.context_backward_kernel[
+        (-(-count // blocks["BLOCK_K"]), -(-features // blocks["BLOCK_D"]), parts)
+    ](*(contexts, rows, *coefficients, sums, images, count, features), **blocks)
+    return sums.sum(dim=0)
+
+
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The matrix product of a and b, scaled before it is rounded: the unscaled sum would overflow float16."""
     return torch.addmm(a.new_empty((1, 1)), a, b, beta=0, alpha=scale)
@@ -324,3 +346,9 @@ def _blocks(dtype: torch.dtype, length: int, size: int, name: str) -> dict[str, 
     block_l = next_power_of_2(length)
     block = max(16, min(next_power_of_2(size), ELEMENTS_PER_BLOCK // block_l))
     return {"ACCUMULATE": accumulator(dtype), "BLOCK_L": block_l, name: block}
+
+
+def _blocks_of_sum(dtype: torch.dtype, features: int) -> dict[str, Any]:
+    """Block sizes of the kernel that sums over images."""
+    block_d = max(16, min(next_power_of_2(features), 128))
+    return {"IMAGES": IMAGES_PER_SUM, "ACCUMULATE": accumulator(dtype), "BLOCK_K": 16, "BLOCK_D": block_d}

@@ -73,31 +73,23 @@ def attend_kernel(
 
 @triton.jit
 def attend_backward_kernel(
-    scores, grad_shares, grad_products, word_mask, R, L, stride_row, stride_e, gamma_attention,
+    scores, grad_shares, word_mask, R, L, stride_row, stride_e, gamma_attention,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Backpropagate from the shares to the scores; the result replaces `grad_shares`.
-
-    `grad_shares` is the gradient of the shares through the norms of the contexts. `grad_products` (E, J * L), the
-    gradient of the products context . word, adds `grad_products * scores` to it. The products also depend on regions
-    and words directly: the result includes `grad_products * shares`.
-    """
+    """Backpropagate from the shares to the scores; the result replaces `grad_shares`."""
     j, e = tl.program_id(0), tl.program_id(1)
     word, region = tl.arange(0, BLOCK_L), tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_L = _real_words(word_mask, j, word, L)
     offsets_LR, inside = _map_offsets(j, e, word, region, L, stride_row, stride_e)
     scores_LR = tl.load(scores + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
     grad_shares_LR = tl.load(grad_shares + offsets_LR, mask=inside, other=0.0).to(ACCUMULATE)
-    row = e.to(tl.int64) * tl.num_programs(0) * L + j * L + word
-    grad_products_L = tl.load(grad_products + row, mask=word < L, other=0.0)
 
     words_LR = _shares_of_words(scores_LR, real_L)
     shares_LR = _shares_of_regions(words_LR, gamma_attention)
-    grad_words_LR = gamma_attention * shares_LR * (grad_shares_LR + grad_products_L[:, None] * scores_LR)
+    grad_words_LR = gamma_attention * shares_LR * grad_shares_LR
     grad_scores_LR = words_LR * (grad_words_LR - tl.sum(words_LR * grad_words_LR, axis=0)[None, :])
-    result_LR = grad_scores_LR + grad_products_L[:, None] * shares_LR
-    result_LR = tl.where(real_L[:, None] & (region[None, :] < R), result_LR, 0.0)
-    tl.store(grad_shares + offsets_LR, result_LR.to(grad_shares.dtype.element_ty), mask=inside)
+    grad_scores_LR = tl.where(real_L[:, None] & (region[None, :] < R), grad_scores_LR, 0.0)
+    tl.store(grad_shares + offsets_LR, grad_scores_LR.to(grad_shares.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -162,14 +154,14 @@ def similarity_kernel(
 
 @triton.jit
 def similarity_backward_kernel(
-    contexts, words, word_mask, gradient, grad_products, grad_word_norms, J, L, D, gamma_word,
+    contexts, words, word_mask, gradient, grad_products, grad_context_norms, grad_word_norms, J, L, D, gamma_word,
     ACCUMULATE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Backpropagate from the similarity (E, J) to the products and norms in the cosines.
+    """Backpropagate from the similarity (E, J) to the products and norms in the cosines, (E, J * L) each.
 
-    - `grad_products` (E, J * L): gradient of the products context . word.
-    - `contexts`, in place: the contexts times the gradient of half their squared norm.
-    - `grad_word_norms` (E, J * L): gradient of half the squared norm of the word.
+    - `grad_products`: gradient of the products context . word.
+    - `grad_context_norms`: gradient of half the squared norms of the contexts.
+    - `grad_word_norms`: gradient of half the squared norms of the words.
     """
     j, e = tl.program_id(0), tl.program_id(1)
     word = tl.arange(0, BLOCK_L)
@@ -185,15 +177,40 @@ def similarity_backward_kernel(
     row = pair * L + word
     tl.store(grad_products + row, grad_cosine_L / (context_L * word_L), mask=word < L)
     tl.store(grad_word_norms + row, -grad_cosine_L * cosine_L / (word_L * word_L), mask=word < L)
-    # Two divisions: the square of a small norm would leave the range of float32.
-    grad_norm_L = tl.where(context_L > SHORTEST, -grad_cosine_L * cosine_L / context_L, 0.0)
-    for start in range(0, D, BLOCK_D):
-        feature = start + tl.arange(0, BLOCK_D)
-        inside = (word[:, None] < L) & (feature[None, :] < D)
-        offsets_LD = row[:, None] * D + feature[None, :]
-        context_LD = tl.load(contexts + offsets_LD, mask=inside, other=0.0).to(ACCUMULATE)
-        context_LD = context_LD / context_L[:, None] * grad_norm_L[:, None]
-        tl.store(contexts + offsets_LD, context_LD.to(contexts.dtype.element_ty), mask=inside)
+    grad_norm_L = tl.where(context_L > SHORTEST, -grad_cosine_L * cosine_L / (context_L * context_L), 0.0)
+    tl.store(grad_context_norms + row, grad_norm_L, mask=word < L)
+
+
+@triton.jit
+def context_backward_kernel(
+    contexts, words, grad_products, grad_context_norms, grad_word_norms, grad_words, E, K, D,
+    IMAGES: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Replace the contexts by their gradients, and sum the gradients of the words over `IMAGES` images.
+
+    - `contexts`, in place: grad_products * words + grad_context_norms * contexts, rounded after the sum.
+    - `grad_words` (ceil(E / IMAGES), K, D): sums of grad_products * contexts + grad_word_norms * words.
+    """
+    row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = tl.program_id(2).to(tl.int64)
+    inside = (row[:, None] < K) & (feature[None, :] < D)
+    offsets_KD = row[:, None].to(tl.int64) * D + feature[None, :]
+    words_KD = tl.load(words + offsets_KD, mask=inside, other=0.0).to(ACCUMULATE)
+    sum_KD = tl.zeros((BLOCK_K, BLOCK_D), ACCUMULATE)
+    for i in range(IMAGES):
+        is_image = part * IMAGES + i < E
+        pair_K = (part * IMAGES + i) * K + row
+        here_K = is_image & (row < K)
+        grad_product_K = tl.load(grad_products + pair_K, mask=here_K, other=0.0)
+        grad_norm_K = tl.load(grad_context_norms + pair_K, mask=here_K, other=0.0)
+        grad_word_norm_K = tl.load(grad_word_norms + pair_K, mask=here_K, other=0.0)
+        context_at = contexts + pair_K[:, None] * D + feature[None, :]
+        context_KD = tl.load(context_at, mask=inside & is_image, other=0.0).to(ACCUMULATE)
+        sum_KD += grad_product_K[:, None] * context_KD + grad_word_norm_K[:, None] * words_KD
+        grad_context_KD = grad_product_K[:, None] * words_KD + grad_norm_K[:, None] * context_KD
+        tl.store(context_at, grad_context_KD.to(contexts.dtype.element_ty), mask=inside & is_image)
+    tl.store(grad_words + part * K * D + offsets_KD, sum_KD, mask=inside)
 
 
 @triton.jit
