@@ -1,4 +1,4 @@
-"""A latent diffusion model trained with its denoising loss and redescription, in balance (as CoMat, Jiang et al. 2024).
+"""A latent diffusion model trained with its denoising loss and balanced redescription (as CoMat, Jiang et al. 2024).
 
 A captioner sees the decoded one-step prediction of the clean image; the likelihood of the caption trains the UNet. The
 pipeline is tiny and random, the captioner is a BLIP that learns the colors of drawn flowers in seconds: the numbers

@@ -3,8 +3,8 @@
 #
 #     examples/own_photographs.sh [FOLDER]
 #
-# Without a folder, twelve drawn flowers with captions are the photographs. STEPS=100 shortens the training. The command
-# mirror-modules must be on the path: activate the environment first, such as with `source .venv/bin/activate`.
+# Without a folder, twelve drawn flowers with captions are the photographs. STEPS=100 shortens the training. Needs
+# mirror-modules[train,pretrained] in an active environment (`source .venv/bin/activate`).
 set -euo pipefail
 
 if [[ ${1:-} == -* ]]; then

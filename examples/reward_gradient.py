@@ -1,8 +1,8 @@
-"""Two rewards in balance, through the last steps of sampling (ReFL, Xu et al. 2023; DRaFT-K, Clark et al. 2024).
+"""Two balanced rewards, through the last steps of sampling (ReFL, Xu et al. 2023; DRaFT-K, Clark et al. 2024).
 
 A captioner's likelihood of the prompt and the saturation of the image fine-tune the UNet of a Stable Diffusion
 pipeline. The pipeline is tiny and random, the captioner has learned the colors of drawn flowers: the numbers show
-what balance does to the two rewards, not what rewards do to images.
+what balancing does to the two rewards, not what rewards do to images.
 """
 
 import copy

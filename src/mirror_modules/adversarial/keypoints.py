@@ -12,7 +12,7 @@ from mirror_modules.adversarial.discriminator import PairedLogits
 
 
 class KeypointDiscriminator(TypedCall, nn.Module):
-    """Discriminate key points paired with a sentence (GAWWN, Sec. 4.3): the opponent of `KeypointGenerator`.
+    """Discriminate key points paired with a sentence (GAWWN, Sec. 4.3), to train `KeypointGenerator`.
 
         consistency = MLP(MLP(points), MLP(s))
 

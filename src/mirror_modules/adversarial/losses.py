@@ -250,7 +250,7 @@ def _total(
     loss: Callable[[Tensor, bool], Tensor],
     *terms: tuple[str, float, Tensor | None, bool],
 ) -> Tensor:
-    """The weighted sum of the losses of logits, each (name, weight, logits, whether they shall be real)."""
+    """The weighted sum of the losses of logits, each (name, weight, logits, whether their target is real)."""
     losses = []
     for name, weight, logits, is_real in terms:
         if logits is None and weight > 0:
@@ -267,7 +267,7 @@ def _total(
 
 
 def _loss(logits: Tensor, is_real: bool, *, through: Through, objective: Objective) -> Tensor:
-    """- E log D, or E max(0, 1 - logit) if the logits shall be real; else - E log(1 - D), or E max(0, 1 + logit)."""
+    """- E log D, or E max(0, 1 - logit) if the target is real; else - E log(1 - D), or E max(0, 1 + logit)."""
     signed = -logits if is_real else logits
     if objective == "hinge":
         return F.relu(1 + signed).mean()

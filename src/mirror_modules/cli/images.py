@@ -41,7 +41,7 @@ class GenerateOptions:
     truncation: float | None = None
     """Draw the noise from [-truncation, truncation] only: more typical, less diverse images."""
     box: tuple[float, float, float, float] | None = None
-    """Where the subject shall be, in systems that take it: left, top, width and height as shares of the image."""
+    """Where to place the subject, in systems that take it: left, top, width and height as shares of the image."""
     points: Path | None = None
     """JSON file of key points, x and y by name as shares of the image: {"center": [0.5, 0.4], "petal 8": null}. null
     hides a point; those that are not in the file are drawn from the caption, all of them without a file."""

@@ -1,4 +1,4 @@
-"""The options `--box` and `--points` of the command `generate`: where the subject shall be."""
+"""The options `--box` and `--points` of the command `generate`: where to place the subject."""
 
 from __future__ import annotations
 

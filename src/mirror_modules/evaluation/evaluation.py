@@ -69,8 +69,8 @@ def evaluate(
     Images are generated from these captions, and each image ranks its caption against others of the validation split.
     The same metrics for the real images are the ceiling, and those for images generated from other captions (shuffled)
     the floor. `evaluators` has R-precision by every evaluator of the run, also on the training images held out from all
-    training and with candidates of other classes only, beside that of one who knows the class alone and that of the
-    other captions of each image. Where these show that an evaluator cannot rank images, `cannot_rank` is true, with
+    training and with candidates of other classes only, beside that of an oracle that knows the class alone and that of
+    the other captions of each image. Where these show that an evaluator cannot rank images, `cannot_rank` is true, with
     `reasons`. Image n of a split has the seed `recipe.seed + n`, with which the model's `generate` generates it again.
 
     FID, KID and diversity of photographs are measured on the features of the evaluators' pretrained backbones, if there
@@ -109,13 +109,13 @@ def evaluate(
         >>> from mirror_modules.evaluation import evaluate
         >>> metrics = evaluate("runs/demo")  # doctest: +SKIP
         >>> round(metrics["r_precision"]["generated"]["top1"], 3)  # doctest: +SKIP
-        0.782
+        0.991
         >>> sorted(metrics["r_precision"])  # doctest: +SKIP
         ['generated', 'real', 'shuffled']
         >>> metrics["cannot_rank"]  # doctest: +SKIP
-        False
+        True
         >>> metrics["evaluators"]["evaluator"]["validation"]["all_captions"]["text_ceiling"]["top1"]  # doctest: +SKIP
-        0.758
+        0.959
     """
     group = ProcessGroup(device=torch.device(resolve_device(device)))
     folder = RunFolder(out)

@@ -53,7 +53,7 @@ class KeypointGenerator(TypedCall, nn.Module):
         proposed = sigmoid(MLP(ReLU(W z), ReLU(V s), MLP(given))),    points = complete_keypoints(given, proposed)
 
     Points that are given are kept; the others, which have visibility 0, are generated with a visibility of their own.
-    Its opponent in training is `KeypointDiscriminator`.
+    It is trained against `KeypointDiscriminator`.
 
     Args:
         point_count: Key points K.

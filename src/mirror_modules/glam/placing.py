@@ -10,7 +10,7 @@ from mirror_modules._typing import TypedCall
 
 
 class TextPlacer(TypedCall, nn.Module):
-    """Give the positions inside a box the features of a text, and all others none (GAWWN, Sec. 4.1).
+    """Fill a box with the features of a text, and the rest of the map with zeros (GAWWN, Sec. 4.1).
 
         placed(u, v) = mean over boxes k of text_k where (u, v) is inside box k
 

@@ -8,7 +8,7 @@ from mirror_modules._checks import at_least_float32, check_tensors, shape_of
 
 
 def box_overlap(boxes: Tensor, others: Tensor) -> Tensor:
-    """Divide what two boxes have in common by what they cover together: intersection over union.
+    """Compute the intersection over union of pairs of boxes.
 
         overlap = |A and B| / |A or B|    1 for equal boxes, 0 for disjoint ones and where a box is empty
 

@@ -107,13 +107,13 @@ class GAWWNConfig(ModelConfig):
 
 @register_system
 class GAWWN(TextToImage):
-    """A global path that sees the whole image and a local one that sees the subject, which is where it shall be.
+    """A global path for the whole image and a local one for the subject, whose place is given.
 
         I = G(noise, sentence, box)    or    G(noise, sentence, points)
 
     The location is a box, (B, 4), x, y, width and height as shares of the image; or x, y and visibility of each key
     point, (B, K, 3). Without a location, the box is one in the middle, and all key points are missing. A key point has
-    the visibility 1 if it is given, -1 if it shall be hidden, and 0 if it is missing: `KeypointGenerator` then draws
+    the visibility 1 if it is given, -1 if it is hidden, and 0 if it is missing: `KeypointGenerator` then draws
     place and visibility from the sentence and the points that are given (Sec. 4.3).
 
     Args:
@@ -234,7 +234,7 @@ class GAWWN(TextToImage):
         return drawn.where(visibility == 0, location)
 
     def keypoint_discriminator(self) -> KeypointDiscriminator:
-        """A new opponent of the key-point generator, for phase `keypoints`."""
+        """A new discriminator for the key-point generator, for phase `keypoints`."""
         config = self.config
         return KeypointDiscriminator(len(config.point_names), config.word_dim, hidden_dim=config.keypoint_hidden_dim)
 

@@ -1,4 +1,4 @@
-"""PPGN: an unconditional generator whose latents climb to images that fit a caption (Nguyen et al., CVPR 2017)."""
+"""PPGN: an unconditional generator whose latents are optimized to fit a caption (Nguyen et al., CVPR 2017)."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def sample_latents(
         steps: Number of updates.
         step_size: Mean absolute change of a latent in the first update; it decreases linearly to 0.
         prior_weight: Weight of the pull to standard normal latents.
-        location: Where the subject shall be, (B, ...), in systems that take it.
+        location: Where to place the subject, (B, ...), in systems that take it.
 
     Returns:
         Noise and condition noise side by side, and the log likelihoods of the captions, end token included, in nats per

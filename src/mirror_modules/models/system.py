@@ -123,7 +123,7 @@ class System(TypedCall, nn.Module):
             samples: A sample of each of `conditions`.
             words: Word features, (B, L, D).
             word_mask: True for a real word, (B, L); None if all are.
-            location: Where the subject shall be, (B, ...), in systems that take it.
+            location: Where to place the subject, (B, ...), in systems that take it.
             need_weights: Also return the attention maps.
 
         Returns:
@@ -174,7 +174,7 @@ class System(TypedCall, nn.Module):
         """What a user gives as location, with what is missing in it drawn from the sentence, in systems that do so.
 
         Args:
-            location: Where the subject shall be, (B, ...); None if it is not given.
+            location: Where to place the subject, (B, ...); None if it is not given.
             sentence: Sentence features, (B, D).
             noise: Standard normal, (B, config.condition_noise_dim).
         """
@@ -222,7 +222,7 @@ class System(TypedCall, nn.Module):
             word_mask: True for a real word, (B, L); None if all are.
             noise: Standard normal, (B, Z); sampled if None.
             condition_noise: Standard normal noise of the conditions, (B, config.condition_noise_dim); sampled if None.
-            location: Where the subject shall be, (B, ...), in systems that take it.
+            location: Where to place the subject, (B, ...), in systems that take it.
             need_weights: Also return the attention maps.
 
         Returns:

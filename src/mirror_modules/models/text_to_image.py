@@ -139,7 +139,7 @@ class TextToImage(System):
                 each image its seed. An image depends only on its caption and its seed. None samples new noise.
             truncation: Draw the noise from a standard normal truncated to [-truncation, truncation]: smaller values
                 give more typical and less diverse images. None does not truncate.
-            location: Where the subject shall be, one per caption, in systems that take it.
+            location: Where to place the subject, one per caption, in systems that take it.
             best_of: Candidates for each image, of which the one is returned from which the model's captioner most
                 likely recovers the caption. The seeds are then those of `best_seeds`.
             output: "pt" for a tensor, "np" for an array, "pil" for a list of Pillow images.
@@ -344,7 +344,7 @@ class TextToImage(System):
             steps: Number of images, at least 2.
             seed: Seed of the noise of all images; None samples new noise.
             truncation: As in `generate`.
-            location: Where the subject of all images shall be, (1, ...), in systems that take it.
+            location: Where to place the subject of all images, (1, ...), in systems that take it.
             output: As in `generate`.
             resolution: As in `generate`.
 

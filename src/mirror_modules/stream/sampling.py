@@ -130,7 +130,7 @@ def latent_step(
 
 
 class LatentSampler:
-    """Climb from latents to images that fit a caption, without training (PPGN, Nguyen et al., CVPR 2017, Sec. 3.3).
+    """Move latents to images that fit a caption, by gradient ascent (PPGN, Nguyen et al., CVPR 2017, Sec. 3.3).
 
         h <- h + e1 (R(h) - h) + e2 d log p(caption | G(h)) / dh + N(0, e3^2)
 

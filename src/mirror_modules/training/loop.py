@@ -225,8 +225,8 @@ def _determinism(required: bool) -> Iterator[None]:
 def _pretrain(run: Run, phase: str) -> nn.Module:
     """Train an image backbone from scratch by captioning, as VirTex does (Desai and Johnson, 2021).
 
-    The likelihood of a caption teaches each of its words, while a contrastive loss is low once most captions of a batch
-    are told apart, by a few of them. Of drawn flowers, a captioner learns the number of the petals in fewer steps.
+    The likelihood of a caption depends on each of its words, while a contrastive loss is low once a few words
+    distinguish most captions of a batch. On drawn flowers, a captioner learns the number of petals in fewer steps.
     """
     sizes = run.recipe.model
     captioner = Captioner(

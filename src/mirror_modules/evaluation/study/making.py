@@ -87,7 +87,7 @@ def make_study(
     resolution: int | None = None,
     device: str = "cpu",
 ) -> Study:
-    r"""Write a page that shows pairs of images of two runs, and asks which is more real and which matches its caption.
+    r"""Write a page that shows pairs of images of two runs, and asks which looks more real and which fits the caption.
 
     The page is one file with all images, works without a network, and names no run. It stores the answers in the
     rater's browser and saves them as a file for `study_results`. Each rater chooses a number, on which the order of the
