@@ -256,7 +256,7 @@ def test_an_evaluator_that_knows_the_class_alone_cannot_rank(monkeypatch):
     assert every["real"]["top1"] == pytest.approx(every["class_oracle"], abs=0.01)
     assert every["cannot_rank"] is True
     assert result["own_class"]["real"] == {"share": 0.5, "standard_error": 0.0}
-    assert "are not above one who knows the class alone, at 4.0%, nor is their caption" in every["reasons"][0]
+    assert "are not above an oracle that knows the class alone, at 4.0%, nor is their caption" in every["reasons"][0]
     assert (others["real"]["top1"], others["cannot_rank"], others["reasons"]) == (1.0, False, [])
     assert "text_ceiling" not in every
 
@@ -295,7 +295,7 @@ def test_comparisons_within_the_class_need_more_than_the_class():
         ({"real": 0.03, "error": 0.001, "chance": 0.01}, []),
         (
             {"real": 0.11, "error": 0.01, "chance": 0.01, "class_oracle": 0.098},
-            ["at 11.0% ± 1.0, are not above one who knows the class alone, at 9.8%"],
+            ["at 11.0% ± 1.0, are not above an oracle that knows the class alone, at 9.8%"],
         ),
         ({"real": 0.12, "error": 0.01, "chance": 0.01, "class_oracle": 0.098}, []),
         # Many classes: few evaluators know them all, but this one sees more than the class.
@@ -307,7 +307,7 @@ def test_comparisons_within_the_class_need_more_than_the_class():
             {"real": 0.11, "error": 0.01, "chance": 0.01, "class_oracle": 0.53, "own_class": OwnClass(0.51, 0.01)},
             ["at 53.0%, nor is their caption preferred to others of their class (51.0% ± 1.0 of the pairs)"],
         ),
-        ({"real": 0.05, "error": 0.01, "chance": 0.01, "class_oracle": 0.098}, ["not above one who knows the class"]),
+        ({"real": 0.05, "error": 0.01, "chance": 0.01, "class_oracle": 0.098}, ["not above an oracle that knows the class"]),
         (
             {"real": 0.09, "error": 0.01, "chance": 0.01, "generated": 0.12},
             ["at 9.0% ± 1.0, are below generated ones, at 12.0%"],

@@ -1,7 +1,7 @@
 """R-precision by several evaluators, on unseen classes and on training classes, with the bounds that give it a meaning.
 
 An R-precision is a property of the evaluator and of the captions as much as of the images. Each one is therefore
-reported beside that of real images, of shuffled images, of one who knows the class alone, and of other captions of the
+reported beside that of real images, of shuffled images, of an oracle that knows the class alone, and of other captions of the
 same image, and with the reasons, if there are any, for which it cannot rank images.
 """
 
@@ -183,7 +183,7 @@ def cannot_rank(
         real: Top-1 R-precision of real images, in [0, 1].
         error: Its standard error.
         chance: That of a random ranking.
-        class_oracle: That of one who knows the class alone; None where it has no meaning.
+        class_oracle: That of an oracle that knows the class alone; None where it has no meaning.
         own_class: Comparisons of the real images within their class; None if there are none.
         generated: R-precision of generated images; None if it was not measured.
     """
@@ -199,7 +199,7 @@ def cannot_rank(
                 f"{100 * own_class.standard_error:.1f} of the pairs)"
             )
         reasons.append(
-            f"real images, at {real:.1%} ± {100 * error:.1f}, are not above one who knows the class alone, at "
+            f"real images, at {real:.1%} ± {100 * error:.1f}, are not above an oracle that knows the class alone, at "
             f"{class_oracle:.1%}{within}"
         )
     if generated is not None and generated - real > ERRORS * error:
@@ -264,7 +264,7 @@ def measure_retrieval(
 
 
 def bounds(split: RankedSplit, candidates: Candidates) -> dict[str, float]:
-    """Top-1 R-precision of a random ranking, "chance", and of one who knows the class alone, "class_oracle".
+    """Top-1 R-precision of a random ranking, "chance", and of an oracle that knows the class alone, "class_oracle".
 
     The latter is missing where it says nothing: images without classes, or candidates of other classes only.
     """

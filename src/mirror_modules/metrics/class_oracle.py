@@ -1,4 +1,4 @@
-"""R-precision of one who knows the class of each image and caption, and nothing else."""
+"""R-precision of an oracle that knows the class of each image and caption, and nothing else."""
 
 from __future__ import annotations
 
