@@ -142,8 +142,8 @@ def _shares_correct(predicted: Mapping[str, Sequence[str]], named: Sequence[Mapp
 def measure_bounds(recipe: Recipe, folder: RunFolder, splits: Splits, device: str) -> dict[str, dict[str, float]]:
     """The bounds of each R-precision of `measure`, by which its values are judged.
 
-    They are the R-precision of a random ranking, of an oracle that knows the class alone, and of other captions of the same
-    image; and with classes how real images rank captions of their own class.
+    They are the R-precision of a random ranking, of an oracle that knows the class alone, and of other captions of the
+    same image; and with classes how real images rank captions of their own class.
     """
     return {
         each.metric: {**bounds(each.split, each.candidates), **_measured_bounds(each)}

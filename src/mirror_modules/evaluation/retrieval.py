@@ -1,8 +1,8 @@
 """R-precision by several evaluators, on unseen classes and on training classes, with the bounds that give it a meaning.
 
 An R-precision is a property of the evaluator and of the captions as much as of the images. Each one is therefore
-reported beside that of real images, of shuffled images, of an oracle that knows the class alone, and of other captions of the
-same image, and with the reasons, if there are any, for which it cannot rank images.
+reported beside that of real images, of shuffled images, of an oracle that knows the class alone, and of other captions
+of the same image, and with the reasons, if there are any, for which it cannot rank images.
 """
 
 from __future__ import annotations
