@@ -413,7 +413,8 @@ def _write_samples(steps: PhaseRun, state: AdversarialState, unseen: Unseen) -> 
 
     recipe, folder = steps.run.recipe, steps.run.folder.samples
     generated = draw_samples(state, unseen, recipe.seed, need_weights=recipe.logging.tensorboard)
-    finest = generated.images[state.stages - 1]
+    # Without a stage that is not trained yet; the images of an earlier phase's stages come before those of this one.
+    finest = generated.images[state.stages - len(state.resolutions) - 1]
     sheet = captioned_grid(finest, unseen.captions[: len(finest)], columns=4, scale=max(1, 128 // finest.shape[2]))
     folder.mkdir(exist_ok=True)
     write_png(sheet, folder / f"{steps.phase}-{steps.step:08}.png")
