@@ -352,8 +352,8 @@ class TextToImage(System):
             `steps` images, as `generate` returns them.
 
         Raises:
-            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
-                for it.
+            ValueError: A caption has no word, an argument is out of range, the model was loaded without the parts for
+                it, or the system has no conditions (PPGN).
         """
         owner = f"{type(self).__name__}.interpolate"
         self._require(owner, "images")
@@ -362,6 +362,11 @@ class TextToImage(System):
             raise ValueError(f"{owner}: steps must be at least 2, the images of both captions, but it is {steps}.")
         stage = self._stage_of(owner, output, resolution)
         self.check_location(owner, location, 1)
+        if self.config.samples_with_captioner:
+            raise ValueError(
+                f"{owner}: the system {self.config.system!r} samples each image for one caption, with the captioner, and "
+                "has no condition between two; generate images of each caption instead."
+            )
         tokens, word_mask = self.vocabulary.encode([first, last], max_words=self.config.max_words)
         noise, condition_noise = self._sample_noise(owner, 1, None if seed is None else [seed], truncation)
         with evaluating(self):
