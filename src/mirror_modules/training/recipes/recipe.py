@@ -67,7 +67,8 @@ class Recipe:
     """Phase `keypoints`, before `glam`: the generator of the key points that a user leaves out, in GAWWN; None for
     others."""
     evaluator_pretraining: PretrainingRecipe | None = None
-    """Phase `evaluator_pretraining`: the same for the backbone of phase `evaluator`, with its own seed."""
+    """Phase `evaluator_pretraining`: trains the backbone of phase `evaluator`, as `pretraining` does that of phase
+    `stem`, but with its own seed; None leaves it out."""
     evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
     """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
     second_evaluator: EvaluatorRecipe | None = field(default=None, metadata={"harmless": True})
