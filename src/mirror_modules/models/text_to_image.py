@@ -364,7 +364,7 @@ class TextToImage(System):
         self.check_location(owner, location, 1)
         if self.config.samples_with_captioner:
             raise ValueError(
-                f"{owner}: the system {self.config.system!r} samples each image for one caption, with the captioner, and "
+                f"{owner}: the system {self.config.system!r} samples each image for one caption with its captioner and "
                 "has no condition between two; generate images of each caption instead."
             )
         tokens, word_mask = self.vocabulary.encode([first, last], max_words=self.config.max_words)
