@@ -262,10 +262,15 @@ def _with_system(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
-    keeps_best = any(new.phase(phase).keep_best is not None for phase in new.phases)
-    for words, harmless in changed_fields(old, new):
+    harmful = []
+    if any(new.phase(phase).keep_best is not None for phase in new.phases):
         # The best step is selected among those with a checkpoint.
-        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+        harmful.append("engine.checkpoint_every ")
+    if new.second_evaluator is None:
+        # It may be added. Left out, its weights would be taken for those of another one that is added later.
+        harmful.append("second_evaluator ")
+    for words, harmless in changed_fields(old, new):
+        yield words, harmless and not words.startswith(tuple(harmful))
 
 
 def _place(recipe: Recipe, phase: str) -> tuple[str, str]:
