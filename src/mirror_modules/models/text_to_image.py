@@ -210,10 +210,7 @@ class TextToImage(System):
         tokens, word_mask = tokens.to(self.device), word_mask.to(self.device)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
-        if isinstance(seed, Sequence):
-            first = seeds_of(owner, len(rows), seed)
-        else:
-            first = seeds_of(owner, len(rows) * best_of, seed)[::best_of]
+        first = seeds_of(owner, len(rows), seed, step=best_of)
         best = torch.full((len(rows),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         for candidate in range(best_of):
