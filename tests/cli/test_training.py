@@ -214,6 +214,22 @@ def test_steps_and_threads_reach_the_recipe(monkeypatch, capsys, tmp_path, comma
     assert {recipes[0].phase(phase).steps for phase in ("stem", "stream", "glam", "evaluator")} == {7}
 
 
+@pytest.mark.parametrize("command", ["train", "ablate"])
+@pytest.mark.parametrize("flag", ["--from-scratch", "--from_scratch"])
+def test_from_scratch_reaches_the_recipe_however_it_is_written(monkeypatch, capsys, tmp_path, command, flag):
+    recipes = []
+
+    def record(recipe, *_, **__):
+        recipes.append(recipe)
+        raise ValueError("not trained")
+
+    monkeypatch.setattr("mirror_modules.training.loop.train", record)
+    monkeypatch.setattr("mirror_modules.evaluation.ablation.ablate", record)
+    result = run(capsys, command, "flowers-64", "--data", tmp_path, "--out", tmp_path, flag)
+    assert_rejected(result, "not trained")
+    assert recipes[0].model.image_backbone.name == "conv"
+
+
 def test_each_attribute_is_printed_for_each_kind_of_image(capsys, monkeypatch, tmp_path):
     shares = {"generated": (0.25, 0.5), "real": (1.0, 0.75)}
     metrics = {

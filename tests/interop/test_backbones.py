@@ -358,6 +358,12 @@ class Returns(nn.Module):
         (Returns(lambda x: ImageFeatures(x.mean((2, 3)), x)), r"or ImageFeatures, but it returned \(2, 3\)"),
         (Returns(lambda x: ImageFeatures(x, x)), r"image feature that the model Returns returns must be \(B, D\), but"),
         (Returns(lambda x: ImageFeatures(x, [x])), r"\(B, D\), but of 2 images it is of the type list"),
+        (Returns(lambda x: {}["regions"]), r"Returns failed on \(2, 3, 224, 224\).* The error: 'regions'"),
+        (Returns(lambda x: x.unflatten(1, (3 // 0, 3))), r"Returns failed on .* The error: .*division.* by zero"),
+        (
+            Returns(lambda x: ImageFeatures(x.flatten(2).mT, x.mean((2, 3)) / 0)),
+            r"features that Returns computes of blank images are not all finite",
+        ),
         (Returns(lambda x: x / 0), r"features that Returns computes of blank images are not all finite"),
         (
             nn.Conv2d(1, 4, 3),

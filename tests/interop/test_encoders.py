@@ -1,8 +1,10 @@
 """Adapters of text and image encoders: the features of the wrapped models, gradients to the image, frozen weights."""
 
 import copy
+import math
 import pickle
 from itertools import product
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -848,6 +850,21 @@ def encode(captions, template="<s> $A </s>"):
     return text_encoder_from(bert(), make_tokenizer(template)).encode(captions)
 
 
+class ReturnsText(nn.Module):
+    """A text encoder with an output of any kind."""
+
+    def __init__(self, words, pooled=None):
+        super().__init__()
+        self.words, self.pooled = words, pooled
+
+    def forward(self, input_ids, attention_mask=None):
+        return SimpleNamespace(last_hidden_state=self.words, pooler_output=self.pooled)
+
+
+def text_that_returns(*output):
+    return text_encoder_from(ReturnsText(*output), make_tokenizer())
+
+
 class Untraceable(nn.Module):
     def forward(self, images):
         return images.mean(dim=(2, 3)) if images.sum() < 1e9 else images
@@ -884,6 +901,24 @@ class Untraceable(nn.Module):
             r"returns `last_hidden_state`.* BertForMaskedLM failed on two tokens: .*last_hidden_state",
             lambda: text_encoder_from(transformers.BertForMaskedLM(bert().config), make_tokenizer()),
         ),
+        (
+            r"last_hidden_state of ReturnsText must be floats \(B, L, D\), but .* it is torch\.float32 \(1, 2\)",
+            lambda: text_that_returns(torch.zeros(1, 5)),
+        ),
+        (r"but of two tokens .* \(1, 2, 3, 5\)", lambda: text_that_returns(torch.zeros(1, 2, 3, 5))),
+        (r"but of two tokens .* \(1, 1, 5\)", lambda: text_that_returns(torch.zeros(1, 1, 5))),
+        (r"must be floats .* it is torch\.int64", lambda: text_that_returns(torch.zeros(1, 2, 5).long())),
+        (r"two tokens are not all finite", lambda: text_that_returns(torch.full((1, 2, 5), math.nan))),
+        (
+            r"pooler_output of ReturnsText must be \(B, D\), but of one caption it is \(1, 2, 5\)",
+            lambda: text_that_returns(torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)),
+        ),
+        (r"one caption it is of the type list", lambda: text_that_returns(torch.zeros(1, 2, 5), [1])),
+        (
+            r"image_processor must turn images \(2, 3, 224, 224\) into pixel values .* it returned a NoneType",
+            lambda: image_encoder_from(nn.Conv2d(3, 4, 3), lambda images: None),
+        ),
+        (r"but it returned \(1, 3, 224", lambda: image_encoder_from(nn.Conv2d(3, 4, 3), lambda images: images[:1])),
         (r"Linear failed on two tokens", lambda: text_encoder_from(nn.Linear(2, 2), make_tokenizer())),
         (
             r"the tokenizer \w+ has no pad token.* set one",

@@ -114,6 +114,10 @@ def test_settings_of_timm():
     preprocess = Preprocess.of_timm(config)
     assert (preprocess.size, preprocess.interpolation) == ((24, 32), "bilinear")
     assert (preprocess.mean, preprocess.std) == (MEAN, STD)
+    with pytest.raises(ValueError, match=r"configuration of timm needs input_size, .* but it lacks input_size, std"):
+        Preprocess.of_timm({"mean": MEAN, "do_resize": True})
+    with pytest.raises(ValueError, match=r"needs input_size, \(3, height, width\), .* but its input_size is 24"):
+        Preprocess.of_timm({**config, "input_size": 24})
 
 
 def test_the_statistics_of_imagenet_are_those_of_torchvision():
@@ -154,6 +158,8 @@ def test_an_unknown_filter():
         (r"crop must be \(height, width\) or None, each at least 1, but it is 8", None, MEAN, STD, 8),
         (r"mean must hold three numbers, one per color channel, but it is 0\.5", 8, 0.5, STD, None),
         (r"std must hold three numbers, .* but it is \(1\.0,\)", 8, MEAN, (1.0,), None),
+        (r"mean must hold three numbers, .* but it is 'abc'", 8, "abc", STD, None),
+        (r"std must hold three numbers, .* but it is \(1\.0, nan, 1\.0\)", 8, MEAN, (1.0, float("nan"), 1.0), None),
         (r"std must be above 0, but it is \(1\.0, 0\.0, 1\.0\)", 8, MEAN, (1.0, 0.0, 1.0), None),
     ],
 )

@@ -94,6 +94,11 @@ def test_interpolation_ends_at_the_images_of_both_captions(name):
     assert_close(images[[0, 2]], model.generate(CAPTIONS[:2], seed=[4, 4]), atol=1e-9, rtol=1e-9)
 
 
+def test_a_system_without_conditions_cannot_interpolate():
+    with pytest.raises(ValueError, match=r"PPGN\.interpolate: the system 'ppgn' .* has no condition between two"):
+        make("ppgn").interpolate(*CAPTIONS[:2], steps=3, seed=4)
+
+
 @SYSTEMS
 def test_each_part_keeps_its_mode_and_weights(name):
     model = make(name).train()
@@ -282,6 +287,12 @@ def test_latents_are_sampled_with_a_captioner_and_noise_for_each_caption(tmp_pat
         (PPGNConfig, {"sampling_step_size": -0.5}, r"PPGNConfig: sampling_step_size must be 0 or more, but it is -0.5"),
         (PPGNConfig, {"prior_weight": float("nan")}, r"PPGNConfig: prior_weight must be a finite number"),
         (AttnGANConfig, {"resolutions": ()}, r"AttnGANConfig: resolutions is empty"),
+        (AttnGANConfig, {"resolutions": 64}, r"AttnGANConfig: resolutions must be a list of image sizes .* it is 64"),
+        (StackGANConfig, {"resolutions": (0, 64)}, r"StackGANConfig: resolutions must be a list .* it is \(0, 64\)"),
+        (StackGANv2Config, {"resolutions": "64"}, r"StackGANv2Config: resolutions must be a list .* it is '64'"),
+        (AttnGANConfig, {"max_words": 0}, r"AttnGANConfig: max_words must be a whole number of at least 1.* is 0"),
+        (AttnGANConfig, {"max_words": None}, r"AttnGANConfig: max_words must be a whole number .* it is None"),
+        (GANIntCLSConfig, {"resolutions": [64.0]}, r"GANIntCLSConfig: resolutions must be a list .* it is \[64\.0\]"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(config_type, fields, message):

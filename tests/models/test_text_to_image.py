@@ -163,6 +163,17 @@ def test_each_image_may_have_its_own_seed():
             model.generate(CAPTIONS, seed=seed)
 
 
+@pytest.mark.parametrize("as_array", [np.array, torch.tensor])
+def test_seeds_may_be_an_array(as_array):
+    model = make()
+    captions, seeds = ["a red flower"] * 3, [7, 2, 7]
+    assert torch.equal(model.generate(captions, seed=as_array(seeds)), model.generate(captions, seed=seeds))
+    assert model.best_seeds(captions, 2, seed=as_array(seeds)) == model.best_seeds(captions, 2, seed=seeds)
+    for seed in ([1, 2], 1.5, [1.5, 2.0, 3.0], [[1], [2], [3]]):
+        with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\*\*63 - 1"):
+            model.generate(captions, seed=as_array(seed))
+
+
 @pytest.mark.parametrize("seed", [5, [5, 50, 500, 0]])
 def test_the_best_of_several_images_is_found_by_a_loop(seed):
     model, best, captions = make(), 3, ["a red flower"] * 2 + ["a white flower"] * 2

@@ -142,6 +142,10 @@ def test_a_second_evaluator_may_be_added_to_a_finished_run(run_copy, tiny_recipe
     assert run_copy.read_recipe().second_evaluator == second
     with pytest.raises(ValueError, match=r"unknown phase 'second_evaluator'.* needs the recipe's field second_"):
         train(tiny_recipe, run_copy.path, phases=["second_evaluator"])
+    # Without it, the run would lose the record of what its weights are.
+    with pytest.raises(ValueError, match=r"second_evaluator is EvaluatorRecipe\(.* there and None now.*was changed"):
+        train(tiny_recipe, run_copy.path)
+    assert run_copy.read_recipe().second_evaluator == second
 
 
 @pytest.mark.parametrize(

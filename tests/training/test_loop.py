@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mirror_modules import MirrorGAN
+from mirror_modules import BackboneConfig, MirrorGAN
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.training import loop
 from mirror_modules.training.distributed import SINGLE_PROCESS
@@ -54,6 +54,16 @@ def test_the_evaluator_does_not_affect_other_phases(tiny_run, tiny_recipe, tmp_p
     train(tiny_recipe, tmp_path / "run", phases=["glam"])
     assert folder.weights("glam").read_bytes() == tiny_run.weights("glam").read_bytes()
     assert tiny_run.weights("evaluator").read_bytes() != tiny_run.weights("stem").read_bytes()
+
+
+def test_a_captioner_on_a_frozen_random_backbone_is_refused(tiny_recipe, tmp_path):
+    other = BackboneConfig("conv", input_size=16)
+    recipe = dataclasses.replace(tiny_recipe, model=dataclasses.replace(tiny_recipe.model, captioner_backbone=other))
+    with pytest.raises(ValueError, match=r"'stream' freezes the captioner's backbone 'conv', whose weights are random"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    stream = dataclasses.replace(recipe.stream, train_backbone=True)
+    train(dataclasses.replace(recipe, stream=stream), tmp_path / "run", phases=["stem", "stream"])
 
 
 def test_finished_phases_are_reused(run_copy, tiny_recipe, capsys):

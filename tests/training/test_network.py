@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mirror_modules.training.distributed import SINGLE_PROCESS
-from mirror_modules.training.network import MovingAverage, prepare, restoring_buffers
+from mirror_modules.training.network import MovingAverage, frozen, prepare, restoring_buffers
 from mirror_modules.training.recipes import EngineRecipe
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
@@ -177,6 +177,23 @@ def test_a_skipped_step_does_not_change_the_moving_average():
         network.weight.add_(1)
     average.update(network, torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+
+
+def test_weights_that_are_frozen_for_good_stay_so_after_the_generator_update():
+    network = prepare(
+        nn.Sequential(nn.Linear(3, 5).requires_grad_(False), nn.Linear(5, 2)),
+        SINGLE_PROCESS,
+        EngineRecipe(),
+        learning_rate=0.1,
+    )
+    before = [parameter.requires_grad for parameter in network.module.parameters()]
+    with frozen([network]):
+        assert not any(parameter.requires_grad for parameter in network.module.parameters())
+    assert [parameter.requires_grad for parameter in network.module.parameters()] == before
+    # Their gradients would count in the norm, and add up over the steps.
+    norm, _ = train_step(network)
+    trained = network.module[1]
+    assert norm.item() == pytest.approx(float(torch.cat([trained.weight.grad.flatten(), trained.bias.grad]).norm()))
 
 
 def test_prepare_sets_the_memory_format_and_keeps_frozen_parameters():

@@ -79,6 +79,10 @@ def test_missing_fields_come_from_the_base_or_are_defaults():
             {"glam": {"matching_weight": 5, "matching_ratio": 0.5}},
             r"matching_weight=5 and matching_ratio=0\.5 are both given.*; leave one of them out",
         ),
+        (
+            {"glam": {"diversity_ratio": 0.3, "accumulate": 5}},
+            r"diversity_ratio gives one of 4 captions a second image, but batch_size=16 leaves 3 per part with accum",
+        ),
         ({"engine": {"cached_features_mib": -1}}, r"cached_features_mib must be 0 or more"),
         ({"engine": {"threads": 0}}, r"EngineRecipe: threads must be a whole number of at least 1, but it is 0"),
     ],

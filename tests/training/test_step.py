@@ -145,7 +145,7 @@ def test_ratios_are_smaller_once_the_finest_stage_trains(vocabulary, tiny_recipe
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_second_images_of_captions_enter_the_loss_of_diversity_alone(vocabulary, tiny_recipe, parts):
-    glam = dataclasses.replace(tiny_recipe.glam, diversity_ratio=0.3, accumulate=parts)
+    glam = dataclasses.replace(tiny_recipe.glam, diversity_ratio=0.3, batch_size=8, accumulate=parts)
     recipe = dataclasses.replace(tiny_recipe, glam=glam)
     state = make_state(vocabulary, recipe)
     divided = divide(state, make_batch(vocabulary), glam)

@@ -27,6 +27,7 @@ from mirror_modules.models import (
     register_system,
     registry,
 )
+from mirror_modules.pictures import grids
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import engine
 from mirror_modules.training.folder import RunFolder
@@ -387,6 +388,24 @@ def test_the_first_stage_of_stackgan_is_frozen_afterwards(tmp_path):
     assert {name.partition(".")[0] for name in first} == {"first_conditioning", "first_stage"}
     assert all(torch.equal(both[name], value) for name, value in first.items())
     assert sorted(path.name for path in folder.samples.iterdir())[:1] == ["first_stage-00000002.png"]
+
+
+def test_samples_show_the_finest_stage_that_is_trained(tmp_path, monkeypatch):
+    sheets = []
+    draw = grids.captioned_grid
+
+    def record(images, *arguments, **options):
+        sheets.append(images.shape[2])
+        return draw(images, *arguments, **options)
+
+    monkeypatch.setattr(grids, "captioned_grid", record)
+    # The generator of the last phase returns the images of the frozen first stage, too.
+    train(make_tiny_recipe("stackgan-demo"), tmp_path / "run", phases=["stem", "stream", "first_stage", "glam"])
+    assert sheets == [8, 8, 16, 16]
+    recipe, sheets[:] = make_tiny_recipe(), []
+    recipe = dataclasses.replace(recipe, glam=dataclasses.replace(recipe.glam, steps=5, coarse_steps=3))
+    train(recipe, tmp_path / "coarse", phases=["stem", "stream", "glam"])
+    assert sheets == [8, 16, 16]
 
 
 def test_the_first_stage_of_stackgan_can_be_extended(tmp_path):

@@ -55,13 +55,13 @@ def parse(
 
 
 def option(name: str, arguments: Sequence[str]) -> str | None:
-    """The last value of an option that must be known before the others are parsed."""
+    """The last value of an option that must be known before the others are parsed; that of a flag has no meaning."""
     value = None
     for word, following in zip(arguments, [*arguments[1:], ""]):
-        if word == name:
-            value = following
-        elif word.startswith(f"{name}="):
-            value = word.removeprefix(f"{name}=")
+        given, equals, rest = word.partition("=")
+        # tyro takes --from_scratch for --from-scratch.
+        if given.replace("_", "-") == name:
+            value = rest if equals else following
     return value
 
 

@@ -75,7 +75,7 @@ def train(arguments: list[str]) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--config {file}: there is no such file; expected JSON with fields of a recipe.")
         base = load_recipe(file, base)
-    base = from_scratch(base) if "--from-scratch" in arguments else base
+    base = from_scratch(base) if option("--from-scratch", arguments) is not None else base
     options: TrainOptions = parse(
         TrainOptions,
         arguments,
@@ -147,7 +147,7 @@ def ablate(arguments: list[str]) -> None:
     name, base = _recipe_of(arguments, "ablation")
     if option("--seed", arguments) is not None:
         raise ValueError("--seed has no effect on an ablation, which trains each cell with several: use --seeds 0 1 2.")
-    base = from_scratch(base) if "--from-scratch" in arguments else base
+    base = from_scratch(base) if option("--from-scratch", arguments) is not None else base
     default = AblateOptions(_with_steps(_with_parts(base, arguments), arguments))
     description = f"{AblateOptions.__doc__}\n\n{PARTS_HELP}"
     options: AblateOptions = parse(AblateOptions, arguments, f"ablate {name}", default=default, description=description)

@@ -22,7 +22,7 @@ from mirror_modules._typing import TypedCall
 
 Pooling = Literal["pooled", "projection", "mean"]
 POOLINGS: tuple[Pooling, ...] = ("pooled", "projection", "mean")
-FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 """What a Module raises on inputs that it does not take."""
 
 

@@ -202,7 +202,14 @@ class ImageEncoderAdapter(Adapter):
         size = _input_size_of(model) or (PROBE_SIZE, PROBE_SIZE)
         # Two images, because a batch of one looks like other tensors in the graph of a classifier.
         images = example_of(self.model).new_zeros(2, 3, *size)
-        pixels = self.preprocess(images).to(images.dtype)
+        pixels = self.preprocess(images)
+        if not isinstance(pixels, Tensor) or pixels.ndim < 2 or len(pixels) != len(images):
+            came = shape_of(pixels) if isinstance(pixels, Tensor) else f"a {type(pixels).__name__}"
+            raise ValueError(
+                f"{owner}: image_processor must turn images {shape_of(images)} into pixel values of as many images, "
+                f"such as (B, C, H, W), but it returned {came}."
+            )
+        pixels = pixels.to(images.dtype)
         try:
             output = self._read(self.model, pixels)
             is_vector = _is_of_batch(output.features, pixels) and output.features.ndim == 2 and output.pooled is None
@@ -223,7 +230,8 @@ class ImageEncoderAdapter(Adapter):
                 f"ImageFeatures, but it returned {came}; wrap it in a Module that does."
             )
         _check_output(owner, model, output, len(images))
-        if output.features.device.type != "meta" and not bool(output.features.isfinite().all()):
+        computed = [output.features] if output.pooled is None else [output.features, output.pooled]
+        if output.features.device.type != "meta" and not all(bool(each.isfinite().all()) for each in computed):
             raise ValueError(
                 f"{owner}: the features that {type(model).__name__} computes of blank images are not all finite; its "
                 "weights are damaged, or not yet loaded, or its precision is too low."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -77,8 +78,20 @@ class Preprocess(TypedCall, nn.Module):
 
     @classmethod
     def of_timm(cls, config: Mapping[str, Any]) -> Self:
-        """The settings of a timm model, `model.pretrained_cfg`."""
-        height, width = config["input_size"][1:]
+        """The settings of a timm model, `model.pretrained_cfg`.
+
+        Raises:
+            ValueError: It lacks `input_size`, `mean` or `std`, or they are invalid.
+        """
+        missing = [name for name in ("input_size", "mean", "std") if name not in config]
+        size = config.get("input_size")
+        if missing or not isinstance(size, Sequence) or len(size) != 3:
+            found = f"it lacks {', '.join(missing)}" if missing else f"its input_size is {size!r}"
+            raise ValueError(
+                "Preprocess: a data configuration of timm needs input_size, (3, height, width), mean and std, but "
+                f"{found}; timm.data.resolve_data_config makes one."
+            )
+        height, width = size[1:]
         interpolation = config.get("interpolation", "bicubic")
         known: Interpolation = interpolation if interpolation in INTERPOLATIONS else "bicubic"
         return cls((height, width), config["mean"], config["std"], interpolation=known)
@@ -200,10 +213,13 @@ def _is_side(value: object) -> bool:
 
 
 def _channels(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    listed = tuple(map(float, values)) if isinstance(values, Iterable) else ()
-    if len(listed) != 3:
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
         raise ValueError(f"Preprocess: {name} must hold three numbers, one per color channel, but it is {values!r}.")
-    return listed
+    return numbers
 
 
 def _center(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -245,6 +245,19 @@ class TextEncoderAdapter(Adapter):
                 f"`last_hidden_state`, such as the one inside a model with a head, but {name} failed on two tokens: "
                 f"{error}"
             ) from error
+        if words.shape[:-1] != tokens.shape or not words.is_floating_point():
+            raise ValueError(
+                f"{owner}: the last_hidden_state of {name} must be floats (B, L, D), but of two tokens (1, 2) it is "
+                f"{words.dtype} {shape_of(words)}."
+            )
+        if pooled is not None and (not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != 1):
+            came = shape_of(pooled) if isinstance(pooled, Tensor) else f"of the type {type(pooled).__name__}"
+            raise ValueError(f"{owner}: the pooler_output of {name} must be (B, D), but of one caption it is {came}.")
+        if not words.is_meta and not bool(words.isfinite().all()):
+            raise ValueError(
+                f"{owner}: the features that {name} computes of two tokens are not all finite; its weights are "
+                "damaged, or not yet loaded, or its precision is too low."
+            )
         return words, pooled
 
 

@@ -20,7 +20,7 @@ class AttnGANConfig(ModelConfig):
     """Sizes of an `AttnGAN`; the default sizes are those published for birds.
 
     Raises:
-        ValueError: `resolutions` is empty.
+        ValueError: `resolutions` are no image sizes, or `max_words` is below 1.
 
     Examples:
         >>> from mirror_modules.models import AttnGANConfig

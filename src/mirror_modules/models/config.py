@@ -124,6 +124,11 @@ class BackboneConfig:
         return self if _is_empty(backbone) else dataclasses.replace(self, sha256=checksum(backbone))
 
 
+def _is_size(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _is_empty(backbone: nn.Module) -> bool:
     """Whether a backbone is on the meta device, where nothing can be loaded."""
     return any(parameter.is_meta for parameter in backbone.parameters())
@@ -152,7 +157,7 @@ class ModelConfig:
         samples_with_captioner   whether images are generated with the captioner
 
     Raises:
-        ValueError: `resolutions` is empty.
+        ValueError: `resolutions` are no image sizes, or `max_words` is below 1.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -205,13 +210,20 @@ class ModelConfig:
     """Connect the image to the captioner's output at every step; the paper does not."""
 
     def __post_init__(self) -> None:
+        owner = type(self).__name__
+        if not isinstance(self.resolutions, tuple | list) or not all(map(_is_size, self.resolutions)):
+            raise ValueError(
+                f"{owner}: resolutions must be a list of image sizes in pixels, coarse to fine, such as (64, 128), but "
+                f"it is {self.resolutions!r}."
+            )
         # JSON stores tuples as lists.
         object.__setattr__(self, "resolutions", tuple(self.resolutions))
         for name in ("image_backbone", "captioner_backbone"):
             object.__setattr__(self, name, BackboneConfig.of(getattr(self, name)))
         if not self.resolutions:
-            owner = type(self).__name__
             raise ValueError(f"{owner}: resolutions is empty; give at least one image size, coarse to fine.")
+        # The other sizes are checked by the parts that have them.
+        check_positive(owner, max_words=self.max_words)
 
     @property
     def condition_noise_dim(self) -> int:
@@ -255,7 +267,7 @@ class NarrowingConfig(ModelConfig):
     """Sizes of a cascade that narrows as it grows: each stage has half of the channels of the one before (StackGAN++).
 
     Raises:
-        ValueError: `resolutions` is empty, or `channels` cannot be halved from stage to stage.
+        ValueError: `resolutions` are no image sizes, or `channels` cannot be halved from stage to stage.
     """
 
     channels: int = 64

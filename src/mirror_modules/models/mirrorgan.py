@@ -23,7 +23,7 @@ class MirrorGANConfig(ModelConfig):
     `paper` and `release` are presets; the documentation page "Differences" lists the options of each.
 
     Raises:
-        ValueError: `resolutions` is empty.
+        ValueError: `resolutions` are no image sizes, or `max_words` is below 1.
 
     Examples:
         >>> from mirror_modules import MirrorGANConfig

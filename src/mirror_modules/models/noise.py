@@ -31,24 +31,35 @@ def sample_noise(
     return rows if truncation is None else _truncated(owner, rows, truncation)
 
 
-def seeds_of(owner: str, count: int, seed: int | Sequence[int]) -> list[int]:
-    """The seed of each image."""
-    if hasattr(seed, "__index__"):
+def seeds_of(owner: str, count: int, seed: int | Sequence[int], step: int = 1) -> list[int]:
+    """The seed of each image: those of a sequence, or the whole numbers from one on, `step` apart."""
+    if _index(seed) is not None:
         first = _check_seed(owner, seed)
-        return [first + i for i in range(count)]
-    if isinstance(seed, str) or not hasattr(seed, "__len__") or len(seed) != count:
+        return [first + i * step for i in range(count)]
+    listed: Any = seed
+    is_list = hasattr(listed, "__len__") and not isinstance(listed, str) and getattr(listed, "ndim", 1) == 1
+    if not is_list or len(listed) != count:
         raise ValueError(
             f"{owner}: seed must be a whole number from 0 to 2**63 - 1, or one for each of the {count} images, but it "
             f"is {seed!r}."
         )
-    return [_check_seed(owner, each) for each in seed]
+    return [_check_seed(owner, each) for each in listed]
 
 
 def _check_seed(owner: str, seed: Any) -> int:
     """The seed as an int, from a whole number of any type."""
-    if not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**63:
+    index = _index(seed)
+    if index is None or not 0 <= index < 2**63:
         raise ValueError(f"{owner}: seed must be a whole number from 0 to 2**63 - 1, but it is {seed!r}.")
-    return operator.index(seed)
+    return index
+
+
+def _index(value: Any) -> int | None:
+    """A whole number of any type as an int; None for anything else, such as arrays, which have `__index__` too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _truncated(owner: str, normal: Tensor, bound: float) -> Tensor:

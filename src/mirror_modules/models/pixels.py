@@ -38,7 +38,7 @@ def from_model(images: Tensor, output: str) -> Tensor | NDArray[np.float32] | li
 
 
 def to_model(owner: str, images: Any, resolution: int) -> Tensor:
-    """Convert images of any accepted form to floats (B, 3, H, W) in [-1, 1]; see `MirrorGAN.describe`.
+    """Convert images of any accepted form to floats (B, 3, H, W) in [-1, 1]; see `TextToImage.describe`.
 
     Raises:
         ValueError: The images have none of these forms, are out of range, or cannot be read.

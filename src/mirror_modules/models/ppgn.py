@@ -25,8 +25,8 @@ class PPGNConfig(NarrowingConfig):
     """Sizes and options of a `PPGN`; the default sizes are those of StackGAN++ without text.
 
     Raises:
-        ValueError: `resolutions` is empty, `channels` cannot be halved from stage to stage, or an option of sampling is
-            out of range.
+        ValueError: `resolutions` are no sizes, `channels` cannot be halved from stage to stage, or an option of
+            sampling is out of range.
 
     Examples:
         >>> from mirror_modules.models import PPGNConfig

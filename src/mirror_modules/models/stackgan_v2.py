@@ -21,7 +21,7 @@ class StackGANv2Config(NarrowingConfig):
     """Sizes of a `StackGANv2`; the default sizes are those published for birds.
 
     Raises:
-        ValueError: `resolutions` is empty, or `channels` cannot be halved from stage to stage.
+        ValueError: `resolutions` are no image sizes, or `channels` cannot be halved from stage to stage.
 
     Examples:
         >>> from mirror_modules.models import StackGANv2Config

@@ -210,10 +210,7 @@ class TextToImage(System):
         tokens, word_mask = tokens.to(self.device), word_mask.to(self.device)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
-        if isinstance(seed, Sequence):
-            first = seeds_of(owner, len(rows), seed)
-        else:
-            first = seeds_of(owner, len(rows) * best_of, seed)[::best_of]
+        first = seeds_of(owner, len(rows), seed, step=best_of)
         best = torch.full((len(rows),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         for candidate in range(best_of):
@@ -352,8 +349,8 @@ class TextToImage(System):
             `steps` images, as `generate` returns them.
 
         Raises:
-            ValueError: A caption has no word, an argument is out of range, or the model was loaded without the parts
-                for it.
+            ValueError: A caption has no word, an argument is out of range, the model was loaded without the parts for
+                it, or the system has no conditions (PPGN).
         """
         owner = f"{type(self).__name__}.interpolate"
         self._require(owner, "images")
@@ -362,6 +359,11 @@ class TextToImage(System):
             raise ValueError(f"{owner}: steps must be at least 2, the images of both captions, but it is {steps}.")
         stage = self._stage_of(owner, output, resolution)
         self.check_location(owner, location, 1)
+        if self.config.samples_with_captioner:
+            raise ValueError(
+                f"{owner}: the system {self.config.system!r} samples each image for one caption with its captioner and "
+                "has no condition between two; generate images of each caption instead."
+            )
         tokens, word_mask = self.vocabulary.encode([first, last], max_words=self.config.max_words)
         noise, condition_noise = self._sample_noise(owner, 1, None if seed is None else [seed], truncation)
         with evaluating(self):

@@ -1,4 +1,4 @@
-"""Training of MirrorGAN in four phases: recipes, training steps, checkpoints, distributed training."""
+"""Training of the systems phase by phase: recipes, training steps, checkpoints, distributed training."""
 
 from mirror_modules.training.errors import Interrupted, TrainingError
 from mirror_modules.training.folder import RunFolder

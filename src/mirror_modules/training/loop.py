@@ -413,7 +413,8 @@ def _write_samples(steps: PhaseRun, state: AdversarialState, unseen: Unseen) -> 
 
     recipe, folder = steps.run.recipe, steps.run.folder.samples
     generated = draw_samples(state, unseen, recipe.seed, need_weights=recipe.logging.tensorboard)
-    finest = generated.images[state.stages - 1]
+    # Without a stage that is not trained yet; the images of an earlier phase's stages come before those of this one.
+    finest = generated.images[state.stages - len(state.resolutions) - 1]
     sheet = captioned_grid(finest, unseen.captions[: len(finest)], columns=4, scale=max(1, 128 // finest.shape[2]))
     folder.mkdir(exist_ok=True)
     write_png(sheet, folder / f"{steps.phase}-{steps.step:08}.png")
@@ -472,6 +473,14 @@ def _check_feasible(run: Run, plan: Plan) -> None:
             pair = EncoderPair(sizes, len(splits.vocabulary), backbone=backbone, pretrained=False)
             _try_backbone(phase, backbone, pair.image_encoder, images)
         _try_backbone("stream", sizes.captioner_backbone, model.captioner.encode_images, images)
+    captioner_backbone = recipe.model.captioner_backbone
+    is_random = captioner_backbone.weights is None and captioner_backbone != recipe.model.image_backbone
+    if "stream" in plan.to_train and is_random and not recipe.stream.train_backbone:
+        raise ValueError(
+            f"phase 'stream' freezes the captioner's backbone {captioner_backbone.name!r}, whose weights are random, "
+            "because it is not that of phase 'stem' and has no pretrained weights; give model.captioner_backbone the "
+            "fields of model.image_backbone, or turn stream.train_backbone on."
+        )
     # Also raises what this system misses in the locations.
     boxes, points = (None if each is None else each[:2] for each in (training.boxes, training.points))
     location = model.locate(boxes, points, 2)

@@ -173,13 +173,15 @@ def autocast(engine: EngineRecipe, device: torch.device) -> AbstractContextManag
 @contextmanager
 def frozen(networks: Sequence[TrainedNetwork]) -> Iterator[None]:
     """Disable gradients of the weights of these networks; gradients still flow through them to the images."""
-    for network in networks:
-        network.module.requires_grad_(False)
+    # A network of a user's own may have weights that are frozen for good, such as a pretrained trunk.
+    trained = [weight for network in networks for weight in network.module.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
     try:
         yield
     finally:
-        for network in networks:
-            network.module.requires_grad_(True)
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 @contextmanager

@@ -25,10 +25,8 @@ from mirror_modules.stem import TextFeatures, interpolate_sentences, kl_divergen
 from mirror_modules.stream import append_end, balance_gradients
 from mirror_modules.training.network import StepResult, autocast, frozen, restoring_buffers
 from mirror_modules.training.recipes import AdversarialRecipe
+from mirror_modules.training.recipes.phases import SHARE_OF_PAIRS
 from mirror_modules.training.state import AdversarialState, DiscriminatorOutputs, GeneratedBatch
-
-# With a loss of diversity, one caption of so many gets a second image.
-SHARE_OF_PAIRS = 4
 
 
 class Part(NamedTuple):

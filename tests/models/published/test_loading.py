@@ -14,6 +14,7 @@ from mirror_modules.glam import CascadedGenerator, GlobalLocalAttention, WordAtt
 from mirror_modules.models.published import (
     convert_attention,
     convert_captioner,
+    convert_discriminator,
     convert_generator,
     load_published_captioner,
     load_published_discriminator,
@@ -398,3 +399,15 @@ def test_a_state_of_another_part_is_refused(load, missing):
 def test_another_resnet_is_refused():
     with torch.device("meta"), pytest.raises(ValueError, match=r"'cnn\.resnet\.4\.0\.conv1\.weight' is .* does not"):
         load_published_captioner(layout("caption_cnn"), layout("caption_rnn"), backbone="resnet18")
+
+
+@pytest.mark.parametrize(
+    "function", [convert_generator, convert_discriminator, load_published_generator, load_published_text_encoder]
+)
+@pytest.mark.parametrize("state", ["netG.pth", [], {3: torch.zeros(1)}])
+def test_what_is_no_state_is_refused(function, state):
+    message = rf"must be a dict of tensors by name, but it is a {type(state).__name__}; `load_published` reads one from"
+    with pytest.raises(ValueError, match=message):
+        function(state)
+    with pytest.raises(ValueError, match=message):
+        load_published_captioner(state, {})

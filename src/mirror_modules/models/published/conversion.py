@@ -188,7 +188,16 @@ def convert_captioner(cnn_state: State, rnn_state: State) -> dict[str, Tensor]:
 
 
 def strip_prefix(state: State) -> dict[str, Tensor]:
-    """Remove the prefix that DataParallel adds to each name."""
+    """Remove the prefix that DataParallel adds to each name.
+
+    Raises:
+        ValueError: The state is no mapping from names, such as the path of a file.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(
+            f"a published state must be a dict of tensors by name, but it is a {type(state).__name__}; "
+            "`load_published` reads one from a file."
+        )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 

@@ -24,6 +24,8 @@ WITHOUT_BACKBONE = (*ADVERSARIAL_PHASES, KEYPOINTS)
 
 NEED_MISMATCHED = ("release", "gan-int-cls")
 """Weightings in which terms of real and generated pairs are smaller because there are mismatched pairs."""
+SHARE_OF_PAIRS = 4
+"""With a loss of diversity, one caption of so many gets a second image."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,19 @@ class AdversarialRecipe:
         )
         weights = ("redescription_weight", "matching_weight", "interpolation_weight", "color_weight", "kl_weight")
         check_not_negative(owner, self, *weights, "r1_weight", "average_decay", "coarse_steps", "diversity_target")
+        rows = self.batch_size // self.accumulate
         if self.diversity_ratio is None:
             check_has_effect(owner, self, "diversity_target", "diversity_ratio=None")
         elif self.interpolation_weight > 0:
             raise ValueError(
                 f"{owner}: diversity_ratio={self.diversity_ratio:g} and interpolation_weight="
                 f"{self.interpolation_weight:g} both generate further images in a step; use one of them."
+            )
+        elif rows < SHARE_OF_PAIRS:
+            raise ValueError(
+                f"{owner}: diversity_ratio gives one of {SHARE_OF_PAIRS} captions a second image, but batch_size="
+                f"{self.batch_size} leaves {rows} per part with accumulate={self.accumulate}; use a larger batch, or "
+                "lower accumulate."
             )
         weight, ratio = self.redescription_weight, self.redescription_ratio
         if weight is not None and ratio is not None:
@@ -223,7 +232,7 @@ class AdversarialRecipe:
                 f"{owner}: adversarial_weighting={self.adversarial_weighting!r} averages over mismatched pairs too; "
                 "set mismatched_pairs=True."
             )
-        if self.interpolation_weight > 0 and self.batch_size // self.accumulate < 2:
+        if self.interpolation_weight > 0 and rows < 2:
             raise ValueError(
                 f"{owner}: interpolation_weight mixes the sentences of two images, but batch_size={self.batch_size} "
                 f"leaves one image per part with accumulate={self.accumulate}; lower accumulate."

@@ -67,7 +67,8 @@ class Recipe:
     """Phase `keypoints`, before `glam`: the generator of the key points that a user leaves out, in GAWWN; None for
     others."""
     evaluator_pretraining: PretrainingRecipe | None = None
-    """Phase `evaluator_pretraining`: the same for the backbone of phase `evaluator`, with its own seed."""
+    """Phase `evaluator_pretraining`: trains the backbone of phase `evaluator`, as `pretraining` does that of phase
+    `stem`, but with its own seed; None leaves it out."""
     evaluator: EvaluatorRecipe = field(default_factory=EvaluatorRecipe)
     """Phase `evaluator`: the encoder pair for evaluation, which no other phase uses."""
     second_evaluator: EvaluatorRecipe | None = field(default=None, metadata={"harmless": True})
@@ -261,10 +262,15 @@ def _with_system(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
 
 def differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, bool]]:
     """Describe each difference between two recipes, with whether it is allowed when a run is resumed."""
-    keeps_best = any(new.phase(phase).keep_best is not None for phase in new.phases)
-    for words, harmless in changed_fields(old, new):
+    harmful = []
+    if any(new.phase(phase).keep_best is not None for phase in new.phases):
         # The best step is selected among those with a checkpoint.
-        yield words, harmless and not (keeps_best and words.startswith("engine.checkpoint_every "))
+        harmful.append("engine.checkpoint_every ")
+    if new.second_evaluator is None:
+        # It may be added. Left out, its weights would be taken for those of another one that is added later.
+        harmful.append("second_evaluator ")
+    for words, harmless in changed_fields(old, new):
+        yield words, harmless and not words.startswith(tuple(harmful))
 
 
 def _place(recipe: Recipe, phase: str) -> tuple[str, str]:
