@@ -141,6 +141,21 @@ def check_word_mask(
     return real
 
 
+def check_padding_is_last(owner: str, word_mask: Tensor | None, *, may_stall: bool = False) -> None:
+    """Require that no padding precedes a real word in a mask that `check_word_mask` has returned.
+
+    Checked where values can be read (see `is_readable`), and on a GPU with `may_stall` only, because it forces a
+    synchronization.
+    """
+    if word_mask is None or not is_readable(word_mask) or not (word_mask.device.type == "cpu" or may_stall):
+        return
+    if bool((word_mask[:, 1:] & ~word_mask[:, :-1]).any()):
+        raise ValueError(
+            f"{owner}: word_mask has padding before a real word; put the real words first, such as with "
+            "padding_side='right' of the tokenizer."
+        )
+
+
 def as_checked(word_mask: Tensor) -> Tensor:
     """Return a view of a mask, or of a part of one, that `check_word_mask` has checked already and does not warn of.
 
