@@ -6,6 +6,8 @@ source.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -214,6 +216,18 @@ def check_visible(owner: str, points: Tensor, visible: Tensor) -> None:
         f"{owner}: point {point} of image {row} is visible at {_numbers(points[row, point])}, outside of the image; "
         "give shares of its width and height, from 0 to 1, and mark points outside as not visible."
     )
+
+
+def check_shares(owner: str, name: str, points: Tensor) -> None:
+    """Require x, y and visibility (B, K, 3) from 0 to 1. Checked on a CPU only; NaN and infinity propagate."""
+    if not is_readable(points) or points.device.type != "cpu" or points.numel() == 0:
+        return
+    low, high = (bound.item() for bound in points.detach().aminmax())
+    if math.isfinite(high - low) and (low < 0 or high > 1):
+        raise ValueError(
+            f"{owner}: {name} range from {low:.4g} to {high:.4g}, but x, y and visibility must be from 0 to 1; divide "
+            "x and y by the width and height of the image, and mark points as visible by 1 and as missing by 0."
+        )
 
 
 def _sampling(box: Tensor, source: tuple[int, ...], size: tuple[int, int], *, inverse: bool) -> tuple[Tensor, Tensor]:
