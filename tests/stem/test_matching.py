@@ -397,6 +397,23 @@ def test_image_sentence_similarity_matches_the_loops():
     expected = [[cosine(image, sentence) for sentence in sentences.tolist()] for image in images.tolist()]
     assert_close(image_sentence_similarity(images, sentences), torch.tensor(expected))
     assert image_sentence_similarity(images.half(), sentences.half()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(image_sentence_similarity(images, sentences), torch.tensor(expected))
+    zero = torch.zeros(1, D, dtype=torch.float64)
+    assert image_sentence_similarity(zero, sentences).tolist() == [[0.0] * J]
+
+
+def test_gradients_of_image_sentence_similarity():
+    features = [torch.randn(count, D, dtype=torch.float64, requires_grad=True) for count in (I, J)]
+    assert gradcheck(image_sentence_similarity, features)
+
+
+def test_image_sentence_similarity_does_not_save_the_products_of_all_pairs():
+    images, sentences = torch.randn(31, 37, requires_grad=True), torch.randn(29, 37)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        image_sentence_similarity(images, sentences)
+    assert max(tensor.numel() for tensor in saved) <= 31 * 37
 
 
 @pytest.mark.parametrize("shapes", [((I, D), (J, 7)), ((I, D), (D,)), ((I, R, D), (J, D))])

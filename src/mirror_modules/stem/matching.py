@@ -318,7 +318,7 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
         Similarity, (I, J), float32 or wider, between -1 and 1.
 
     Raises:
-        ValueError: Sizes disagree.
+        ValueError: Sizes disagree, or features are not floating point.
 
     Examples:
         >>> import torch
@@ -333,8 +333,19 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
             "image_sentence_similarity: images must be (I, D) and sentences (J, D) with the same D, but they are "
             f"{shape_of(images)} and {shape_of(sentences)}."
         )
-    images, sentences = at_least_float32(images), at_least_float32(sentences)
-    return F.cosine_similarity(images.unsqueeze(1), sentences.unsqueeze(0), dim=2)
+    for name, features in (("images", images), ("sentences", sentences)):
+        if not features.is_floating_point():
+            raise ValueError(
+                f"image_sentence_similarity: {name} must be floating point, but they are {features.dtype}."
+            )
+    dtype = torch.promote_types(torch.promote_types(images.dtype, sentences.dtype), torch.float32)
+
+    # Not `F.cosine_similarity`, which would hold the products of all pairs, (I, J, D).
+    def similarity(images: Tensor, sentences: Tensor) -> tuple[Tensor]:
+        unit_images, unit_sentences = (F.normalize(each, dim=1, eps=SHORTEST) for each in (images, sentences))
+        return (unit_images @ unit_sentences.mT,)
+
+    return without_autocast(similarity, (images.to(dtype), sentences.to(dtype)))[0]
 
 
 def contrastive_terms(
