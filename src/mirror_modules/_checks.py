@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -274,6 +275,14 @@ def check_positive(owner: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{owner}: {name} must be a whole number of at least 1, but it is {size!r}.")
+
+
+def check_sizes(owner: str, **sizes: Sequence[int]) -> None:
+    """Require sequences of integers of at least 1."""
+    for name, listed in sizes.items():
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise ValueError(f"{owner}: {name} must be a sequence of whole numbers, but it is {listed!r}.")
+        check_positive(owner, **{f"{name}[{i}]": size for i, size in enumerate(listed)})
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ source.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -282,8 +283,14 @@ def _checked(
 
 def check_size(owner: str, size: tuple[int, int]) -> None:
     """Require a height and a width of at least 2, so that cells have a distance."""
-    if len(size) != 2 or min(size) < 2:
-        raise ValueError(f"{owner}: size must be at least 2 in both directions, but it is {tuple(size)}.")
+    # In a graph that is being exported, a size may be symbolic.
+    is_pair = (
+        isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | torch.SymInt) for side in size)
+    )
+    if not is_pair or min(size) < 2:
+        raise ValueError(
+            f"{owner}: size must be a height and a width, each at least 2, such as (16, 16), but it is {size!r}."
+        )
 
 
 def check_box(owner: str, box: Tensor) -> None:

@@ -281,7 +281,8 @@ def test_errors_of_the_sampler(message, call):
         ),
         (r"gaussian_prior: .* noise_level positive, but .* 0", lambda: gaussian_prior(START, 0)),
         (r"gaussian_prior: latents must be floating point", lambda: gaussian_prior(START.long())),
-        (r"DenoisingAutoencoder: hidden_dims must be a whole number", lambda: DenoisingAutoencoder(3, (4, 0))),
+        (r"DenoisingAutoencoder: hidden_dims\[1\] must be a whole number", lambda: DenoisingAutoencoder(3, (4, 0))),
+        (r"DenoisingAutoencoder: hidden_dims must be a sequence .* it is 64", lambda: DenoisingAutoencoder(3, 64)),
         (r"DenoisingAutoencoder: latents has 7 features but", lambda: DenoisingAutoencoder(3, (4,))(START)),
     ],
 )

@@ -14,6 +14,7 @@ from mirror_modules._checks import (
     check_number,
     check_positive,
     check_precision,
+    check_sizes,
     check_tensors,
     shape_of,
 )
@@ -318,8 +319,7 @@ class DenoisingAutoencoder(TypedCall, nn.Module):
     def __init__(self, latent_dim: int, hidden_dims: Sequence[int] = (2048, 1024, 500, 1024, 2048)) -> None:
         super().__init__()
         check_positive("DenoisingAutoencoder", latent_dim=latent_dim)
-        for size in hidden_dims:
-            check_positive("DenoisingAutoencoder", hidden_dims=size)
+        check_sizes("DenoisingAutoencoder", hidden_dims=hidden_dims)
         self.latent_dim = latent_dim
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise((latent_dim, *hidden_dims, latent_dim)):
