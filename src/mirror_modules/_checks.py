@@ -285,6 +285,15 @@ def check_sizes(owner: str, **sizes: Sequence[int]) -> None:
         check_positive(owner, **{f"{name}[{i}]": size for i, size in enumerate(listed)})
 
 
+def check_generator(owner: str, generator: object) -> None:
+    """Require a random generator of torch, or None, rather than a seed."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"{owner}: generator must be a torch.Generator or None, but it is a {type(generator).__name__}; "
+            "torch.Generator().manual_seed(seed) makes one."
+        )
+
+
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Require one of the listed strings."""
     if value not in choices:

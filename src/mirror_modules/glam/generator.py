@@ -188,8 +188,8 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption has no real word, sizes disagree, an input is missing, or `active_stages` is no number of
-                stages.
+            ValueError: A caption has no real word, sizes disagree, an input is missing, or `active_stages` is out of
+                range.
         """
         word_mask = self._check_inputs(noise, condition, words, word_mask, attended_condition)
         stage_features = [self.initial(noise, condition)]
