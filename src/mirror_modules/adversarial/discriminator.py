@@ -247,7 +247,7 @@ class PairedDiscriminator(TypedCall, nn.Module):
         features = self.features(images)
         logits = self.logits(features, sentence)
         if mismatched_rows is not None:
-            check_rows("PairedDiscriminator", mismatched_sentence, mismatched_rows, len(features))
+            check_rows("PairedDiscriminator", mismatched_sentence, mismatched_rows, features.shape[0])
             features = features[mismatched_rows]
         if mismatched_sentence is None:
             return logits

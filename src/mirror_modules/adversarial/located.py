@@ -171,7 +171,7 @@ class _PlaceDiscriminator(TypedCall, nn.Module):
         features = self.features(images)
         logits = self.logits(features, sentence, location)
         if mismatched_rows is not None:
-            check_rows(type(self).__name__, mismatched_sentence, mismatched_rows, len(features))
+            check_rows(type(self).__name__, mismatched_sentence, mismatched_rows, features.shape[0])
             features, location = features[mismatched_rows], location[mismatched_rows]
         if mismatched_sentence is None:
             return logits
