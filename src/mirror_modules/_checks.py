@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,21 @@ def check_word_mask(
     return real
 
 
+def check_padding_is_last(owner: str, word_mask: Tensor | None, *, may_stall: bool = False) -> None:
+    """Require that no padding precedes a real word in a mask that `check_word_mask` has returned.
+
+    Checked where values can be read (see `is_readable`), and on a GPU with `may_stall` only, because it forces a
+    synchronization.
+    """
+    if word_mask is None or not is_readable(word_mask) or not (word_mask.device.type == "cpu" or may_stall):
+        return
+    if bool((word_mask[:, 1:] & ~word_mask[:, :-1]).any()):
+        raise ValueError(
+            f"{owner}: word_mask has padding before a real word; put the real words first, such as with "
+            "padding_side='right' of the tokenizer."
+        )
+
+
 def as_checked(word_mask: Tensor) -> Tensor:
     """Return a view of a mask, or of a part of one, that `check_word_mask` has checked already and does not warn of.
 
@@ -259,6 +275,23 @@ def check_positive(owner: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{owner}: {name} must be a whole number of at least 1, but it is {size!r}.")
+
+
+def check_sizes(owner: str, **sizes: Sequence[int]) -> None:
+    """Require sequences of integers of at least 1."""
+    for name, listed in sizes.items():
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise ValueError(f"{owner}: {name} must be a sequence of whole numbers, but it is {listed!r}.")
+        check_positive(owner, **{f"{name}[{i}]": size for i, size in enumerate(listed)})
+
+
+def check_generator(owner: str, generator: object) -> None:
+    """Require a random generator of torch, or None, rather than a seed."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"{owner}: generator must be a torch.Generator or None, but it is a {type(generator).__name__}; "
+            "torch.Generator().manual_seed(seed) makes one."
+        )
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -6,6 +6,9 @@ source.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -216,6 +219,18 @@ def check_visible(owner: str, points: Tensor, visible: Tensor) -> None:
     )
 
 
+def check_shares(owner: str, name: str, points: Tensor) -> None:
+    """Require x, y and visibility (B, K, 3) from 0 to 1. Checked on a CPU only; NaN and infinity propagate."""
+    if not is_readable(points) or points.device.type != "cpu" or points.numel() == 0:
+        return
+    low, high = (bound.item() for bound in points.detach().aminmax())
+    if math.isfinite(high - low) and (low < 0 or high > 1):
+        raise ValueError(
+            f"{owner}: {name} range from {low:.4g} to {high:.4g}, but x, y and visibility must be from 0 to 1; divide "
+            "x and y by the width and height of the image, and mark points as visible by 1 and as missing by 0."
+        )
+
+
 def _sampling(box: Tensor, source: tuple[int, ...], size: tuple[int, int], *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Interpolation weights of the rows, (..., I, M), and of the columns, (..., J, N).
 
@@ -268,8 +283,14 @@ def _checked(
 
 def check_size(owner: str, size: tuple[int, int]) -> None:
     """Require a height and a width of at least 2, so that cells have a distance."""
-    if len(size) != 2 or min(size) < 2:
-        raise ValueError(f"{owner}: size must be at least 2 in both directions, but it is {tuple(size)}.")
+    # In a graph that is being exported, a size may be symbolic.
+    is_pair = (
+        isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | torch.SymInt) for side in size)
+    )
+    if not is_pair or min(size) < 2:
+        raise ValueError(
+            f"{owner}: size must be a height and a width, each at least 2, such as (16, 16), but it is {size!r}."
+        )
 
 
 def check_box(owner: str, box: Tensor) -> None:

@@ -258,6 +258,18 @@ def test_mismatched_pairs_compile_into_one_graph(compiled):
             {"mismatched_sentence": torch.zeros(B, D), "mismatched_rows": torch.tensor([True, False, True])},
         ),
         (
+            r"mismatched_rows must be a tensor, but it is a list",
+            {"mismatched_sentence": torch.zeros(2, D), "mismatched_rows": [0, 1]},
+        ),
+        (
+            r"mismatched_rows range from 0 to 3, but the rows of the batch are 0 to 2",
+            {"mismatched_sentence": torch.zeros(2, D), "mismatched_rows": torch.tensor([0, 3])},
+        ),
+        (
+            r"mismatched_rows range from -1 to 1, but",
+            {"mismatched_sentence": torch.zeros(2, D), "mismatched_rows": torch.tensor([1, -1])},
+        ),
+        (
             r"the dtype of mismatched_sentence is torch\.float64 but that of the weights is torch\.float32",
             {"mismatched_sentence": torch.zeros(B, D).double()},
         ),
@@ -266,6 +278,14 @@ def test_mismatched_pairs_compile_into_one_graph(compiled):
 def test_invalid_mismatched_pairs_raise(message, options):
     with pytest.raises(ValueError, match="PairedDiscriminator: " + message):
         make()(*draw(), **options)
+
+
+def test_features_of_another_size_raise():
+    discriminator, (_, sentence) = make(), draw()
+    with pytest.raises(
+        ValueError, match=r"features are \(3, 4, 8, 8\), expected \(B, F, 4, 4\) as the method `features`"
+    ):
+        discriminator.logits(torch.zeros(B, discriminator.feature_dim, 8, 8), sentence)
 
 
 # Children are called, for hooks and wrappers

@@ -66,6 +66,13 @@ def test_equal_images_have_a_finite_loss_and_the_scale_does_not_matter():
             0.25,
             r"at least 1 and at most 2 of the shape \(3,\), but they are \(3, 3\)",
         ),
+        (
+            torch.ones(3),
+            torch.ones(3),
+            0.25,
+            r"images must be floats \(B, \.\.\.\), but they are torch\.float32 \(3,\)",
+        ),
+        (torch.ones(2, 3), torch.ones(2, 3).byte(), 0.25, r"others must be floats .* torch\.uint8 \(2, 3\)"),
         (torch.ones(2, 3), torch.ones(0, 3), 0.25, r"at least 1 and at most 2"),
         (torch.ones(2, 3), torch.ones(2, 4), 0.25, r"of the shape \(3,\), but they are \(2, 4\)"),
         (torch.ones(2, 3), torch.ones(2, 3), -0.1, r"target must be 0 or more, but it is -0\.1"),

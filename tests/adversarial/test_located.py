@@ -241,6 +241,13 @@ def test_invalid_inputs_are_refused(message, images, options):
         make_located()(images, torch.zeros(B, D), boxes_of(B), **options)
 
 
+@pytest.mark.parametrize("make", [make_located, make_keypoints])
+def test_features_of_another_size_are_refused(make):
+    discriminator = make()
+    with pytest.raises(ValueError, match=r"features are \(3, \d+, 16, 17\), expected \(B, F, 16, 16\)"):
+        discriminator.logits(torch.zeros(B, discriminator.feature_dim, 16, 17), torch.zeros(B, D), boxes_of(B))
+
+
 def test_key_points_equal_their_maps():
     discriminator, (images, sentence) = make_keypoints().eval(), draw()
     points = torch.cat((torch.rand(B, K, 2), torch.rand(B, K, 1).round()), dim=2)

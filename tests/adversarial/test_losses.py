@@ -241,6 +241,37 @@ def test_release_needs_mismatched_pairs():
         discriminator_loss(draw(REAL), draw(FAKE), weighting="release")
 
 
+LOGITS = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            r"discriminator_loss: real must be PairedLogits, but it is a Tensor; .*PairedLogits\(realism=None",
+            lambda: discriminator_loss(LOGITS, LOGITS),
+        ),
+        (r"discriminator_loss: fake must be PairedLogits", lambda: discriminator_loss(draw(REAL), LOGITS)),
+        (r"discriminator_loss: mismatched must be a tensor", lambda: discriminator_loss(draw(2), draw(2), [0.0, 1.0])),
+        (
+            r"discriminator_loss: mismatched_weight must be a finite number, but it is nan",
+            lambda: discriminator_loss(draw(2), draw(2), LOGITS, mismatched_weight=math.nan),
+        ),
+        (
+            r"discriminator_loss: real\.consistency must be floating point, but the logits are torch\.int64",
+            lambda: discriminator_loss(PairedLogits(LOGITS, LOGITS.long()), draw(2)),
+        ),
+        (r"generator_loss: fake must be PairedLogits, but it is a tuple", lambda: generator_loss((LOGITS, LOGITS))),
+        (r"generator_loss: fake\.realism must be a tensor", lambda: generator_loss(PairedLogits([0.0], LOGITS))),
+        (r"r1_penalty: images must be a tensor", lambda: r1_penalty([0.0], draw(2))),
+        (r"r1_penalty: logits must be PairedLogits", lambda: r1_penalty(torch.zeros(2, requires_grad=True), LOGITS)),
+    ],
+)
+def test_arguments_of_another_type_raise(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # Weights of other systems
 
 

@@ -71,6 +71,11 @@ def test_one_class_alone_has_no_valid_partner():
     assert not pair([7], 0).valid.any()
 
 
+def test_a_seed_is_no_generator():
+    with pytest.raises(ValueError, match=r"mismatch: generator must be a torch\.Generator or None, but it is a int"):
+        mismatch(torch.arange(3), generator=0)
+
+
 @pytest.mark.parametrize("classes", [torch.zeros(3, 1), torch.zeros(0), torch.tensor(4)])
 def test_class_ids_must_be_a_row(classes):
     with pytest.raises(ValueError, match=r"mismatch: class_ids must be \(B,\), one per row, but they are \("):

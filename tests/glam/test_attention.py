@@ -401,11 +401,25 @@ def test_word_attention_refuses_invalid_inputs(case):
         (r"sentence must be \(B, C\) with the 3 channels.*\(2, 17\)", {"sentence": torch.zeros(B, E)}),
         (r"axis must be one of 'channels', 'positions', but it is 'words'", {"axis": "words"}),
         (r"score_matrix is \(3, 5\), expected \(3, 3\)", {"score_matrix": torch.zeros(3, 5)}),
+        (r"score_matrix must be a tensor, but it is a list", {"score_matrix": [[1.0] * 3] * 3}),
+        (r"score_matrix must be floating point, but it is torch\.int64", {"score_matrix": torch.eye(3).long()}),
+        (r"features must be floating point, but it is torch\.int64", {"features": torch.zeros(B, C, H, W).long()}),
     ],
 )
 def test_sentence_attention_refuses_invalid_inputs(message, changed):
     with pytest.raises(ValueError, match="sentence_attention: " + message):
         sentence_attention(**{"features": torch.zeros(B, C, H, W), "sentence": torch.zeros(B, C)} | changed)
+
+
+def test_sentence_attention_takes_a_score_matrix_of_another_precision():
+    features, sentence, matrix = torch.randn(B, C, H, W), torch.randn(B, C), torch.randn(C, C, requires_grad=True)
+    expected, _ = sentence_attention(features.double(), sentence.double(), score_matrix=matrix.double())
+    for changed in (features.double(), features):
+        context, _ = sentence_attention(changed, sentence, score_matrix=matrix)
+        assert context.dtype == changed.dtype
+        assert_close(context, expected, check_dtype=False)
+    context.sum().backward()
+    assert matrix.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

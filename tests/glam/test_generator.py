@@ -564,10 +564,27 @@ def test_compiles_into_one_graph(compiled, attention, need_weights, mask):
     assert generator.initial.linear.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("resolutions", [(), (2, 4), (8, 8), (8, 4), (4, 12), (0,), (-4,), (4.0, 8.0)])
+@pytest.mark.parametrize("resolutions", [(), (2, 4), (8, 8), (8, 4), (4, 12), (0,), (-4,), (4.0, 8.0), 64])
 def test_resolutions_must_be_increasing_powers_of_two(resolutions):
-    with pytest.raises(ValueError, match=r"resolutions must be increasing powers of two from 4 up, .* but they are \("):
+    with pytest.raises(
+        ValueError, match=r"resolutions must be increasing powers of two from 4 up, .* but they are [(6]"
+    ):
         make(resolutions)
+
+
+@pytest.mark.parametrize("active", [0, -1, 4, 1.5])
+def test_active_stages_that_do_not_exist_are_refused(active):
+    generator = make((4, 8, 16))
+    generator.active_stages = active
+    with pytest.raises(ValueError, match=rf"active_stages must be None or from 1 to 3, .* but it is {active}"):
+        generator(*make_inputs())
+
+
+def test_active_stages_need_images_of_all_stages():
+    generator = make((4, 8), intermediate_images=False)
+    generator.active_stages = 1
+    with pytest.raises(ValueError, match=r"with intermediate_images=True unless all stages run, but it is 1"):
+        generator(*make_inputs())
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,12 @@ def test_invalid_inputs_are_refused(message, noise, condition, given):
         (r"given must be floats \(B, K, 3\), .* torch.float32 \(3, 2\)", torch.zeros(3, 2), torch.zeros(3, 2, 3)),
         (r"proposed must be floats .* torch.int64 \(1, 2, 3\)", torch.zeros(1, 2, 3), torch.zeros(1, 2, 3).long()),
         (r"given \(3, 2, 3\) and proposed \(3, 5, 3\) must have", torch.zeros(3, 2, 3), torch.zeros(3, 5, 3)),
+        (
+            r"given range from 0 to 2, but x, y and visibility must",
+            torch.tensor([[[0.0, 1.0, 2.0]]]),
+            torch.zeros(1, 1, 3),
+        ),
+        (r"given range from -1 to 0, but", torch.tensor([[[0.0, 0.0, -1.0]]]), torch.zeros(1, 1, 3)),
     ],
 )
 def test_invalid_points_are_refused(message, given, proposed):

@@ -179,6 +179,7 @@ def test_compiles_into_one_graph(make, make_inputs, compiled):
         (r"noise_dim must be a whole number of at least 1, but it is 0", {"noise_dim": 0}),
         (r"hidden_dim must be a whole number of at least 1, but it is -1", {"hidden_dim": -1}),
         (r"upsampled\[1\] must be a whole number of at least 1, but it is 0", {"upsampled": (4, 0)}),
+        (r"upsampled must be a sequence of whole numbers, but it is 4", {"upsampled": 4}),
     ],
 )
 def test_invalid_options_are_refused(kind, message, options):

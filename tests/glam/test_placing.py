@@ -250,8 +250,13 @@ def test_the_error_names_the_image_and_the_box():
             lambda: place_in_box(torch.zeros(B, 5, C), MANY_BOXES, (M, N)),
         ),
         (r"place_in_box: vectors have no height and width; pass", lambda: place_in_box(torch.zeros(1, C), ONE_BOX)),
-        (r"crop_box: size must be at least 2 in both .*\(1, 5\)", lambda: crop_box(MAPS, ONE_BOX, (1, 5))),
-        (r"TextPlacer: size must be at least 2 in both", lambda: TextPlacer(1)),
+        (
+            r"crop_box: size must be a height and a width, each at least 2.*\(1, 5\)",
+            lambda: crop_box(MAPS, ONE_BOX, (1, 5)),
+        ),
+        (r"crop_box: size must be a height and a width, .* it is 16", lambda: crop_box(MAPS, ONE_BOX, 16)),
+        (r"place_in_box: size must be a height .* it is \(4\.5, 4\)", lambda: place_in_box(MAPS, ONE_BOX, (4.5, 4))),
+        (r"TextPlacer: size must be a height and a width, each at least 2", lambda: TextPlacer(1)),
         (r"TextPlacer: size must be a whole number", lambda: TextPlacer(2.5)),
         (
             r"TextPlacer: text must be \(B, C\) or \(B, K, C\), but .*\(1, 5, 7, 11\)",

@@ -263,6 +263,14 @@ def test_gradients_of_mixtures():
             lambda: kl_divergence(torch.zeros(B, D), torch.zeros(B, E)),
         ),
         (
+            r"kl_divergence: mean is \(3, 5, 7\) .*; both are \(B, E\)",
+            lambda: kl_divergence(torch.zeros(B, D, E), torch.zeros(B, D, E), reduction="sum"),
+        ),
+        (
+            r"ConditioningAugmentation: noise must be a tensor, but it is a int",
+            lambda: ConditioningAugmentation(D, E)(torch.zeros(B, D), noise=0),
+        ),
+        (
             r"kl_divergence: reduction must be one of 'mean', 'sum', but it is 'none'",
             lambda: kl_divergence(torch.zeros(B, E), torch.zeros(B, E), reduction="none"),
         ),

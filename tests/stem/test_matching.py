@@ -361,6 +361,7 @@ def test_in_a_compiled_graph_a_caption_without_words_matches_no_image(compiled):
         (r"caption 2 has no real word", (I, R, D), (J, L, D), mask_of(5, 2, 0)),
         (r"word_mask is \(2, 5\) but the captions are \(3, 5\)", (I, R, D), (J, L, D), mask_of(5, 2)),
         (r"captions of length 0", (I, R, D), (J, 0, D), None),
+        (r"images have no regions: \(2, 0, 11\)", (I, 0, D), (J, L, D), None),
     ],
 )
 def test_errors_of_similarity_and_attention(message, regions, words, mask):
@@ -376,6 +377,16 @@ def test_a_gamma_is_a_finite_number(name, gamma):
         word_region_similarity(torch.zeros(I, R, D), torch.zeros(J, L, D), **{name: gamma})
 
 
+def test_the_gamma_of_the_loss_is_a_finite_number_or_learned():
+    with pytest.raises(ValueError, match="contrastive_terms: gamma_loss must be a finite number, but it is nan"):
+        contrastive_terms(torch.zeros(B, B), gamma_loss=float("nan"))
+    with pytest.raises(ValueError, match="MatchingLoss: gamma_loss must be a finite number, but it is inf"):
+        MatchingLoss(gamma_loss=float("inf"))
+    gamma = torch.tensor(3.0, requires_grad=True)
+    contrastive_terms(torch.eye(B), gamma_loss=gamma)[0].backward()
+    assert gamma.grad < 0
+
+
 def test_the_gamma_of_the_attention_is_a_finite_number():
     with pytest.raises(ValueError, match="word_region_attention: gamma_attention must be a finite number, but it is "):
         word_region_attention(torch.zeros(I, R, D), torch.zeros(J, L, D), gamma_attention=float("nan"))
@@ -386,6 +397,23 @@ def test_image_sentence_similarity_matches_the_loops():
     expected = [[cosine(image, sentence) for sentence in sentences.tolist()] for image in images.tolist()]
     assert_close(image_sentence_similarity(images, sentences), torch.tensor(expected))
     assert image_sentence_similarity(images.half(), sentences.half()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(image_sentence_similarity(images, sentences), torch.tensor(expected))
+    zero = torch.zeros(1, D, dtype=torch.float64)
+    assert image_sentence_similarity(zero, sentences).tolist() == [[0.0] * J]
+
+
+def test_gradients_of_image_sentence_similarity():
+    features = [torch.randn(count, D, dtype=torch.float64, requires_grad=True) for count in (I, J)]
+    assert gradcheck(image_sentence_similarity, features)
+
+
+def test_image_sentence_similarity_does_not_save_the_products_of_all_pairs():
+    images, sentences = torch.randn(31, 37, requires_grad=True), torch.randn(29, 37)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        image_sentence_similarity(images, sentences)
+    assert max(tensor.numel() for tensor in saved) <= 31 * 37
 
 
 @pytest.mark.parametrize("shapes", [((I, D), (J, 7)), ((I, D), (D,)), ((I, R, D), (J, D))])
@@ -417,6 +445,7 @@ def test_contrastive_terms_of_half_precision_do_not_overflow():
         (r"similarity must be \(B, B\), but it is \(2, 3\)", torch.zeros(2, 3), None),
         (r"similarity must be \(B, B\), but it is \(3,\)", torch.zeros(3), None),
         (r"class_ids must be \(3,\), one per pair, but they are \(2,\)", torch.zeros(3, 3), torch.zeros(2)),
+        (r"class_ids must be a tensor, but it is a list", torch.zeros(3, 3), [4, 4, 9]),
     ],
 )
 def test_errors_of_contrastive_terms(message, similarity, class_ids):
@@ -433,7 +462,9 @@ def test_errors_of_contrastive_terms(message, similarity, class_ids):
             r"image and sentence must both be \(B, D\), but they are \(3, 11\) and \(3, 7\)",
             {"sentence": torch.zeros(B, 7)},
         ),
-        (r"class_ids must be \(3,\), one per caption, but they are \(2,\)", {"class_ids": torch.zeros(2)}),
+        (r"class_ids must be \(3,\), one per pair, but they are \(2,\)", {"class_ids": torch.zeros(2)}),
+        (r"class_ids must be a tensor, but it is a list", {"class_ids": [4, 4, 9]}),
+        (r"regions must be \(I, R, D\)", {"regions": torch.tensor(0.0)}),
     ],
 )
 def test_errors_of_the_loss(message, changed):

@@ -256,11 +256,18 @@ def test_append_end_without_a_mask_and_with_another_id():
         (r"images must be floats", torch.zeros(B, 3, 8, 9).byte(), torch.zeros(B, L), None),
         (r"tokens range from 0 to 11 but vocabulary_size=11", torch.zeros(1, 3, 8, 9), torch.tensor([[0, 11]]), None),
         (
-            r"batch sizes disagree \(images: \(3, 4\), tokens: \(2, 7\)\)",
+            r"batch sizes disagree \(images: \(3, 3, 8, 9\), tokens: \(2, 7\)\)",
             torch.zeros(3, 3, 8, 9),
             torch.zeros(2, L),
             None,
         ),
+        (
+            r"batch sizes disagree \(images: \(2, 3, 8, 9\), tokens: \(6, 7\)\)",  # three captions per image
+            torch.zeros(2, 3, 8, 9),
+            torch.zeros(6, L),
+            None,
+        ),
+        (r"word_mask has padding before a real word", torch.zeros(B, 3, 8, 9), torch.zeros(B, L), ~mask_of(1, 2, 3)),
         (r"caption 2 has no real word", torch.zeros(B, 3, 8, 9), torch.zeros(B, L), mask_of(1, 1, 0)),
         (r"word_mask is \(1, 7\)", torch.zeros(B, 3, 8, 9), torch.zeros(B, L), mask_of(1)),
         (r"captions of length 0", torch.zeros(B, 3, 8, 9), torch.zeros(B, 0), None),
@@ -294,6 +301,12 @@ def test_invalid_inputs_raise(message, images, tokens, mask):
         (
             r"append_end: caption 0 has no real word",
             lambda: append_end(torch.zeros(1, 2).long(), torch.zeros(1, 2).bool()),
+        ),
+        (r"append_end: tokens must be a tensor of ids \(B, L\), but they are a list", lambda: append_end([[5, 9]])),
+        (r"append_end: tokens must be int64 \(B, L\)", lambda: append_end(torch.zeros(1, 2))),
+        (
+            r"append_end: word_mask has padding before a real word; put the real words first",
+            lambda: append_end(torch.tensor([[5, 0, 9]]), torch.tensor([[True, False, True]])),
         ),
     ],
 )

@@ -243,6 +243,7 @@ def test_the_autoencoder_matches_the_loops():
 
 
 START = torch.zeros(B, D)
+WEIGHTS = {"prior_weight": 1.0, "condition_weight": 1.0}
 
 
 def sample(make=torch.tanh, score=likelihood, start=START, **options):
@@ -257,6 +258,14 @@ def sample(make=torch.tanh, score=likelihood, start=START, **options):
         (r"noise_weight must be a finite number", lambda: sample(noise_weight=math.nan)),
         (r"step_sizes must be at least 0, but they are \(1.0, -1.0\)", lambda: sample(step_sizes=(1.0, -1.0))),
         (r"bounds must be \(smallest, largest\), but they are \(3, 3\)", lambda: sample(bounds=(3, 3))),
+        (r"bounds must be \(smallest, largest\), but they are 30", lambda: sample(bounds=30)),
+        (r"step_sizes must be \(first, last\), but they are 0\.1", lambda: sample(step_sizes=0.1)),
+        (r"step_sizes\[1\] must be a finite number, but it is nan", lambda: sample(step_sizes=(1.0, math.nan))),
+        (r"noise must be a tensor, but it is a int", lambda: sample(noise=0)),
+        (
+            r"generator must be a torch\.Generator or None, but it is a int",
+            lambda: LatentSampler(torch.tanh, likelihood, steps=STEPS)(START, 0.5, generator=7),
+        ),
         (r"steps must be a whole number of at least 1", lambda: LatentSampler(torch.tanh, likelihood, steps=0)),
         (r"latents must be floats \(B, ...\), but they are torch.float32 \(7,\)", lambda: sample(start=START[0])),
         (r"noise must be \(5, 3, 7\), \(steps, B, ...\), but it is \(3, 7\)", lambda: sample(noise=START)),
@@ -279,9 +288,23 @@ def test_errors_of_the_sampler(message, call):
             r"latent_step: gradient must have the shape of latents \(3, 7\), but it is \(3, 1\)",
             lambda: latent_step(START, START, START[:, :1], prior_weight=1.0, condition_weight=1.0),
         ),
+        (
+            r"latent_step: latents must be \(B, \.\.\.\) with at least two axes, but they are \(7,\)",
+            lambda: latent_step(START[0], START[0], START[0], **WEIGHTS, step_size=0.1),
+        ),
+        (
+            r"latent_step: bounds must be \(smallest, largest\), but they are \(1, -1\)",
+            lambda: latent_step(START, START, START, **WEIGHTS, bounds=(1, -1)),
+        ),
+        (r"latent_step: noise must be a tensor", lambda: latent_step(START, START, START, 0, **WEIGHTS)),
+        (
+            r"latent_step: step_size must be a finite",
+            lambda: latent_step(START, START, START, **WEIGHTS, step_size="1"),
+        ),
         (r"gaussian_prior: .* noise_level positive, but .* 0", lambda: gaussian_prior(START, 0)),
         (r"gaussian_prior: latents must be floating point", lambda: gaussian_prior(START.long())),
-        (r"DenoisingAutoencoder: hidden_dims must be a whole number", lambda: DenoisingAutoencoder(3, (4, 0))),
+        (r"DenoisingAutoencoder: hidden_dims\[1\] must be a whole number", lambda: DenoisingAutoencoder(3, (4, 0))),
+        (r"DenoisingAutoencoder: hidden_dims must be a sequence .* it is 64", lambda: DenoisingAutoencoder(3, 64)),
         (r"DenoisingAutoencoder: latents has 7 features but", lambda: DenoisingAutoencoder(3, (4,))(START)),
     ],
 )

@@ -222,6 +222,8 @@ def test_likelihoods_of_long_captions_do_not_underflow():
     [
         (r"log_likelihood must be a tensor, but it is a list", ([-1.0], torch.zeros(1))),
         (r"log_likelihood must be \(B,\) and prior .* are \(3,\) and \(2,\)", (torch.zeros(3), torch.zeros(2))),
+        (r"log_likelihood must be at most 0, .* reaches 1\.5; of a loss", (torch.tensor([1.5]), torch.zeros(1))),
+        (r"prior must be at most 0, .* reaches 2; of a loss", (torch.zeros(1), torch.tensor([2.0]))),
         (r"are \(3, 1\) and \(3,\)", (torch.zeros(3, 1), torch.zeros(3))),
         (r"word_count must be \(B,\) and R at least 1", (torch.zeros(3), torch.zeros(2, 3))),
         (r"word_count must be \(B,\)", (torch.zeros(3), torch.zeros(2, 3), torch.zeros(2))),
@@ -261,6 +263,7 @@ def test_invalid_options(message, options):
         (r"batch sizes disagree", None, CAPTIONS[:2], None),
         (r"captions must be token ids \(B, L\), or strings, at least one", None, [], None),
         (r"captions must be token ids \(B, L\), or strings", None, [7, 8, 9], None),
+        (r"captions must be token ids .* torch\.as_tensor", None, [[7, 8, 9]] * B, torch.ones(B, 3).bool()),
         (r"word_mask belongs to token ids; with strings, leave it out", None, CAPTIONS[:B], torch.ones(B, L).bool()),
         (r"tokens must be int64 \(B, L\), but they are torch.float32", None, torch.ones(B, L), None),
     ],

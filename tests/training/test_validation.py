@@ -199,7 +199,8 @@ def test_validation_keeps_the_images_of_a_single_chunk(tiny_run, tiny_recipe, sp
     in_chunks = measure_generator(state, pair, unseen, 11, 3), measure_captioner(model.captioner, unseen, 3)
     assert len(chunks) == 5
     for expected, measured in zip(whole, in_chunks):
-        assert measured == pytest.approx(expected, rel=1e-4)
+        # The information of an untrained captioner is the small difference of two cross entropies of 5 nats.
+        assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_model_selection_uses_the_encoders_of_stem(tiny_recipe, tmp_path, monkeypatch):

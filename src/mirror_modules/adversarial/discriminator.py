@@ -17,6 +17,8 @@ from mirror_modules._checks import (
     check_images,
     check_positive,
     check_precision,
+    check_tensors,
+    is_readable,
     shape_of,
 )
 from mirror_modules._norms import FeatureBatchNorm
@@ -207,9 +209,10 @@ class PairedDiscriminator(TypedCall, nn.Module):
             Logits of realism and consistency, each (B,); no realism if built without it.
 
         Raises:
-            ValueError: `features` do not have F channels, `sentence` does not have D features, or batch sizes disagree.
+            ValueError: `features` are not (B, F, 4, 4), `sentence` does not have D features, or batch sizes disagree.
         """
         check_features("PairedDiscriminator", "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
+        check_map("PairedDiscriminator", features, SMALLEST_RESOLUTION)
         check_features("PairedDiscriminator", "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         check_batch("PairedDiscriminator", images=features, sentence=sentence)
         check_precision("PairedDiscriminator", self.consistency_head, features=features, sentence=sentence)
@@ -244,7 +247,7 @@ class PairedDiscriminator(TypedCall, nn.Module):
         features = self.features(images)
         logits = self.logits(features, sentence)
         if mismatched_rows is not None:
-            check_rows("PairedDiscriminator", mismatched_sentence, mismatched_rows)
+            check_rows("PairedDiscriminator", mismatched_sentence, mismatched_rows, features.shape[0])
             features = features[mismatched_rows]
         if mismatched_sentence is None:
             return logits
@@ -265,16 +268,38 @@ class PairedDiscriminator(TypedCall, nn.Module):
         return f"resolution={self.resolution}, text_dim={self.text_dim}"
 
 
-def check_rows(owner: str, sentence: Tensor | None, rows: Tensor) -> None:
-    """Require one mismatched sentence for each of the rows, which are integers."""
+def check_map(owner: str, features: Tensor, size: int) -> None:
+    """Require features (B, F, size, size)."""
+    if tuple(features.shape[2:]) != (size, size):
+        raise ValueError(
+            f"{owner}: features are {shape_of(features)}, expected (B, F, {size}, {size}) as the method `features` "
+            "returns them."
+        )
+
+
+def check_rows(owner: str, sentence: Tensor | None, rows: Tensor, count: int) -> None:
+    """Require one mismatched sentence for each of the rows, which are integers from 0 to count - 1.
+
+    The range depends on values and is checked on a CPU only.
+    """
     if sentence is None:
         raise ValueError(f"{owner}: mismatched_rows need the sentences of these rows; pass mismatched_sentence (K, D).")
+    check_tensors(owner, mismatched_sentence=sentence, mismatched_rows=rows)
     if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"{owner}: mismatched_rows must be int64 (K,), but they are {rows.dtype} {shape_of(rows)}; "
             "for a mask (B,), use mask.nonzero().flatten()."
         )
+    if sentence.ndim != 2:
+        raise ValueError(f"{owner}: mismatched_sentence must be (K, D), but it is {shape_of(sentence)}.")
     check_batch(owner, mismatched_rows=rows, mismatched_sentence=sentence)
+    if is_readable(rows) and rows.device.type == "cpu" and rows.numel() > 0:
+        low, high = (int(bound) for bound in rows.aminmax())
+        # A negative row would count from the end.
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"{owner}: mismatched_rows range from {low} to {high}, but the rows of the batch are 0 to {count - 1}."
+            )
 
 
 def with_norm(convolution: nn.Conv2d, has_norm: bool) -> list[nn.Module]:

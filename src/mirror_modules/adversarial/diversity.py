@@ -42,6 +42,11 @@ def mode_seeking_loss(images: Tensor, others: Tensor, *, target: float = 0.25) -
     check_number(owner, target=target)
     if target < 0:
         raise ValueError(f"{owner}: target must be 0 or more, but it is {target!r}.")
+    for name, tensor in (("images", images), ("others", others)):
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{owner}: {name} must be floats (B, ...), but they are {tensor.dtype} {shape_of(tensor)}."
+            )
     if len(images) < 2:
         raise ValueError(f"{owner}: images must be two or more, of different captions, but there are {len(images)}.")
     if images.shape[1:] != others.shape[1:] or not 1 <= len(others) <= len(images):

@@ -30,6 +30,7 @@ from mirror_modules.adversarial.discriminator import (
     JointLayers,
     Normalization,
     PairedLogits,
+    check_map,
     check_rows,
     with_norm,
     with_spectral_norm,
@@ -134,6 +135,7 @@ class _PlaceDiscriminator(TypedCall, nn.Module):
         """
         owner = type(self).__name__
         check_features(owner, "features", features, "(B, C, H, W)", self.feature_dim, "feature_dim")
+        check_map(owner, features, MAP_SIZE)
         check_features(owner, "sentence", sentence, "(B, D)", self.text_dim, "text_dim")
         self._check_location(owner, location)
         check_batch(owner, images=features, sentence=sentence, location=location)
@@ -169,7 +171,7 @@ class _PlaceDiscriminator(TypedCall, nn.Module):
         features = self.features(images)
         logits = self.logits(features, sentence, location)
         if mismatched_rows is not None:
-            check_rows(type(self).__name__, mismatched_sentence, mismatched_rows)
+            check_rows(type(self).__name__, mismatched_sentence, mismatched_rows, features.shape[0])
             features, location = features[mismatched_rows], location[mismatched_rows]
         if mismatched_sentence is None:
             return logits

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirror_modules._checks import at_least_float32, check_choice, check_number
+from mirror_modules._checks import at_least_float32, check_choice, check_number, check_tensors
 from mirror_modules.adversarial.discriminator import PairedLogits
 
 WeightingName = Literal["paper", "release", "gan-int-cls", "stackgan++"]
@@ -113,7 +113,8 @@ def discriminator_loss(
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, options are incompatible, or logits that the weighting needs are missing.
+        ValueError: An option is unknown, options are incompatible, logits that the weighting needs are missing, or an
+            argument is of another type.
 
     Examples:
         >>> import torch
@@ -133,8 +134,13 @@ def discriminator_loss(
     """
     owner = "discriminator_loss"
     weights = _checked_weights(owner, weighting, through, objective)
+    _check_logits(owner, real=real, fake=fake)
+    if not isinstance(mismatched_weight, Tensor):
+        check_number(owner, mismatched_weight=mismatched_weight)
     pairs = real.mismatched if mismatched is None else mismatched
     pair_realism, pair_consistency = pairs[:2] if isinstance(pairs, PairedLogits) else (None, pairs)
+    if pair_consistency is not None:
+        check_tensors(owner, mismatched=pair_consistency)
     total = partial(_total, owner, weighting, partial(_loss, through=through, objective=objective))
     positive = total(
         ("real.realism", weights.real_realism, real.realism, True),
@@ -179,7 +185,8 @@ def generator_loss(
         A scalar.
 
     Raises:
-        ValueError: An option is unknown, options are incompatible, or logits that the weighting needs are missing.
+        ValueError: An option is unknown, options are incompatible, logits that the weighting needs are missing, or an
+            argument is of another type.
 
     Examples:
         >>> import torch
@@ -194,6 +201,7 @@ def generator_loss(
     """
     owner = "generator_loss"
     weights = _checked_weights(owner, weighting, through, objective)
+    _check_logits(owner, fake=fake)
     consistency = weights.real if weights.generator is None else weights.generator
     realism = weights.real_realism if weights.generator_realism is None else weights.generator_realism
     return _total(
@@ -218,7 +226,7 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
         A scalar, at least 0. Its own gradient is a second derivative of the discriminator.
 
     Raises:
-        ValueError: `images` do not require a gradient, or `logits` do not depend on them.
+        ValueError: `images` do not require a gradient, `logits` do not depend on them, or are no `PairedLogits`.
 
     Examples:
         >>> import torch
@@ -229,6 +237,8 @@ def r1_penalty(images: Tensor, logits: PairedLogits) -> Tensor:
         >>> r1_penalty(images, PairedLogits(realism=total, consistency=total)).item()  # 1/2 * 48 * 2^2
         96.0
     """
+    check_tensors("r1_penalty", images=images)
+    _check_logits("r1_penalty", logits=logits)
     if not images.requires_grad:
         raise ValueError("r1_penalty: images must require a gradient; use images.detach().requires_grad_(True).")
     total = at_least_float32(logits.consistency).sum()
@@ -260,10 +270,22 @@ def _total(
             )
         if logits is None:
             continue
+        check_tensors(owner, **{name: logits})
+        if not logits.is_floating_point():
+            raise ValueError(f"{owner}: {name} must be floating point, but the logits are {logits.dtype}.")
         logits = at_least_float32(logits)
         # With weight 0, use an empty sum: zero, but still in the graph, which DDP requires.
         losses.append(weight * loss(logits, is_real) if weight > 0 else logits[:0].sum())
     return sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
+
+
+def _check_logits(owner: str, **logits: object) -> None:
+    for name, value in logits.items():
+        if not isinstance(value, PairedLogits):
+            raise ValueError(
+                f"{owner}: {name} must be PairedLogits, but it is a {type(value).__name__}; for logits of one kind, "
+                "pass PairedLogits(realism=None, consistency=logits) and a weighting without realism."
+            )
 
 
 def _loss(logits: Tensor, is_real: bool, *, through: Through, objective: Objective) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_tensors, shape_of
+from mirror_modules._checks import check_generator, check_tensors, shape_of
 
 
 class Mismatch(NamedTuple):
@@ -37,7 +37,7 @@ def mismatch(
         Partners and their validity.
 
     Raises:
-        ValueError: `class_ids` or `caption_ids` is not (B,), or `class_ids` is empty.
+        ValueError: `class_ids` or `caption_ids` is not (B,), `class_ids` is empty, or `generator` is a seed.
 
     Examples:
         >>> import torch
@@ -61,6 +61,7 @@ def mismatch(
                 f"mismatch: caption_ids must be {shape_of(class_ids)} (B,), as class_ids, but they are "
                 f"{shape_of(caption_ids)}."
             )
+    check_generator("mismatch", generator)
     device = generator.device if generator is not None else class_ids.device
     shuffled = torch.randperm(class_ids.shape[0], generator=generator, device=device).to(class_ids.device)
     _, classes, counts = class_ids[shuffled].unique(return_inverse=True, return_counts=True)

@@ -59,7 +59,7 @@ def attend_to_sentence(
     sentence_BC11 = at_least_float32(sentence).unsqueeze(2).unsqueeze(3)
     scores_BCHW = at_least_float32(features) * sentence_BC11
     if score_matrix is not None:
-        scores_BCHW = torch.einsum("dc,bchw->bdhw", at_least_float32(score_matrix), scores_BCHW)
+        scores_BCHW = torch.einsum("dc,bchw->bdhw", score_matrix.to(scores_BCHW.dtype), scores_BCHW)
     if axis == "channels":
         weights_BCHW = torch.softmax(scores_BCHW, dim=1)
         context_BCHW = sentence_BC11 * weights_BCHW

@@ -134,7 +134,7 @@ def sentence_attention(
         The context (B, C, H, W) and the weights (B, C, H, W).
 
     Raises:
-        ValueError: Sizes disagree, or `axis` is unknown.
+        ValueError: Sizes disagree, a tensor is not floating point, or `axis` is unknown.
 
     Examples:
         >>> import torch
@@ -147,6 +147,9 @@ def sentence_attention(
     """
     _check_projected("sentence_attention", features, "sentence", sentence, "(B, C)")
     check_choice("sentence_attention", "axis", axis, ("channels", "positions"))
+    for name, tensor in (("features", features), ("sentence", sentence)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"sentence_attention: {name} must be floating point, but it is {tensor.dtype}.")
     _check_score_matrix("sentence_attention", features, score_matrix)
     context, weights = without_autocast(partial(attend_to_sentence, axis=axis), (features, sentence, score_matrix))
     return context, weights
@@ -442,9 +445,14 @@ class WordAttention(TypedCall, nn.Module):
 
 
 def _check_score_matrix(owner: str, features: Tensor, score_matrix: Tensor | None) -> None:
+    if score_matrix is None:
+        return
+    check_tensors(owner, score_matrix=score_matrix)
     expected = (features.shape[1], features.shape[1])
-    if score_matrix is not None and score_matrix.shape != expected:
+    if score_matrix.shape != expected:
         raise ValueError(f"{owner}: score_matrix is {shape_of(score_matrix)}, expected {expected} (C, C).")
+    if not score_matrix.is_floating_point():
+        raise ValueError(f"{owner}: score_matrix must be floating point, but it is {score_matrix.dtype}.")
 
 
 def _check_projected(owner: str, features: Tensor, name: str, text: Tensor, layout: str) -> None:

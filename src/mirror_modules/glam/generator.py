@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_batch, check_choice, check_features, check_positive, check_word_mask
+from mirror_modules._checks import (
+    check_batch,
+    check_choice,
+    check_features,
+    check_positive,
+    check_sizes,
+    check_word_mask,
+)
 from mirror_modules._pretrained import FromModelFolder
 from mirror_modules._typing import TypedCall
 from mirror_modules.glam.attention import GlobalLocalAttention, WordAttention
@@ -181,14 +188,14 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
             Images in [-1, 1], coarse to fine, and the attention maps if requested.
 
         Raises:
-            ValueError: A caption has no real word, sizes disagree, or an input is missing.
+            ValueError: A caption has no real word, sizes disagree, an input is missing, or `active_stages` is out of
+                range.
         """
         word_mask = self._check_inputs(noise, condition, words, word_mask, attended_condition)
         stage_features = [self.initial(noise, condition)]
         generated = GeneratedImages([], [], [])
         text = next(each for each in (attended_condition, condition, noise) if each is not None)
-        stages = len(self.resolutions) if self.active_stages is None else self.active_stages
-        for refinement in self.refinements[: stages - 1]:
+        for refinement in self.refinements[: self._active() - 1]:
             stage = refinement(stage_features[-1], text, words, word_mask, need_weights=need_weights)
             stage_features.append(stage.features)
             # An attention module of the user's own may return its maps unconditionally.
@@ -199,6 +206,18 @@ class CascadedGenerator(FromModelFolder, TypedCall, nn.Module):
         for head, features in zip(self.heads, stage_features[-len(self.heads) :]):
             generated.images.append(head(features))
         return generated
+
+    def _active(self) -> int:
+        """The number of stages that run."""
+        stages, active = len(self.resolutions), self.active_stages
+        if active is None:
+            return stages
+        if not isinstance(active, int) or not 1 <= active <= stages or (active < stages and len(self.heads) < stages):
+            raise ValueError(
+                f"CascadedGenerator: active_stages must be None or from 1 to {stages}, with intermediate_images=True "
+                f"unless all stages run, but it is {active!r}."
+            )
+        return active
 
     def _check_inputs(
         self,
@@ -288,11 +307,12 @@ def _build_attention(factory: AttentionFactory | None, *sizes: int) -> nn.Module
 
 
 def _check_resolutions(resolutions: Sequence[int]) -> tuple[int, ...]:
-    powers = all(
+    is_sequence = isinstance(resolutions, Sequence) and not isinstance(resolutions, str)
+    powers = is_sequence and all(
         isinstance(size, int) and size >= SMALLEST_RESOLUTION and size & (size - 1) == 0 for size in resolutions
     )
-    increasing = all(coarse < fine for coarse, fine in itertools.pairwise(resolutions))
-    if len(resolutions) == 0 or not powers or not increasing:
+    increasing = is_sequence and all(coarse < fine for coarse, fine in itertools.pairwise(resolutions))
+    if not (powers and increasing) or len(resolutions) == 0:
         raise ValueError(
             f"CascadedGenerator: resolutions must be increasing powers of two from {SMALLEST_RESOLUTION} up, "
             f"such as (64, 128, 256), but they are {resolutions!r}."
@@ -310,6 +330,5 @@ def _check_channels(channels: int | Sequence[int], stages: int) -> tuple[int, ..
             f"CascadedGenerator: channels must be a number or one per stage, {stages} in all, but they are "
             f"{channels!r}."
         )
-    for stage, width in enumerate(channels):
-        check_positive("CascadedGenerator", **{f"channels[{stage}]": width})
+    check_sizes("CascadedGenerator", channels=channels)
     return tuple(channels)

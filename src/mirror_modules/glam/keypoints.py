@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mirror_modules._checks import check_batch, check_features, check_positive, check_precision, check_tensors, shape_of
 from mirror_modules._norms import FeatureBatchNorm
+from mirror_modules._placing import check_shares
 from mirror_modules._typing import TypedCall
 
 
@@ -23,7 +24,7 @@ def complete_keypoints(given: Tensor, proposed: Tensor) -> Tensor:
         (B, K, 3).
 
     Raises:
-        ValueError: Shapes disagree.
+        ValueError: Shapes disagree, or a value of `given` is not from 0 to 1, which is checked on a CPU only.
 
     Examples:
         >>> import torch
@@ -43,6 +44,8 @@ def complete_keypoints(given: Tensor, proposed: Tensor) -> Tensor:
         raise ValueError(
             f"complete_keypoints: given {shape_of(given)} and proposed {shape_of(proposed)} must have the same shape."
         )
+    # With another visibility, such as 2 for a visible point in COCO, the result would be no mean of the two.
+    check_shares("complete_keypoints", "given", given)
     visibility = given[..., 2:]
     return visibility * given + (1 - visibility) * proposed
 
@@ -112,7 +115,7 @@ class KeypointGenerator(TypedCall, nn.Module):
             x, y and visibility of all points, each from 0 to 1, (B, K, 3).
 
         Raises:
-            ValueError: Sizes disagree.
+            ValueError: Sizes disagree, or a value of `given` is not from 0 to 1, which is checked on a CPU only.
         """
         owner = "KeypointGenerator"
         check_features(owner, "noise", noise, "(B, D)", self.noise_dim, "noise_dim")

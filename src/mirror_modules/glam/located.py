@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirror_modules._bottleneck import Bottleneck
-from mirror_modules._checks import check_batch, check_features, check_positive, check_precision, check_tensors, shape_of
+from mirror_modules._checks import (
+    check_batch,
+    check_features,
+    check_positive,
+    check_precision,
+    check_sizes,
+    check_tensors,
+    shape_of,
+)
 from mirror_modules._norms import FeatureBatchNorm, MapBatchNorm
 from mirror_modules._placing import check_points, keypoint_gate, maps_of, place_in_box
 from mirror_modules._typing import TypedCall
@@ -67,7 +75,7 @@ class LocatedGenerator(TypedCall, nn.Module):
         check_positive(
             owner, noise_dim=noise_dim, condition_dim=condition_dim, channels=channels, hidden_dim=hidden_dim
         )
-        check_positive(owner, **{f"upsampled[{i}]": width for i, width in enumerate(upsampled)})
+        check_sizes(owner, upsampled=upsampled)
         self.noise_dim, self.condition_dim = noise_dim, condition_dim
         self.resolutions = (MAP_SIZE * 2 ** (len(upsampled) + 1),)
         self.text = nn.Linear(condition_dim, hidden_dim)
@@ -167,7 +175,7 @@ class KeypointImageGenerator(TypedCall, nn.Module):
             channels=channels,
             hidden_dim=hidden_dim,
         )
-        check_positive(owner, **{f"upsampled[{i}]": width for i, width in enumerate(upsampled)})
+        check_sizes(owner, upsampled=upsampled)
         self.noise_dim, self.condition_dim, self.point_count = noise_dim, condition_dim, point_count
         self.resolutions = (MAP_SIZE * 2 ** (len(upsampled) + 1),)
         wide = 4 * channels

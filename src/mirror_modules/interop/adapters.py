@@ -14,7 +14,6 @@ from typing_extensions import Self
 from mirror_modules._checks import (
     at_least_float32,
     check_choice,
-    is_readable,
     zero_padding,
 )
 from mirror_modules._freezing import freeze, is_frozen
@@ -110,19 +109,6 @@ def check_module(owner: str, model: object) -> None:
     """Require a Module rather than a name or a class."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{owner}: model must be an nn.Module, but it is a {type(model).__name__}; load it first.")
-
-
-def check_padding_is_last(owner: str, word_mask: Tensor) -> None:
-    """Require that no padding precedes a real word, on a CPU only: reading a mask on a GPU forces a synchronization."""
-    if (
-        is_readable(word_mask)
-        and word_mask.device.type == "cpu"
-        and bool((word_mask[:, 1:] & ~word_mask[:, :-1]).any())
-    ):
-        raise ValueError(
-            f"{owner}: word_mask has padding before a real word; put the real words first, such as with "
-            "padding_side='right' of the tokenizer."
-        )
 
 
 def arguments_of(model: nn.Module) -> set[str]:

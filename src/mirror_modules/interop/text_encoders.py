@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirror_modules._checks import (
+    check_padding_is_last,
     check_tokens,
     check_word_mask,
     shape_of,
@@ -24,7 +25,6 @@ from mirror_modules.interop.adapters import (
     Pooling,
     arguments_of,
     check_module,
-    check_padding_is_last,
     check_pooling,
     choose_pooling,
     example_of,

@@ -24,19 +24,6 @@ def check_above_zero(owner: str, **values: object) -> None:
             raise ValueError(f"{owner}: {name} must be above 0, but it is {value!r}.")
 
 
-def check_generator(owner: str, generator: object) -> None:
-    """Require a random generator of torch, or None.
-
-    Raises:
-        ValueError: It is something else, such as a seed.
-    """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(
-            f"{owner}: generator must be a torch.Generator or None, but it is a {type(generator).__name__}; "
-            "torch.Generator().manual_seed(seed) makes one."
-        )
-
-
 def check_measurable(
     owner: str, name: str, features: Tensor, layout: str, fewest: tuple[int, ...], *, read_values: bool = True
 ) -> None:

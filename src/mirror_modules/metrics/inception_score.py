@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_choice, check_positive
-from mirror_modules.metrics._features import check_generator, check_measurable
+from mirror_modules._checks import check_choice, check_generator, check_positive
+from mirror_modules.metrics._features import check_measurable
 
 
 class InceptionScore(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_choice, check_positive, shape_of
-from mirror_modules.metrics._features import LARGEST_BLOCK, check_above_zero, check_generator, check_measurable
+from mirror_modules._checks import check_choice, check_generator, check_positive, shape_of
+from mirror_modules.metrics._features import LARGEST_BLOCK, check_above_zero, check_measurable
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_positive
+from mirror_modules._checks import check_generator, check_positive
 from mirror_modules.metrics._candidates import TIED, check_ids, count_drawable, draw_captions, excluded_captions
-from mirror_modules.metrics._features import LARGEST_BLOCK, all_directions, check_generator, check_pairs, directions
+from mirror_modules.metrics._features import LARGEST_BLOCK, all_directions, check_pairs, directions
 
 CACHED = 2**20
 """Elements of gathered features at a time: about what a cache holds."""

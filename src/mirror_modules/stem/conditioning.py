@@ -66,8 +66,10 @@ def kl_divergence(mean: Tensor, log_variance: Tensor, *, reduction: Literal["mea
     """
     check_choice("kl_divergence", "reduction", reduction, ("mean", "sum"))
     check_tensors("kl_divergence", mean=mean, log_variance=log_variance)
-    if mean.shape != log_variance.shape:
-        raise ValueError(f"kl_divergence: mean is {shape_of(mean)} but log_variance is {shape_of(log_variance)}.")
+    if mean.ndim != 2 or mean.shape != log_variance.shape:
+        raise ValueError(
+            f"kl_divergence: mean is {shape_of(mean)} but log_variance is {shape_of(log_variance)}; both are (B, E)."
+        )
     mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
     elements = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
     return elements.mean() if reduction == "mean" else elements.sum(dim=1).mean()
@@ -186,7 +188,8 @@ class ConditioningAugmentation(FromModelFolder, TypedCall, nn.Module):
             log_variance = 2 * log_deviation
         if noise is None:
             noise = _truncated_normal_like(mean) if self.activation == "leaky_relu" else torch.randn_like(mean)
-        elif noise.shape != mean.shape:
+        check_tensors("ConditioningAugmentation", noise=noise)
+        if noise.shape != mean.shape:
             raise ValueError(f"ConditioningAugmentation: noise is {shape_of(noise)}, expected {shape_of(mean)} (B, E).")
         return Condition(mean + torch.exp(0.5 * log_variance) * noise, mean, log_variance)
 

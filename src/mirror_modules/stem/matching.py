@@ -185,6 +185,8 @@ def _check_pairs(owner: str, regions: Tensor, words: Tensor, word_mask: Tensor |
             f"{owner}: regions must be (I, R, D) and words (J, L, D) with the same D, but they are "
             f"{shape_of(regions)} and {shape_of(words)}."
         )
+    if regions.shape[1] == 0:
+        raise ValueError(f"{owner}: images have no regions: {shape_of(regions)} (I, R, D); each needs at least one.")
     word_mask = check_word_mask(owner, words, word_mask, may_stall=False)
     check_alike(owner, word_mask, regions=regions, words=words)
     return word_mask
@@ -269,8 +271,7 @@ def matching_loss(
         The four terms.
 
     Raises:
-        ValueError: A caption has no real word; sizes, precisions or devices disagree; `gamma_attention` or `gamma_word`
-            is not finite.
+        ValueError: A caption has no real word; sizes, precisions or devices disagree; a gamma is not finite.
         NotImplementedError: `impl` names an implementation that cannot run.
 
     Examples:
@@ -286,15 +287,14 @@ def matching_loss(
     owner = "matching_loss"
     regions, image = image_features
     words, sentence = text_features
-    check_tensors(owner, regions=regions, image=image, words=words, sentence=sentence)
-    check_batch(owner, regions=regions, image=image, words=words, sentence=sentence)
-    if image.ndim != 2 or image.shape != sentence.shape:
+    check_tensors(owner, image=image, sentence=sentence)
+    word_mask = _check_pairs(owner, regions, words, word_mask)
+    if image.ndim != 2 or sentence.ndim != 2 or image.shape[1] != sentence.shape[1]:
         raise ValueError(
             f"{owner}: image and sentence must both be (B, D), but they are {shape_of(image)} and {shape_of(sentence)}."
         )
-    batch = sentence.shape[0]
-    if class_ids is not None and class_ids.shape != (batch,):
-        raise ValueError(f"{owner}: class_ids must be ({batch},), one per caption, but they are {shape_of(class_ids)}.")
+    check_batch(owner, regions=regions, image=image, words=words, sentence=sentence)
+    _check_class_ids(owner, class_ids, sentence.shape[0])
     by_words = word_region_similarity(
         regions, words, word_mask, gamma_attention=gamma_attention, gamma_word=gamma_word, impl=impl
     )
@@ -318,7 +318,7 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
         Similarity, (I, J), float32 or wider, between -1 and 1.
 
     Raises:
-        ValueError: Sizes disagree.
+        ValueError: Sizes disagree, or features are not floating point.
 
     Examples:
         >>> import torch
@@ -333,12 +333,23 @@ def image_sentence_similarity(images: Tensor, sentences: Tensor) -> Tensor:
             "image_sentence_similarity: images must be (I, D) and sentences (J, D) with the same D, but they are "
             f"{shape_of(images)} and {shape_of(sentences)}."
         )
-    images, sentences = at_least_float32(images), at_least_float32(sentences)
-    return F.cosine_similarity(images.unsqueeze(1), sentences.unsqueeze(0), dim=2)
+    for name, features in (("images", images), ("sentences", sentences)):
+        if not features.is_floating_point():
+            raise ValueError(
+                f"image_sentence_similarity: {name} must be floating point, but they are {features.dtype}."
+            )
+    dtype = torch.promote_types(torch.promote_types(images.dtype, sentences.dtype), torch.float32)
+
+    # Not `F.cosine_similarity`, which would hold the products of all pairs, (I, J, D).
+    def similarity(images: Tensor, sentences: Tensor) -> tuple[Tensor]:
+        unit_images, unit_sentences = (F.normalize(each, dim=1, eps=SHORTEST) for each in (images, sentences))
+        return (unit_images @ unit_sentences.mT,)
+
+    return without_autocast(similarity, (images.to(dtype), sentences.to(dtype)))[0]
 
 
 def contrastive_terms(
-    similarity: Tensor, class_ids: Tensor | None = None, *, gamma_loss: float = 10.0
+    similarity: Tensor, class_ids: Tensor | None = None, *, gamma_loss: float | Tensor = 10.0
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross entropies of both retrieval directions from any similarity (AttnGAN, eq. 11 and 12).
 
@@ -348,13 +359,13 @@ def contrastive_terms(
     Args:
         similarity: Row i is image i, column j is caption j, (B, B); matching pairs are on the diagonal.
         class_ids: (B,); pairs of the same class are not negatives of each other. None: all other pairs are negatives.
-        gamma_loss: Inverse temperature of the cross entropy.
+        gamma_loss: Inverse temperature of the cross entropy: a number, or a scalar tensor that is learned.
 
     Returns:
         Two scalars, float32 or wider: the loss of retrieving captions, and that of retrieving images.
 
     Raises:
-        ValueError: `similarity` is not square, or `class_ids` does not fit it.
+        ValueError: `similarity` is not square, `class_ids` does not fit it, or `gamma_loss` is not finite.
 
     Examples:
         >>> import torch
@@ -369,11 +380,9 @@ def contrastive_terms(
     check_tensors("contrastive_terms", similarity=similarity)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"contrastive_terms: similarity must be (B, B), but it is {shape_of(similarity)}.")
-    if class_ids is not None and class_ids.shape != similarity.shape[:1]:
-        raise ValueError(
-            f"contrastive_terms: class_ids must be ({len(similarity)},), one per pair, but they are "
-            f"{shape_of(class_ids)}."
-        )
+    _check_class_ids("contrastive_terms", class_ids, similarity.shape[0])
+    if not isinstance(gamma_loss, Tensor):
+        check_number("contrastive_terms", gamma_loss=gamma_loss)
     labels = torch.arange(similarity.shape[0], device=similarity.device)
     logits = gamma_loss * at_least_float32(similarity)
     if class_ids is not None:
@@ -381,6 +390,14 @@ def contrastive_terms(
         is_other_pair = ~torch.eye(similarity.shape[0], dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(is_same_class & is_other_pair, float("-inf"))
     return F.cross_entropy(logits, labels), F.cross_entropy(logits.mT, labels)
+
+
+def _check_class_ids(owner: str, class_ids: Tensor | None, count: int) -> None:
+    if class_ids is None:
+        return
+    check_tensors(owner, class_ids=class_ids)
+    if class_ids.shape != (count,):
+        raise ValueError(f"{owner}: class_ids must be ({count},), one per pair, but they are {shape_of(class_ids)}.")
 
 
 class MatchingLoss(TypedCall, nn.Module):
@@ -393,7 +410,7 @@ class MatchingLoss(TypedCall, nn.Module):
         impl: "auto", "torch" or "triton".
 
     Raises:
-        ValueError: `impl` is unknown.
+        ValueError: A gamma is not a finite number, or `impl` is unknown.
 
     Examples:
         >>> import torch
@@ -416,6 +433,7 @@ class MatchingLoss(TypedCall, nn.Module):
     ) -> None:
         super().__init__()
         kernels.check_impl("MatchingLoss", impl)
+        check_number("MatchingLoss", gamma_attention=gamma_attention, gamma_word=gamma_word, gamma_loss=gamma_loss)
         self.gamma_attention, self.gamma_word, self.gamma_loss = gamma_attention, gamma_word, gamma_loss
         self.impl = impl
 

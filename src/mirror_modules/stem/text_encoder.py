@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mirror_modules._checks import (
     check_number,
+    check_padding_is_last,
     check_positive,
     check_tokens,
     check_word_mask,
@@ -100,10 +101,9 @@ class TextEncoder(FromModelFolder, TypedCall, nn.Module):
 
     def _packed(self, embedded: Tensor, word_mask: Tensor) -> TextFeatures:
         """Encode embedded captions (B, L, embedding_dim), packed by length."""
-        lengths, positions = word_mask.sum(dim=1), torch.arange(word_mask.shape[1], device=word_mask.device)
-        if not torch.equal(word_mask, positions < lengths.unsqueeze(1)):
-            raise ValueError("TextEncoder: word_mask has padding before a real word; put the real words first.")
-        packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        check_padding_is_last("TextEncoder", word_mask, may_stall=True)
+        lengths = word_mask.sum(dim=1).cpu()
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         states, (last, _) = self.lstm(packed)
         words, _ = pad_packed_sequence(states, batch_first=True, total_length=word_mask.shape[1])
         return TextFeatures(words, torch.cat((last[0], last[1]), dim=1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirror_modules._checks import check_positive
+from mirror_modules._checks import check_positive, check_tensors, shape_of
 
 PAD = 0
 """Token id of padding."""
@@ -46,7 +46,7 @@ class Vocabulary:
         words: The known words, most important first; ids start at 3.
 
     Raises:
-        ValueError: A word is listed twice, or is not a lower-case word.
+        ValueError: `words` is one string, or a word is listed twice, or is not a lower-case word.
 
     Examples:
         >>> from mirror_modules import Vocabulary
@@ -59,6 +59,8 @@ class Vocabulary:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
+        if isinstance(words, str):
+            raise ValueError("Vocabulary: words must be a list of strings, but it is one string; use Vocabulary.build.")
         self._words = (*SPECIAL_TOKENS, *words)
         self._ids = {word: i for i, word in enumerate(self._words)}
         if len(self._ids) != len(self._words):
@@ -73,8 +75,9 @@ class Vocabulary:
         """Collect the words that occur at least `min_count` times, most frequent first, ties in alphabetical order.
 
         Raises:
-            ValueError: No word occurs that often.
+            ValueError: No word occurs that often, or `min_count` is not a whole number of at least 1.
         """
+        check_positive("Vocabulary.build", min_count=min_count)
         if isinstance(captions, str):
             raise ValueError("Vocabulary.build: captions must be a list of strings, but it is one string.")
         counts = Counter(word for caption in captions for word in split_words(caption))
@@ -143,10 +146,13 @@ class Vocabulary:
         """Decode token ids (B, L) into captions, each up to its first end or padding token.
 
         Raises:
-            ValueError: `tokens` is not (B, L), or an id is outside the vocabulary.
+            ValueError: `tokens` are not integers (B, L), or an id is outside the vocabulary.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"Vocabulary.decode: tokens must be (B, L), but they are {tuple(tokens.shape)}.")
+        check_tensors("Vocabulary.decode", tokens=tokens)
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(
+                f"Vocabulary.decode: tokens must be integers (B, L), but they are {tokens.dtype} {shape_of(tokens)}."
+            )
         captions = []
         for row in tokens.tolist():
             words = []

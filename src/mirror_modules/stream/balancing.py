@@ -172,9 +172,15 @@ def _balanced(ratios: tuple[float, ...], reference: Tensor | None, *gradients: T
     norm = torch.linalg.vector_norm(first, dim=1, keepdim=True) if reference is None else reference.reshape(-1, 1)
     total = ratios[0] * first if ratios[0] > 0 else torch.zeros_like(first)
     for ratio, other in further:
-        # A zero gradient has no direction; eps keeps it zero.
-        total = total + ratio * norm * F.normalize(other, dim=1, eps=torch.finfo(other.dtype).tiny)
+        total = total + ratio * norm * _direction(other)
     return total.view(like.shape).to(like.dtype)
+
+
+def _direction(gradient: Tensor) -> Tensor:
+    """Divide the gradient of each image, (B, N), by its norm; a zero gradient has no direction and stays zero."""
+    # Scaled first: of a captioner that is certain of a caption, gradients of 1e-23 remain, whose squares are zero.
+    largest = gradient.abs().amax(dim=1, keepdim=True)
+    return F.normalize(gradient / largest.masked_fill(largest == 0, 1.0), dim=1)
 
 
 def _warn_of_zero(first: Tensor | None) -> None:

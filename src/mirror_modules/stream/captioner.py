@@ -10,6 +10,7 @@ from mirror_modules._checks import (
     check_batch,
     check_encoded,
     check_images,
+    check_padding_is_last,
     check_positive,
     check_tokens,
     check_word_mask,
@@ -37,7 +38,8 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
         Tokens (B, L + 1) and word_mask (B, L + 1), in which the end token counts as a word.
 
     Raises:
-        ValueError: A caption has no real word, or `word_mask` is not a bool tensor (B, L).
+        ValueError: `tokens` are not integers (B, L), `word_mask` is not a bool tensor (B, L), a caption has no real
+            word, or padding precedes a real word, which is checked on a CPU only.
 
     Examples:
         >>> import torch
@@ -49,7 +51,9 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
         >>> word_mask.tolist()
         [[True, True, True, True], [True, True, True, False]]
     """
+    check_tokens("append_end", tokens, None)
     word_mask = check_word_mask("append_end", tokens, word_mask, may_stall=False)
+    check_padding_is_last("append_end", word_mask)
     if word_mask is None:
         word_mask = torch.ones_like(tokens, dtype=torch.bool)
     mask_with_end = F.pad(word_mask, (1, 0), value=True)
@@ -141,9 +145,14 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
 
         Returns:
             Logits (B, L, V).
+
+        Raises:
+            ValueError: As `forward`.
         """
-        check_word_mask("Captioner", tokens, word_mask, may_stall=False)
         check_tokens("Captioner", tokens, self.vocabulary_size)
+        word_mask = check_word_mask("Captioner", tokens, word_mask, may_stall=False)
+        # A causal network reads padding at the start.
+        check_padding_is_last("Captioner", word_mask)
         images, captions = first_input.shape[0], tokens.shape[0]
         if images != captions and images > 0 and captions % images == 0:
             first_input = first_input.repeat(captions // images, 1)
@@ -170,9 +179,14 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
             Logits (B, L, V); `logits[:, t]` predicts `tokens[:, t]`.
 
         Raises:
-            ValueError: Sizes disagree, or a token lies outside the vocabulary.
+            ValueError: Sizes disagree, a token lies outside the vocabulary, or padding precedes a real word, which is
+                checked on a CPU only.
         """
-        return self.decode(self.encode_images(images), tokens, word_mask)
+        first_input = self.encode_images(images)
+        check_tokens("Captioner", tokens, self.vocabulary_size)
+        # `decode` would give each image several captions.
+        check_batch("Captioner", images=images, tokens=tokens)
+        return self.decode(first_input, tokens, word_mask)
 
     @torch.no_grad()
     def describe(

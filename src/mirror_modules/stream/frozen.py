@@ -82,8 +82,6 @@ class FrozenCaptioner(nn.Module):
         """Check captions that are no token ids; a single one belongs to all images."""
         owner = type(self).__name__
         check_tensors(owner, images=images)
-        if word_mask is not None:
-            raise ValueError(f"{owner}: word_mask belongs to token ids; with strings, leave it out.")
         if isinstance(captions, str):
             captions = [captions] * len(images)
         listed = list(captions) if isinstance(captions, Iterable) else [captions]
@@ -92,6 +90,8 @@ class FrozenCaptioner(nn.Module):
                 f"{owner}: captions must be token ids (B, L), or strings, at least one, but they are a "
                 f"{type(captions).__name__} that starts with {listed[:3]!r}; torch.as_tensor makes a tensor of ids."
             )
+        if word_mask is not None:
+            raise ValueError(f"{owner}: word_mask belongs to token ids; with strings, leave it out.")
         return listed
 
     def _tokens(

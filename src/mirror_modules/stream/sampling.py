@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from mirror_modules._checks import (
     check_features,
+    check_generator,
     check_number,
     check_positive,
     check_precision,
+    check_sizes,
     check_tensors,
     shape_of,
 )
@@ -100,7 +102,7 @@ def latent_step(
         New latents, (B, ...).
 
     Raises:
-        ValueError: Shapes disagree.
+        ValueError: Shapes disagree, a weight or the step size is not a finite number, or bounds are not in order.
 
     Examples:
         >>> import torch
@@ -112,12 +114,20 @@ def latent_step(
         >>> latent_step(latents, gaussian_prior(latents), gradient, **weights, step_size=0.1)  # d / 2 * 0.1
         tensor([[1.9500, 0.1500]])
     """
-    check_tensors("latent_step", latents=latents, denoised=denoised, gradient=gradient)
-    for name, tensor in (("denoised", denoised), ("gradient", gradient), ("noise", noise)):
-        if tensor is not None and tensor.shape != latents.shape:
+    owner = "latent_step"
+    check_tensors(owner, latents=latents)
+    if latents.ndim < 2:
+        raise ValueError(f"{owner}: latents must be (B, ...) with at least two axes, but they are {shape_of(latents)}.")
+    given = {"denoised": denoised, "gradient": gradient} | ({} if noise is None else {"noise": noise})
+    check_tensors(owner, **given)
+    for name, tensor in given.items():
+        if tensor.shape != latents.shape:
             raise ValueError(
-                f"latent_step: {name} must have the shape of latents {shape_of(latents)}, but it is {shape_of(tensor)}."
+                f"{owner}: {name} must have the shape of latents {shape_of(latents)}, but it is {shape_of(tensor)}."
             )
+    weights = {"prior_weight": prior_weight, "condition_weight": condition_weight, "noise_weight": noise_weight}
+    check_number(owner, **weights, **({} if step_size is None else {"step_size": step_size}))
+    _check_bounds(owner, bounds)
     direction = prior_weight * (denoised - latents) + condition_weight * gradient
     if noise is not None:
         direction = direction + noise_weight * noise
@@ -127,6 +137,17 @@ def latent_step(
         direction = step_size * direction / length.clamp(min=torch.finfo(direction.dtype).tiny)
     moved = latents + direction
     return moved if bounds is None else moved.clamp(*bounds)
+
+
+def _check_bounds(owner: str, bounds: tuple[float, float] | None) -> None:
+    """Require a smallest and a largest latent, which may be infinite."""
+    if bounds is None:
+        return
+    is_pair = (
+        isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(each, int | float) for each in bounds)
+    )
+    if not is_pair or not bounds[0] < bounds[1]:
+        raise ValueError(f"{owner}: bounds must be (smallest, largest), but they are {bounds!r}.")
 
 
 class LatentSampler:
@@ -195,12 +216,12 @@ class LatentSampler:
             if weight < 0:
                 raise ValueError(f"{owner}: {name} must be at least 0, but it is {weight!r}.")
         if step_sizes is not None:
-            first, last = step_sizes
-            check_number(owner, first_step_size=first, last_step_size=last)
-            if min(first, last) < 0:
+            if not isinstance(step_sizes, Sequence) or len(step_sizes) != 2:
+                raise ValueError(f"{owner}: step_sizes must be (first, last), but they are {step_sizes!r}.")
+            check_number(owner, **{f"step_sizes[{i}]": size for i, size in enumerate(step_sizes)})
+            if min(step_sizes) < 0:
                 raise ValueError(f"{owner}: step_sizes must be at least 0, but they are {step_sizes}.")
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"{owner}: bounds must be (smallest, largest), but they are {bounds}.")
+        _check_bounds(owner, bounds)
         self.make, self.score, self.denoiser = make, score, denoiser
         self.prior_weight, self.condition_weight, self.noise_weight = prior_weight, condition_weight, noise_weight
         self.steps, self.step_sizes, self.bounds = steps, step_sizes, bounds
@@ -232,9 +253,12 @@ class LatentSampler:
             raise ValueError(
                 f"{owner}: latents must be floats (B, ...), but they are {latents.dtype} {shape_of(latents)}."
             )
-        if noise is not None and noise.shape != (self.steps, *latents.shape):
-            expected = (self.steps, *latents.shape)
-            raise ValueError(f"{owner}: noise must be {expected}, (steps, B, ...), but it is {shape_of(noise)}.")
+        if noise is not None:
+            check_tensors(owner, noise=noise)
+            if noise.shape != (self.steps, *latents.shape):
+                expected = (self.steps, *latents.shape)
+                raise ValueError(f"{owner}: noise must be {expected}, (steps, B, ...), but it is {shape_of(noise)}.")
+        check_generator(owner, generator)
         likelihoods = []
         # The loop needs gradients whatever the mode of the caller, and tensors that are not of inference mode.
         with torch.inference_mode(False):
@@ -318,8 +342,7 @@ class DenoisingAutoencoder(TypedCall, nn.Module):
     def __init__(self, latent_dim: int, hidden_dims: Sequence[int] = (2048, 1024, 500, 1024, 2048)) -> None:
         super().__init__()
         check_positive("DenoisingAutoencoder", latent_dim=latent_dim)
-        for size in hidden_dims:
-            check_positive("DenoisingAutoencoder", hidden_dims=size)
+        check_sizes("DenoisingAutoencoder", hidden_dims=hidden_dims)
         self.latent_dim = latent_dim
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise((latent_dim, *hidden_dims, latent_dim)):

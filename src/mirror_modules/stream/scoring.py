@@ -16,6 +16,7 @@ from mirror_modules._checks import (
     check_images,
     check_positive,
     check_tensors,
+    is_readable,
     shape_of,
 )
 from mirror_modules._typing import TypedCall
@@ -47,7 +48,8 @@ def image_information(log_likelihood: Tensor, prior: Tensor, word_count: Tensor 
         Nats per token, (B,).
 
     Raises:
-        ValueError: Sizes disagree, or `word_count` is missing.
+        ValueError: Sizes disagree, `word_count` is missing, or a log likelihood is positive, as a loss is, which is
+            checked on a CPU only.
 
     Examples:
         >>> import torch
@@ -62,6 +64,8 @@ def image_information(log_likelihood: Tensor, prior: Tensor, word_count: Tensor 
             f"{owner}: log_likelihood must be (B,) and prior (B,) or (R, B), but they are {shape_of(log_likelihood)} "
             f"and {shape_of(prior)}."
         )
+    _check_likelihood(owner, "log_likelihood", log_likelihood)
+    _check_likelihood(owner, "prior", prior)
     if prior.ndim == 1 or prior.shape[0] == 1:
         return log_likelihood - prior.view_as(log_likelihood)
     is_counted = isinstance(word_count, Tensor) and word_count.shape == log_likelihood.shape
@@ -70,6 +74,17 @@ def image_information(log_likelihood: Tensor, prior: Tensor, word_count: Tensor 
     word_count = cast(Tensor, word_count)
     mean = torch.logsumexp(prior * word_count, dim=0) - torch.tensor(float(prior.shape[0])).log()
     return log_likelihood - mean / word_count
+
+
+def _check_likelihood(owner: str, name: str, values: Tensor) -> None:
+    if not is_readable(values) or values.device.type != "cpu":
+        return
+    # Rounding may exceed 0.
+    if bool((values > 1e-3).any()):
+        raise ValueError(
+            f"{owner}: {name} must be at most 0, the logarithm of a probability, but it reaches "
+            f"{float(values.max()):.4g}; of a loss, pass the negative."
+        )
 
 
 class RedescriptionScore(TypedCall, FrozenCaptioner):

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mirror_modules._checks import check_word_mask
+from mirror_modules._checks import check_padding_is_last, check_word_mask
 from mirror_modules._typing import TypedCall
-from mirror_modules.interop.adapters import check_padding_is_last, example_of
+from mirror_modules.interop.adapters import example_of
 from mirror_modules.interop.huggingface._family import Family
 from mirror_modules.interop.huggingface._placeholder import Blip2, Placeholder, SeparateFeatures
 from mirror_modules.interop.huggingface._text_prompt import Blip, EncoderDecoder, Git
