@@ -168,6 +168,10 @@ def test_a_missing_config_file_is_named(capsys, tmp_path):
 def test_an_unknown_cell_is_rejected_with_a_suggestion(capsys, tmp_path):
     result = run(capsys, "ablate", "--out", tmp_path / "out", "--cells", "weigth 0")
     assert_rejected(result, "--cells: unknown cell 'weigth 0'", "did you mean 'weight 0'?")
+    message = (
+        "varies the attention and the redescription of MirrorGAN, but 'ppgn-demo' is a recipe of the system 'ppgn'"
+    )
+    assert_rejected(run(capsys, "ablate", "ppgn-demo"), message, "`mirror-modules compare`")
     assert_rejected(run(capsys, "ablate", "--seed", 3), "--seed has no effect on an ablation", "use --seeds")
     assert not (tmp_path / "out").exists()
 

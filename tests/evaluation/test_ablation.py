@@ -25,7 +25,7 @@ from mirror_modules.pictures.grids import CAPTION_WIDTH
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
-from mirror_modules.training.recipes import DataRecipe, Recipe, get_recipe
+from mirror_modules.training.recipes import RECIPES, DataRecipe, Recipe, get_recipe
 from tests.layouts import make_birds
 from tests.runs import make_tiny_recipe
 
@@ -83,6 +83,12 @@ def finished_ablation(tmp_path_factory):
 @pytest.fixture
 def out(finished_ablation, tmp_path):
     return shutil.copytree(finished_ablation, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if get_recipe(name).model.system == "mirrorgan"])
+def test_every_cell_fits_every_recipe_of_mirrorgan(name):
+    for cell in ablation_cells():
+        Recipe.from_dict(cell.fields, get_recipe(name))
 
 
 def test_the_fields_of_the_cells_match_their_names():

@@ -336,7 +336,7 @@ def test_gradcheck(device, maps, fused):
         results = global_local_attention(*leaves, inputs.word_mask, **options)
         return tuple(result for result in results if result is not None)
 
-    assert gradcheck(function, inputs.leaves())
+    assert gradcheck(function, inputs.leaves(), fast_mode=True)
 
 
 @pytest.mark.parametrize("options", [(False, False), (True, False), (False, True), (True, True)])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mirror_modules.cli.evaluation import print_metrics
 from mirror_modules.cli.parsing import Device, device_of, option, parse
+from mirror_modules.models import MirrorGANConfig
 from mirror_modules.training.recipes import (
     RECIPES,
     EvaluatorRecipe,
@@ -145,6 +146,11 @@ class AblateOptions:
 def ablate(arguments: list[str]) -> None:
     """Run `mirror-modules ablate`."""
     name, base = _recipe_of(arguments, "ablation")
+    if base.model.system != MirrorGANConfig.system:
+        raise ValueError(
+            f"ablate varies the attention and the redescription of MirrorGAN, but {name!r} is a recipe of the system "
+            f"{base.model.system!r}; `mirror-modules compare` compares systems."
+        )
     if option("--seed", arguments) is not None:
         raise ValueError("--seed has no effect on an ablation, which trains each cell with several: use --seeds 0 1 2.")
     base = from_scratch(base) if option("--from-scratch", arguments) is not None else base

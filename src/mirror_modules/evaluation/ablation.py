@@ -121,6 +121,8 @@ def _fields(
     # A recipe refuses options that have no effect; those of a part that the cell turns off get their defaults.
     if weight == 0:
         glam["redescription_reduction"] = AdversarialRecipe.redescription_reduction
+    if ratio is None and not matching:
+        glam["fine_ratios"] = AdversarialRecipe.fine_ratios
     if attention == "word":
         model |= {"sentence_axis": MirrorGANConfig.sentence_axis, "sentence_noise": MirrorGANConfig.sentence_noise}
     return {"model": model, "glam": glam}
