@@ -364,7 +364,7 @@ def test_a_damaged_config_is_named(folder, content, message):
     [
         (r"unknown field 'chanels'; did you mean 'channels'\?", {"chanels": 3}),
         (r"resolutions must be increasing powers of two", {"resolutions": [5]}),
-        (r"'int' object is not iterable", {"resolutions": 5}),
+        (r"MirrorGANConfig: resolutions must be a list of image sizes in pixels", {"resolutions": 5}),
         (r"channels must be a number or one per stage, 2 in all, but they are None", {"channels": None}),
         (r"the name of a backbone must be .*, not 'vgg'", {"captioner_backbone": "vgg"}),
     ],
