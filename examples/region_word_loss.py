@@ -86,7 +86,7 @@ def load(size, split):
     return images, [flower.captions[0] for flower in flowers]
 
 
-def main():
+def main(steps=400, fine_tuning_steps=200):
     torch.manual_seed(0)
     images, captions = load(2000, "train")
     held_out_images, held_out_captions = load(500, "validation")
@@ -102,11 +102,11 @@ def main():
 
     data, held_out = prepare(images, captions), prepare(held_out_images, held_out_captions)
     results = {"random weights": evaluate(clip, held_out)}
-    train(clip, data, with_words=False, steps=400)
+    train(clip, data, with_words=False, steps=steps)
     results["trained by the sentence terms"] = evaluate(clip, held_out)
     for name, with_words in (("the sentence terms", False), ("all terms", True)):
         tuned = copy.deepcopy(clip)
-        train(tuned, data, with_words, steps=200)
+        train(tuned, data, with_words, steps=fine_tuning_steps)
         results[f"fine-tuned by {name}"] = evaluate(tuned, held_out)
 
     print(f"Images that find their caption among {CANDIDATES}:")

@@ -39,7 +39,7 @@ def tiny_pipeline():
     return StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def train_score(steps=250, size=1000):
+def train_score(steps, size=1000):
     """Train a captioner on the colors of drawn flowers, and return its likelihood of a prompt as a score."""
     flowers = list(SyntheticFlowers(size, resolution=32, captions_per_image=1))
     images = to_float(torch.from_numpy(np.stack([flower.image for flower in flowers])))
@@ -72,7 +72,7 @@ def saturation(images):
     return (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2)) / 2
 
 
-def fine_tune(pipeline, score, ratio=None, steps=30):
+def fine_tune(pipeline, score, ratio, steps):
     """Fine-tune the UNet on the sum of both rewards; with a ratio, on their balanced gradients."""
     optimizer = torch.optim.AdamW(pipeline.unet.requires_grad_(True).parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
@@ -94,12 +94,12 @@ def rewards(pipeline, score, copies=8):
     return f"{score(images, PROMPTS * copies).mean():13.3f}  {saturation(images).mean():10.3f}"
 
 
-def main():
+def main(score_steps=250, steps=30):
     torch.set_num_threads(1)  # more are slower for models this small, not for real weights
     torch.manual_seed(0)
     # For real weights: StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     pipeline = tiny_pipeline()
-    score = train_score()  # and RedescriptionScore(captioner_from(model, processor)), as in best_of_n.py
+    score = train_score(score_steps)  # and RedescriptionScore(captioner_from(model, processor)), as in best_of_n.py
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False)
 
@@ -111,7 +111,7 @@ def main():
     unet = pipeline.unet
     for name, ratio in (("sum of the rewards", None), ("balanced, ratio 0.1", 0.1), ("balanced, ratio 0.3", 0.3)):
         pipeline.unet = copy.deepcopy(unet)
-        fine_tune(pipeline, score, ratio)
+        fine_tune(pipeline, score, ratio, steps)
         print(f"{name:20}  {rewards(pipeline, score)}")
 
 

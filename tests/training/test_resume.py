@@ -53,10 +53,10 @@ def train_until(phase, step, *arguments, **options):
             train(*arguments, **options)
 
 
-def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(recipe, tmp_path):
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(recipe, tmp_path):
     recipe = change(recipe, **{f"{phase}__steps": 8 for phase in PHASES})
-    result = kill_and_resume(recipe, tmp_path, kills=20)
-    assert result.kills == 20
+    result = kill_and_resume(recipe, tmp_path, kills=10)
+    assert result.kills == 10
     assert result.during_a_save > 0
     assert result.different == []
 
