@@ -18,6 +18,7 @@ from benchmarks import _measure, _record
 from mirror_modules import MirrorGAN
 from mirror_modules.data import InMemoryCaptions, RepeatableBatches, SyntheticFlowers
 from mirror_modules.data.in_memory import CaptionBatch
+from mirror_modules.models import EncoderPair
 from mirror_modules.training.batches import load_batches, to_device
 from mirror_modules.training.features import cached_text
 from mirror_modules.training.network import StepResult
@@ -31,7 +32,7 @@ IMAGES = 512
 
 
 class Phase(NamedTuple):
-    """The adversarial phase, ready to run; text encoder and captioner are untrained, which does not change the cost."""
+    """The adversarial phase, ready to run; encoders and captioner are untrained, which does not change the cost."""
 
     recipe: Recipe
     state: AdversarialState
@@ -75,7 +76,8 @@ def build_phase(name: str) -> Phase:
     batches = (to_device(batch, torch.device("cpu")) for batch in loaded)
     model = MirrorGAN(recipe.model, data.vocabulary)
     text = cached_text(model.text_encoder.eval(), data, torch.device("cpu"))
-    state = start(model, recipe, torch.Generator().manual_seed(0), text=text)
+    pair = EncoderPair(recipe.model, len(data.vocabulary)) if recipe.glam.has_matching else None
+    state = start(model, recipe, torch.Generator().manual_seed(0), text=text, pair=pair)
     return Phase(recipe, state, batches)
 
 
@@ -96,6 +98,8 @@ def shares_of_a_step(phase: Phase, steps: int) -> tuple[list[float], dict[str, f
             watch.watch("discriminators, forward", discriminator, "logits")
         if state.redescription is not None:
             watch.watch("captioner, forward", state.redescription, "forward")
+        if state.matching is not None:
+            watch.watch("matching, forward", state.matching, "forward")
         watch.watch("backward", torch.Tensor, "backward")
         for network in state.networks().values():
             watch.watch("optimizers", network.optimizer, "step")
