@@ -202,16 +202,22 @@ def test_photographs_for_a_recipe_of_drawn_flowers_are_rejected(capsys, tmp_path
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "ablate"])
-def test_steps_and_threads_reach_the_recipe(monkeypatch, capsys, tmp_path, command):
-    recipes = []
+@pytest.fixture
+def recipes(monkeypatch):
+    """The recipes with which `train` and `ablate` are called; neither trains."""
+    called = []
 
     def record(recipe, *_, **__):
-        recipes.append(recipe)
+        called.append(recipe)
         raise ValueError("not trained")
 
     monkeypatch.setattr("mirror_modules.training.loop.train", record)
     monkeypatch.setattr("mirror_modules.evaluation.ablation.ablate", record)
+    return called
+
+
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_steps_and_threads_reach_the_recipe(recipes, capsys, tmp_path, command):
     result = run(capsys, command, "--out", tmp_path, "--steps", 7, "--threads", 3)
     assert_rejected(result, "not trained")
     assert recipes[0].engine.threads == 3
@@ -220,15 +226,7 @@ def test_steps_and_threads_reach_the_recipe(monkeypatch, capsys, tmp_path, comma
 
 @pytest.mark.parametrize("command", ["train", "ablate"])
 @pytest.mark.parametrize("flag", ["--from-scratch", "--from_scratch"])
-def test_from_scratch_reaches_the_recipe_however_it_is_written(monkeypatch, capsys, tmp_path, command, flag):
-    recipes = []
-
-    def record(recipe, *_, **__):
-        recipes.append(recipe)
-        raise ValueError("not trained")
-
-    monkeypatch.setattr("mirror_modules.training.loop.train", record)
-    monkeypatch.setattr("mirror_modules.evaluation.ablation.ablate", record)
+def test_from_scratch_reaches_the_recipe_however_it_is_written(recipes, capsys, tmp_path, command, flag):
     result = run(capsys, command, "flowers-64", "--data", tmp_path, "--out", tmp_path, flag)
     assert_rejected(result, "not trained")
     assert recipes[0].model.image_backbone.name == "conv"
