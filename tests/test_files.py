@@ -97,6 +97,17 @@ def test_json_round_trip(tmp_path):
     assert "빨간 꽃" in (tmp_path / "notes.json").read_text(encoding="utf-8")
 
 
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "notes.json").write_bytes("\ufeff{}".encode())
+    assert read_json(tmp_path / "notes.json") == {}
+
+
+def test_json_with_a_repeated_key_is_rejected(tmp_path):
+    (tmp_path / "notes.json").write_text('{"glam": {"steps": 5, "seed": 1, "steps": 6}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"notes\.json is damaged: .*the key 'steps' occurs more than once"):
+        read_json(tmp_path / "notes.json")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000], ids=["empty", "cut", "binary", "nested"])
 def test_the_error_names_a_damaged_file(tmp_path, content):
     (tmp_path / "notes.json").write_bytes(content)

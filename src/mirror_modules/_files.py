@@ -116,13 +116,24 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is not JSON.
+        OSError: The file does not exist, or cannot be read.
+        ValueError: The file is not JSON, or an object has a key twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a byte order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which json.loads would keep the last of several equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} occurs more than once in an object")
+    return content
 
 
 @contextmanager

@@ -142,6 +142,7 @@ def test_points_of_an_editor_that_marks_the_byte_order_are_read(capsys, saved_mo
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
         ('{"center": [1' + "0" * 400 + ", 0]}", "'center' must be [x, y], shares of the image from 0 to 1"),
+        ('{"center": [0, 0], "center": [1, 1]}', "the key 'center' occurs more than once"),
         ('{"center": [NaN, 0]}', "'center' must be [x, y], shares of the image from 0 to 1"),
         ([], 'must be an object with x and y by name, such as {"center": [0.5, 0.25]}.'),
         ({"leaf": [0.5, 0.5]}, "unknown key point 'leaf'; the model has center, petal 1."),

@@ -299,6 +299,18 @@ def test_invalid_inputs_raise(message, images, tokens, mask):
         (r"describe: beam_width must be a whole number .* it is 0", lambda: make().describe(draw()[0], beam_width=0)),
         (r"describe: max_words must be a whole number .* it is 0", lambda: make().describe(draw()[0], max_words=0)),
         (
+            rf"describe: end_token must be a token id, below vocabulary_size={V}, but it is {V}",
+            lambda: make().describe(draw()[0], end_token=V),
+        ),
+        (
+            r"append_end: end_token must be a token id, .* it is -1",
+            lambda: append_end(torch.ones(1, 2).long(), end_token=-1),
+        ),
+        (
+            r"append_end: end_token must be a token id, .* it is '.'",
+            lambda: append_end(torch.ones(1, 2).long(), end_token="."),
+        ),
+        (
             r"append_end: caption 0 has no real word",
             lambda: append_end(torch.zeros(1, 2).long(), torch.zeros(1, 2).bool()),
         ),

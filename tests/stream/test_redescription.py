@@ -439,6 +439,25 @@ def test_the_error_without_an_encoder_holds_the_lines_to_copy(make):
 
 
 @pytest.mark.parametrize("make", [RedescriptionLoss, RedescriptionScore])
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [
+        (lambda tokens, mask: {"input_ids": tokens, "attention_mask": mask}, "dict"),
+        (lambda tokens, mask: tokens, r"\(3, 4\)"),
+        (lambda tokens, mask: (tokens, None), r"\(3, 4\) and NoneType"),
+        (lambda tokens, mask: (tokens.tolist(), mask.tolist()), "list and list"),
+        (lambda tokens, mask: (tokens[:2], mask[:2]), r"\(2, 4\) and \(2, 4\)"),
+        (lambda tokens, mask: (), "nothing"),
+    ],
+)
+def test_what_encode_returns_is_checked(make, returned, came):
+    captioner = Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3)
+    module = make(captioner, encode=lambda captions: returned(*encode(captions)))
+    with pytest.raises(ValueError, match=rf"{make.__name__}: encode must return two tensors.*returned {came}; with"):
+        module(draw()[0], CAPTIONS)
+
+
+@pytest.mark.parametrize("make", [RedescriptionLoss, RedescriptionScore])
 def test_strings_with_a_mask_or_for_other_images(make):
     module = make(Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3), encode=encode)
     with pytest.raises(ValueError, match="word_mask belongs to token ids; with strings, leave it out"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirror_modules._files import read_json
 from mirror_modules._placing import check_box
 from mirror_modules.models import TextToImage
 from mirror_modules.models.gawwn import HIDDEN
@@ -43,12 +43,11 @@ def read_location(model: TextToImage, box: Sequence[float] | None, points: Path 
 def _read_points(path: Path, names: Sequence[str]) -> Tensor:
     """Key points from a JSON file with x and y by name, null for a hidden one; those not in it are missing."""
     try:
-        # Editors on Windows begin a file with a byte order mark.
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path)
     except OSError as error:
         raise ValueError(f"--points {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--points {path} is not JSON ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"--points: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(
             f'--points {path} must be an object with x and y by name, such as {{"{names[0]}": [0.5, 0.25]}}.'

@@ -38,8 +38,8 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
         Tokens (B, L + 1) and word_mask (B, L + 1), in which the end token counts as a word.
 
     Raises:
-        ValueError: `tokens` are not integers (B, L), `word_mask` is not a bool tensor (B, L), a caption has no real
-            word, or padding precedes a real word, which is checked on a CPU only.
+        ValueError: `tokens` are not integers (B, L), `word_mask` is not a bool tensor (B, L), `end_token` is not an
+            id, a caption has no real word, or padding precedes a real word, which is checked on a CPU only.
 
     Examples:
         >>> import torch
@@ -52,6 +52,7 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
         [[True, True, True, True], [True, True, True, False]]
     """
     check_tokens("append_end", tokens, None)
+    _check_end("append_end", end_token, None)
     word_mask = check_word_mask("append_end", tokens, word_mask, may_stall=False)
     check_padding_is_last("append_end", word_mask)
     if word_mask is None:
@@ -59,6 +60,14 @@ def append_end(tokens: Tensor, word_mask: Tensor | None = None, *, end_token: in
     mask_with_end = F.pad(word_mask, (1, 0), value=True)
     end = word_mask.sum(dim=1, keepdim=True)
     return F.pad(tokens, (0, 1), value=PAD).scatter(1, end, end_token), mask_with_end
+
+
+def _check_end(owner: str, end_token: int, vocabulary_size: int | None) -> None:
+    """Require an id of the vocabulary."""
+    is_id = isinstance(end_token, int) and not isinstance(end_token, bool) and end_token >= 0
+    if not is_id or (vocabulary_size is not None and end_token >= vocabulary_size):
+        below = "" if vocabulary_size is None else f", below vocabulary_size={vocabulary_size}"
+        raise ValueError(f"{owner}: end_token must be a token id{below}, but it is {end_token!r}.")
 
 
 class Captioner(FromModelFolder, TypedCall, nn.Module):
@@ -204,9 +213,12 @@ class Captioner(FromModelFolder, TypedCall, nn.Module):
             Token ids (B, max_words), 0 after the end token.
 
         Raises:
-            ValueError: `images` are not floating point (B, 3, H, W), or a number is not a positive integer.
+            ValueError: `images` are not floating point (B, 3, H, W), a number is not a positive integer, or `end_token`
+                is not in the vocabulary.
         """
         check_positive("Captioner.describe", beam_width=beam_width, max_words=max_words)
+        if end_token is not None:
+            _check_end("Captioner.describe", end_token, self.vocabulary_size)
         return self.search(self.encode_images(images), beam_width, max_words, end_token)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from mirror_modules._checks import (
     check_tokens,
     check_word_mask,
     is_readable,
+    shape_of,
 )
 from mirror_modules._freezing import freeze, is_frozen
 from mirror_modules.stream.probing import can_probe, needs_gradient, probe_captioner, run_captioner
@@ -64,7 +65,7 @@ class FrozenCaptioner(nn.Module):
         """Turn strings into (tokens, word_mask) of the captioner.
 
         Raises:
-            ValueError: Neither this Module nor its captioner has an encoder.
+            ValueError: Neither this Module nor its captioner has an encoder, or it returns something else.
         """
         encode = self._encode or getattr(self.captioner, "encode", None)
         if encode is None:
@@ -76,7 +77,7 @@ class FrozenCaptioner(nn.Module):
                 f"    {owner}(captioner, encode=lambda captions: append_end(*vocabulary.encode(captions)))"
             )
         listed = [captions] if isinstance(captions, str) else list(captions)
-        return cast(tuple[Tensor, Tensor], encode(listed))
+        return _pair(type(self).__name__, encode(listed), len(listed))
 
     def _strings(self, images: Tensor, captions: str | Sequence[str], word_mask: Tensor | None) -> list[str]:
         """Check captions that are no token ids; a single one belongs to all images."""
@@ -142,3 +143,19 @@ class FrozenCaptioner(nn.Module):
     ) -> Tensor:
         """The captioner's logits (B, L, V) of checked inputs."""
         return run_captioner(type(self).__name__, self.captioner, images, tokens, word_mask, options)
+
+
+def _pair(owner: str, encoded: object, count: int) -> tuple[Tensor, Tensor]:
+    """What an encoder returned for `count` captions, if it is tokens and word_mask.
+
+    Unpacking alone would take the names of a tokenizer's fields, or two rows of one tensor, for them.
+    """
+    parts = encoded if isinstance(encoded, tuple | list) else (encoded,)
+    if len(parts) != 2 or not all(isinstance(part, Tensor) and part.shape[:-1] == (count,) for part in parts):
+        came = " and ".join(shape_of(part) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
+        raise ValueError(
+            f"{owner}: encode must return two tensors, tokens and word_mask, both ({count}, L) for {count} captions, "
+            f"but it returned {came or 'nothing'}; with a tokenizer of transformers, return batch.input_ids, "
+            'batch.attention_mask of\n    batch = tokenizer(captions, padding=True, return_tensors="pt")'
+        )
+    return cast(tuple[Tensor, Tensor], tuple(parts))
