@@ -17,9 +17,10 @@ help:
 train: .venv/installed-train
 	$(BIN)/mirror-modules train demo --out runs/demo --resume $(ARGS)
 
-# One torch thread per worker: more threads compete for the same cores.
+# One torch thread per worker: more threads compete for the same cores. Consecutive tests, which share runs that a fixture
+# trains, stay on one worker (worksteal).
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --markdown-docs docs README.md
 
 lint: .venv/installed-dev
