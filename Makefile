@@ -17,8 +17,8 @@ help:
 train: .venv/installed-train
 	$(BIN)/mirror-modules train demo --out runs/demo --resume $(ARGS)
 
-# One torch thread per worker: more threads compete for the same cores. Consecutive tests, which share runs that a fixture
-# trains, stay on one worker (worksteal).
+# One torch thread per worker: more threads compete for the same cores. With worksteal, consecutive tests, which share
+# what a fixture trains, stay on one worker.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --markdown-docs docs README.md

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mirror_modules.cli.compare import SYSTEMS, CompareOptions
+from mirror_modules.cli.compare import SYSTEMS, SYSTEMS_ON_PHOTOGRAPHS, CompareOptions
 from mirror_modules.evaluation import comparison
 from mirror_modules.models.registry import _SYSTEMS
 from mirror_modules.training.recipes import ADVERSARIAL_PHASES, RECIPES
@@ -26,7 +26,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     status, out, _ = run(capsys, "compare", "--help")
     assert status == 0
     names = list(flags(CompareOptions))
-    assert len(names) == 9
+    assert len(names) == 11
     for name in names:
         assert f"--{name} " in out or f"--{name}," in out
 
@@ -50,6 +50,26 @@ def test_scattered_flowers_are_for_all_seven(capsys, received):
     assert list(received["recipes"]) == list(SYSTEMS)
     assert all(recipe.data.scatter for recipe in received["recipes"].values())
     comparison._check_comparable(list(received["recipes"].values()))
+
+
+def test_photographs_are_for_the_same_systems(capsys, received):
+    recipes = [RECIPES[name]() for name in SYSTEMS_ON_PHOTOGRAPHS]
+    assert [recipe.model.system for recipe in recipes] == [RECIPES[name]().model.system for name in SYSTEMS]
+    # With GAWWN, if it is named.
+    comparison._check_comparable(recipes)
+    status, _, err = run(capsys, "compare", "--data", "birds", "--from-scratch", "--steps", 9)
+    assert status == 2
+    first, _ = err.strip().splitlines()
+    assert first.startswith("Without gawwn-photos-64, which needs photographs with boxes; if yours have them, name it")
+    assert list(received["recipes"]) == [name for name in SYSTEMS_ON_PHOTOGRAPHS if name != "gawwn-photos-64"]
+    assert {recipe.data.path for recipe in received["recipes"].values()} == {"birds"}
+    assert {recipe.model.image_backbone.name for recipe in received["recipes"].values()} == {"conv"}
+    assert {recipe.stem.steps for recipe in received["recipes"].values()} == {9}
+    comparison._check_comparable(list(received["recipes"].values()))
+    named = ("--systems", "photos-64", "gawwn-photos-64")
+    assert_rejected(run(capsys, "compare", "--data", "birds", *named), "not trained")
+    assert list(received["recipes"]) == list(named[1:])
+    assert received["recipes"]["photos-64"].model.image_backbone.weights == "package"
 
 
 def test_options_reach_the_function(capsys, received, tmp_path):
@@ -89,6 +109,15 @@ def test_invalid_words_are_rejected(capsys, tmp_path, monkeypatch):
     assert_rejected(
         short, "--steps must be at least 2 with stackgan-demo, whose phases first_stage and glam divide them"
     )
+    assert_rejected(
+        run(capsys, "compare", "--scatter", "--data", "birds"), "--scatter draws flowers", "give one of them"
+    )
+    drawn = run(capsys, "compare", "--systems", "demo", "attngan-demo", "--data", "birds")
+    assert_rejected(drawn, "draws its images and does not read path='birds'")
+    missing = run(capsys, "compare", "--data", "birds", "--systems", "photos-64", "attngan-photos-64")
+    assert_rejected(missing, "there is no folder birds")
+    unnamed = run(capsys, "compare", "--systems", "photos-64", "attngan-photos-64")
+    assert_rejected(unnamed, "pass their folder with --data PATH")
     none = run(capsys, "compare", "--systems", "demo", "attngan-demo", "--baseline", "stackgan-demo")
     assert_rejected(none, "baseline must be one of 'demo', 'attngan-demo', but it is 'stackgan-demo'")
     assert not list(tmp_path.iterdir())

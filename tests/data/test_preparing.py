@@ -311,6 +311,8 @@ def test_boxes_and_key_points_are_kept(tmp_path, parts):
     originals, prepared = (open_captions(path, "train", R) for path in (root, tmp_path / "cache"))
     assert same_samples(prepared, originals)
     assert prepared[0].box is not None
+    assert prepared.is_located
+    assert originals.is_located
     assert prepared.point_names == originals.point_names
     # At a lower resolution, shares are the same.
     assert open_captions(tmp_path / "cache", "train", R - 3)[0][4:] == originals[0][4:]
@@ -320,6 +322,7 @@ def test_folders_without_boxes_keep_their_format(made):
     facts = json.loads((made[1] / "prepared.json").read_text())
     assert facts["format"] == 1
     assert "point_names" not in facts
+    assert not any(open_captions(path, "train", R).is_located for path in made)
     assert set(json.loads((made[1] / "train.jsonl").read_text().splitlines()[0])) == {"file", "captions", "class_id"}
 
 

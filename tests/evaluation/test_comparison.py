@@ -23,9 +23,9 @@ from mirror_modules.functional import box_overlap
 from mirror_modules.models import ModelConfig, TextToImage
 from mirror_modules.training.batches import load_splits
 from mirror_modules.training.folder import FORMAT, RunFolder
-from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe
+from mirror_modules.training.recipes import RECIPES, MatchingRecipe, PretrainingRecipe, get_recipe
 from tests.evaluation.test_ablation import run_here
-from tests.layouts import make_birds
+from tests.layouts import make_birds, make_folder
 from tests.runs import make_tiny_recipe
 
 SYSTEMS = ("demo", "gan-int-cls-demo", "stackgan-demo", "stackgan-v2-demo", "ppgn-demo", "attngan-demo")
@@ -382,6 +382,17 @@ def test_the_documented_system_is_compared(tmp_path, monkeypatch, without_proces
     assert type(saved) is names["LargeNoise"]
     samples = [tmp_path / f"out/cells/{name}/seed-0/samples.npz" for name in content["systems"]]
     assert samples[0].read_bytes() != samples[1].read_bytes()
+
+
+def test_a_system_that_lacks_places_is_refused_before_the_others_are_trained(tmp_path, without_processes):
+    root = make_folder(tmp_path / "data", training=13, validation=11)
+    recipes = [get_recipe(name) for name in ("photos-64", "gawwn-photos-64", "attngan-photos-64")]
+    data = dataclasses.replace(recipes[0].data, path=str(root))
+    recipes = [dataclasses.replace(recipe, data=data) for recipe in recipes]
+    with pytest.raises(ValueError, match="'gawwn' places its subject, but the training images have neither boxes"):
+        compare(recipes, tmp_path / "out", seeds=(0,))
+    assert without_processes == []
+    assert not (tmp_path / "out").exists()
 
 
 SCRIPT = """

@@ -165,23 +165,51 @@ def test_photographs_of_every_format_are_read():
 
 
 def test_the_list_of_recipes_names_their_data_and_the_options_that_they_read():
-    entries = {}
+    groups = []
     for line in describe_recipes().splitlines():
         if not line.startswith(" "):
-            name, _, summary = line.partition(" ")
-            entries[name] = [summary.strip()]
+            if not groups or groups[-1][1]:
+                groups.append(([], {}))
+            groups[-1][0].append(line)
+        elif not line.startswith("   "):
+            name, _, summary = line.strip().partition(" ")
+            groups[-1][1][name] = [summary.strip()]
         else:
-            entries[name].append(line.strip())
-    assert list(entries) == list(RECIPES)
+            groups[-1][1][name].append(line.strip())
+    drawn, photographs = groups
+    assert {**drawn[1], **photographs[1]}.keys() == RECIPES.keys()
+    assert all(get_recipe(name).data.source == "synthetic-flowers" for name in drawn[1])
+    assert not any(get_recipe(name).data.source == "synthetic-flowers" for name in photographs[1])
     assert max(map(len, describe_recipes().splitlines())) <= 78
-    whole = {name: " ".join(lines) for name, lines in entries.items()}
-    assert all(text.split(" Reads ")[0].endswith(("on two CPU cores.", "for a GPU.")) for text in whole.values())
-    read = {name: text.partition("Reads ")[2].rstrip(".").split(", ") for name, text in whole.items()}
+    whole = [" ".join(lines) for group in groups for lines in group[1].values()]
+    assert all(text.endswith(("on two CPU cores.", "for a GPU.")) for text in whole)
+    read = [" ".join(heading).partition("read ")[2].rstrip(":").split(", ") for heading, _ in groups]
     everything = ["--data.source", "--data", "--data.training-images", "--data.validation-images", "--data.min-count"]
     everything += ["--data.augment", "--data.on-error", "--data.long-captions", "--data.held-out-share"]
-    assert read["photos-64"] == read["flowers-64"] == everything
-    assert read["demo"] == read["ablation"]
-    assert set(everything) - set(read["demo"]) == {"--data", "--data.on-error", "--data.held-out-share"}
+    assert read[1] == everything
+    assert set(everything) - set(read[0]) == {"--data", "--data.on-error", "--data.held-out-share"}
+    assert set(read[0]) - set(everything) == {"--data.scatter"}
+
+
+@pytest.mark.parametrize("system", ["gan-int-cls", "gawwn", "stackgan", "stackgan-v2", "ppgn", "attngan"])
+def test_systems_on_photographs_have_the_sizes_and_losses_of_their_demo(system):
+    demo, photos = get_recipe(f"{system}-demo"), get_recipe(f"{system}-photos-64")
+    of_demo, of_photos = demo.model.to_dict(), photos.model.to_dict()
+    bases = get_recipe("demo").model.to_dict(), get_recipe("photos-64").model.to_dict()
+    for name in of_demo:
+        if of_demo[name] != of_photos[name]:
+            # As in the recipes of MirrorGAN.
+            assert (of_demo[name], of_photos[name]) == (bases[0][name], bases[1][name])
+    for name in (
+        "matching_weight",
+        "redescription_ratio",
+        "redescription_weight",
+        "mismatched_pairs",
+        "adversarial_weighting",
+    ):
+        assert getattr(demo.glam, name) == getattr(photos.glam, name)
+    assert photos.data == get_recipe("photos-64").data
+    assert photos.phases == tuple(phase for phase in (*demo.phases, "second_evaluator") if "pretraining" not in phase)
 
 
 def test_a_recipe_is_loaded_from_a_file_and_errors_name_it(tmp_path):

@@ -22,6 +22,10 @@ SYSTEMS = (
     "ppgn-demo",
     "attngan-demo",
 )
+# Those that train on photographs.
+SYSTEMS_ON_PHOTOGRAPHS = tuple(
+    "photos-64" if name == "demo" else name.replace("-demo", "-photos-64") for name in SYSTEMS
+)
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,21 @@ class CompareOptions:
     """
 
     systems: tuple[str, ...] = ()
-    """Recipes of the systems; by default, the demo recipes of all of them but GAWWN, which needs --scatter."""
+    """Recipes of the systems; by default, those of all but GAWWN, which needs the place of the subject: --scatter, or
+    photographs with boxes."""
     out: Path = Path("runs/comparison")
     """Folder of all runs."""
+    data: Path | None = None
+    """Folder of captioned photographs, in any format that `mirror-modules data inspect` recognizes, in place of drawn
+    flowers; the recipes are then photos-64, attngan-photos-64 and the like."""
     baseline: str | None = None
     """Recipe with which the others are compared; the first by default."""
     scatter: bool = False
     """Draw flowers of more sizes, anywhere in the image, for all systems (data.scatter); GAWWN gets their boxes."""
     steps: int | None = None
     """Optimizer steps of every phase, instead of the recipes'; the phases of a generator divide them."""
+    from_scratch: bool = False
+    """Train all backbones from scratch, in place of the pretrained ones of the recipes for photographs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of data, weights and noise; one run per seed and system."""
     jobs: int = 1
@@ -51,25 +61,40 @@ class CompareOptions:
     """Threads on a CPU, divided among the jobs; torch's default is the number of cores."""
 
     def resolve(self) -> list[Recipe]:
-        """The recipes with --scatter, --steps and --threads."""
-        from mirror_modules.training.recipes import get_recipe
+        """The recipes with --data, --scatter, --steps, --from-scratch and --threads."""
+        from mirror_modules.training.recipes import from_scratch, get_recipe
 
-        recipes = [get_recipe(name) for name in self.systems or SYSTEMS]
+        if self.scatter and self.data is not None:
+            raise ValueError("--scatter draws flowers, and --data replaces them by photographs: give one of them.")
+        systems = SYSTEMS if self.data is None else SYSTEMS_ON_PHOTOGRAPHS
+        recipes = [get_recipe(name) for name in self.systems or systems]
+        if not (self.systems or self.scatter):
+            recipes = _without_places(recipes)
         if self.scatter:
             recipes = [replace(recipe, data=replace(recipe.data, scatter=True)) for recipe in recipes]
-        elif not self.systems:
-            skipped = [recipe.name for recipe in recipes if recipe.data.scatter]
-            print(
-                f"Without {', '.join(skipped)}, which places flowers and draws them anywhere in the image; --scatter "
-                "trains all systems on such images.",
-                file=sys.stderr,
-            )
-            recipes = [recipe for recipe in recipes if not recipe.data.scatter]
+        if self.data is not None:
+            recipes = [replace(recipe, data=replace(recipe.data, path=str(self.data))) for recipe in recipes]
         if self.steps is not None:
             recipes = [_with_steps(recipe, self.steps) for recipe in recipes]
+        if self.from_scratch:
+            recipes = [from_scratch(recipe) for recipe in recipes]
         if self.threads is not None:
             recipes = [replace(recipe, engine=replace(recipe.engine, threads=self.threads)) for recipe in recipes]
         return recipes
+
+
+def _without_places(recipes: list[Recipe]) -> list[Recipe]:
+    """The recipes of systems that are not told where the subject is, with a line on what the others need."""
+    kept = [recipe for recipe in recipes if not recipe.model.takes_location]
+    for recipe in recipes:
+        if recipe not in kept:
+            needs = "needs photographs with boxes; if yours have them, name it and the others after --systems."
+            if recipe.data.scatter:
+                needs = (
+                    "places flowers and draws them anywhere in the image; --scatter trains all systems on such images."
+                )
+            print(f"Without {recipe.name}, which {needs}", file=sys.stderr)
+    return kept
 
 
 def compare(arguments: list[str]) -> None:

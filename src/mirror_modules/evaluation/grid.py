@@ -26,7 +26,7 @@ from mirror_modules.evaluation.results import measure, measure_bounds, read_mean
 from mirror_modules.evaluation.samples import draw_samples, write_samples
 from mirror_modules.evaluation.tables import REAL, summarize, unrankable
 from mirror_modules.models import TextToImage
-from mirror_modules.training.batches import load_splits
+from mirror_modules.training.batches import load_splits, open_splits
 from mirror_modules.training.distributed import cpu_threads
 from mirror_modules.training.folder import FORMAT, LOCK, RunFolder, versions, with_article
 from mirror_modules.training.loop import train
@@ -221,6 +221,11 @@ def fill(grid: Grid, cells: Sequence[GridCell], seeds: Sequence[int], jobs: int)
         for cell in cells
         if not grid.is_finished(cell, seed)
     }
+    if missing or unfinished:
+        # Errors in the data come before training, also those that only a system that places its subject has.
+        for recipe in {cell.recipe.model.takes_location: cell.recipe for cell in cells}.values():
+            if recipe.data.source != "synthetic-flowers":
+                open_splits(recipe.data, recipe.model)
     # The caller may have turned gradients off.
     with (
         RunFolder(grid.out).locked(),

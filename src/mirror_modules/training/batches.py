@@ -65,25 +65,21 @@ def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
         ValueError: The recipe's source needs a path, its files are not as expected, or a file is in both splits.
     """
     resolution = model.resolutions[-1]
-    larger = round(resolution * CROP_MARGIN) if recipe.augment else resolution
     training: SyntheticFlowers | CaptionedFiles
     validation: SyntheticFlowers | CaptionedFiles
     reports = ErrorReport(), ErrorReport()
     rows, held_out_rows = None, Tensor()
     if recipe.source == "synthetic-flowers":
         options: dict[str, Any] = {"seed": seed, "scatter": recipe.scatter}
-        training = SyntheticFlowers(recipe.training_images or 4096, resolution=larger, **options)
+        training = SyntheticFlowers(
+            recipe.training_images or 4096, resolution=_training_resolution(recipe, model), **options
+        )
         validation = SyntheticFlowers(
             recipe.validation_images or 1000, resolution=resolution, split="validation", **options
         )
     else:
-        if recipe.path is None:
-            raise ValueError("this recipe trains on photographs: pass their folder with --data PATH.")
-        training = open_captions(recipe.path, "train", larger, recipe.source, on_error=recipe.on_error)
-        validation = open_captions(recipe.path, "validation", resolution, recipe.source, on_error=recipe.on_error)
+        training, validation = open_splits(recipe, model)
         reports = training.report, validation.report
-        check_apart("load_splits", training, validation)
-        _check_sizes(training, validation)
         classes, other_classes = (
             torch.tensor([entry.class_id for entry in each.entries]) for each in (training, validation)
         )
@@ -101,6 +97,35 @@ def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
         held_out = _load("held-out", same, held_out_rows.tolist(), recipe, model, reports[0], in_training.vocabulary)
     skipped = {"training": len(reports[0].skipped), "validation": len(reports[1].skipped)}
     return Splits(in_training, in_validation, skipped, held_out)
+
+
+def open_splits(recipe: DataRecipe, model: ModelConfig) -> tuple[CaptionedFiles, CaptionedFiles]:
+    """Open the training and validation images of a recipe for photographs, without decoding them.
+
+    Raises:
+        ValueError: The recipe has no path, its files are not as expected, a file is in both splits, or the system
+            places its subject and the images have no place.
+    """
+    if recipe.path is None:
+        raise ValueError("this recipe trains on photographs: pass their folder with --data PATH.")
+    size = _training_resolution(recipe, model)
+    training = open_captions(recipe.path, "train", size, recipe.source, on_error=recipe.on_error)
+    validation = open_captions(
+        recipe.path, "validation", model.resolutions[-1], recipe.source, on_error=recipe.on_error
+    )
+    check_apart("load_splits", training, validation)
+    _check_sizes(training, validation)
+    if model.takes_location and not training.is_located:
+        raise ValueError(
+            f"the system {model.system!r} places its subject, but the training images have neither boxes nor key "
+            "points; drawn flowers and the source 'birds' have them."
+        )
+    return training, validation
+
+
+def _training_resolution(recipe: DataRecipe, model: ModelConfig) -> int:
+    """Height and width of training images as they are loaded, before random crops."""
+    return round(model.resolutions[-1] * (CROP_MARGIN if recipe.augment else 1))
 
 
 def draw_held_out(class_ids: Tensor, validation_class_ids: Tensor, share: float, seed: int) -> Tensor:

@@ -455,11 +455,6 @@ def _check_feasible(run: Run, plan: Plan) -> None:
     if len(splits.training) < 2:
         raise ValueError("training needs at least 2 training images, but there is 1; use more images.")
     training = splits.training
-    if recipe.model.takes_location and training.boxes is None and training.points is None:
-        raise ValueError(
-            f"the system {recipe.model.system!r} places its subject, but the training images have neither boxes nor "
-            "key points; drawn flowers and the source 'birds' have them."
-        )
     candidates = run.candidates
     if run.group.is_main:
         announce_candidates(recipe.evaluation.candidates, candidates)

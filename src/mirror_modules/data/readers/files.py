@@ -118,6 +118,11 @@ class CaptionedFiles:
         names = self.point_names if location.points is not None else ()
         return CaptionedImage(image, entry.captions, entry.class_id, {}, location.box, location.points, names)
 
+    @property
+    def is_located(self) -> bool:
+        """Whether an image has a box or key points."""
+        return any(entry.box is not None or entry.points is not None for entry in self.entries)
+
     def stored_size(self, index: int) -> tuple[int, int]:
         """Width and height of an intact image as stored, before resizing."""
         entry = self.entries[index]

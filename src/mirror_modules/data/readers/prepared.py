@@ -94,6 +94,11 @@ class PreparedCaptions(CaptionedFiles):
         opened = partial(type(self), split=self.split, resolution=self.resolution, on_error=self.report.on_error)
         return opened, (self.root,)
 
+    @property
+    def is_located(self) -> bool:
+        """Whether an image has a box or key points."""
+        return any(location != Location() for location in self._locations)
+
     def location(self, index: int) -> Location:
         """Box and key points of an image, which is not read."""
         return self._locations[index]

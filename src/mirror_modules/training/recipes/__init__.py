@@ -27,12 +27,18 @@ from mirror_modules.training.recipes.registry import (
 from mirror_modules.training.recipes.settings import EngineRecipe, EvaluationRecipe, LoggingRecipe
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
+    attngan_photos_64,
     gan_int_cls_demo,
+    gan_int_cls_photos_64,
     gawwn_demo,
+    gawwn_photos_64,
     gawwn_points_demo,
     ppgn_demo,
+    ppgn_photos_64,
     stackgan_demo,
+    stackgan_photos_64,
     stackgan_v2_demo,
+    stackgan_v2_photos_64,
 )
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "Recipe",
     "ablation",
     "attngan_demo",
+    "attngan_photos_64",
     "demo",
     "describe_recipes",
     "differences",
@@ -64,12 +71,17 @@ __all__ = [
     "flowers_256",
     "from_scratch",
     "gan_int_cls_demo",
+    "gan_int_cls_photos_64",
     "gawwn_demo",
+    "gawwn_photos_64",
     "gawwn_points_demo",
     "get_recipe",
     "load_recipe",
     "photos_64",
     "ppgn_demo",
+    "ppgn_photos_64",
     "stackgan_demo",
+    "stackgan_photos_64",
     "stackgan_v2_demo",
+    "stackgan_v2_photos_64",
 ]

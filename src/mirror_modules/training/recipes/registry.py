@@ -11,18 +11,24 @@ from pathlib import Path
 
 from mirror_modules._files import read_json
 from mirror_modules.models import BackboneConfig
-from mirror_modules.training.recipes.data import NOT_READ_FOR_DRAWN_FLOWERS, READ_FOR_DRAWN_FLOWERS_ALONE
+from mirror_modules.training.recipes.data import NOT_READ_FOR_DRAWN_FLOWERS, READ_FOR_DRAWN_FLOWERS_ALONE, DataRecipe
 from mirror_modules.training.recipes.named import ablation, demo, flowers_64, flowers_128, flowers_256, photos_64
 from mirror_modules.training.recipes.phases import EvaluatorRecipe
 from mirror_modules.training.recipes.recipe import Recipe
 from mirror_modules.training.recipes.systems import (
     attngan_demo,
+    attngan_photos_64,
     gan_int_cls_demo,
+    gan_int_cls_photos_64,
     gawwn_demo,
+    gawwn_photos_64,
     gawwn_points_demo,
     ppgn_demo,
+    ppgn_photos_64,
     stackgan_demo,
+    stackgan_photos_64,
     stackgan_v2_demo,
+    stackgan_v2_photos_64,
 )
 
 # Columns of the list of recipes, which is also indented in `train --help`.
@@ -42,32 +48,41 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "stackgan-v2-demo": stackgan_v2_demo,
     "ppgn-demo": ppgn_demo,
     "attngan-demo": attngan_demo,
+    "gan-int-cls-photos-64": gan_int_cls_photos_64,
+    "gawwn-photos-64": gawwn_photos_64,
+    "stackgan-photos-64": stackgan_photos_64,
+    "stackgan-v2-photos-64": stackgan_v2_photos_64,
+    "ppgn-photos-64": ppgn_photos_64,
+    "attngan-photos-64": attngan_photos_64,
 }
 
 
 def describe_recipes() -> str:
-    """List the recipes: name, data and time of training, and which options of the data each of them reads.
+    """List the recipes of drawn flowers and those of photographs, each with the options of the data that it reads.
 
     Examples:
         >>> from mirror_modules.training.recipes import describe_recipes
-        >>> print(describe_recipes().splitlines()[0])
-        demo              Drawn flowers at 64 pixels; minutes on two CPU cores.
+        >>> print(describe_recipes().splitlines()[3])
+          demo                   Drawn flowers at 64 pixels; minutes on two CPU cores.
     """
-    indent = (2 + max(map(len, RECIPES))) * " "
+    made = {name: make().data for name, make in RECIPES.items()}
+    indent = (4 + max(map(len, RECIPES))) * " "
     lines = []
-    for name, make in RECIPES.items():
-        data = make().data
-        drawn = data.source == "synthetic-flowers"
-        unread = NOT_READ_FOR_DRAWN_FLOWERS if drawn else READ_FOR_DRAWN_FLOWERS_ALONE
-        read = [each.name for each in dataclasses.fields(data) if each.name not in unread]
+    for kind, is_drawn in (("Drawn flowers", True), ("Photographs", False)):
+        names = [name for name, data in made.items() if (data.source == "synthetic-flowers") == is_drawn]
+        unread = NOT_READ_FOR_DRAWN_FLOWERS if is_drawn else READ_FOR_DRAWN_FLOWERS_ALONE
+        read = [each.name for each in dataclasses.fields(DataRecipe) if each.name not in unread]
         # The field `path` has a short option.
         options = [f"--data.{each.replace('_', '-')}".replace("--data.path", "--data") for each in read]
-        summary = (inspect.getdoc(make) or "").split("\n")[0]
-        for text, first in ((summary, f"{name:<{len(indent)}}"), (f"Reads {', '.join(options)}.", indent)):
-            lines += textwrap.wrap(
-                text, width=WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-            )
+        lines += _wrapped(f"{kind}; these recipes read {', '.join(options)}:")
+        for name in names:
+            summary = (inspect.getdoc(RECIPES[name]) or "").split("\n")[0]
+            lines += _wrapped(summary, f"  {name:<{len(indent) - 2}}", indent)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(text, width=WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
 
 def get_recipe(name: str) -> Recipe:
