@@ -113,7 +113,9 @@ def test_invalid_words_are_rejected(capsys, tmp_path, monkeypatch):
         run(capsys, "compare", "--scatter", "--data", "birds"), "--scatter draws flowers", "give one of them"
     )
     drawn = run(capsys, "compare", "--systems", "demo", "attngan-demo", "--data", "birds")
-    assert_rejected(drawn, "draws its images and does not read path='birds'")
+    assert_rejected(
+        drawn, "'demo' of --systems draws them; recipes for photographs are photos-64, gan-int-cls-photos-64,"
+    )
     missing = run(capsys, "compare", "--data", "birds", "--systems", "photos-64", "attngan-photos-64")
     assert_rejected(missing, "there is no folder birds")
     unnamed = run(capsys, "compare", "--systems", "photos-64", "attngan-photos-64")

@@ -73,7 +73,7 @@ class CompareOptions:
         if self.scatter:
             recipes = [replace(recipe, data=replace(recipe.data, scatter=True)) for recipe in recipes]
         if self.data is not None:
-            recipes = [replace(recipe, data=replace(recipe.data, path=str(self.data))) for recipe in recipes]
+            recipes = [_on_photographs(recipe, self.data) for recipe in recipes]
         if self.steps is not None:
             recipes = [_with_steps(recipe, self.steps) for recipe in recipes]
         if self.from_scratch:
@@ -106,6 +106,15 @@ def compare(arguments: list[str]) -> None:
     compare(recipes, options.out, seeds=options.seeds, jobs=options.jobs, device=device, baseline=options.baseline)
     print((options.out / "comparison.md").read_text(encoding="utf-8"), end="")
     print(f"Open {options.out / 'comparison.png'} and {options.out / 'samples.png'}")
+
+
+def _on_photographs(recipe: Recipe, data: Path) -> Recipe:
+    if recipe.data.source == "synthetic-flowers":
+        raise ValueError(
+            f"--data replaces drawn flowers, but {recipe.name!r} of --systems draws them; recipes for photographs are "
+            f"{', '.join(SYSTEMS_ON_PHOTOGRAPHS)}."
+        )
+    return replace(recipe, data=replace(recipe.data, path=str(data)))
 
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:
