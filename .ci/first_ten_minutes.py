@@ -59,6 +59,7 @@ COMMANDS = [
     ("describe runs/demo/model mine", 0, ["0.png: ", "11.png: "]),
     ("ablate --steps 0", 2, ["steps must be a whole number of at least 1"]),
     ("compare --systems demo gawwn-demo", 2, ["differ in data.scatter (False and True)"]),
+    ("compare --data nowhere", 2, ["Without gawwn-photos-64", "there is no folder nowhere"]),
 ]
 
 
