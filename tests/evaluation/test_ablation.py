@@ -23,6 +23,7 @@ from mirror_modules.evaluation.tables import as_markdown, bootstrap_interval, su
 from mirror_modules.metrics import class_oracle
 from mirror_modules.pictures.grids import CAPTION_WIDTH
 from mirror_modules.training.batches import load_splits
+from mirror_modules.training.distributed import cpu_threads
 from mirror_modules.training.errors import TrainingError
 from mirror_modules.training.folder import RunFolder
 from mirror_modules.training.recipes import RECIPES, DataRecipe, Recipe, get_recipe
@@ -442,6 +443,14 @@ def test_the_start_and_the_end_of_each_process_are_printed(capfd):
         "cell 'weight 0', seed 3 (2 of 2): starts",
         "cell 'weight 0', seed 3 (2 of 2): finished after T",
     ]
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_process_has_the_threads_of_those_that_are_not_started(capfd, tasks):
+    code = "import torch; print(torch.get_num_threads())"
+    with cpu_threads(6):
+        grid.in_processes(exec, {f"task {i}": (code,) for i in range(tasks)}, 3, title="cells", command="ablate")
+    assert capfd.readouterr().out.split() == [str(6 // tasks)] * tasks
 
 
 def test_the_processes_are_named_and_divide_the_threads(recipe, tmp_path, monkeypatch):

@@ -49,7 +49,8 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     waiting = [(f"{name} ({i} of {len(tasks)})", task) for i, (name, task) in enumerate(tasks.items(), start=1)][::-1]
     running = list[_Running]()
-    threads = max(1, torch.get_num_threads() // jobs)
+    # The shared phases of one seed have no second process to leave threads to.
+    threads = max(1, torch.get_num_threads() // min(jobs, len(tasks)))
     with progress_bar(total=len(tasks), desc=title, unit=" runs") as bar:
         try:
             while waiting or running:
