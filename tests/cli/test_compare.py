@@ -26,7 +26,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     status, out, _ = run(capsys, "compare", "--help")
     assert status == 0
     names = list(flags(CompareOptions))
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         assert f"--{name} " in out or f"--{name}," in out
 
@@ -66,8 +66,10 @@ def test_photographs_are_for_the_same_systems(capsys, received):
     assert {recipe.model.image_backbone.name for recipe in received["recipes"].values()} == {"conv"}
     assert {recipe.stem.steps for recipe in received["recipes"].values()} == {9}
     comparison._check_comparable(list(received["recipes"].values()))
+    assert {recipe.data.on_error for recipe in received["recipes"].values()} == {"stop"}
     named = ("--systems", "photos-64", "gawwn-photos-64")
-    assert_rejected(run(capsys, "compare", "--data", "birds", *named), "not trained")
+    assert_rejected(run(capsys, "compare", "--data", "birds", "--on-error", "skip", *named), "not trained")
+    assert {recipe.data.on_error for recipe in received["recipes"].values()} == {"skip"}
     assert list(received["recipes"]) == list(named[1:])
     assert received["recipes"]["photos-64"].model.image_backbone.weights == "package"
 
@@ -112,6 +114,7 @@ def test_invalid_words_are_rejected(capsys, tmp_path, monkeypatch):
     assert_rejected(
         run(capsys, "compare", "--scatter", "--data", "birds"), "--scatter draws flowers", "give one of them"
     )
+    assert_rejected(run(capsys, "compare", "--on-error", "skip"), "--on-error is about damaged photographs")
     drawn = run(capsys, "compare", "--systems", "demo", "attngan-demo", "--data", "birds")
     assert_rejected(
         drawn, "'demo' of --systems draws them; recipes for photographs are photos-64, gan-int-cls-photos-64,"

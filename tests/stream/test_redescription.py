@@ -453,7 +453,8 @@ def test_the_error_without_an_encoder_holds_the_lines_to_copy(make):
 def test_what_encode_returns_is_checked(make, returned, came):
     captioner = Captioner(ConvBackbone(2, blocks=2), len(VOCABULARY), embedding_dim=4, hidden_dim=3)
     module = make(captioner, encode=lambda captions: returned(*encode(captions)))
-    with pytest.raises(ValueError, match=rf"{make.__name__}: encode must return two tensors.*returned {came}; with"):
+    message = rf"{make.__name__}: encode must return two tensors, .* both \(3, L\), a row .* returned {came}; with"
+    with pytest.raises(ValueError, match=message):
         module(draw()[0], CAPTIONS)
 
 

@@ -2,18 +2,20 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
-from mirror_modules.data import CaptionBatch
+from mirror_modules.data import CaptionBatch, prepare_captions
 from mirror_modules.data.flowers.drawing import POINT_NAMES
 from mirror_modules.evaluation.evaluation import evaluate
 from mirror_modules.models import EncoderPair, TextToImage, build_model
 from mirror_modules.stem import Vocabulary
 from mirror_modules.training import engine
+from mirror_modules.training.batches import load_splits
 from mirror_modules.training.loop import train
 from mirror_modules.training.recipes import DataRecipe, Recipe, get_recipe
 from mirror_modules.training.state import start
@@ -185,6 +187,23 @@ def test_data_without_places_are_refused_before_training(tmp_path):
     ):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_places_of_images_that_are_not_trained_on_do_not_count(tmp_path):
+    pytest.importorskip("PIL.Image")
+    from tests.layouts import make_birds
+
+    prepare_captions(make_birds(tmp_path / "data", training=13, validation=11), tmp_path / "cache", resolution=32)
+    lines = tmp_path / "cache" / "train.jsonl"
+    first, second, *rest = (json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines())
+    rows = [first | {"box": None}, second, *(row | {"box": None} for row in rest)]
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe("box")
+    # Two of thirteen, which are the first and the seventh.
+    data = DataRecipe(source="prepared", path=str(tmp_path / "cache"), training_images=2, held_out_share=0.0)
+    assert load_splits(dataclasses.replace(data, training_images=None), recipe.model, 0).training.boxes is not None
+    with pytest.raises(ValueError, match=r"'gawwn' places its subject, but the training images have neither"):
+        load_splits(data, recipe.model, 0)
 
 
 @pytest.mark.parametrize(("name", "place"), [("gawwn-demo", "box"), ("gawwn-points-demo", "points")])

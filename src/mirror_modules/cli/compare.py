@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mirror_modules.cli.parsing import Device, device_of, parse
 
@@ -43,6 +43,8 @@ class CompareOptions:
     data: Path | None = None
     """Folder of captioned photographs, in any format that `mirror-modules data inspect` recognizes, in place of drawn
     flowers; the recipes are then photos-64, attngan-photos-64 and the like."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether a damaged photograph ends the command, or is skipped and listed as long as at most 5 % are damaged."""
     baseline: str | None = None
     """Recipe with which the others are compared; the first by default."""
     scatter: bool = False
@@ -61,11 +63,13 @@ class CompareOptions:
     """Threads on a CPU, divided among the jobs; torch's default is the number of cores."""
 
     def resolve(self) -> list[Recipe]:
-        """The recipes with --data, --scatter, --steps, --from-scratch and --threads."""
+        """The recipes with --data, --on-error, --scatter, --steps, --from-scratch and --threads."""
         from mirror_modules.training.recipes import from_scratch, get_recipe
 
         if self.scatter and self.data is not None:
             raise ValueError("--scatter draws flowers, and --data replaces them by photographs: give one of them.")
+        if self.on_error != "stop" and self.data is None:
+            raise ValueError("--on-error is about damaged photographs: give it with --data PATH, or leave it out.")
         systems = SYSTEMS if self.data is None else SYSTEMS_ON_PHOTOGRAPHS
         recipes = [get_recipe(name) for name in self.systems or systems]
         if not (self.systems or self.scatter):
@@ -73,7 +77,7 @@ class CompareOptions:
         if self.scatter:
             recipes = [replace(recipe, data=replace(recipe.data, scatter=True)) for recipe in recipes]
         if self.data is not None:
-            recipes = [_on_photographs(recipe, self.data) for recipe in recipes]
+            recipes = [_on_photographs(recipe, self.data, self.on_error) for recipe in recipes]
         if self.steps is not None:
             recipes = [_with_steps(recipe, self.steps) for recipe in recipes]
         if self.from_scratch:
@@ -108,13 +112,13 @@ def compare(arguments: list[str]) -> None:
     print(f"Open {options.out / 'comparison.png'} and {options.out / 'samples.png'}")
 
 
-def _on_photographs(recipe: Recipe, data: Path) -> Recipe:
+def _on_photographs(recipe: Recipe, data: Path, on_error: Literal["stop", "skip"]) -> Recipe:
     if recipe.data.source == "synthetic-flowers":
         raise ValueError(
             f"--data replaces drawn flowers, but {recipe.name!r} of --systems draws them; recipes for photographs are "
             f"{', '.join(SYSTEMS_ON_PHOTOGRAPHS)}."
         )
-    return replace(recipe, data=replace(recipe.data, path=str(data)))
+    return replace(recipe, data=replace(recipe.data, path=str(data), on_error=on_error))
 
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:

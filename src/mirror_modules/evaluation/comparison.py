@@ -100,8 +100,8 @@ def compare(
 
     Raises:
         ValueError: Recipes differ in what they must share; the folder holds another comparison, a system with other
-            settings or more steps, or a damaged file, or another process is training in it; or an argument is out of
-            range.
+            settings or more steps, or a damaged file, or another process is training in it; the photographs lack the
+            places that a system needs; or an argument is out of range.
         TrainingError: A process failed.
 
     Examples:

@@ -194,7 +194,8 @@ def fill(grid: Grid, cells: Sequence[GridCell], seeds: Sequence[int], jobs: int)
 
     Raises:
         ValueError: The folder holds a grid of another recipe, a cell with other settings or more steps, or another
-            process is training in it; or `jobs` is out of range.
+            process is training in it; the data are not as expected, or have no places for a system that needs them; or
+            `jobs` is out of range.
         TrainingError: A process failed.
     """
     check_positive(grid.command, jobs=jobs)

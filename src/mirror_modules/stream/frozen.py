@@ -154,8 +154,8 @@ def _pair(owner: str, encoded: object, count: int) -> tuple[Tensor, Tensor]:
     if len(parts) != 2 or not all(isinstance(part, Tensor) and part.shape[:-1] == (count,) for part in parts):
         came = " and ".join(shape_of(part) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
         raise ValueError(
-            f"{owner}: encode must return two tensors, tokens and word_mask, both ({count}, L) for {count} captions, "
-            f"but it returned {came or 'nothing'}; with a tokenizer of transformers, return batch.input_ids, "
+            f"{owner}: encode must return two tensors, tokens and word_mask, both ({count}, L), a row for each "
+            f"caption, but it returned {came or 'nothing'}; with a tokenizer of transformers, return batch.input_ids, "
             'batch.attention_mask of\n    batch = tokenizer(captions, padding=True, return_tensors="pt")'
         )
     return cast(tuple[Tensor, Tensor], tuple(parts))

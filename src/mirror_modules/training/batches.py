@@ -88,6 +88,9 @@ def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
         if len(held_out_rows):
             rows = sorted({*range(len(training))} - {*held_out_rows.tolist()})
     in_training = _load("training", training, rows, recipe, model, reports[0])
+    if model.takes_location and in_training.boxes is None and in_training.points is None:
+        # Images with a box may all be held out, or not selected by `training_images`.
+        raise _without_places(model)
     in_validation = _load("validation", validation, None, recipe, model, reports[1], in_training.vocabulary)
     held_out = None
     if recipe.path is not None and len(held_out_rows):
@@ -116,11 +119,15 @@ def open_splits(recipe: DataRecipe, model: ModelConfig) -> tuple[CaptionedFiles,
     check_apart("load_splits", training, validation)
     _check_sizes(training, validation)
     if model.takes_location and not training.is_located:
-        raise ValueError(
-            f"the system {model.system!r} places its subject, but the training images have neither boxes nor key "
-            "points; drawn flowers and the source 'birds' have them."
-        )
+        raise _without_places(model)
     return training, validation
+
+
+def _without_places(model: ModelConfig) -> ValueError:
+    return ValueError(
+        f"the system {model.system!r} places its subject, but the training images have neither boxes nor key points; "
+        "drawn flowers and the source 'birds' have them."
+    )
 
 
 def _training_resolution(recipe: DataRecipe, model: ModelConfig) -> int:

@@ -120,7 +120,7 @@ class CaptionedFiles:
 
     @property
     def is_located(self) -> bool:
-        """Whether an image has a box or key points."""
+        """Whether any image has a box or key points."""
         return any(entry.box is not None or entry.points is not None for entry in self.entries)
 
     def stored_size(self, index: int) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class PreparedCaptions(CaptionedFiles):
 
     @property
     def is_located(self) -> bool:
-        """Whether an image has a box or key points."""
+        """Whether any image has a box or key points."""
         return any(location != Location() for location in self._locations)
 
     def location(self, index: int) -> Location:
