@@ -89,14 +89,14 @@ def _plain() -> Recipe:
 
 
 def photos_64() -> Recipe:
-    """Your own folder of captioned photographs, few or many, at 64 pixels; hours on two CPU cores."""
+    """Your own folder of captioned photographs, few or many, at 64 pixels; about an hour on two CPU cores."""
     base = flowers_64()
     # In a small set, most words are rare.
     return dataclasses.replace(base, name="photos-64", data=dataclasses.replace(base.data, min_count=1))
 
 
 def flowers_64() -> Recipe:
-    """Oxford-102 flowers at 64 pixels; hours on two CPU cores."""
+    """Oxford-102 flowers at 64 pixels; about an hour on two CPU cores."""
     base = _plain()
     # At 96 pixels, features of the image encoder take a third of the time of 160. The evaluators see more: on features
     # of photographs of 64 pixels, a linear classifier of flowers is as accurate at 192 pixels as at the networks' own

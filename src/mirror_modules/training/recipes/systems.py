@@ -27,7 +27,7 @@ def gan_int_cls_demo() -> Recipe:
 
 
 def gan_int_cls_photos_64() -> Recipe:
-    """GAN-INT-CLS on captioned photographs, like photos-64; hours on two CPU cores."""
+    """GAN-INT-CLS on captioned photographs, like photos-64; about an hour on two CPU cores."""
     return _gan_int_cls(photos_64())
 
 
@@ -37,7 +37,7 @@ def gawwn_demo() -> Recipe:
 
 
 def gawwn_photos_64() -> Recipe:
-    """GAWWN on captioned photographs with boxes, like photos-64; hours on two CPU cores."""
+    """GAWWN on captioned photographs with boxes, like photos-64; about an hour on two CPU cores."""
     return _gawwn("gawwn", photos_64(), {"place": "box"})
 
 
@@ -53,7 +53,7 @@ def stackgan_demo() -> Recipe:
 
 
 def stackgan_photos_64() -> Recipe:
-    """StackGAN on captioned photographs, like photos-64, one stage after the other; hours on two CPU cores."""
+    """StackGAN on captioned photographs, like photos-64, one stage after the other; about an hour on two CPU cores."""
     return _stackgan(photos_64())
 
 
@@ -63,7 +63,7 @@ def stackgan_v2_demo() -> Recipe:
 
 
 def stackgan_v2_photos_64() -> Recipe:
-    """StackGAN++ on captioned photographs, like photos-64; hours on two CPU cores."""
+    """StackGAN++ on captioned photographs, like photos-64; about an hour on two CPU cores."""
     return _stackgan_v2(photos_64())
 
 
@@ -73,7 +73,7 @@ def ppgn_demo() -> Recipe:
 
 
 def ppgn_photos_64() -> Recipe:
-    """PPGN on captioned photographs, like photos-64, an unconditional generator; hours on two CPU cores."""
+    """PPGN on captioned photographs, like photos-64, an unconditional generator; about an hour on two CPU cores."""
     return _ppgn(photos_64())
 
 
@@ -83,7 +83,7 @@ def attngan_demo() -> Recipe:
 
 
 def attngan_photos_64() -> Recipe:
-    """AttnGAN on captioned photographs, like photos-64; hours on two CPU cores."""
+    """AttnGAN on captioned photographs, like photos-64; about an hour on two CPU cores."""
     return _attngan(photos_64())
 
 
