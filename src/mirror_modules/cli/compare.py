@@ -92,11 +92,11 @@ def _without_places(recipes: list[Recipe]) -> list[Recipe]:
     kept = [recipe for recipe in recipes if not recipe.model.takes_location]
     for recipe in recipes:
         if recipe not in kept:
-            needs = "needs photographs with boxes; if yours have them, name it and the others after --systems."
-            if recipe.data.scatter:
-                needs = (
-                    "places flowers and draws them anywhere in the image; --scatter trains all systems on such images."
-                )
+            needs = (
+                "places flowers and draws them anywhere in the image; --scatter trains all systems on such images."
+                if recipe.data.is_drawn
+                else "needs photographs with boxes; if yours have them, name it and the others after --systems."
+            )
             print(f"Without {recipe.name}, which {needs}", file=sys.stderr)
     return kept
 
@@ -113,7 +113,7 @@ def compare(arguments: list[str]) -> None:
 
 
 def _on_photographs(recipe: Recipe, data: Path, on_error: Literal["stop", "skip"]) -> Recipe:
-    if recipe.data.source == "synthetic-flowers":
+    if recipe.data.is_drawn:
         raise ValueError(
             f"--data replaces drawn flowers, but {recipe.name!r} of --systems draws them; recipes for photographs are "
             f"{', '.join(SYSTEMS_ON_PHOTOGRAPHS)}."

@@ -225,7 +225,7 @@ def fill(grid: Grid, cells: Sequence[GridCell], seeds: Sequence[int], jobs: int)
     if missing or unfinished:
         # Errors in the data come before training, also those that only a system that places its subject has.
         for recipe in {cell.recipe.model.takes_location: cell.recipe for cell in cells}.values():
-            if recipe.data.source != "synthetic-flowers":
+            if not recipe.data.is_drawn:
                 open_splits(recipe.data, recipe.model)
     # The caller may have turned gradients off.
     with (
@@ -311,7 +311,7 @@ def train_shared(grid: Grid, seed: int) -> None:
 
 
 def _attribute_classifier(grid: Grid) -> AttributeClassifier | None:
-    if grid.shared.data.source != "synthetic-flowers" or grid.shared.data.scatter:
+    if not grid.shared.data.is_drawn or grid.shared.data.scatter:
         return None
     return fit_attribute_classifier(grid.out / "attributes.safetensors", grid.shared.model.resolutions[-1])
 

@@ -53,7 +53,7 @@ class EvaluationNetworks(NamedTuple):
 
 def is_synthetic(recipe: Recipe) -> bool:
     """Whether the data are drawn flowers."""
-    return recipe.data.source == "synthetic-flowers"
+    return recipe.data.is_drawn
 
 
 def choose_networks(

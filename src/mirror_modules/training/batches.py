@@ -69,7 +69,7 @@ def load_splits(recipe: DataRecipe, model: ModelConfig, seed: int) -> Splits:
     validation: SyntheticFlowers | CaptionedFiles
     reports = ErrorReport(), ErrorReport()
     rows, held_out_rows = None, Tensor()
-    if recipe.source == "synthetic-flowers":
+    if recipe.is_drawn:
         options: dict[str, Any] = {"seed": seed, "scatter": recipe.scatter}
         training = SyntheticFlowers(
             recipe.training_images or 4096, resolution=_training_resolution(recipe, model), **options

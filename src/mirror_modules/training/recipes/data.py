@@ -51,7 +51,7 @@ class DataRecipe:
         check_not_negative("DataRecipe", self, "held_out_share")
         if self.held_out_share > 0.5:
             raise ValueError(f"DataRecipe: held_out_share must be at most 0.5, but it is {self.held_out_share!r}.")
-        if self.source != "synthetic-flowers":
+        if not self.is_drawn:
             for name in READ_FOR_DRAWN_FLOWERS_ALONE:
                 check_has_effect("DataRecipe", self, name, f"source={self.source!r}")
             return
@@ -62,3 +62,8 @@ class DataRecipe:
             )
         for name in NOT_READ_FOR_DRAWN_FLOWERS:
             check_has_effect("DataRecipe", self, name, "source='synthetic-flowers'")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the images are drawn flowers rather than photographs."""
+        return self.source == "synthetic-flowers"

@@ -69,7 +69,7 @@ def describe_recipes() -> str:
     indent = (4 + max(map(len, RECIPES))) * " "
     lines = []
     for kind, is_drawn in (("Drawn flowers", True), ("Photographs", False)):
-        names = [name for name, data in made.items() if (data.source == "synthetic-flowers") == is_drawn]
+        names = [name for name, data in made.items() if data.is_drawn == is_drawn]
         unread = NOT_READ_FOR_DRAWN_FLOWERS if is_drawn else READ_FOR_DRAWN_FLOWERS_ALONE
         read = [each.name for each in dataclasses.fields(DataRecipe) if each.name not in unread]
         # The field `path` has a short option.

@@ -103,8 +103,7 @@ def _gawwn(name: str, base: Recipe, place: dict[str, Any]) -> Recipe:
         **place,
     }
     recipe = _like(base, name, GAWWNConfig, sizes)
-    is_drawn = recipe.data.source == "synthetic-flowers"
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, scatter=is_drawn))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, scatter=recipe.data.is_drawn))
 
 
 def _stackgan(base: Recipe) -> Recipe:
